@@ -1,0 +1,189 @@
+"""Evidence: what a method may look at when it decides about tokens."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Evidence"]
+
+Rows = Literal["cls", "all"] | Tensor
+
+
+class Evidence:
+    """Everything that a method may look at, at one site of a model.
+
+    Only ``x`` is always there; asking for what is missing raises ``ValueError`` that names it.
+
+    Args:
+        x: features (B,N,C), the residual stream at the site.
+        keys, queries, values: (B,H,N,d) of the attention before the site.
+        attention: precomputed softmax rows (B,H,R,N); they stand for whatever rows a method asks for.
+        size: (B,N) number of original tokens behind each token; None means one each.
+        protected: count of leading tokens that must stay (class token, registers), or a bool mask (B,N) or (N,).
+        grid: (H,W) or (T,H,W) of the tokens that are not protected, as they entered the model.
+        times: (B,N) seconds, for video.
+        visual: (B,N) bool marks the visual tokens of a mixed sequence; only those may go.
+        text: (B,L,C) or (B,C) text embeddings.
+        valid: (B,N) bool, False where a sample has fewer tokens.
+        before: (B,N,C) what went into the sub-layer whose output is ``x``.
+        cls: whether token 0 is a class token; by default it is when something is protected.
+        rope: "pre" or "post" when keys and queries are from before or after a rotary embedding, else None.
+        rotated: queries and keys after RoPE when ``keys`` are from before it; attention rows use these.
+        scale: factor on q·k; 1/sqrt(d) by default.
+        proportional: whether attention rows carry the log-size bias, as they do in a model that uses it.
+        layer, depth: 0-based layer index and number of layers, for schedules.
+        entry: number of tokens at the entry of the model, protected ones included; N by default.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        keys: Tensor | None = None,
+        queries: Tensor | None = None,
+        attention: Tensor | None = None,
+        size: Tensor | None = None,
+        protected: int | Tensor = 0,
+        grid: tuple[int, ...] | None = None,
+        times: Tensor | None = None,
+        visual: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        values: Tensor | None = None,
+        valid: Tensor | None = None,
+        before: Tensor | None = None,
+        cls: bool | None = None,
+        rope: str | None = None,
+        rotated: tuple[Tensor, Tensor] | None = None,
+        scale: float | None = None,
+        proportional: bool = True,
+        layer: int = 0,
+        depth: int = 1,
+        entry: int | None = None,
+    ) -> None:
+        if x.dim() != 3:
+            raise ValueError(f"x has shape (batch, tokens, channels), not {tuple(x.shape)}")
+        self.x = x
+        self._keys, self._queries, self._values = keys, queries, values
+        self._attention = attention
+        self.size, self.grid, self.times = size, grid, times
+        self.visual, self.text, self.valid = visual, text, valid
+        self._before = before
+        self._protected = protected
+        self.rope, self._scale, self.proportional = rope, scale, proportional
+        self._rotated = rotated
+        self._map: Tensor | None = None
+        self.layer, self.depth = layer, depth
+        self.entry = x.shape[1] if entry is None else entry
+        self.cls = self.prefix > 0 if cls is None else cls
+
+    # -- shapes --------------------------------------------------------------------------------------------------
+    @property
+    def batch(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Number of tokens N."""
+        return self.x.shape[1]
+
+    @property
+    def prefix(self) -> int:
+        """Number of protected leading tokens; 0 when protection is a mask."""
+        return self._protected if isinstance(self._protected, int) else 0
+
+    def fixed(self) -> Tensor | None:
+        """(B,N) bool of the tokens that must stay and must not absorb others, or None when there is none."""
+        masks = []
+        if isinstance(self._protected, Tensor):
+            masks.append(self._protected.bool().expand(self.batch, -1))
+        elif self._protected:
+            masks.append((torch.arange(self.n, device=self.x.device) < self._protected).expand(self.batch, -1))
+        if self.visual is not None:
+            masks.append(~self.visual.bool())
+        return None if not masks else masks[0] if len(masks) == 1 else masks[0] | masks[1]
+
+    def free(self) -> int:
+        """How many tokens of a sample may go (the smallest number over the batch when masks differ)."""
+        if self.visual is None and isinstance(self._protected, int):
+            return self.n - self._protected
+        fixed = self.fixed()
+        return self.n if fixed is None else int((~fixed).sum(1).min())
+
+    # -- what the model computed -----------------------------------------------------------------------------------
+    def _need(self, value: Tensor | None, name: str) -> Tensor:
+        if value is None:
+            raise ValueError(f"this method needs {name}, which the evidence lacks: give Evidence({name}=...)")
+        return value
+
+    @property
+    def keys(self) -> Tensor:
+        return self._need(self._keys, "keys")
+
+    @property
+    def queries(self) -> Tensor:
+        return self._need(self._queries, "queries")
+
+    @property
+    def values(self) -> Tensor:
+        return self._need(self._values, "values")
+
+    @property
+    def before(self) -> Tensor:
+        return self._need(self._before, "before")
+
+    def attention(self, rows: Rows = "cls") -> Tensor:
+        """Softmax rows (B,H,R,N) in float32 for a few queries: "cls" (row 0), "all", or indices (R,) or (B,R).
+
+        Computed from queries and keys with the log-size bias and the validity mask of the model; precomputed rows
+        given to the constructor are returned as they are.
+        """
+        if self._attention is not None:
+            return self._attention.float()
+        q, k = (self.queries, self.keys) if self._rotated is None else self._rotated
+        if isinstance(rows, str) and rows == "all" and self._map is not None:
+            return self._map
+        if isinstance(rows, Tensor):
+            if rows.dim() == 1:
+                q = q[:, :, rows]
+            else:
+                q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1]))
+        elif rows == "cls":
+            if not self.cls:
+                raise ValueError("the model has no class token to take attention from")
+            q = q[:, :, :1]
+        elif rows != "all":
+            raise ValueError(f"rows is 'cls', 'all' or token indices, not {rows!r}")
+        scale = q.shape[-1] ** -0.5 if self._scale is None else self._scale
+        logits = (q.float() * scale) @ k.float().transpose(-2, -1)
+        bias = self.key_bias()
+        out = (logits if bias is None else logits + bias).softmax(-1)
+        if isinstance(rows, str) and rows == "all":
+            self._map = out  # an adapter that reduces the map itself must not compute it twice
+        return out
+
+    def key_bias(self) -> Tensor | None:
+        """(B,1,1,N) float32 added to attention logits: log size, and -inf for tokens that are not there."""
+        bias = None
+        if self.size is not None and self.proportional:
+            bias = self.size.float().log()
+        if self.valid is not None:
+            bias = torch.zeros(self.valid.shape, device=self.valid.device) if bias is None else bias
+            bias = bias.masked_fill(~self.valid, float("-inf"))
+        return None if bias is None else bias[:, None, None, :]
+
+    # -- messages --------------------------------------------------------------------------------------------------
+    def note(self, detail: str, brief: str) -> None:
+        """Report that a setting was clamped: ``detail`` goes to an active trace, else ``brief`` to ``warnings``."""
+        if torch.compiler.is_compiling():
+            return
+        from tokenreduce.trace import active
+
+        trace = active()
+        if trace is not None:
+            trace.note(detail)
+        else:
+            warnings.warn(brief, stacklevel=4)

@@ -1,0 +1,1 @@
+"""Honest measuring: FLOPs by torch's counter, interleaved clock times, peak memory."""

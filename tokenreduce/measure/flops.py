@@ -1,0 +1,44 @@
+"""FLOPs as ``torch.utils.flop_counter`` counts them: two per multiply-add, of the operators that really ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["count_flops", "flop_counter", "gmacs"]
+
+
+class _Total:
+    """Stands in for torch's module tracker. The total is all we need, and the tracker's hooks fail on views of
+    parameters that a module makes under ``no_grad`` (timm's attention pooling)."""
+
+    parents = frozenset({"Global"})
+    is_bw = False
+
+    def __enter__(self) -> _Total:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def flop_counter() -> FlopCounterMode:
+    """A fresh counter; use as a context manager, then ``get_total_flops()``."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Total()  # type: ignore[assignment]
+    return counter
+
+
+def count_flops(function: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of one call, without gradients."""
+    counter = flop_counter()
+    with torch.no_grad(), counter:
+        function(*args, **kwargs)
+    return int(counter.get_total_flops())
+
+
+def gmacs(flops: float) -> float:
+    """Giga multiply-adds, the unit most papers call "GFLOPs"."""
+    return flops / 2e9

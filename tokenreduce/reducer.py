@@ -1,0 +1,195 @@
+"""Reducers: methods with their settings. A method is a frozen dataclass with one pure function, ``plan``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
+
+from tokenreduce.evidence import Evidence
+from tokenreduce.plan import Plan
+
+__all__ = ["STAGES", "Reducer", "format_spec", "parse_spec", "split_specs"]
+
+STAGES = ("encoder", "projector", "language", "cache")
+#: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
+#: attention and MLP, or on the block's output.
+POSITIONS = ("input", "before", "middle", "after")
+#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input.
+EVIDENCE = ("keys", "queries", "values", "attention", "before", "text", "times")
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """Base of all methods.
+
+    A subclass names itself in its class statement and is then known to the registry::
+
+        @dataclass(frozen=True)
+        class Mine(Reducer, name="mine", stage="encoder", needs=("keys",), paper="2210.09461"):
+            keep: int | float = 1.0
+            def plan(self, evidence): ...
+
+    ``needs`` lists the evidence an adapter must gather, ``position`` where in an encoder block the plan acts.
+    Encoder methods have a field ``keep`` (the share or number of patch tokens left after the last layer), which is
+    what benchmarks sweep.
+    """
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[str] = "encoder"
+    paper: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    position: ClassVar[str] = "middle"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(
+        cls,
+        *,
+        name: str = "",
+        stage: str | None = None,
+        needs: tuple[str, ...] | None = None,
+        paper: str | None = None,
+        position: str | None = None,
+        title: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name
+        if stage is not None:
+            cls.stage = stage
+        if needs is not None:
+            cls.needs = needs
+        if position is not None:
+            cls.position = position
+        if paper is not None:
+            cls.paper = paper
+        cls.title = title or cls.__name__
+        unknown = [n for n in cls.needs if n not in EVIDENCE]
+        if cls.stage not in STAGES or cls.position not in POSITIONS or unknown:
+            raise TypeError(
+                f"{cls.__name__}: stage is one of {STAGES}, position one of {POSITIONS}, needs among {EVIDENCE}"
+            )
+        if name:
+            from tokenreduce.registry import register
+
+            register(cls)
+
+    # -- what a method says ----------------------------------------------------------------------------------------
+    def plan(self, evidence: Evidence) -> Plan:
+        """Which of the N tokens become which of K; a pure function of the evidence."""
+        raise NotImplementedError("abstract")
+
+    def acts(self, layer: int, depth: int) -> bool:
+        """Whether the method does something in 0-based ``layer`` of ``depth``; may raise ``ValueError`` for bad settings."""
+        return True
+
+    def gathers(self) -> tuple[str, ...]:
+        """The evidence that these settings need; :attr:`needs` unless a method overrides it."""
+        return self.needs
+
+    def site(self) -> str:
+        """Where in the block these settings act; :attr:`position` unless a method overrides it."""
+        return self.position
+
+    @property
+    def proportional(self) -> bool:
+        """Whether later attention gets log size as key bias (the ``prop_attn`` field where a method has one)."""
+        return bool(getattr(self, "prop_attn", False))
+
+    # -- text and JSON -----------------------------------------------------------------------------------------------
+    def spec(self) -> str:
+        """Short text such as ``tome:r=13`` that :func:`tokenreduce.get_method` reads back."""
+        return format_spec(self.name, self._changed())
+
+    def _changed(self) -> dict[str, Any]:
+        out = {}
+        for f in fields(self):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            if (value := getattr(self, f.name)) != default:
+                out[f.name] = value
+        return out
+
+    def to_json(self) -> str:
+        """All settings as JSON; read back by :meth:`from_json`."""
+        return json.dumps({"method": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}})
+
+    @staticmethod
+    def from_json(text: str | Mapping[str, Any]) -> Reducer:
+        """A reducer from :meth:`to_json`'s text or an equal mapping. Raises ``ValueError`` for unknown names."""
+        settings = dict(json.loads(text) if isinstance(text, str) else text)
+        from tokenreduce.registry import get_class
+
+        if "method" not in settings:
+            raise ValueError("a reducer's JSON has a key 'method'")
+        return build(get_class(settings.pop("method")), settings)
+
+    def __str__(self) -> str:
+        return self.spec()
+
+
+def build(kind: type[Reducer], settings: Mapping[str, Any]) -> Reducer:
+    """``kind(**settings)`` with an error that lists the valid names. Lists become tuples, so reducers hash."""
+    known = [f.name for f in fields(kind)]
+    for key in settings:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{kind.name} has no setting {key!r}{hint} It takes: {', '.join(known) or 'none'}.")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def format_spec(name: str, settings: Mapping[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, bool) or value is None:
+            return str(value).lower()
+        if isinstance(value, tuple | list):
+            return "[" + ",".join(text(v) for v in value) + "]"
+        return str(value)
+
+    return name + (":" + ",".join(f"{k}={text(v)}" for k, v in settings.items()) if settings else "")
+
+
+def _split(text: str, at: str) -> list[str]:
+    """Split outside square brackets."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c == "[") - (c == "]")
+        if c == at and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [p.strip() for p in [*parts, text[start:]]]
+
+
+def _value(text: str) -> Any:
+    if text.startswith("[") and text.endswith("]"):
+        return tuple(_value(v) for v in _split(text[1:-1], ",") if v)
+    plain = {"true": True, "false": False, "none": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip("'\"")
+
+
+def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """``"tome:r=13,prop_attn=false"`` to its name and settings. Raises ``ValueError`` for malformed text."""
+    name, _, rest = text.strip().partition(":")
+    settings: dict[str, Any] = {}
+    for item in _split(rest, ",") if rest.strip() else []:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise ValueError(f"cannot read {item!r} in {text!r}: write method:setting=value,setting=value")
+        settings[key.strip()] = _value(value.strip())
+    if not name:
+        raise ValueError(f"cannot read {text!r}: it names no method; write method:setting=value")
+    return name, settings
+
+
+def split_specs(text: str) -> list[str]:
+    """``"visionzip:keep=64+fastv:layer=2"`` to its parts."""
+    return [part for part in _split(text, "+") if part]

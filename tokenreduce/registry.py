@@ -1,0 +1,119 @@
+"""The registry: every method is found by its class statement; a new file in a stage folder needs no other change.
+
+Methods are looked for in ``tokenreduce.vision.<stage>`` and ``tokenreduce.video.<stage>``, in installed packages'
+entry points of group ``tokenreduce.methods`` (modules), and in the files and folders that the environment variable
+``TOKENREDUCE_PLUGINS`` lists (separated like ``PATH``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+import threading
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from tokenreduce.reducer import STAGES, Reducer, build, parse_spec, split_specs
+
+__all__ = ["get_class", "get_method", "list_methods", "load_all", "parse", "register"]
+
+_methods: dict[str, type[Reducer]] = {}
+_loaded = False
+_lock = threading.RLock()
+
+
+def register(kind: type[Reducer]) -> None:
+    """Add a method class; called by its class statement. Raises ``ValueError`` if another class has its name."""
+    known = _methods.get(kind.name)
+    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"two methods are called {kind.name!r}: {known.__module__} and {kind.__module__}")
+    _methods[kind.name] = kind
+
+
+def load_all() -> dict[str, type[Reducer]]:
+    """Import every method once; returns name to class."""
+    global _loaded
+    with _lock:
+        if not _loaded:
+            _loaded = True
+            try:
+                for root in ("tokenreduce.vision", "tokenreduce.video"):
+                    _import_methods(root)
+                for point in entry_points(group="tokenreduce.methods"):
+                    point.load()
+                for place in filter(None, os.environ.get("TOKENREDUCE_PLUGINS", "").split(os.pathsep)):
+                    _import_plugin(Path(place))
+            except BaseException:
+                _loaded = False
+                raise
+    return _methods
+
+
+def _import_methods(root: str) -> None:
+    package = importlib.import_module(root)
+    for stage in pkgutil.iter_modules(package.__path__, root + "."):
+        if stage.ispkg:
+            inner = importlib.import_module(stage.name)
+            for leaf in pkgutil.iter_modules(inner.__path__, stage.name + "."):
+                importlib.import_module(leaf.name)
+
+
+def _import_plugin(place: Path) -> None:
+    files = sorted(place.glob("*.py")) if place.is_dir() else [place]
+    if not files or not all(f.exists() for f in files):
+        raise FileNotFoundError(f"TOKENREDUCE_PLUGINS names {place}, which holds no Python file")
+    for file in files:
+        name = f"tokenreduce_plugin_{file.stem}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+
+
+def get_class(name: str) -> type[Reducer]:
+    """The class of a method. Raises ``ValueError`` with the nearest names for an unknown one."""
+    methods = load_all()
+    if name not in methods:
+        close = difflib.get_close_matches(name, methods, 3, 0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"unknown method {name!r}; {hint}Known: {', '.join(sorted(methods))}.")
+    return methods[name]
+
+
+def get_method(spec: str) -> Reducer:
+    """One reducer from text such as ``"tome:r=13"``.
+
+    Raises ``ValueError`` for an unknown method, an unknown or bad setting, or several methods joined by ``+``
+    (those go to :func:`tokenreduce.patch` directly).
+    """
+    if len(split_specs(spec)) > 1:
+        raise ValueError(f"{spec!r} names several methods; pass it to tr.patch(model, spec) or tr.parse(spec)")
+    name, settings = parse_spec(spec)
+    return build(get_class(name), settings)
+
+
+def parse(*reducers: Reducer | str) -> tuple[Reducer, ...]:
+    """Reducers and texts, several joined by ``+`` allowed, to a flat tuple of reducers."""
+    out: list[Reducer] = []
+    for item in reducers:
+        if isinstance(item, Reducer):
+            out.append(item)
+        elif isinstance(item, str):
+            out.extend(get_method(part) for part in split_specs(item))
+        else:
+            raise TypeError(f"expected a reducer or text such as 'tome:r=13', not {type(item).__name__}")
+    return tuple(out)
+
+
+def list_methods(pattern: str = "*", *, stage: str | None = None) -> list[str]:
+    """Names of methods that match a wildcard, sorted; ``stage`` restricts them. Raises ``ValueError`` for a bad stage."""
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
+    methods = load_all()
+    return sorted(n for n in fnmatch.filter(methods, pattern) if stage is None or methods[n].stage == stage)

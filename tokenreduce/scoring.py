@@ -1,0 +1,88 @@
+"""Scores that several methods share. Everything is computed in float32, per sample, without a batch-wide decision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenreduce.evidence import Evidence
+
+__all__ = ["cls_attention", "descending", "finite", "importance", "key_metric", "received_attention", "select", "unit"]
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2-normalised along the last axis, float32; an all-zero vector stays zero instead of becoming NaN."""
+    x = x.float()
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def finite(scores: Tensor, evidence: Evidence) -> Tensor:
+    """``scores`` itself; raises ``ValueError`` when they hold NaN.
+
+    Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU or break a
+    compiled graph) NaN is replaced by the lowest score: no decision is made on it and the model's output stays NaN.
+    """
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                f"NaN in the tokens at layer {evidence.layer}: the input or the weights hold NaN or overflow; "
+                "check the preprocessing, or run in float32 or bfloat16"
+            )
+        return scores
+    return torch.where(scores.isnan(), float("-inf"), scores)
+
+
+def descending(scores: Tensor) -> Tensor:
+    """Indices that sort (B,N) from high to low; ties keep the lower index first, so that results are reproducible."""
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def key_metric(evidence: Evidence) -> Tensor:
+    """(B,N,d) keys averaged over heads: the similarity metric of ToMe and its successors."""
+    return evidence.keys.mean(1)
+
+
+def cls_attention(evidence: Evidence) -> Tensor:
+    """(B,N) attention that the class token pays to every token, averaged over heads."""
+    return evidence.attention("cls")[:, :, 0].mean(1)
+
+
+def received_attention(evidence: Evidence, chunk: int = 256) -> Tensor:
+    """(B,N) attention that every token receives, averaged over heads and queries.
+
+    Rows are computed ``chunk`` at a time, so that no N x N map is ever held. Queries that are not there do not vote.
+    """
+    if evidence._attention is not None:
+        return evidence.attention("all").mean((1, 2))
+    n, device = evidence.n, evidence.x.device
+    total = torch.zeros(evidence.batch, n, device=device)
+    for start in range(0, n, chunk):
+        rows = evidence.attention(torch.arange(start, min(start + chunk, n), device=device))
+        if evidence.valid is not None:
+            rows = rows * evidence.valid[:, None, start : start + chunk, None]
+        total = total + rows.sum(2).mean(1)
+    voters = n if evidence.valid is None else evidence.valid.sum(1, keepdim=True)
+    return total / voters
+
+
+def importance(evidence: Evidence) -> Tensor:
+    """(B,N) attention from the class token, or, in a model without one, the mean attention received."""
+    return cls_attention(evidence) if evidence.cls else received_attention(evidence)
+
+
+def select(scores: Tensor, k: int, evidence: Evidence, *, by_score: bool = False) -> Tensor:
+    """(B, prefix+k) indices: protected tokens first, then the ``k`` best others in position or score order.
+
+    Tokens that are not there (``evidence.valid``) come last. ``scores`` is (B,N); higher stays.
+    """
+    scores = finite(scores, evidence).float()
+    fixed = evidence.fixed()
+    if evidence.valid is not None:
+        scores = scores.masked_fill(~evidence.valid, float("-inf"))
+    if fixed is not None:
+        scores = scores.masked_fill(fixed, float("inf"))
+    total = k + (evidence.n - evidence.free())
+    keep = descending(scores)[:, :total]
+    if not by_score:
+        return keep.sort(dim=-1).values
+    return keep

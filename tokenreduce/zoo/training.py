@@ -1,0 +1,112 @@
+"""A small resumable training loop: AdamW, warm-up and cosine, bf16 autocast, checkpoint every so many steps.
+
+The models that ship with the package are trained by this loop and nothing else; a killed run continues at the
+last checkpoint with the same random numbers, because every batch is drawn from a generator seeded by its step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["Schedule", "fit"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Hyper-parameters of one run. ``steps`` optimiser steps; ``lr`` is the peak learning rate."""
+
+    steps: int
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 300
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate at ``step``: linear warm-up, then cosine to zero."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * self.lr * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[nn.Module, int, torch.Generator], torch.Tensor],
+    schedule: Schedule,
+    checkpoint: Path,
+    *,
+    save_every: int = 500,
+    device: str = "cpu",
+    stop_after: float | None = None,
+) -> Iterator[dict]:
+    """Train ``model`` in place and yield ``{"step", "loss", "minutes"}`` after every ``save_every`` steps.
+
+    ``loss(model, step, generator)`` draws its own batch from ``generator`` (seeded by the step) and returns a
+    scalar. The checkpoint is written atomically after every yield and removed by nobody: running again with the
+    same schedule continues, with another schedule raises ``ValueError``. ``stop_after`` minutes ends the run early
+    (the checkpoint stays), which is how a curve's first points are reproduced.
+    """
+    model.to(device).train()
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    optimiser = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=schedule.lr,
+        betas=(0.9, 0.98),
+    )
+    start, spent = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["schedule"] != asdict(schedule):
+            raise ValueError(
+                f"{checkpoint} belongs to another schedule {state['schedule']}; delete it or choose another --out"
+            )
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        start, spent = state["step"], state["minutes"]
+    began, total, seen = time.monotonic(), 0.0, 0
+    for step in range(start, schedule.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate(step)
+        generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + step)
+        # Dropout and drop-path draw from the global generator: seed it too, or a resumed run differs.
+        torch.manual_seed(schedule.seed * 1_000_003 + step)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            value = loss(model, step, generator)
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        optimiser.step()
+        total, seen = total + float(value.detach()), seen + 1
+        minutes = spent + (time.monotonic() - began) / 60
+        last = step + 1 == schedule.steps
+        out_of_time = stop_after is not None and minutes >= stop_after
+        if (step + 1) % save_every == 0 or last or out_of_time:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(
+                {
+                    "schedule": asdict(schedule),
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "step": step + 1,
+                    "minutes": minutes,
+                },
+                partial,
+            )
+            os.replace(partial, checkpoint)
+            yield {"step": step + 1, "loss": total / seen, "minutes": minutes}
+            model.train()
+            total, seen = 0.0, 0
+        if out_of_time:
+            return

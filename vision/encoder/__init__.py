@@ -1,0 +1,1 @@
+"""Methods that act inside a vision transformer, one file each."""
