@@ -29,8 +29,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); base is consumed."""
-    return base.scatter_add_(1, index.unsqueeze(-1).expand_as(rows), rows.to(base.dtype))
+    """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); without gradients base is consumed."""
+    index, rows = index.unsqueeze(-1).expand_as(rows), rows.to(base.dtype)
+    if base.requires_grad or rows.requires_grad:
+        return base.scatter_add(1, index, rows)
+    return base.scatter_add_(1, index, rows)
 
 
 @dataclass(frozen=True, eq=False)

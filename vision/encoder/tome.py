@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.budget import check_count, check_keep, layer_schedule, linear
+from tokenreduce.budget import check_count, check_keep, count, layer_schedule, linear
 from tokenreduce.evidence import Evidence
 from tokenreduce.matching import bipartite, clamp_r
-from tokenreduce.plan import Merge, Plan
+from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.scoring import finite, key_metric, unit
 
@@ -80,7 +80,7 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
     Args:
         k: group length; position k-1 of each group is a destination.
         layers: 0-based layers that act.
-        keep: instead of ``k``: the share (or number) of patches left, rounded to the nearest k in one layer.
+        keep: instead of ``k``: the share or number of patches left, destinations evenly spaced among them.
         tail: the last N mod k patches are merged as well ("merge", so that no mass is lost) or dropped with their
             weight as the official code does ("drop").
         prop_attn: as in :class:`ToMe`.
@@ -104,18 +104,17 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
     def plan(self, evidence: Evidence) -> Plan:
         n, p = evidence.n, evidence.prefix
         free = n - p
-        k = self.k
-        if self.keep is not None:
-            share = self.keep / free if isinstance(self.keep, int) else self.keep
-            k = max(1, round(1 / max(share, 1 / max(free, 1))))
-        k = min(k, max(1, free))
-        groups = free // k
+        groups = count(self.keep, free) if self.keep is not None else free // min(self.k, max(1, free))
+        if groups == free:
+            return Identity.like(evidence.x)
+        position = torch.arange(n, device=evidence.x.device)
+        end = free if self.keep is not None or self.tail == "merge" else groups * self.k
+        step = torch.arange(1, groups + 1, device=position.device)
+        target = p + (step * free // groups if self.keep is not None else step * self.k) - 1
+        chosen = torch.zeros(n, dtype=torch.bool, device=position.device).scatter(0, target, True)
+        # The number of sources is known, so this stays one graph where a boolean index would not.
+        source = chosen[p : p + end].long().argsort(stable=True)[: end - groups] + p
         m = unit(key_metric(evidence))
-        position = torch.arange(n, device=m.device)
-        target = position[p : p + groups * k].view(groups, k)[:, k - 1]
-        source = position[p : p + groups * k].view(groups, k)[:, : k - 1].flatten()
-        if self.tail == "merge":
-            source = torch.cat([source, position[p + groups * k :]])
         scores = finite(m[:, source] @ m[:, target].transpose(1, 2), evidence)
         keep = torch.cat([position[:p], target]).expand(evidence.batch, -1)
         return Merge(n, keep, source.expand(evidence.batch, -1), p + scores.argmax(-1))

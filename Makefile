@@ -1,0 +1,45 @@
+# Everything a fresh machine needs: `make bench` runs the main job, `make test` passes the tests.
+PY ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: bench test test-all lint typecheck wheel performance clean
+
+$(BIN)/python:
+	$(PY) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+bench: $(VENV)/bench.stamp  ## the main job on the embedded default: table, picture and report
+	$(BIN)/tokenreduce bench vision
+
+test: $(VENV)/dev.stamp  ## fast tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/dev.stamp  ## with the slow ones; GPU tests run where a GPU is
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: $(VENV)/dev.stamp
+	rm -rf build/wheel build/typecheck
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+
+typecheck: wheel  ## on the wheel, where the folders beside tokenreduce/ are its subpackages
+	$(BIN)/python -m pip install -q --no-deps --target build/typecheck build/wheel/*.whl
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tokenreduce
+
+performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
+	$(BIN)/python -m tokenreduce.measure.performance
+
+clean:
+	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
