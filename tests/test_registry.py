@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import tokenreduce as tr
+from tokenreduce.reducer import parse_spec, split_specs
+
+PLUGIN = """
+from dataclasses import dataclass
+import torch
+from tokenreduce import Evidence, Plan, Prune, Reducer
+from tokenreduce.budget import check_keep, linear
+from tokenreduce.plan import Identity
+from tokenreduce.scoring import select
+
+@dataclass(frozen=True)
+class Loudest(Reducer, name="loudest", stage="encoder", title="Largest norm first"):
+    \"\"\"Keep the tokens with the largest norm.\"\"\"
+    keep: int | float = 1.0
+    def __post_init__(self):
+        check_keep(self.keep)
+    def plan(self, evidence: Evidence) -> Plan:
+        left = linear(self.keep, evidence.entry - evidence.prefix, evidence.layer, evidence.depth)
+        left = min(left, evidence.n - evidence.prefix)
+        if left == evidence.n - evidence.prefix:
+            return Identity.like(evidence.x)
+        return Prune(evidence.n, select(evidence.x.float().norm(dim=-1), left, evidence))
+"""
+
+
+def test_unknown_names_get_suggestions():
+    with pytest.raises(ValueError, match="did you mean tome") as error:
+        tr.get_method("tomee:r=3")
+    assert "Known:" in str(error.value)
+    with pytest.raises(ValueError, match=r"no setting 'rr'; did you mean r\?"):
+        tr.get_method("tome:rr=3")
+    with pytest.raises(ValueError, match="unknown stage 'brain'"):
+        tr.list_methods(stage="brain")
+    with pytest.raises(AttributeError, match="no attribute 'NoSuchThing'"):
+        tr.NoSuchThing  # noqa: B018
+
+
+@pytest.mark.parametrize("text", ["tome:r", "tome:=3", ":r=3", "tome:r=", "tome:r=3,,keep=2"])
+def test_malformed_text_shows_the_form(text):
+    with pytest.raises(ValueError, match="write method:setting=value"):
+        tr.get_method(text)
+
+
+def test_specs_are_read_and_written():
+    assert parse_spec("a:r=3,keep=0.5,on=true,off=None,layers=[1,2],s=word") == (
+        "a",
+        {"r": 3, "keep": 0.5, "on": True, "off": None, "layers": (1, 2), "s": "word"},
+    )
+    assert split_specs("a:layers=[1,2]+b") == ["a:layers=[1,2]", "b"]
+    assert tr.get_method("tome:r=4") == tr.ToMe(r=4)
+    assert tr.parse("tome:r=4+tome_kth:k=3", tr.ToMe(r=1)) == (
+        tr.ToMe(r=4),
+        tr.get_method("tome_kth:k=3"),
+        tr.ToMe(r=1),
+    )
+    with pytest.raises(ValueError, match="several methods"):
+        tr.get_method("tome:r=4+tome_kth")
+    with pytest.raises(TypeError, match="expected a reducer or text"):
+        tr.parse(3)
+    assert str(tr.ToMe(r=13, prop_attn=False)) == "tome:r=13,prop_attn=false"
+
+
+def test_wildcards():
+    assert tr.list_methods("tome*")[:1] == ["tome"]
+    assert tr.list_methods("no*such") == []
+
+
+def test_json_names_its_method():
+    with pytest.raises(ValueError, match="key 'method'"):
+        tr.Reducer.from_json("{}")
+    assert json.loads(tr.ToMe(r=3).to_json())["method"] == "tome"
+
+
+def test_two_methods_cannot_share_a_name():
+    with pytest.raises(ValueError, match="two methods are called 'tome'"):
+        type("Other", (tr.Reducer,), {}, name="tome")
+    with pytest.raises(TypeError, match="stage is one of"):
+        type("Other", (tr.Reducer,), {}, name="other", stage="nowhere")
+
+
+def test_importing_is_light():
+    code = "import sys, tokenreduce; tokenreduce.list_methods(); print([m for m in HEAVY if m in sys.modules])"
+    heavy = ("timm", "transformers", "open_clip", "decord", "gradio", "ray", "pandas", "torchvision", "matplotlib")
+    out = subprocess.run([sys.executable, "-c", code.replace("HEAVY", repr(heavy))], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+def run(*command: str, plugin, timeout=300) -> str:
+    env = {**os.environ, "TOKENREDUCE_PLUGINS": str(plugin), "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    file = tmp_path / "loudest.py"
+    file.write_text(textwrap.dedent(PLUGIN))
+    return file
+
+
+def test_a_method_in_one_new_file_is_listed_and_passes_the_table(plugin):
+    code = "import tokenreduce as tr; print(tr.list_methods('loud*'), tr.Loudest(keep=0.5).spec())"
+    assert run("-c", code, plugin=plugin).strip() == "['loudest'] loudest:keep=0.5"
+    out = run("-m", "pytest", "tests/test_invariants.py", "-k", "loudest", "-p", "no:cacheprovider", plugin=plugin)
+    assert " passed" in out
+
+
+def test_a_plugin_that_is_not_there_is_an_error(tmp_path):
+    env = {**os.environ, "TOKENREDUCE_PLUGINS": str(tmp_path / "missing.py")}
+    code = "import tokenreduce as tr; tr.list_methods()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "TOKENREDUCE_PLUGINS names" in done.stderr
