@@ -44,13 +44,16 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
         return Identity.like(evidence.x)
     n, p = evidence.n, evidence.prefix
     m = unit(metric)
-    scores = finite(m[:, ::2] @ m[:, 1::2].transpose(1, 2), evidence)
+    scores = m[:, ::2] @ m[:, 1::2].transpose(1, 2)
     fixed = evidence.fixed()
     if evidence.valid is not None:
         fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid
-    if fixed is not None:
-        scores = scores.masked_fill(fixed[:, ::2, None] | fixed[:, None, 1::2], float("-inf"))
+    if fixed is not None and (p != 1 or evidence.visual is not None or evidence.valid is not None):
+        scores = scores.masked_fill(fixed[:, None, 1::2], float("-inf"))
     best, partner = scores.max(-1)
+    best = finite(best, evidence)  # a maximum keeps NaN, so the small tensor tells as much as the map
+    if fixed is not None:  # rows need no masking: a token that may not move only loses its place in the ranking
+        best = best.masked_fill(fixed[:, ::2], float("-inf"))
     order = descending(best)
     source, rest = order[:, :r], order[:, r:]
     if fixed is not None:
