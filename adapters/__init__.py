@@ -68,17 +68,34 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
 
     Raises ``TypeError`` for a model without adapter and ``ValueError`` for a stage that it does not have.
     """
-    towers = _towers(model)
-    if not towers:
+    towers, language = _towers(model), _language(model)
+    if not towers and language is None:
         raise _unsupported(model)
+    stages = _stages(towers, language)
     for reducer in reducers:
-        if reducer.stage != "encoder":
+        if reducer.stage not in stages:
             raise ValueError(
-                f"{reducer.name} acts at stage {reducer.stage}, which {type(model).__name__} does not have "
-                "(its stages: encoder); tr.list_methods(stage='encoder') lists what fits"
+                f"{reducer.name} acts at stage {reducer.stage}, which is not available on {type(model).__name__} "
+                f"(stages there: {', '.join(stages)}); tr.list_methods(stage='{stages[0]}') lists what fits"
             )
+    if language is not None:
+        importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo)
+        return
     for adapter, tower in towers:
         adapter.attach(tower, reducers, undo)
+
+
+def _language(model: nn.Module) -> Any:
+    """The language model with visual tokens inside ``model``, or None."""
+    if "transformers" not in sys.modules:
+        return None
+    return importlib.import_module("tokenreduce.adapters.vlm").find(model)
+
+
+def _stages(towers: Any, language: Any) -> tuple[str, ...]:
+    # A tower inside a LLaVA-style model feeds a projector and placeholders that count its tokens, so shortening it
+    # there is not the same as shortening a classifier's; only the language stage is served on such models.
+    return ("language",) if language is not None else ("encoder",)
 
 
 @dataclass(frozen=True)
@@ -88,15 +105,24 @@ class Description:
     model: str
     towers: tuple[Tower, ...]
     active: tuple[Reducer, ...]
+    language: Any = None
 
-    def methods(self, stage: str = "encoder") -> list[str]:
-        """Methods of ``stage`` that every tower can serve."""
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return _stages(self.towers, self.language)
+
+    def methods(self, stage: str | None = None) -> list[str]:
+        """Methods of ``stage`` (by default the first that the model has) that its sites can serve."""
         from tokenreduce.registry import list_methods, load_all
 
+        stage = self.stages[0] if stage is None else stage
+        if stage not in self.stages:
+            return []
+        sites = self.towers if stage == "encoder" else (self.language,)
         return [
             name
             for name in list_methods(stage=stage)
-            if all(need in tower.evidence for tower in self.towers for need in load_all()[name].needs)
+            if all(need in site.evidence for site in sites for need in load_all()[name].needs)
         ]
 
     def __str__(self) -> str:
@@ -109,7 +135,14 @@ class Description:
                 f"           class token: {'yes' if t.cls else 'no'}; evidence: {', '.join(t.evidence)}"
                 + (f"; keys are {t.rope}-RoPE" if t.rope else ""),
             ]
-        lines.append(f"  methods  {', '.join(self.methods())}")
+        if self.language is not None:
+            where = self.language.name or "(the model itself)"
+            lines.append(
+                f"  language {where}: {self.language.family}, {len(self.language.layers)} layers; "
+                f"evidence: {', '.join(self.language.evidence)}"
+            )
+        for stage in self.stages:
+            lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")
         lines.append(f"  active   {' + '.join(r.spec() for r in self.active) or 'none'}")
         return "\n".join(lines)
 
@@ -120,7 +153,7 @@ def describe(model: nn.Module) -> Description:
     """The sites of ``model``. Raises ``TypeError`` for a model without adapter."""
     from tokenreduce.patching import reducers_of
 
-    towers = tuple(t for _, t in _towers(model))
-    if not towers:
+    towers, language = tuple(t for _, t in _towers(model)), _language(model)
+    if not towers and language is None:
         raise _unsupported(model)
-    return Description(type(model).__name__, towers, reducers_of(model))
+    return Description(type(model).__name__, towers, reducers_of(model), language)

@@ -9,6 +9,7 @@ activation checkpointing, deepcopy and compiled graphs are safe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -64,11 +65,11 @@ class State:
 
     def after(self, plan: Plan, proportional: bool) -> State:
         """The state of the tokens that ``plan`` leaves."""
-        mine = plan.validity()
-        valid = None if self.valid is None else plan.gather(self.valid)
-        if mine is not None:
-            valid = mine if valid is None else valid & mine
+        valid = plan.validity()
         size = plan.reduce_size(self.size)
+        if self.valid is not None and size is not None:
+            # What joins the slot of a padded token fills it; looking at the slot's own token would lose it.
+            valid = size > 0
         if size is None and valid is not None:
             size = valid.float()
         origin = plan.representatives() if self.origin is None else plan.gather(self.origin)
@@ -204,7 +205,7 @@ class Reduced:
             got.queries,
             size=state.size,
             protected=site.prefix,
-            grid=site.grid,
+            grid=site.grid if site.grid and state.entry == site.prefix + math.prod(site.grid) else None,
             values=got.values,
             valid=state.valid,
             before=before,
@@ -295,9 +296,9 @@ def expand_patches(patches: Tensor, state: State, prefix: int) -> Tensor:
 
 # -- pooling ---------------------------------------------------------------------------------------------------------
 def pool_mean(x: Tensor, size: Tensor) -> Tensor:
-    """Mean over tokens (B,K,C) to (B,C), each counted ``size`` (B,K) times."""
-    w = size.to(x.dtype).unsqueeze(-1)
-    return (x * w).sum(1) / w.sum(1)
+    """Mean over tokens (B,K,C) to (B,C), each counted ``size`` (B,K) times; half precision is summed in float32."""
+    w = size.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
+    return ((x * w).sum(1) / w.sum(1)).to(x.dtype)
 
 
 def log_size(state: State, skip: int, dtype: torch.dtype) -> Tensor:

@@ -350,6 +350,9 @@ def _attach_resize(model: Any, reducer: Any, undo: Undo) -> None:
         undo.set(embed, "strict_img_size", False)
         undo.set(embed, "flatten", False)
         undo.set(embed, "output_fmt", type(embed.output_fmt)("NHWC"))
+        rope = getattr(model, "rope", None)
+        if getattr(rope, "_use_cached_embed", False):  # a table for the model's own image size only
+            undo.set(rope, "_use_cached_embed", False)
     undo.pre_hook(embed, functools.partial(resized_input, reducer=reducer))
 
 

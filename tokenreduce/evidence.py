@@ -35,6 +35,7 @@ class Evidence:
         rotated: queries and keys after RoPE when ``keys`` are from before it; attention rows use these.
         scale: factor on q·k; 1/sqrt(d) by default.
         proportional: whether attention rows carry the log-size bias, as they do in a model that uses it.
+        causal: whether a query sees only keys at or before its own place, as in a language model.
         layer, depth: 0-based layer index and number of layers, for schedules.
         entry: number of tokens at the entry of the model, protected ones included; N by default.
     """
@@ -60,6 +61,7 @@ class Evidence:
         rotated: tuple[Tensor, Tensor] | None = None,
         scale: float | None = None,
         proportional: bool = True,
+        causal: bool = False,
         layer: int = 0,
         depth: int = 1,
         entry: int | None = None,
@@ -75,6 +77,7 @@ class Evidence:
         self._protected = protected
         self.rope, self._scale, self.proportional = rope, scale, proportional
         self._rotated = rotated
+        self.causal = causal
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
@@ -105,6 +108,13 @@ class Evidence:
         if self.visual is not None:
             masks.append(~self.visual.bool())
         return None if not masks else masks[0] if len(masks) == 1 else masks[0] | masks[1]
+
+    def last(self) -> Tensor:
+        """(B,1): index of the last token that is there, the row that language-stage methods read."""
+        if self.valid is None:
+            return torch.full((self.batch, 1), self.n - 1, device=self.x.device)
+        position = torch.arange(self.n, device=self.x.device)
+        return (position * self.valid).argmax(1, keepdim=True)
 
     def free(self) -> int:
         """How many tokens of a sample may go (the smallest number over the batch when masks differ)."""
@@ -146,19 +156,24 @@ class Evidence:
         q, k = (self.queries, self.keys) if self._rotated is None else self._rotated
         if isinstance(rows, str) and rows == "all" and self._map is not None:
             return self._map
+        where = torch.arange(self.n, device=q.device).unsqueeze(0)
         if isinstance(rows, Tensor):
-            if rows.dim() == 1:
-                q = q[:, :, rows]
-            else:
-                q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1]))
+            where = rows if rows.dim() == 2 else rows.unsqueeze(0)
+            index = where[:, None, :, None].expand(q.shape[0], q.shape[1], -1, q.shape[-1])
+            q = q.gather(2, index)
         elif rows == "cls":
             if not self.cls:
                 raise ValueError("the model has no class token to take attention from")
-            q = q[:, :, :1]
+            where, q = where[:, :1], q[:, :, :1]
         elif rows != "all":
             raise ValueError(f"rows is 'cls', 'all' or token indices, not {rows!r}")
+        if k.shape[1] != q.shape[1]:  # grouped queries: every key head serves several query heads
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scale = q.shape[-1] ** -0.5 if self._scale is None else self._scale
         logits = (q.float() * scale) @ k.float().transpose(-2, -1)
+        if self.causal:
+            later = torch.arange(self.n, device=q.device) > where.unsqueeze(-1)
+            logits = logits.masked_fill(later.unsqueeze(1), float("-inf"))
         bias = self.key_bias()
         out = (logits if bias is None else logits + bias).softmax(-1)
         if isinstance(rows, str) and rows == "all":

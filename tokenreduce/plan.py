@@ -23,8 +23,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` (B,N,...) at ``index`` (B,K) along the token axis."""
     if x.dim() == 2:
         return x.gather(1, index)
-    flat = x.flatten(2)
-    out = flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
+    if x.requires_grad:  # the backward of gather is much cheaper than that of index_select
+        flat = x.flatten(2)
+        out = flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
+    else:  # copies whole rows, several times faster than gather on a CPU
+        first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device).unsqueeze(1)
+        out = x.reshape(x.shape[0] * x.shape[1], -1).index_select(0, (index + first).flatten())
     return out.view(*index.shape, *x.shape[2:])
 
 
@@ -87,12 +91,16 @@ class Plan:
         raise NotImplementedError("abstract")
 
     def reduce_attention(self, a: Tensor, size: Tensor | None = None) -> Tensor:
-        """An attention map (B,H,N,N) to (B,H,K,K): columns of one group are summed, rows averaged like features."""
+        """An attention map (B,H,N,N) to (B,H,K,K): columns of one group are summed, rows averaged like features.
+
+        Where features are summed, maximised or rescaled, rows are averaged under the same weights all the same, so
+        that they remain distributions.
+        """
         b, h, n, _ = a.shape
         columns = replace_sum(self).reduce(a.permute(0, 3, 1, 2).reshape(b, n, h * n), size)
         k = columns.shape[1]
         rows = columns.view(b, k, h, n).permute(0, 3, 2, 1).reshape(b, n, h * k)
-        return self.reduce(rows, size).view(b, k, h, k).permute(0, 2, 1, 3)
+        return _replace_mean(self).reduce(rows, size).view(b, k, h, k).permute(0, 2, 1, 3)
 
     def gather(self, meta: Tensor) -> Tensor:
         """Any per-token tensor (B,N,...) to (B,K,...): each output takes its representative's entry."""
@@ -248,6 +256,18 @@ class Prune(Plan):
     keep: Tensor
     valid: Tensor | None = None
 
+    @classmethod
+    def from_mask(cls, stay: Tensor) -> Prune:
+        """Keep the tokens marked in ``stay`` (B,N) bool, in order.
+
+        Samples that keep fewer are filled on the left with slots that are not there, so that the last token stays
+        last, as generation needs it.
+        """
+        counts = stay.sum(1).tolist()
+        k = max(counts)
+        keep = stay.long().argsort(dim=1, stable=True)[:, stay.shape[1] - k :]
+        return cls(stay.shape[1], keep, None if min(counts) == k else stay.gather(1, keep))
+
     def representatives(self) -> Tensor:
         return self.keep
 
@@ -354,6 +374,8 @@ class Merge(Plan):
 
     def _restore_norm(self, x: Tensor, merged: Tensor) -> Tensor:
         norms = x.float().norm(dim=-1)
+        if self.weights is not None:  # a member without weight has no part in the norm either
+            norms = norms * (self.weights > 0)
         largest = norms.gather(1, self.keep).scatter_reduce(1, self.dst, norms.gather(1, self.src), "amax")
         joined = torch.zeros_like(largest).scatter(1, self.dst, 1.0) > 0
         own = merged.float().norm(dim=-1)
@@ -474,3 +496,12 @@ def replace_sum(plan: Plan) -> Plan:
     if isinstance(plan, Chain):
         return Chain(plan.n, tuple(replace_sum(p) for p in plan.plans))
     return cast(Plan, plan)
+
+
+def _replace_mean(plan: Plan) -> Plan:
+    """``plan`` with every group averaged under its own weights: what happens to the rows of an attention map."""
+    if isinstance(plan, Merge):
+        return replace(plan, mode="mean", norm="none")
+    if isinstance(plan, Chain):
+        return Chain(plan.n, tuple(_replace_mean(p) for p in plan.plans))
+    return plan

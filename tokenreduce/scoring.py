@@ -7,13 +7,27 @@ from torch import Tensor
 
 from tokenreduce.evidence import Evidence
 
-__all__ = ["cls_attention", "descending", "finite", "importance", "key_metric", "received_attention", "select", "unit"]
+__all__ = [
+    "cls_attention", "descending", "distances", "excluded", "finite", "importance", "key_metric",
+    "received_attention", "received_by_head", "select", "unit",
+]  # fmt: skip
 
 
 def unit(x: Tensor) -> Tensor:
     """L2-normalised along the last axis, float32; an all-zero vector stays zero instead of becoming NaN."""
     x = x.float()
     return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def distances(x: Tensor) -> Tensor:
+    """(B,N,N) Euclidean distances between the rows of ``x`` (B,N,C) in float32, exactly 0 on the diagonal.
+
+    The mean is taken out first: large common components would cost the small distances their digits.
+    """
+    x = x.detach().float()
+    x = x - x.mean(1, keepdim=True)
+    eye = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    return torch.cdist(x, x).masked_fill(eye, 0.0)
 
 
 def finite(scores: Tensor, evidence: Evidence) -> Tensor:
@@ -47,27 +61,45 @@ def cls_attention(evidence: Evidence) -> Tensor:
     return evidence.attention("cls")[:, :, 0].mean(1)
 
 
-def received_attention(evidence: Evidence, chunk: int = 256) -> Tensor:
-    """(B,N) attention that every token receives, averaged over heads and queries.
+def received_by_head(evidence: Evidence, chunk: int = 256) -> Tensor:
+    """(B,H,N) attention that every token receives in each head, averaged over queries.
 
     Rows are computed ``chunk`` at a time, so that no N x N map is ever held. Queries that are not there do not vote.
     """
     if evidence._attention is not None:
-        return evidence.attention("all").mean((1, 2))
+        return evidence.attention("all").mean(2)
     n, device = evidence.n, evidence.x.device
-    total = torch.zeros(evidence.batch, n, device=device)
+    total: Tensor | None = None
     for start in range(0, n, chunk):
         rows = evidence.attention(torch.arange(start, min(start + chunk, n), device=device))
         if evidence.valid is not None:
             rows = rows * evidence.valid[:, None, start : start + chunk, None]
-        total = total + rows.sum(2).mean(1)
-    voters = n if evidence.valid is None else evidence.valid.sum(1, keepdim=True)
-    return total / voters
+        total = rows.sum(2) if total is None else total + rows.sum(2)
+    assert total is not None
+    return total / (n if evidence.valid is None else evidence.valid.sum(1)[:, None, None])
+
+
+def received_attention(evidence: Evidence, chunk: int = 256) -> Tensor:
+    """(B,N) attention that every token receives, averaged over heads and queries; see :func:`received_by_head`."""
+    return received_by_head(evidence, chunk).mean(1)
 
 
 def importance(evidence: Evidence) -> Tensor:
     """(B,N) attention from the class token, or, in a model without one, the mean attention received."""
     return cls_attention(evidence) if evidence.cls else received_attention(evidence)
+
+
+def excluded(evidence: Evidence) -> Tensor | None:
+    """(B, N-prefix) bool of the tokens behind the prefix that take no part: protected by a mask, or not there.
+
+    None in the usual case that protection is a count and every token is real.
+    """
+    p = evidence.prefix
+    masked = isinstance(evidence._protected, Tensor) or evidence.visual is not None
+    out = evidence.fixed() if masked else None
+    if evidence.valid is not None:
+        out = ~evidence.valid if out is None else out | ~evidence.valid
+    return None if out is None else out[:, p:]
 
 
 def select(scores: Tensor, k: int, evidence: Evidence, *, by_score: bool = False) -> Tensor:

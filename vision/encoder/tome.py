@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.budget import check_count, check_keep, count, layer_schedule, linear
+from tokenreduce.budget import check_count, check_keep, count
 from tokenreduce.evidence import Evidence
 from tokenreduce.matching import bipartite, clamp_r
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
+from tokenreduce.schedule import Scheduled
 from tokenreduce.scoring import finite, key_metric, unit
 
 __all__ = ["ToMe", "ToMeKth"]
-
-
-@dataclass(frozen=True)
-class Scheduled(Reducer):
-    """Settings shared by methods that remove ``r`` tokens per layer.
-
-    ``r`` is a number for every layer, ``(r, inflection)`` as in ToMe's code (or ``r`` with ``inflect``), or a list
-    with one number per layer. ``keep`` instead of ``r`` names what is left of the patch tokens after the last layer,
-    a count or a ratio, reached by equal steps.
-    """
-
-    r: int | Sequence[int] = 0
-    inflect: float = 0.0
-    keep: int | float | None = None
-
-    def __post_init__(self) -> None:
-        r = self.r
-        if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
-            object.__setattr__(self, "inflect", r[1])
-            object.__setattr__(self, "r", r[0])
-        elif isinstance(r, Sequence) and not isinstance(r, str):
-            object.__setattr__(self, "r", tuple(r))
-        check_keep(self.keep)
-        layer_schedule(self.r, len(self.r) if isinstance(self.r, tuple) else 1, self.inflect)
-        if self.keep is not None and self.r != 0:
-            raise ValueError("give r or keep, not both")
-
-    def acts(self, layer: int, depth: int) -> bool:
-        return self.keep is not None or layer_schedule(self.r, depth, self.inflect)[layer] > 0
-
-    def amount(self, evidence: Evidence) -> int:
-        """Tokens to remove at this layer."""
-        if self.keep is not None:
-            protected = evidence.n - evidence.free()
-            left = linear(self.keep, evidence.entry - protected, evidence.layer, evidence.depth)
-            return max(0, evidence.free() - left)
-        depth = max(evidence.depth, len(self.r) if isinstance(self.r, tuple) else 1)
-        return layer_schedule(self.r, depth, self.inflect)[evidence.layer]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Methods that act inside the language model during prefill, one file each."""

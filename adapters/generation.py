@@ -1,0 +1,153 @@
+"""One generation of a language model with fewer tokens: what was dropped from which layer on, and the masks that follow.
+
+Three index spaces meet in a prompt: visual tokens, columns of the prompt as the caller sees it, and slots of a layer's
+cache after tokens were dropped. :class:`Run` maps between them and nothing else does. A run travels with the calls of
+its generation as a keyword argument and, between steps, as an attribute of the cache object, so interleaved
+generations and threads never mix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.plan import Plan
+
+__all__ = ["KEYWORD", "Cut", "Run", "Step", "attach_run", "columns_kept", "gather_mask", "run_of"]
+
+#: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
+KEYWORD = "tokenreduce_step"
+_ON_CACHE = "_tokenreduce_run"
+
+
+def columns_kept(plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """``(index, valid)`` of a plan over columns: (B,K) ascending, empty slots on the left."""
+    index, valid = plan.representatives(), plan.validity()
+    if valid is None:
+        return index.sort(dim=1).values, None
+    order = torch.where(valid, index, index - plan.n).argsort(dim=1, stable=True)
+    return index.gather(1, order), valid.gather(1, order)
+
+
+@dataclass
+class Cut:
+    """From ``layer`` on, only the prompt columns ``index`` (B,K) are left; ``valid`` marks real slots."""
+
+    layer: int
+    index: Tensor
+    valid: Tensor | None
+    #: (B,K) whether a slot may be attended to, padding included; None when all may.
+    seen: Tensor | None = None
+
+
+@dataclass
+class Run:
+    """State of one generation. ``length`` L is the prompt's number of columns, ``mask`` (B,L) its padding or None."""
+
+    length: int
+    visual: Tensor
+    mask: Tensor | None
+    cuts: list[Cut] = field(default_factory=list)
+    calls: dict[int, Any] = field(default_factory=dict)
+
+    def cut_at(self, layer: int) -> Cut | None:
+        """The cut that holds in ``layer``: the last one at or before it."""
+        held = [c for c in self.cuts if c.layer <= layer]
+        return held[-1] if held else None
+
+    def cut(self, layer: int, plan: Plan) -> Cut:
+        """Drop columns from ``layer`` on; ``plan`` indexes the columns that an earlier cut left."""
+        index, valid = columns_kept(plan)
+        before = self.cut_at(layer)
+        if before is not None:
+            if before.valid is not None:
+                mine = before.valid.gather(1, index)
+                valid = mine if valid is None else valid & mine
+            index = before.index.gather(1, index)
+        seen = valid
+        if self.mask is not None:
+            padding = self.mask.gather(1, index)
+            seen = padding if seen is None else seen & padding
+        made = Cut(layer, index, valid, seen)
+        self.cuts.append(made)
+        return made
+
+    def column_mask(self, layer: int) -> Tensor | None:
+        """(B,K) which of the slots that ``layer`` sees in prefill are real tokens."""
+        cut = self.cut_at(layer)
+        return self.mask if cut is None else cut.seen
+
+    def visual_at(self, layer: int) -> Tensor:
+        """(B,K) which of the slots that ``layer`` sees in prefill are visual tokens."""
+        cut = self.cut_at(layer)
+        if cut is None:
+            return self.visual
+        visual = self.visual.gather(1, cut.index)
+        return visual if cut.valid is None else visual & cut.valid
+
+    def decode_mask(self, layer: int, past: int, queries: int, slots: int) -> Tensor | None:
+        """(B,1,Q,S) bool for ``layer`` in decode: its cache holds ``past`` tokens and S ``slots``, filled or not.
+
+        None when everything may be seen.
+        """
+        cut = self.cut_at(layer)
+        assert cut is not None
+        if cut.seen is None and queries == 1 and slots == past + 1:
+            return None
+        batch, k = cut.index.shape
+        device = cut.index.device
+        new = torch.ones(batch, slots - k, dtype=torch.bool, device=device)
+        prompt = torch.ones(batch, k, dtype=torch.bool, device=device) if cut.seen is None else cut.seen
+        real = torch.cat([prompt, new], 1)[:, None, None, :]
+        ahead = torch.arange(slots, device=device) > past + torch.arange(queries, device=device)[:, None]
+        return real & ~ahead
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the model within a run."""
+
+    run: Run
+    prefill: bool
+
+
+def run_of(cache: Any) -> Run | None:
+    """The run that a cache belongs to."""
+    return getattr(cache, _ON_CACHE, None)
+
+
+def attach_run(cache: Any, run: Run) -> None:
+    setattr(cache, _ON_CACHE, run)
+
+
+def gather_mask(mask: Tensor | None, index: Tensor, valid: Tensor | None, slots: int) -> Tensor | None:
+    """A prefill mask (B or 1,1,N,S) for the columns ``index`` (B,K); None (plain causal) stays None where it can.
+
+    ``slots`` is the number of keys that the layer will see: K, or more for a static cache, whose empty slots stay
+    hidden. Slots that are not there (``valid`` False) see themselves, so that no row is empty, and nobody else sees
+    them.
+    """
+    b, k = index.shape
+    if mask is None:
+        if valid is None:
+            return None
+        out = torch.ones(k, k, dtype=torch.bool, device=index.device).tril().expand(b, 1, k, k)
+    else:
+        full = mask.expand(b, -1, -1, -1)
+        rows = full.gather(2, index[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3]))
+        out = rows.gather(3, index[:, None, None, :].expand(-1, full.shape[1], k, -1))
+    lowest = False if out.dtype == torch.bool else torch.finfo(out.dtype).min
+    if slots > k:
+        out = torch.cat([out, out.new_full((*out.shape[:3], slots - k), lowest)], 3)
+    if valid is None:
+        return out
+    there = torch.ones(b, slots, dtype=torch.bool, device=index.device)
+    there[:, :k] = valid
+    hidden = ~there[:, None, None, :]
+    own = hidden & torch.eye(k, slots, dtype=torch.bool, device=index.device)
+    if out.dtype == torch.bool:
+        return (out & ~hidden) | own
+    return out.masked_fill(hidden, lowest).masked_fill(own, 0.0)

@@ -1,0 +1,111 @@
+"""A registered attention function for transformers models: it shows an adapter the queries, keys and values.
+
+Attention modules of transformers 5 look their kernel up by a name in their config. An adapter gives each attention
+module that it patches a copy of its config with our name (:func:`listen`), so models that share the config object
+keep theirs, and hands every call a :class:`Call`. :func:`attend` fills it in and ends in the model's own
+implementation, looked up at that moment: numerics and speed are stock, and ``model.set_attn_implementation`` works on
+a patched model.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tokenreduce.patching import Undo
+
+__all__ = ["CALL", "NAME", "Call", "attend", "listen"]
+
+#: Our name among the attention implementations.
+NAME = "tokenreduce"
+#: Keyword under which attention modules that pass their kwargs on can carry a :class:`Call`.
+CALL = "tokenreduce_call"
+_STOCK = "_tokenreduce_stock"
+
+
+class Call:
+    """One call of an attention module: what goes in besides the features, and what was seen.
+
+    It travels as the module's ``attention_mask`` (which every module hands on untouched) or as keyword :data:`CALL`.
+
+    Args:
+        mask: the mask to use: the stock one, or a bias (B,1,1,N) to add to the logits.
+        bias: whether ``mask`` is such a bias. It is cast to the queries' dtype, and implementations that take no
+            additive mask (flash, flex) are replaced by sdpa for this call.
+        record: keep queries, keys and values.
+        rotate: ``(rotate_function, cos, sin)`` to rotate queries and keys here, after they were recorded; the module
+            itself must then have been given empty tables.
+    """
+
+    __slots__ = ("bias", "keys", "mask", "queries", "record", "rotate", "rotated", "values")
+
+    def __init__(
+        self,
+        mask: Any = None,
+        *,
+        bias: bool = False,
+        record: bool = False,
+        rotate: tuple[Callable[..., tuple[Tensor, Tensor]], Tensor, Tensor] | None = None,
+    ) -> None:
+        self.mask, self.bias, self.record, self.rotate = mask, bias, record, rotate
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.rotated: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Stock:
+    """What a patched attention module would use: the config it shares with its model, and its eager function."""
+
+    config: Any
+    eager: Callable[..., Any]
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function: (B,H,N,d) each to (B,N,H,d) and whatever weights the stock implementation returns."""
+    stock: _Stock = module.__dict__[_STOCK]
+    name = stock.config._attn_implementation
+    call = attention_mask if isinstance(attention_mask, Call) else kwargs.pop(CALL, None)
+    if call is not None:
+        attention_mask = call.mask
+        if call.record:
+            call.queries, call.keys, call.values = query, key, value
+        if call.rotate is not None:
+            turn, cos, sin = call.rotate
+            query, key = turn(query, key, cos, sin)
+            call.rotated = (query, key)
+        if call.bias and attention_mask is not None:
+            attention_mask = attention_mask.to(query.dtype)
+            if name not in ("sdpa", "eager"):
+                name = "sdpa"
+    stock_function = ALL_ATTENTION_FUNCTIONS.get_interface(name, stock.eager)
+    return stock_function(module, query, key, value, attention_mask, **kwargs)
+
+
+def listen(module: nn.Module, undo: Undo, copies: dict[int, Any]) -> None:
+    """Let ``module`` call :func:`attend`. ``copies`` keeps one copied config per shared one."""
+    config: Any = module.config
+    if id(config) not in copies:
+        mine = copy.copy(config)
+        # The property's setter would reach into sub-configs, which the copy shares with the model.
+        mine.__dict__["_attn_implementation_internal"] = NAME
+        copies[id(config)] = mine
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    undo.set(module, _STOCK, _Stock(config, eager))
+    undo.set(module, "config", copies[id(config)])
+
+
+AttentionInterface.register(NAME, attend)
+# Without a mask function of this name a model would silently run without any mask.
+AttentionMaskInterface.register(NAME, sdpa_mask)

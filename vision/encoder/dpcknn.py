@@ -1,0 +1,123 @@
+"""DPC-KNN clustering as in TCFormer (arXiv 2204.08680): density peaks become tokens, the others join the nearest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenreduce.budget import check_count, check_keep
+from tokenreduce.evidence import Evidence
+from tokenreduce.plan import Identity, Merge, Plan
+from tokenreduce.reducer import Reducer
+from tokenreduce.schedule import check_layers, stage_layers, staged
+from tokenreduce.scoring import descending, distances, excluded, finite
+
+__all__ = ["DPCKNN"]
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08680", title="DPC-KNN token clustering"):
+    """DPC-KNN: clusters the input of a few blocks and merges every cluster into its centre's place.
+
+    With D the Euclidean distance over sqrt(channels), a token's density is exp(-mean D^2 to its k nearest tokens,
+    itself included), its isolation the distance to the nearest denser token (for the densest: the largest distance of
+    the sample). Centres are the tokens with the highest product; every token joins the nearest centre.
+
+    Args:
+        sample_ratio: share of the patch tokens that become centres in each acting layer, ceil(ratio * T) of the T
+            present, computed with a tolerance of 1e-6.
+        k: neighbours in the density; at most the number of tokens are used.
+        layers: 0-based layers whose input is clustered; a quarter, half and three quarters of the depth by default.
+        keep: instead of ``sample_ratio``: patch tokens left after the last acting layer, by equal ratios.
+        weighted: whether the mean of a cluster counts a token by its size (what it stands for), so that repeated
+            clustering gives means of patches. The published training-free setting has equal weights: False.
+        order: clusters by their centre's "position", or by "score", highest first, as the published code has them.
+        prop_attn: proportional attention. Off by default, as published; sizes are tracked in any case.
+
+    Decisions: equally dense tokens count the lower index as the denser (the published code adds noise); scores are
+    compared as logarithms, which is the same order without underflow; means have no epsilon in the denominator;
+    tokens that are not there are no neighbour of any, become centres last and weigh nothing. Ties between centres go
+    to the higher score in either order.
+
+    Raises ``ValueError`` for settings outside these ranges, layers the model does not have, or ``keep`` given
+    together with ``sample_ratio``.
+    """
+
+    sample_ratio: float = 0.25
+    k: int = 5
+    layers: tuple[int, ...] | None = None
+    keep: int | float | None = None
+    weighted: bool = True
+    order: str = "position"
+    prop_attn: bool = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_count(self.k, "k", 1)
+        ratio = self.sample_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise ValueError(f"sample_ratio is in (0, 1], not {ratio!r}")
+        if self.keep is not None and ratio != DPCKNN.sample_ratio:
+            raise ValueError("give sample_ratio or keep, not both")
+        if self.order not in ("position", "score"):
+            raise ValueError(f"order is 'position' or 'score', not {self.order!r}")
+        check_layers(self.layers, "layers")
+
+    def acts(self, layer: int, depth: int) -> bool:
+        return layer in stage_layers(self.layers, depth, "layers")
+
+    def plan(self, evidence: Evidence) -> Plan:
+        free, layers = evidence.free(), stage_layers(self.layers, evidence.depth, "layers")
+        if evidence.layer not in layers or free < 1:
+            return Identity.like(evidence.x)
+        if self.keep is not None:
+            left = staged(self.keep, evidence, layers)
+        else:
+            left = max(1, math.ceil(self.sample_ratio * free - 1e-6))
+        return Identity.like(evidence.x) if left >= free else self._cluster(left, evidence)
+
+    def _cluster(self, left: int, evidence: Evidence) -> Plan:
+        n, p, out = evidence.n, evidence.prefix, excluded(evidence)
+        d = distances(evidence.x[:, p:]) / math.sqrt(evidence.x.shape[-1])
+        scores = finite(self._scores(d, out), evidence)
+        if out is not None:
+            d = d.masked_fill(out[:, None], float("inf"))
+            if (fixed := evidence.fixed()) is not None:
+                scores = scores.masked_fill(fixed[:, p:], float("inf"))
+        batch, t = scores.shape
+        k = left + t - evidence.free()  # tokens protected by a mask are clusters of their own
+        centres = descending(scores)[:, :k]
+        assign = d.gather(2, centres.unsqueeze(1).expand(-1, t, -1)).argmin(-1)
+        if self.order == "position":
+            centres, place = centres.sort(dim=-1)
+            assign = place.argsort(dim=-1).gather(1, assign)
+        is_centre = torch.zeros_like(scores).scatter(1, centres, 1.0)
+        members = is_centre.argsort(dim=-1, stable=True)[:, : t - k]
+        lead = torch.arange(p, device=d.device).expand(batch, -1)
+        real = None if evidence.valid is None else evidence.valid.float()
+        keep, dst = torch.cat([lead, p + centres], 1), p + assign.gather(1, members)
+        return Merge(n, keep, p + members, dst, weights=real, by_size=self.weighted)
+
+    def _scores(self, d: Tensor, out: Tensor | None) -> Tensor:
+        """(B,T) log of density times isolation, from distances (B,T,T)."""
+        if out is not None:
+            d = d.masked_fill(out[:, :, None] | out[:, None], float("inf"))
+        nearest = d.topk(min(self.k, d.shape[1]), largest=False).values
+        there = ~nearest.isinf()
+        squares = torch.where(there, nearest.square(), 0.0).sum(-1)
+        density = -squares / there.sum(-1).clamp(min=1)
+        if out is not None:
+            density = density.masked_fill(out, float("-inf"))
+        rank = descending(density).argsort(dim=-1)
+        denser = rank[:, None] < rank[:, :, None]
+        isolation = d.masked_fill(~denser, float("inf")).amin(-1)
+        widest = d.masked_fill(d.isinf(), 0.0).amax((1, 2)).unsqueeze(1)
+        isolation = torch.where(rank == 0, widest, isolation)
+        # A duplicate of a denser token scores zero: below every other token, above those that are not there.
+        scores = torch.where(isolation == 0, _LOWEST, density + isolation.log())
+        return scores if out is None else scores.masked_fill(out, float("-inf"))
