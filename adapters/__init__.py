@@ -40,7 +40,11 @@ def supported() -> dict[str, tuple[str, ...]]:
     """Names of the model families per library, for messages and documentation; imports nothing heavy."""
     return {
         "timm": ("VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP, ...)", "Eva (EVA02, DINOv3, RoPE ViTs)"),
-        "open_clip": ("VisionTransformer", "CLIP and CustomTextCLIP with it or with a timm tower"),
+        "open_clip": (
+            "VisionTransformer",
+            "CLIP, CustomTextCLIP and CoCa with it",
+            "CLIP and CustomTextCLIP with a timm tower",
+        ),
         "transformers": ("ViT", "CLIP", "SigLIP", "SigLIP2", "DINOv2", "DINOv3"),
     }
 
@@ -54,7 +58,9 @@ def _towers(model: nn.Module) -> list[tuple[ModuleType, Tower]]:
     return [
         (a, t)
         for a, t in found
-        if not any(o is not t and t.name.startswith(o.name + "." if o.name else "") and t.name != o.name for _, o in found)
+        if not any(
+            o is not t and t.name.startswith(o.name + "." if o.name else "") and t.name != o.name for _, o in found
+        )
     ]
 
 
@@ -123,6 +129,7 @@ class Description:
             name
             for name in list_methods(stage=stage)
             if all(need in site.evidence for site in sites for need in load_all()[name].needs)
+            and (load_all()[name].position != "input" or all(t.resizes for t in self.towers))
         ]
 
     def __str__(self) -> str:

@@ -325,6 +325,7 @@ class Tower:
     grid: tuple[int, int] | None
     evidence: tuple[str, ...]
     rope: str | None = None
+    resizes: bool = True  # whether the model takes smaller images, for methods that act on the input
 
     @property
     def tokens(self) -> int | None:

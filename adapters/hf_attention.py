@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenreduce.patching import Undo
 
-__all__ = ["CALL", "NAME", "Call", "attend", "listen"]
+__all__ = ["CALL", "NAME", "Call", "attend", "implementation", "listen"]
 
 #: Our name among the attention implementations.
 NAME = "tokenreduce"
@@ -91,6 +91,12 @@ def attend(
                 name = "sdpa"
     stock_function = ALL_ATTENTION_FUNCTIONS.get_interface(name, stock.eager)
     return stock_function(module, query, key, value, attention_mask, **kwargs)
+
+
+def implementation(module: Any) -> str:
+    """Name of the implementation that an attention module uses, whether we listen to it or not."""
+    stock: _Stock | None = vars(module).get(_STOCK)
+    return str((module.config if stock is None else stock.config)._attn_implementation)
 
 
 def listen(module: nn.Module, undo: Undo, copies: dict[int, Any]) -> None:

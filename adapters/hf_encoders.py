@@ -30,6 +30,7 @@ from transformers.models.vit import modeling_vit as vit
 from tokenreduce.adapters.encoder import (
     Attended,
     Reduced,
+    Site,
     State,
     Tower,
     attach_tower,
@@ -69,6 +70,7 @@ def _heads(x: Tensor, projection: nn.Module, width: int) -> Tensor:
 class _Layer(Reduced):
     """Layers called with ``(hidden_states, attention_mask, **kwargs)``; subclasses name their parts."""
 
+    _tokenreduce_site: Site
     norms: tuple[str, str] = ("norm1", "norm2")
     attention_name: str = "attention"
     out: str = "o_proj"
@@ -76,7 +78,7 @@ class _Layer(Reduced):
     by_keyword: bool = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-        if self._tokenreduce_site.layer == 0 and attention_mask is not None:  # type: ignore[attr-defined]
+        if self._tokenreduce_site.layer == 0 and attention_mask is not None:
             _note_padding(hidden_states, attention_mask)
         return self._run(hidden_states, Context(attention_mask, kwargs))
 
@@ -115,7 +117,8 @@ class _Layer(Reduced):
         old = core is not attn
         q = _heads(y, core.query if old else core.q_proj, width)
         k = _heads(y, core.key if old else core.k_proj, width)
-        needs = self._tokenreduce_site.reducer.gathers()  # type: ignore[attr-defined]
+        reducer = self._tokenreduce_site.reducer
+        needs = () if reducer is None else reducer.gathers()
         v = _heads(y, core.value if old else core.v_proj, width) if "values" in needs else None
         return Attended(x, q, k, v, self._rotate(q, k, context))
 
@@ -211,14 +214,14 @@ class ReducedDinov2RegistersLayer(_DinoLayer, dinov2_registers.Dinov2WithRegiste
     by_keyword = True
 
 
-class ReducedDINOv3Layer(_DinoLayer, dinov3.DINOv3ViTLayer):
+class ReducedDINOv3Layer(_DinoLayer, dinov3.DINOv3ViTLayer):  # type: ignore[misc]
     """Every remaining token keeps the rotary angles of its representative."""
 
     def _context(self, context: Any, state: State) -> Any:
         context = super()._context(context, state)
         if state.origin is None:
             return context
-        prefix = self._tokenreduce_site.prefix  # type: ignore[attr-defined]
+        prefix = self._tokenreduce_site.prefix
         rows = state.origin[:, prefix:] - prefix
         tables = tuple(t[rows].unsqueeze(1) for t in context.kwargs["position_embeddings"])  # (B,1,K,d)
         return context._replace(kwargs={**context.kwargs, "position_embeddings": tables})
@@ -457,10 +460,11 @@ def towers(model: nn.Module) -> Iterator[Tower]:
             grid = (size[0] // patch[0], size[1] // patch[1])
         reader, how = readers.get(id(module), (None, ""))
         rope = "pre" if family is _DINO3 else None
+        resizes = grid is not None and how != "dense" and not isinstance(module, BACKBONES)
         layers = tuple(module.get_submodule(family.layers).children())
         yield HFTower(
             name, module, f"transformers {family.title}", layers, {family.layer: family.patched},
-            family.prefix(config), family.cls, grid, EVIDENCE, rope, family, reader, how,
+            family.prefix(config), family.cls, grid, EVIDENCE, rope, resizes, family, reader, how,
         )  # fmt: skip
 
 
@@ -486,8 +490,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     for attn in attentions:
         listen(getattr(attn, "attention", attn), undo, copies)
     undo.pre_hook(module, check_inputs)
-    backbone = isinstance(module, BACKBONES)
-    if backbone:
+    if isinstance(module, BACKBONES):
         _attach_backbone(module, layout, prefix, undo)
     elif layout.norm is not None:
         undo.hook(getattr(module, layout.norm), carry_state)
@@ -500,7 +503,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
         undo.hook(module, functools.partial(regroup, how=tower.how, prefix=prefix))
     for reducer in reducers:
         if reducer.site() == "input":
-            _attach_resize(tower, layout, reducer, undo, dense=backbone or tower.how == "dense")
+            _attach_resize(tower, layout, reducer, undo)
 
 
 def _attach_backbone(module: Any, layout: Family, prefix: int, undo: Undo) -> None:
@@ -510,15 +513,18 @@ def _attach_backbone(module: Any, layout: Family, prefix: int, undo: Undo) -> No
     undo.hook(module.get_submodule(layout.norm), functools.partial(dense_norm, prefix=prefix))
 
 
-def _attach_resize(tower: Tower, layout: Family, reducer: Any, undo: Undo, *, dense: bool) -> None:
+def _attach_resize(tower: Tower, layout: Family, reducer: Any, undo: Undo) -> None:
     module: Any = tower.module
     if isinstance(module, siglip2.Siglip2VisionModel):
         raise ValueError(
-            "resize does not fit SigLIP2, whose processor cuts images into patches itself: "
+            f"{tower.family} cannot be resized here, its processor cuts images into patches: "
             "give the processor a smaller max_num_patches instead"
         )
-    if dense:
-        raise ValueError(f"resize does not fit {tower.family} here: the model lays its patches out on the full grid")
+    if not tower.resizes:
+        raise ValueError(
+            f"{tower.family} cannot be resized here: the model lays its patches out on the full grid; "
+            "give the model smaller images instead"
+        )
     patch = _pair(module.config.patch_size)
     undo.pre_hook(module.embeddings, functools.partial(resized_input, reducer=reducer, patch=patch, flag=layout.flag))
     if layout is _DINO3:

@@ -349,8 +349,9 @@ def _check(tower: Tower) -> None:
             f"{tower.family}: a sequence-first transformer loses the token sizes when it transposes; "
             "build it with batch_first=True"
         )
-    for attn, kind in pairs:
-        if type(attn) is not kind:  # a subclass may compute something else
+    for found, kind in pairs:
+        attn: Any = found
+        if type(found) is not kind:  # a subclass may compute something else
             raise TypeError(
                 f"{tower.family}: attention class {type(attn).__name__} is not supported; supported: {kind.__name__}"
             )

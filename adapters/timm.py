@@ -307,14 +307,17 @@ def pool(model: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
     return mean if kind == "avg" else 0.5 * (present.amax(dim=1) + mean)
 
 
-def forward_intermediates(model: Any, x: Tensor, indices: Any = None, **settings: Any) -> Any:
+def forward_intermediates(model: Any, resize: Any, x: Tensor, indices: Any = None, **settings: Any) -> Any:
     """timm's ``forward_intermediates`` with every layer's tokens expanded to the full grid (zero where dropped)."""
     wanted = settings.pop("output_fmt", "NCHW")
     b, _, height, width = x.shape
     with collect_states() as states:
         got = type(model).forward_intermediates(model, x, indices, output_fmt="NLC", **settings)
-    layers = feature_take_indices(len(model.blocks), indices)[0]
+    # timm returns the layers in ascending order, whatever order they were asked for.
+    layers = sorted(set(feature_take_indices(len(model.blocks), indices)[0]))
     rows, cols = model.patch_embed.dynamic_feat_size((height, width))
+    if resize is not None:  # a smaller image has a smaller grid
+        rows, cols = resize.grid((rows, cols))
 
     def dense(y: Tensor, layer: int) -> Tensor:
         y = expand_patches(y, states[layer], model.num_prefix_tokens)
@@ -385,7 +388,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     attach_tower(tower, reducers, undo)
     undo.hook(model.norm, carry_state)
     undo.set(model, "pool", functools.partial(pool, model))
-    undo.set(model, "forward_intermediates", functools.partial(forward_intermediates, model))
-    for reducer in reducers:
-        if reducer.site() == "input":
-            _attach_resize(model, reducer, undo)
+    resize = next((r for r in reducers if r.site() == "input"), None)
+    undo.set(model, "forward_intermediates", functools.partial(forward_intermediates, model, resize))
+    if resize is not None:
+        _attach_resize(model, resize, undo)

@@ -36,6 +36,8 @@ class Evidence:
         scale: factor on q·k; 1/sqrt(d) by default.
         proportional: whether attention rows carry the log-size bias, as they do in a model that uses it.
         causal: whether a query sees only keys at or before its own place, as in a language model.
+        mask: (B or 1,1,N,N) bool or additive: what each query sees in the model (sliding windows, prefixes that see
+            each other), in place of ``causal``.
         layer, depth: 0-based layer index and number of layers, for schedules.
         entry: number of tokens at the entry of the model, protected ones included; N by default.
     """
@@ -62,6 +64,7 @@ class Evidence:
         scale: float | None = None,
         proportional: bool = True,
         causal: bool = False,
+        mask: Tensor | None = None,
         layer: int = 0,
         depth: int = 1,
         entry: int | None = None,
@@ -77,7 +80,7 @@ class Evidence:
         self._protected = protected
         self.rope, self._scale, self.proportional = rope, scale, proportional
         self._rotated = rotated
-        self.causal = causal
+        self.causal, self.mask = causal, mask
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
@@ -171,7 +174,12 @@ class Evidence:
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scale = q.shape[-1] ** -0.5 if self._scale is None else self._scale
         logits = (q.float() * scale) @ k.float().transpose(-2, -1)
-        if self.causal:
+        if self.mask is not None:
+            seen = self.mask.expand(q.shape[0], 1, -1, -1)
+            if isinstance(rows, Tensor) or rows != "all":
+                seen = seen.gather(2, where[:, None, :, None].expand(q.shape[0], 1, -1, self.n))
+            logits = logits.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
+        elif self.causal:
             later = torch.arange(self.n, device=q.device) > where.unsqueeze(-1)
             logits = logits.masked_fill(later.unsqueeze(1), float("-inf"))
         bias = self.key_bias()

@@ -295,7 +295,7 @@ class Merge(Plan):
 
     - ``mode="mean"``: the mean of its members, weighted by size (``by_size``) times ``weights`` (B,N);
     - ``mode="sum"``: their sum under the same weights, not normalised;
-    - ``mode="max"``: the element-wise maximum.
+    - ``mode="max"``: the element-wise maximum; a source of weight 0 takes no part.
 
     ``norm="max"`` rescales a merged output to the largest norm among its members (MLERP). ``size_scale`` (B,R) damps
     the sizes that sources bring along. An output without sources keeps its token's value bit for bit in mode mean.
@@ -356,6 +356,8 @@ class Merge(Plan):
         if self.src.shape[1] == 0 and self.mode != "sum":
             return out
         if self.mode == "max":
+            if self.weights is not None:
+                rows = rows.masked_fill((self.weights.gather(1, self.src) == 0).unsqueeze(-1), float("-inf"))
             return out.scatter_reduce(1, self.dst.unsqueeze(-1).expand_as(rows), rows, "amax")
         w = self._weights(size)
         if self.mode == "sum":

@@ -111,13 +111,10 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
         there = ~nearest.isinf()
         squares = torch.where(there, nearest.square(), 0.0).sum(-1)
         density = -squares / there.sum(-1).clamp(min=1)
-        if out is not None:
-            density = density.masked_fill(out, float("-inf"))
         rank = descending(density).argsort(dim=-1)
         denser = rank[:, None] < rank[:, :, None]
+        # The densest token has none denser: infinity instead of the largest distance, it comes first either way.
         isolation = d.masked_fill(~denser, float("inf")).amin(-1)
-        widest = d.masked_fill(d.isinf(), 0.0).amax((1, 2)).unsqueeze(1)
-        isolation = torch.where(rank == 0, widest, isolation)
         # A duplicate of a denser token scores zero: below every other token, above those that are not there.
         scores = torch.where(isolation == 0, _LOWEST, density + isolation.log())
         return scores if out is None else scores.masked_fill(out, float("-inf"))

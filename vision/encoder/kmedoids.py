@@ -74,7 +74,6 @@ class KMedoids(Reducer, name="kmedoids", needs=("attention",), position="after",
         finite(d.amax(-1), evidence)  # the features, too
         start = weight
         if out is not None:
-            weight = weight.masked_fill(out, 0.0)
             start = start.masked_fill(out, float("-inf"))
             if (fixed := evidence.fixed()) is not None:
                 start = start.masked_fill(fixed[:, p:], float("inf"))

@@ -147,13 +147,13 @@ class MCTF(
         scores = self._scores(evidence, received, a, b)
         first = r // 2 if self.bidirection else r
         best, partner = scores.max(-1)
-        order = descending(best)
+        order = descending(_empty_first(best, evidence, a))
         gone, stay = order[:, :first], order[:, first:].sort(dim=-1).values
         rest = stay.shape[1]
         if self.bidirection:
             again = scores.gather(1, stay.unsqueeze(-1).expand(-1, -1, scores.shape[2]))
             best, target = again.max(1)
-            order = descending(best)
+            order = descending(_empty_first(best, evidence, b))
             moved, left = order[:, : r - first], order[:, r - first :]
             # Output of every b-token: its own behind the a-tokens, or that of the a-token which it went into.
             place = torch.arange(p + rest, p + rest + left.shape[1], device=left.device).expand_as(left)
@@ -203,12 +203,17 @@ class MCTF(
         # The prefix is outside of the slices; a mask of protected tokens is not.
         blocked = evidence.fixed() if evidence.visual is not None or not evidence.prefix else None
         if evidence.valid is not None:
-            # Slots without a token fuse among themselves, behind all real pairs and before tokens without partner.
-            empty_a, empty_b = ~evidence.valid[:, a, None], ~evidence.valid[:, None, b]
-            scores = scores.masked_fill(empty_a ^ empty_b, float("-inf")).masked_fill(empty_a & empty_b, -1.0)
+            blocked = ~evidence.valid if blocked is None else blocked | ~evidence.valid
         if blocked is not None:
             scores = scores.masked_fill(blocked[:, a, None] | blocked[:, None, b], float("-inf"))
         return scores
+
+
+def _empty_first(best: Tensor, evidence: Evidence, at: slice) -> Tensor:
+    """Slots without a token go before tokens without a partner, whose features an empty slot would swallow."""
+    if evidence.valid is None:
+        return best
+    return torch.where(evidence.valid[:, at], best, best.clamp(min=-1.0))
 
 
 def _cap(evidence: Evidence) -> int:

@@ -1,0 +1,164 @@
+"""How rows are shown: the columns that tables share, their labels, and the order of rows."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenreduce.bench.picture import metric_label, percent
+from tokenreduce.bench.runs import Run
+from tokenreduce.bench.sweep import TOLERANCE, UNREDUCED
+
+__all__ = ["COLUMNS", "Column", "again", "cell", "columns", "compact", "failure", "label", "misses", "notes", "ordered"]
+
+
+def _share(value: Any) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _count(value: Any) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.1f}"
+
+
+def compact(tokens: Sequence[int], whole: bool = False) -> str:
+    """Tokens after each layer on few characters; runs of equal numbers are folded, long lists cut in the middle.
+
+    >>> compact([50, 50, 46, 46, 42, 26])
+    '50>46>42>26'
+    >>> compact([197, 181, 165, 149, 133, 117, 101])
+    '197>181>..>101'
+    >>> compact([50, 50, 46], whole=True)
+    '50 50 46'
+    """
+    if whole:
+        return " ".join(str(t) for t in tokens)
+    steps = [t for i, t in enumerate(tokens) if i == 0 or t != tokens[i - 1]]
+    shown = [str(t) for t in steps]
+    return ">".join(shown if len(shown) <= 4 else [*shown[:2], "..", shown[-1]])
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one key of a row is shown. ``drop`` orders what a narrow terminal leaves out (0: never, high: first)."""
+
+    key: str
+    label: str
+    text: Callable[[Any], str]
+    help: str
+    drop: int = 0
+
+
+#: Columns in the order of the table; a column stands where any row has its key. Tasks add theirs here.
+COLUMNS: tuple[Column, ...] = (
+    Column("tokens", "tokens", compact, "tokens after each layer, prefix tokens included", 3),
+    Column("final_tokens", "end", _count, "tokens after the last layer", 5),
+    Column("mean_tokens", "mean", _count, "mean tokens over the layers", 8),
+    Column("gmacs", "GMACs", lambda v: f"{v:.2f}" if v >= 1 else f"{v:.4f}", "giga multiply-adds per input", 4),
+    Column("flops", "FLOPs", lambda v: f"{v / 1e9:.3f} G", "operations per input, two per multiply-add", 9),
+    Column("share", "FLOPs %", _share, "FLOPs in percent of the unreduced model"),
+    Column("top1", "top-1 %", _share, "top-1 accuracy in percent, with its standard error"),
+    Column("top5", "top-5 %", _share, "top-5 accuracy in percent", 6),
+    Column("agreement", "agree %", _share, "share of inputs with the unreduced model's answer", 2),
+    Column("speedup", "speed-up", lambda v: f"{v:.2f}x",
+           "clock time of the stock model over this one: interleaved, median of per-round ratios"),
+    Column("images_per_s", "img/s", _count, "images per second", 3),
+    Column("peak_mb", "peak MB", _count, "peak memory of one forward above what was held before it", 4),
+    Column("reduction_share", "own %", _share, "share of the forward spent on making and applying plans", 7),
+)  # fmt: skip
+KNOWN = {c.key: c for c in COLUMNS}
+#: Keys of a row that are not results.
+INTERNAL = ("id", "method", "budget", "spec", "settings", "notes", "problems", "error", "traceback", "wall_s")
+
+
+def ordered(run: Run) -> list[dict[str, Any]]:
+    """Rows as tables show them: the unreduced model, then budget by budget from mild to strong, best first.
+
+    Rows that miss their budget stand behind those that meet it, and errors behind both.
+    """
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        first = row["id"] != UNREDUCED
+        value = row.get(run.metric)
+        budget = row.get("budget")
+        group = (first, budget is None, -(budget or 0))
+        return (*group, bool(row.get("error")), misses(row), value is None, -(value or 0), row["id"])
+
+    return sorted(run.rows, key=place)
+
+
+def columns(runs: Sequence[Run]) -> list[Column]:
+    """The known columns that occur, with the metric of a task that has no column of its own."""
+    keys = {key for run in runs for row in run.good for key, value in row.items() if value is not None}
+    out = [c for c in COLUMNS if c.key in keys]
+    for metric in dict.fromkeys(run.metric for run in runs):
+        if metric in keys and metric not in KNOWN:
+            text = _share if percent(metric) else lambda v: f"{v:.3f}"
+            label = metric_label(metric) + (" %" if percent(metric) else "")
+            at = next((i + 1 for i, c in enumerate(out) if c.key == "share"), len(out))
+            out.insert(at, Column(metric, label, text, metric_label(metric)))
+    return out
+
+
+def misses(row: dict[str, Any]) -> bool:
+    """Whether a row costs something else than its budget, so that it cannot be compared with the others there."""
+    budget, share = row.get("budget"), row.get("share")
+    return budget is not None and share is not None and abs(share - budget) > TOLERANCE
+
+
+def cell(row: dict[str, Any], column: Column) -> str:
+    """The text of one cell, "-" where there is no value; a metric brings its standard error, a missed budget a star."""
+    value = row.get(column.key)
+    if value is None:
+        return "-"
+    if column.key == "share" and misses(row):
+        return f"*{column.text(value)}"
+    error = row.get(f"{column.key}_stderr")
+    return column.text(value) + (f" ±{column.text(error)}" if error is not None else "")
+
+
+def label(row: dict[str, Any]) -> str:
+    """What stands in the method column."""
+    return UNREDUCED if row["id"] == UNREDUCED else str(row.get("spec") or row["id"])
+
+
+def failure(row: dict[str, Any]) -> str:
+    """The first line of a row's error, "" where there is none."""
+    return str(row["error"]).splitlines()[0] if row.get("error") else ""
+
+
+def notes(run: Run, brief: bool = False) -> list[str]:
+    """What the rows, the errors and unusable inputs have to say, a line each; ``brief`` cuts long lists."""
+    said: dict[str, list[str]] = {}
+    for row in ordered(run):
+        mine = said.setdefault(label(row), [])
+        mine += [str(n) for n in row.get("notes") or [] if str(n) not in mine]
+    who: dict[tuple[str, ...], list[str]] = {}  # rows that say the same share a line
+    for name, texts in said.items():
+        who.setdefault(tuple(texts), []).append(name)
+    lines = []
+    for texts, names in who.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        cut = f" (and {len(texts) - 1} more notes in report.html)" if brief and len(texts) > 2 else ""
+        lines += [f"{shown}: {text}{cut}" for text in (texts[:1] if cut else texts)]
+    lines += [f"{row['id']} failed: {failure(row)}" for row in run.errors]
+    problems = run.info.get("problems") or []
+    if problems:
+        many = "1 input" if len(problems) == 1 else f"{len(problems)} inputs"
+        lines.append(f"{many} could not be used, left out of every row:")
+        listed = problems[:5] if brief else problems
+        lines += [f"  {p.get('path', '?')}: {p.get('reason', '?')}" for p in listed]
+        if len(listed) < len(problems):
+            lines.append(f"  and {len(problems) - len(listed)} more, all listed in report.html")
+    if run.missing:
+        lines.append(f"{len(run.missing)} of {len(run.info.get('points', []))} rows are still to be measured")
+    if run.repaired:
+        lines.append(run.repaired)
+    return lines
+
+
+def again(run: Run) -> str:
+    """The command that made the run."""
+    command = run.info.get("command") or ""
+    return command if isinstance(command, str) else shlex.join(command)

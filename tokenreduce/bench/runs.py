@@ -1,0 +1,257 @@
+"""Run folders: ``run.json`` says what was measured on what, ``rows.jsonl`` grows by one line per measured point.
+
+A row is on the disk before the next one is measured, so a killed run loses nothing but the row it was working on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tokenreduce.bench.task import plain
+
+__all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "versions"]
+
+INFO, ROWS = "run.json", "rows.jsonl"
+#: What --fresh removes; nothing else in a folder is ever touched.
+OWN_FILES = (INFO, ROWS, "rows.csv", "pareto.png", "report.html")
+#: Entries of run.json that must agree before rows may stand in one table.
+IDENTITY = ("task", "settings", "versions", "hardware")
+
+
+@dataclass
+class Run:
+    """A run as it lies in its folder. ``rows`` has the last row of every point, in the order of the points."""
+
+    folder: Path
+    info: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    repaired: str = ""
+
+    @property
+    def metric(self) -> str:
+        return str(self.info.get("metric", "top1"))
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        """Rows that were measured."""
+        return [r for r in self.rows if not r.get("error")]
+
+    @property
+    def errors(self) -> list[dict[str, Any]]:
+        """Rows of points that raised."""
+        return [r for r in self.rows if r.get("error")]
+
+    @property
+    def missing(self) -> list[str]:
+        """Points that have no row yet."""
+        there = {r["id"] for r in self.rows}
+        return [p for p in self.info.get("points", []) if p not in there]
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int, str]:
+    """Rows, the number of bytes that hold complete rows, and what is wrong with the end ("" when nothing is).
+
+    Only the last line can be incomplete, because lines are appended whole. Raises ``ValueError`` for other damage.
+    """
+    raw = path.read_bytes() if path.exists() else b""
+    rows: list[dict[str, Any]] = []
+    position, number = 0, 0
+    while position < len(raw):
+        number += 1
+        end = raw.find(b"\n", position)
+        line = raw[position : len(raw) if end < 0 else end]
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or "id" not in row:
+                raise ValueError("it is no row")
+        except ValueError as error:
+            if end < 0 or end == len(raw) - 1:
+                return rows, position, f"the last line of {path} was cut off (a killed run)"
+            raise ValueError(
+                f"line {number} of {path} cannot be read ({error}); repair it by hand, or start again with --fresh"
+            ) from error
+        rows.append(row)
+        if end < 0:
+            return rows, len(raw), f"the last line of {path} had no line end (a killed run)"
+        position = end + 1
+    return rows, position, ""
+
+
+def _latest(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+    last = {r["id"]: r for r in rows}
+    return [last.pop(p) for p in order if p in last] + list(last.values())
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder without changing it. Raises ``FileNotFoundError`` or ``ValueError`` that say what to do."""
+    folder = Path(folder)
+    if not (folder / INFO).is_file():
+        found = sorted(p.parent.name for p in folder.glob(f"*/{INFO}")) if folder.is_dir() else []
+        hint = f"; run folders in it: {', '.join(found)}" if found else "; `tokenreduce bench ... --out` makes one"
+        raise FileNotFoundError(f"{folder} is no run folder: it has no {INFO}{hint}")
+    info = _read_info(folder)
+    rows, _, wrong = _read_rows(folder / ROWS)
+    return Run(folder, info, _latest(rows, info.get("points", [])), wrong)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    try:
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / INFO} cannot be read ({error}); start again with --fresh") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{folder / INFO} holds no run; start again with --fresh")
+    return info
+
+
+class RunWriter:
+    """An open run folder: appends rows and keeps ``run.json`` up to date. One writer per folder at a time."""
+
+    def __init__(self, run: Run, handle: BinaryIO) -> None:
+        self.run = run
+        self._handle = handle
+
+    def append(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write one row and wait until it is on the disk; an older row of the same point is replaced in ``run``."""
+        row = plain(row)
+        # One write call: an interrupt comes before or after it, so that the file always ends in a whole line.
+        self._handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        self.run.rows = _latest([*self.run.rows, row], self.run.info.get("points", []))
+        return row
+
+    def update(self, **info: Any) -> None:
+        """Change entries of ``run.json``; written whole and atomically, and only when something changed."""
+        info = plain(info)
+        if any(self.run.info.get(k) != v for k, v in info.items()):
+            self.run.info.update(info)
+            partial = self.run.folder / f"{INFO}.partial"
+            partial.write_text(json.dumps(self.run.info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(partial, self.run.folder / INFO)
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+@contextlib.contextmanager
+def open_run(folder: str | Path, info: dict[str, Any], *, fresh: bool = False) -> Iterator[RunWriter]:
+    """Open ``folder`` for writing, empty or with earlier rows of the same :data:`IDENTITY`.
+
+    A cut-off last line is taken away (``run.repaired`` says so). Raises ``OSError`` for a folder that cannot be
+    written or that another process writes to, and ``ValueError`` when it holds a run with other settings.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ROWS, "ab")  # noqa: SIM115 - closed below
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"cannot write to {folder}: {reason}; choose a folder that you may write to with --out"
+        ) from error
+    try:
+        _lock(handle, folder)
+        if fresh:
+            handle.truncate(0)
+            for name in OWN_FILES:
+                if name != ROWS:
+                    (folder / name).unlink(missing_ok=True)
+        writer = RunWriter(_resume(folder, plain(info), handle), handle)
+        writer.update(**{k: v for k, v in info.items() if k not in writer.run.info})
+        yield writer
+    finally:
+        handle.close()
+
+
+def _resume(folder: Path, info: dict[str, Any], handle: BinaryIO) -> Run:
+    rows, complete, wrong = _read_rows(folder / ROWS)
+    if not (folder / INFO).exists():
+        if rows or wrong:
+            raise ValueError(f"{folder} has {ROWS} but no {INFO}; start again with --fresh, or use another --out")
+        return Run(folder, {"format": 1, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+    there = _read_info(folder)
+    differences: list[str] = []
+    for key in IDENTITY:
+        if key in info:
+            differences += _differences(there.get(key), info[key], "" if key == "settings" else key)
+    if differences:
+        shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if len(differences) > 6 else "")
+        raise ValueError(
+            f"{folder} holds a run with other settings ({shown}). "
+            "Delete its rows with --fresh, or write to another folder with --out."
+        )
+    if wrong:
+        handle.truncate(complete)
+        if complete and not (folder / ROWS).read_bytes().endswith(b"\n"):
+            handle.write(b"\n")
+            handle.flush()
+            wrong += "; the row is whole and was kept"
+        else:
+            wrong += "; it was removed and its point is measured again"
+    return Run(folder, there, _latest(rows, there.get("points", [])), wrong)
+
+
+def _differences(there: Any, now: Any, name: str) -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in [*there, *(k for k in now if k not in there)]:
+            yield from _differences(there.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif there != now:
+        yield f"{name}: {_short(there)} there, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _lock(handle: BinaryIO, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows; two writers then are the user's own look-out
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(f"another process is writing to {folder}; wait for it, or choose another --out") from error
+    except OSError:  # some network file systems have no locks
+        return
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about results and speed; libraries that are not installed are left out."""
+    out = {"python": platform.python_version()}
+    for name in ("tokenreduce", "torch", "torchvision", "timm", "open_clip_torch", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            out[name] = metadata.version(name)
+    return out
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """The machine that times were measured on: processor, threads, and the GPU when ``device`` is one."""
+    import torch
+
+    out: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    out["system"] = f"{platform.system()} {platform.machine()}"
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        out["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        out["cuda"] = torch.version.cuda
+    return out
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,344 @@
+"""Where images come from: one reader per kind of data set. All of them are read by position."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenreduce.bench.labels import check_numbers, digits_of, match_names, shown
+from tokenreduce.bench.models import Loaded
+
+__all__ = ["EXTENSIONS", "READERS", "Problem", "Read", "Source", "kind_of"]
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
+KINDS = "digits, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
+#: Other names under which the split that was asked for may lie.
+SPLITS = {
+    "test": ("test", "val", "validation", "valid"),
+    "val": ("val", "validation", "valid", "test"),
+    "train": ("train", "training"),
+}
+Classes = tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An input that could not be used."""
+
+    path: str
+    reason: str
+
+
+class Source:
+    """``open(item)`` gives a PIL image (decoded or not) and may raise anything; ``where(item)`` names the item."""
+
+    def open(self, item: Any) -> Image.Image:
+        raise NotImplementedError("abstract")
+
+    def where(self, item: Any) -> str:
+        raise NotImplementedError("abstract")
+
+
+@dataclass
+class Read:
+    """What a reader found: items of a source with their labels, and what it could not use or had to assume."""
+
+    source: Source
+    items: list[Any]
+    labels: list[int]
+    classes: tuple[str, ...]
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """The reader for a data set's name, and the place behind a prefix. Raises ``ValueError`` for anything else."""
+    prefix, colon, place = name.partition(":")
+    if name == "digits":
+        return "digits", ""
+    if colon and prefix in ("folder", "hf", "wds"):
+        if not place:
+            raise ValueError(f"{name!r} names no place; write {prefix}:PATH")
+        return prefix, place
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json", "state.json")):
+            return "hf", name
+        return "wds" if any(path.glob("*.tar")) else "folder", name
+    if name.endswith(".tar"):
+        return "wds", name
+    what = "it is a file" if path.exists() else "there is no such folder"
+    raise ValueError(f"unknown data set {name!r}: {what}. Data sets are: {KINDS}")
+
+
+def _find_split(split: str, present: Sequence[str], where: str) -> tuple[str, list[str]]:
+    """The name under which a split is there, and a note where it is another one."""
+    found = next((s for s in SPLITS.get(split, (split,)) if s in present), None)
+    if found is None:
+        raise ValueError(f"{where} has no split {split!r}; it has: {', '.join(present)}. Fix: --split {present[0]}")
+    return found, [] if found == split else [f"there is no split {split}; {found} is used"]
+
+
+# -- the embedded digits -----------------------------------------------------------------------------------------------
+class _Digits(Source):
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels  # (n,28,28) uint8
+
+    def open(self, item: Any) -> Image.Image:
+        return Image.fromarray(self.pixels[item].numpy())
+
+    def where(self, item: Any) -> str:
+        return f"digit {item}"
+
+
+def _read_digits(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    from tokenreduce.zoo import digits
+
+    x, y = digits.load_data("test" if split in SPLITS["test"] else split)
+    pixels = ((x * digits.STD + digits.MEAN) * 255).round().to(torch.uint8)[:, 0]
+    index, names = match_names(digits_of(10), loaded, classes, "digits")
+    return Read(_Digits(pixels), list(range(len(y))), [index[i] for i in y.tolist()], names)
+
+
+# -- class folders -----------------------------------------------------------------------------------------------------
+class _Files(Source):
+    def open(self, item: Any) -> Image.Image:
+        return Image.open(item)
+
+    def where(self, item: Any) -> str:
+        return str(item)
+
+
+def _is_image(file: str) -> bool:
+    stem, _, ending = file.rpartition(".")
+    return bool(stem) and not file.startswith(".") and ending.lower() in EXTENSIONS
+
+
+def _split_folder(root: Path, split: str) -> tuple[Path, list[str]]:
+    """``root`` itself, or the folder of the split in it; a folder is a split only when it holds folders."""
+    usual = ("train", "training", "test", "val", "validation", "valid", split)
+    present = [n for n in dict.fromkeys(usual) if (root / n).is_dir() and any(p.is_dir() for p in (root / n).iterdir())]
+    if not present:
+        return root, []
+    found, notes = _find_split(split, present, str(root))
+    return root / found, notes
+
+
+def _read_folder(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    root = Path(place).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}")
+    root, notes = _split_folder(root, split)
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    loose = sorted(p.name for p in root.iterdir() if p.is_file() and _is_image(p.name))
+    if not folders:
+        raise ValueError(
+            f"{root} holds {f'{len(loose)} images but ' if loose else ''}no class folders; the layout is "
+            "FOLDER/class_name/image.jpg or FOLDER/val/class_name/image.jpg"
+        )
+    if loose:
+        notes.append(f"{len(loose)} images outside of class folders are left out: {shown(loose, 3)}")
+    files: dict[str, list[Path]] = {}
+    other: list[str] = []
+    for folder in folders:
+        files[folder] = []
+        for base, inner, found in os.walk(root / folder):
+            inner.sort()
+            for file in sorted(found):
+                if _is_image(file):
+                    files[folder].append(Path(base) / file)
+                elif not file.startswith("."):
+                    other.append(str((Path(base) / file).relative_to(root)))
+    if not any(files.values()):
+        raise ValueError(
+            f"{root} has class folders ({shown(folders)}) but no image in them; images end in {', '.join(EXTENSIONS)}"
+        )
+    if empty := [f for f in folders if not files[f]]:
+        notes.append(f"class folders without an image: {shown(empty)}")
+    if other:
+        notes.append(f"{len(other)} files that are no images are left out: {shown(other, 3)}")
+    index, names = match_names(folders, loaded, classes, str(root))
+    items = [f for folder in folders for f in files[folder]]
+    labels = [i for i, folder in zip(index, folders, strict=True) for _ in files[folder]]
+    return Read(_Files(), items, labels, names, notes)
+
+
+# -- Hugging Face data sets --------------------------------------------------------------------------------------------
+class _HuggingFace(Source):
+    """Items are row numbers; the image column is not decoded by the library, so that a broken image is one problem."""
+
+    def __init__(self, rows: Any, column: str, path: str) -> None:
+        self.rows, self.column, self.path = rows, column, path
+
+    def open(self, item: Any) -> Image.Image:
+        value = self.rows[item][self.column]
+        if value is None:
+            raise ValueError("the row has no image")
+        return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
+
+    def where(self, item: Any) -> str:
+        return f"{self.path}[{item}]"
+
+
+def _read_hf(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("datasets is not installed: pip install 'tokenreduce[data]'") from error
+    try:
+        rows = datasets.load_from_disk(str(Path(place).expanduser()))
+    except Exception as error:
+        raise ValueError(
+            f"{place} is not a data set on disk ({' '.join(str(error).split())[:200]}). Fix: write one with "
+            "datasets.load_dataset(...).save_to_disk(FOLDER) and give hf:FOLDER"
+        ) from error
+    notes: list[str] = []
+    if isinstance(rows, datasets.DatasetDict):
+        found, notes = _find_split(split, list(rows), place)
+        rows = rows[found]
+    image = _column(rows.features, datasets.Image, ("image", "img", "jpg", "png", "picture"), place)
+    label = _column(rows.features, datasets.ClassLabel, ("label", "labels", "cls", "class", "fine_label"), place)
+    values = list(rows.select_columns([label])[:][label])
+    source = _HuggingFace(rows.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image, place)
+    there = [v is not None and not (isinstance(v, int) and v < 0) for v in values]  # -1: a hidden test label
+    problems = [Problem(source.where(i), "the row has no label") for i, ok in enumerate(there) if not ok]
+    items = [i for i, ok in enumerate(there) if ok]
+    own = getattr(rows.features[label], "names", None)
+    if own is None and items and isinstance(values[items[0]], str):
+        own = sorted({values[i] for i in items})
+        number = {name: i for i, name in enumerate(own)}
+        values = [number.get(v) for v in values]
+    if own is None:
+        labels = [int(values[i]) for i in items]
+        return _numbered(Read(source, items, labels, (), notes, problems), loaded, classes, place)
+    index, names = match_names(own, loaded, classes, place)
+    return Read(source, items, [index[values[i]] for i in items], names, notes, problems)
+
+
+def _column(features: Any, kind: Any, usual: Sequence[str], place: str) -> str:
+    """The column of a feature type, by preference one with a usual name; a label may also be a plain number or text."""
+    typed = [n for n, f in features.items() if isinstance(f, kind)]
+    named = [n for n in usual if n in features]
+    if both := [n for n in named if n in typed]:
+        return both[0]
+    if len(typed) == 1:
+        return typed[0]
+    plain = [
+        n for n in named if str(getattr(features[n], "dtype", "")) in ("int64", "int32", "int16", "int8", "string")
+    ]
+    if not typed and plain and kind.__name__ == "ClassLabel":
+        return plain[0]
+    have = ", ".join(f"{name} ({type(f).__name__})" for name, f in features.items())
+    raise ValueError(
+        f"{place} has {'several' if typed else 'no'} columns of type {kind.__name__} and none is called {usual[0]!r}; "
+        f"its columns: {have}. Fix: rename the right one to {usual[0]!r} and cast it to datasets.{kind.__name__}"
+    )
+
+
+def _numbered(read: Read, loaded: Loaded, classes: Classes, place: str) -> Read:
+    """Labels that are bare numbers can only be trusted; say so."""
+    read.classes = check_numbers(read.labels, loaded, classes, place)
+    if loaded.kind == "classifier":
+        read.notes.append(f"the labels of {place} have no names; they are taken as output numbers of {loaded.name}")
+    return read
+
+
+# -- webdataset shards -------------------------------------------------------------------------------------------------
+class _Tar(Source):
+    """Items are (shard, member, offset, size)."""
+
+    def open(self, item: Any) -> Image.Image:
+        return Image.open(io.BytesIO(_bytes(item[0], item[2], item[3])))
+
+    def where(self, item: Any) -> str:
+        return f"{item[0]}:{item[1]}"
+
+
+def _bytes(shard: str, offset: int, size: int) -> bytes:
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _shards(place: str) -> list[str]:
+    """Shard files of a folder, a wildcard or a brace pattern, sorted. Raises ``ValueError`` for missing ones."""
+    path = Path(place).expanduser()
+    patterns = [str(path / "*.tar") if path.is_dir() else str(path)]
+    if "{" in patterns[0]:
+        try:
+            from braceexpand import braceexpand
+        except ImportError as error:
+            raise ImportError("brace patterns need webdataset: pip install 'tokenreduce[data]'") from error
+        patterns = list(braceexpand(patterns[0]))
+    out: list[str] = []
+    for pattern in patterns:
+        files = sorted(glob.glob(pattern)) if any(c in pattern for c in "*?[") else [pattern]
+        lost = [f for f in files if not Path(f).is_file()] if files else [pattern]
+        if lost:
+            raise ValueError(f"{place}: there is no shard {lost[0]}")
+        out += files
+    return out
+
+
+def _read_wds(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    read = Read(_Tar(), [], [], ())
+    for shard in _shards(place):
+        for key, parts in _samples(shard, read.problems):
+            image = next((parts[e] for e in EXTENSIONS if e in parts), None)
+            if image is None or "cls" not in parts:
+                lacks = "image" if image is None else ".cls label"
+                reason = f"the sample has no {lacks}; its parts: {', '.join(parts)}"
+                read.problems.append(Problem(f"{shard}:{key}", reason))
+                continue
+            text = _bytes(shard, *parts["cls"][1:])
+            if not text.strip().isdigit():
+                reason = f"the label is {text[:20]!r}, not the number of a class"
+                read.problems.append(Problem(f"{shard}:{key}", reason))
+                continue
+            read.items.append((shard, *image))
+            read.labels.append(int(text))
+    return _numbered(read, loaded, classes, place)
+
+
+def _samples(shard: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, tuple[str, int, int]]]]:
+    """Samples of a shard as webdataset groups them: consecutive members whose names agree up to the first dot."""
+    key = ""
+    parts: dict[str, tuple[str, int, int]] = {}
+    try:
+        with open(shard, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+            size = os.path.getsize(shard)
+            for member in tar:
+                folder, slash, file = member.name.rpartition("/")
+                stem, dot, ending = file.partition(".")
+                if not (member.isfile() and stem and dot):
+                    continue
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"it ends inside {member.name}")
+                if folder + slash + stem != key and parts:
+                    yield key, parts
+                    parts = {}
+                key = folder + slash + stem
+                parts[ending.lower()] = (member.name, member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        after = f" after {key}" if key else " (a compressed one must be unpacked first)"
+        problems.append(Problem(shard, f"the shard cannot be read{after}: {error}"))
+    if parts:
+        yield key, parts
+
+
+READERS: dict[str, Callable[[str, str, Loaded, Classes], Read]] = {
+    "digits": _read_digits,
+    "folder": _read_folder,
+    "hf": _read_hf,
+    "wds": _read_wds,
+}

@@ -1,0 +1,333 @@
+"""The sweep: every method at every budget on one task, row by row, able to continue where it stopped.
+
+A budget is a share of the unreduced model's FLOPs. Each method's ``keep`` is solved for it, so that the rows of one
+budget cost the same and differ in what they keep. ``random``, ``uniform`` and ``resize`` stand in every sweep.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tokenreduce.bench.runs import Run, hardware, open_run, versions
+from tokenreduce.bench.task import Task
+from tokenreduce.reducer import Reducer, build, format_spec, parse_spec
+from tokenreduce.registry import get_class, list_methods, parse
+
+__all__ = ["BASELINES", "BUDGETS", "UNREDUCED", "Point", "Solver", "Watch", "points", "split_methods", "sweep"]
+
+UNREDUCED = "unreduced"
+BASELINES = ("random", "uniform", "resize")
+BUDGETS = (0.75, 0.5, 0.35)
+#: A row may miss its budget by this share of the unreduced FLOPs before its notes say so.
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row to measure: a method (with fixed settings, if any) at a budget, or an explicit spec without one."""
+
+    id: str
+    method: str
+    spec: str
+    budget: float | None = None
+    solved: bool = False
+
+    @classmethod
+    def at(cls, spec: str, budget: float) -> Point:
+        return cls(f"{spec}@{budget:g}", spec, spec, budget, True)
+
+
+class Watch:
+    """What a sweep tells while it runs. The base class is silent."""
+
+    def say(self, message: str) -> None:
+        """Something the user should read once."""
+
+    def plan(self, total: int, done: int) -> None:
+        """``done`` of ``total`` points have a row already."""
+
+    def begin(self, point: Point) -> None:
+        """A point is about to be measured."""
+
+    def end(self, point: Point, row: dict[str, Any]) -> None:
+        """Its row is on the disk."""
+
+
+class Solver:
+    """Finds the ``keep`` at which a method costs a given share of the unreduced FLOPs. Evaluations are remembered."""
+
+    LEAST, FINE, STEPS = 0.001, 0.002, 18
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._base: int | None = None
+        self._seen: dict[str, dict[tuple[str, float], float]] = {}
+
+    @property
+    def base(self) -> int:
+        """FLOPs of the unreduced model."""
+        if self._base is None:
+            self._base = int(self.task.flops(()))
+            if self._base <= 0:
+                raise ValueError(f"the unreduced model counts {self._base} FLOPs; shares of it have no meaning")
+        return self._base
+
+    def share(self, reducers: Sequence[Reducer]) -> float:
+        """FLOPs with ``reducers`` as a share of the unreduced ones."""
+        return self.task.flops(tuple(reducers)) / self.base
+
+    def solve(self, spec: str, budget: float) -> tuple[Reducer, float]:
+        """The reducer nearest to ``budget`` and the share that it reaches.
+
+        Bisection with secant steps on ``keep``; methods that act in whole steps (or not monotonically) give the
+        nearest point seen. Equal steps down to one token still leave half of the FLOPs, so a method that also has the
+        number ``r`` of tokens to remove per layer is solved for ``r`` where ``keep`` does not reach far enough.
+        Raises ``ValueError`` for a method without ``keep``, or with ``keep`` given in its spec.
+        """
+        name, settings = parse_spec(spec)
+        kind = get_class(name)
+        known = {f.name: f.default for f in fields(kind)}
+        if "keep" not in known or "keep" in settings:
+            why = "fixes keep itself" if "keep" in settings else f"{name} has no setting keep to solve for"
+            raise ValueError(f"{spec!r} cannot be brought to a budget: {why}; measure it as it is with --reduce")
+        seen = self._seen.setdefault(spec, {})
+
+        def at(knob: str, value: float) -> float:
+            if (knob, value) not in seen:
+                seen[knob, value] = self.share((build(kind, {**settings, knob: value}),))
+            return seen[knob, value]
+
+        self._bisect(seen, at, budget)
+        if at("keep", self.LEAST) > budget + TOLERANCE and type(known.get("r")) is int and "r" not in settings:
+            self._bisect_count(at, budget)
+
+        # Rounded, so that equally near points are told apart: keep goes before r, and keeping more before less.
+        def distance(point: tuple[str, float]) -> tuple[float, str, float]:
+            return round(abs(seen[point] - budget), 6), point[0], -point[1] if point[0] == "keep" else point[1]
+
+        knob, value = min(seen, key=distance)
+        return build(kind, {**settings, knob: value}), seen[knob, value]
+
+    def _bisect(self, seen: dict[tuple[str, float], float], at: Callable[[str, float], float], budget: float) -> None:
+        # Start from the nearest points that earlier budgets evaluated on either side.
+        at("keep", self.LEAST), at("keep", 1.0)
+        found = {value: share for (knob, value), share in seen.items() if knob == "keep"}
+        low = max((k for k, s in found.items() if s <= budget), default=self.LEAST)
+        high = min((k for k, s in found.items() if s >= budget and k >= low), default=1.0)
+        for step in range(self.STEPS):
+            below, above = at("keep", low), at("keep", high)
+            if high - low <= self.FINE or min(abs(below - budget), abs(above - budget)) <= self.FINE:
+                return
+            span = above - below
+            part = 0.5 if step % 2 or span <= 0 else min(0.9, max(0.1, (budget - below) / span))
+            middle = round(low + part * (high - low), 4)
+            if middle in (low, high):
+                return
+            low, high = (low, middle) if at("keep", middle) > budget else (middle, high)
+
+    def _bisect_count(self, at: Callable[[str, float], float], budget: float) -> None:
+        low, high = 1, 2
+        while at("r", high) > budget and high < 1 << 16 and at("r", high) < at("r", low):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if at("r", middle) > budget else (low, middle)
+
+
+def split_methods(text: str) -> list[str]:
+    """``"tome,pitome"`` to its parts; a part may carry settings: ``"tome:prop_attn=false,inflect=0.5,pitome"``.
+
+    >>> split_methods("tome:prop_attn=false,inflect=0.5,pi*")
+    ['tome:prop_attn=false,inflect=0.5', 'pi*']
+    """
+    out: list[str] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        if out and ":" in out[-1] and "=" in part and ":" not in part:
+            out[-1] += "," + part
+        else:
+            out.append(part)
+    return out
+
+
+def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
+    """Sorted from mild to strong. Raises ``ValueError`` for a share outside (0, 1]."""
+    for budget in budgets:
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+            raise ValueError(f"a budget is a share of the unreduced FLOPs in (0, 1], for example 0.5, not {budget!r}")
+    return tuple(sorted({float(b) for b in budgets}, reverse=True))
+
+
+def check_methods(methods: Sequence[str], stage: str) -> list[str]:
+    """Names, wildcards and specs to specs. Raises ``ValueError`` for an unknown one or one of another stage."""
+    out: list[str] = []
+    for text in methods:
+        name, settings = parse_spec(text)
+        found = list_methods(name, stage=stage) if any(c in name for c in "*?[") else [name]
+        if not found:
+            raise ValueError(f"no {stage} method matches {name!r}; known: {', '.join(list_methods(stage=stage))}")
+        for each in found:
+            kind = get_class(each)
+            if kind.stage != stage:
+                raise ValueError(f"{each} acts at stage {kind.stage}, this benchmark sweeps stage {stage}")
+            build(kind, settings)
+            out.append(format_spec(each, settings))
+    return list(dict.fromkeys(out))
+
+
+def points(
+    task: Task,
+    solver: Solver,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    reduce: Sequence[str] = (),
+) -> list[Point]:
+    """The rows to measure: the unreduced model, baselines and methods at every budget, explicit specs.
+
+    ``methods`` None takes all that the model can serve, unless ``reduce`` names specs: then only those are measured.
+    Every explicit spec is put into the budget that it happens to hit, or gets baselines at its own FLOPs.
+    """
+    stage = task.stage
+    known = list_methods(stage=stage)
+    baselines = [b for b in BASELINES if b in known]
+    if methods is None:
+        chosen = [] if reduce else [m for m in task.methods() if m not in BASELINES]
+    else:
+        chosen = [m for m in check_methods(methods, stage) if m not in BASELINES]
+    shares = check_budgets(budgets) if chosen or not reduce else ()
+    out = [Point(UNREDUCED, UNREDUCED, "", 1.0)]
+    for budget in shares:
+        out += [Point.at(spec, budget) for spec in (*baselines, *chosen)]
+    hit = list(shares)
+    for text in reduce:
+        reducers = parse(text)
+        if not reducers:
+            raise ValueError(f"--reduce {text!r} names no method; choose from {', '.join(known)}")
+        spec = "+".join(r.spec() for r in reducers)
+        label = "+".join(r.name for r in reducers)
+        try:
+            share = solver.share(reducers)
+        except Exception:  # measuring it gives the same error, and its row keeps it
+            out.append(Point(spec, label, spec))
+            continue
+        near = [b for b in hit if abs(b - share) <= TOLERANCE / 3]
+        if not near:
+            near = [round(share, 3)]
+            hit += near
+            out += [Point.at(b, near[0]) for b in baselines]
+        out.append(Point(spec, label, spec, near[0]))
+    return list({p.id: p for p in out}.values())
+
+
+def _measure(task: Task, solver: Solver, point: Point, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a point; one that solves to the settings of an earlier row takes over its results."""
+    notes: list[str] = []
+    if point.id == UNREDUCED:
+        reducers: tuple[Reducer, ...] = ()
+    elif point.solved:
+        assert point.budget is not None
+        one, reached = solver.solve(point.spec, point.budget)
+        reducers = (one,)
+        if abs(reached - point.budget) > TOLERANCE:
+            wanted, got = f"{100 * point.budget:.4g} %", f"{100 * reached:.1f} %"
+            notes.append(f"cannot reach {wanted} of the FLOPs; {got} is the nearest that its settings allow")
+    else:
+        reducers = parse(point.spec)
+    spec = "+".join(r.spec() for r in reducers)
+    twin = next((r for r in rows if reducers and r["spec"] == spec), None)
+    if twin is not None:
+        same = {k: v for k, v in twin.items() if k not in ("id", "method", "budget", "wall_s", "same_as")}
+        own = [n for n in twin["notes"] if not n.startswith("cannot reach")]
+        return {**same, "notes": [*notes, *own], "same_as": twin.get("same_as", twin["id"])}
+    row = dict(task.measure(reducers))
+    row["spec"] = spec
+    row["settings"] = [r.to_json() for r in reducers]
+    row["share"] = row.get("flops", solver.base) / solver.base
+    row["notes"] = [*notes, *row.get("notes", [])]
+    return row
+
+
+def sweep(
+    task: Task,
+    out: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    reduce: Sequence[str] = (),
+    fresh: bool = False,
+    device: str = "cpu",
+    command: str = "",
+    watch: Watch | None = None,
+) -> Run:
+    """Measure every point of the sweep that ``out`` does not hold yet, and return the run with all rows.
+
+    Rows that raised are kept with their message and tried again by the next call. Raises ``ValueError`` for bad
+    settings or a folder with other settings, ``OSError`` for a folder that cannot be written, all before any
+    computing, and whatever the unreduced model raises: without it there is nothing to compare with.
+    """
+    watch = watch or Watch()
+    check_budgets(budgets)
+    for text in reduce:
+        parse(text)
+    if methods is not None:
+        check_methods(methods, task.stage)
+    info = {
+        "task": task.name,
+        "metric": task.metric,
+        "settings": task.settings(),
+        "versions": versions(),
+        "hardware": hardware(device),
+        "command": command,
+        "points": [],
+        "problems": [],
+    }
+    with open_run(out, info, fresh=fresh) as writer:
+        run = writer.run
+        if run.repaired:
+            watch.say(run.repaired)
+        task.prepare()
+        solver = Solver(task)
+        todo = points(task, solver, methods, budgets, reduce)
+        ids = [p.id for p in todo]
+        _check_points(run, ids)
+        writer.update(points=ids, command=command, problems=task.problems or run.info.get("problems", []))
+        done = {r["id"] for r in run.good}
+        if run.rows:
+            again = f"; {len(run.errors)} with an error are measured again" if run.errors else ""
+            watch.say(f"{len(done)} of {len(ids)} rows are there already in {run.folder}{again}")
+        watch.plan(len(ids), len(done))
+        for point in todo:
+            if point.id in done:
+                continue
+            watch.begin(point)
+            began = time.perf_counter()
+            row: dict[str, Any] = {"id": point.id, "method": point.method, "budget": point.budget, "spec": point.spec}
+            try:
+                row.update(_measure(task, solver, point, run.good))
+            except Exception as error:
+                if point.id == UNREDUCED:
+                    raise
+                row["error"] = f"{type(error).__name__}: {error}"
+                row["traceback"] = traceback.format_exc(limit=-4)
+            row["wall_s"] = round(time.perf_counter() - began, 3)
+            row = writer.append(row)
+            if task.problems:
+                writer.update(problems=task.problems)
+            watch.end(point, row)
+        return run
+
+
+def _check_points(run: Run, ids: list[str]) -> None:
+    """Rows may be added to a run, never left behind: a folder always belongs to the last command."""
+    lost = [r["id"] for r in run.rows if r["id"] not in ids]
+    if lost:
+        shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        raise ValueError(
+            f"{run.folder} holds rows that this sweep does not ask for ({shown}): "
+            "its methods, budgets or --reduce differ. Name those as well, "
+            "delete all rows with --fresh, or write to another folder with --out."
+        )

@@ -1,0 +1,408 @@
+"""The vision task: accuracy, FLOPs, clock time and memory of an image model with and without reducers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenreduce.bench.data import Batch, Images, load_data
+from tokenreduce.bench.models import Loaded, load_model
+from tokenreduce.measure.flops import gmacs
+from tokenreduce.measure.memory import peak_bytes
+from tokenreduce.measure.timing import interleaved
+from tokenreduce.patching import describe, patched
+from tokenreduce.reducer import Reducer
+from tokenreduce.trace import record
+
+__all__ = ["AMP", "VisionTask", "neighbours"]
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: Decoded images up to this many bytes stay in memory, so that a sweep decodes them once.
+CACHE = 1 << 30
+#: Images over which FLOPs and tokens are averaged where they depend on the image.
+FLOP_IMAGES = 8
+#: Neighbours and temperature of the k-nn classifier for models without a head (DINO, 2104.14294).
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+
+
+class _Cost(NamedTuple):
+    flops: int
+    tokens: list[float]
+    entry: float
+    notes: list[str]
+
+
+class _Answers(NamedTuple):
+    """Evaluated images: positions ``ids``, labels ``y`` (n,), best classes ``top`` (n, up to 5) with -1 for none."""
+
+    ids: Tensor
+    y: Tensor
+    top: Tensor
+    broken: int
+
+
+@dataclass
+class _Ready:
+    """What :meth:`VisionTask.prepare` made. ``kept`` are the decoded batches where they fit into memory."""
+
+    loaded: Loaded
+    images: Images
+    stock: nn.Module
+    keep: bool
+    kept: list[Batch] | None = None
+    probe: Tensor = field(default_factory=lambda: torch.empty(0))
+    baseline: _Answers | None = None
+
+
+@dataclass
+class VisionTask:
+    """One image model on one labelled data set, measured row by row.
+
+    Args:
+        model, data, split, limit, seed, classes: see :func:`~tokenreduce.bench.models.load_model` and
+            :func:`~tokenreduce.bench.data.load_data`.
+        batch: images per forward, in accuracy, timing and memory alike.
+        workers: processes that decode images.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        amp: ``bf16`` or ``fp16`` autocast.
+        repeats: timed rounds; 0 leaves out clock time, memory and the reduction's share.
+        threads: CPU threads while measuring; None leaves torch's setting.
+
+    A model without a head is evaluated by the nearest neighbours of its features (:func:`neighbours`). Bad settings
+    raise ``ValueError``.
+    """
+
+    model: str = "digits-vit"
+    data: str = "digits"
+    split: str = "test"
+    limit: int | None = None
+    batch: int = 64
+    workers: int = 0
+    device: str = "cpu"
+    amp: str | None = None
+    repeats: int = 5
+    threads: int | None = None
+    seed: int = 0
+    classes: str | Path | Sequence[str] | None = None
+
+    name: ClassVar[str] = "vision"
+    metric: ClassVar[str] = "top1"
+    stage: ClassVar[str] = "encoder"
+
+    _state: _Ready | None = field(default=None, init=False, repr=False)
+    _costs: dict[tuple[Reducer, ...], _Cost] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for key, least in (("batch", 1), ("workers", 0), ("repeats", 0), ("threads", 1)):
+            value = getattr(self, key)
+            if key == "threads" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{key} is an int >= {least}, not {value!r}")
+        if self.amp is not None and self.amp not in AMP:
+            raise ValueError(f"amp is {', '.join(AMP)} or None, not {self.amp!r}")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device is cpu, cuda or cuda:N, not {self.device!r}") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is cpu, cuda or cuda:N, not {self.device!r}: memory is measured on these only")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            have = torch.cuda.device_count()
+            raise ValueError(
+                f"there is no device {self.device!r}: torch sees {have} CUDA devices; choose another or cpu"
+            )
+
+    # -- the task ------------------------------------------------------------------------------------------------------
+    def settings(self) -> dict[str, Any]:
+        """Everything that makes two rows comparable (``workers`` only changes how fast images arrive)."""
+        keys = ("model", "data", "split", "limit", "batch", "device", "amp", "repeats", "threads", "seed")
+        classes = self.classes if self.classes is None or isinstance(self.classes, str) else (
+            str(self.classes) if isinstance(self.classes, Path) else list(self.classes)
+        )  # fmt: skip
+        return {**{key: getattr(self, key) for key in keys}, "classes": classes}
+
+    def prepare(self) -> None:
+        """Load model and data and evaluate the unreduced model; a second call does nothing.
+
+        Raises what :func:`load_model` and :func:`load_data` raise, ``TypeError`` for a model without adapter and
+        ``ValueError`` when no image can be read.
+        """
+        if self._state is not None:
+            return
+        loaded = load_model(self.model, self.device)
+        describe(loaded.model)
+        images = load_data(self.data, self.split, loaded, self.limit, self.seed, self.classes)
+        if loaded.kind == "zero-shot":
+            loaded = loaded.with_classes(images.classes)
+        if loaded.kind == "features" and len(images) < 2:
+            raise ValueError(f"{self.model} has no head and is evaluated by nearest neighbours; give at least 2 images")
+        ready = _Ready(loaded, images, _twin(loaded.model), 4 * math.prod(loaded.input_size) * len(images) <= CACHE)
+        with _threads(self.threads):
+            ready.baseline = self._answer(ready, loaded.model)
+        self._state = ready
+
+    def methods(self) -> list[str]:
+        """Names of the encoder methods that the model can serve."""
+        return describe(self._ready.loaded.model).methods(self.stage)
+
+    @property
+    def _ready(self) -> _Ready:
+        self.prepare()
+        assert self._state is not None
+        return self._state
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model, unpatched between rows."""
+        return self._ready.loaded
+
+    @property
+    def images(self) -> Images:
+        return self._ready.images
+
+    @property
+    def problems(self) -> list[dict[str, str]]:
+        """Images that could not be used, with the reason."""
+        found = [] if self._state is None else self._state.images.problems
+        return [{"path": p.path, "reason": p.reason} for p in found]
+
+    def sample(self, n: int = 1) -> Tensor:
+        """The first images (n,C,H,W), fewer if there are not as many, on the device."""
+        return self._ready.probe[:n].to(self.device)
+
+    def flops(self, reducers: Sequence[Reducer]) -> int:
+        """FLOPs of the image model per image, counted on one image at a time.
+
+        Where they depend on the image (ragged methods) they are the mean over the first :data:`FLOP_IMAGES`.
+        """
+        return self._cost(tuple(reducers)).flops
+
+    def measure(self, reducers: Sequence[Reducer]) -> dict[str, Any]:
+        """One row. The model is as before afterwards, also after an error.
+
+        ``tokens`` leave each layer, ``mean_tokens`` is their mean, ``entry_tokens`` enter the first layer; ``gmacs``
+        and ``flops`` are per image; ``agreement`` is the share of images with the unreduced model's answer;
+        ``speedup`` is the stock model's time over this one's; ``peak_mb`` is 10^6 bytes above what was held before;
+        ``reduction_share`` (CPU) the part of the forward that makes and applies plans.
+        """
+        ready, reducers = self._ready, tuple(reducers)
+        assert ready.baseline is not None
+        cost = self._cost(reducers)
+        model = ready.loaded.model
+        with _threads(self.threads), patched(model, *reducers) if reducers else nullcontext():
+            # A trace of no module takes the notes of all batches and no steps.
+            with record(nn.Identity(), flops=False) as trace:
+                answers = self._answer(ready, model) if reducers else ready.baseline
+            clock = self._clock(ready, model, bool(reducers)) if self.repeats else {}
+        n = len(answers.y)
+        hits = answers.top == answers.y[:, None]
+        top1 = int(hits[:, 0].sum()) / n
+        classes = ready.loaded.num_classes or len(ready.images.classes)
+        return {
+            "tokens": cost.tokens,
+            "final_tokens": cost.tokens[-1],
+            "entry_tokens": cost.entry,
+            "mean_tokens": sum(cost.tokens) / len(cost.tokens),
+            "flops": cost.flops,
+            "gmacs": gmacs(cost.flops),
+            "top1": top1,
+            "top1_stderr": math.sqrt(top1 * (1 - top1) / n),
+            "top5": int(hits.any(1).sum()) / n if classes > 5 else None,
+            "agreement": _agreement(answers, ready.baseline),
+            "images": n,
+            "problems": len(ready.images.problems),
+            **clock,
+            "notes": self._notes(ready, reducers, answers, [*cost.notes, *trace.notes]),
+        }
+
+    def _notes(self, ready: _Ready, reducers: tuple[Reducer, ...], answers: _Answers, said: list[str]) -> list[str]:
+        notes = list(dict.fromkeys(said))
+        if answers.broken:
+            notes.append(f"{answers.broken} images gave NaN or infinite outputs; they count as wrong")
+        if reducers:
+            return notes
+        if ready.loaded.kind == "features":
+            k = min(NEIGHBOURS, len(answers.y) - 1)
+            notes.append(f"the model has no head: top-1 is the leave-one-out accuracy of {k} nearest neighbours")
+        if self.repeats and len(ready.probe) < self.batch:
+            notes.append(f"time and memory are of {len(ready.probe)} images, fewer than the batch of {self.batch}")
+        return [*ready.loaded.notes, *ready.images.notes, *notes]
+
+    # -- running -------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        kind = torch.device(self.device).type
+        with torch.inference_mode():
+            if self.amp is None:
+                yield
+            else:
+                with torch.autocast(kind, dtype=AMP[self.amp]):
+                    yield
+
+    def _batches(self, ready: _Ready) -> Iterator[Batch]:
+        if ready.kept is not None:
+            yield from ready.kept
+            return
+        seen: list[Batch] = []
+        for batch in ready.images.batches(self.batch, self.workers):
+            # The probe is the first full batch's worth of images, whatever the problems among them.
+            if len(ready.probe) < max(self.batch, FLOP_IMAGES):
+                ready.probe = batch.x if not len(ready.probe) else torch.cat([ready.probe, batch.x])
+            if ready.keep:
+                seen.append(batch)
+            yield batch
+        ready.kept = seen if ready.keep else None
+
+    def _answer(self, ready: _Ready, model: nn.Module) -> _Answers:
+        loaded = ready.loaded
+        ids, labels, outputs, finite = [], [], [], []
+        for batch in self._batches(ready):
+            x = batch.x.to(self.device, non_blocking=True)
+            with self._inference():
+                out = loaded.predict(x, model).float()
+                finite.append(out.isfinite().all(-1).cpu())
+                if loaded.kind != "features":
+                    out = out.topk(min(5, out.shape[-1]), dim=-1).indices
+            ids.append(batch.ids)
+            labels.append(batch.y)
+            outputs.append(out.cpu())
+        if not outputs:
+            first = "".join(f"\n  {p.path}: {p.reason}" for p in ready.images.problems[:5])
+            raise ValueError(f"none of the {len(ready.images)} images of {self.data} can be read:{first}")
+        y, good, got = torch.cat(labels), torch.cat(finite), torch.cat(outputs)
+        if loaded.kind == "features":
+            got = neighbours(got.nan_to_num(0, 0, 0), y, len(ready.images.classes))
+        got = got.masked_fill(~good[:, None], -1)
+        return _Answers(torch.cat(ids), y, got, int((~good).sum()))
+
+    def _cost(self, reducers: tuple[Reducer, ...]) -> _Cost:
+        if reducers not in self._costs:
+            self._costs[reducers] = self._count(reducers)
+        return self._costs[reducers]
+
+    def _count(self, reducers: tuple[Reducer, ...]) -> _Cost:
+        loaded = self._ready.loaded
+        model = loaded.model
+        seen: list[tuple[int, list[int], int]] = []
+        notes: list[str] = []
+        for image in self.sample(FLOP_IMAGES).split(1):
+            with patched(model, *reducers) if reducers else nullcontext(), torch.no_grad():
+                with record(model) as trace:
+                    loaded.forward(model, image)
+                flops = trace.flops
+            if not reducers:  # an unpatched model reports no tokens: patch it with a method that never acts
+                with patched(model, "tome:r=0"), torch.no_grad(), record(model, flops=False) as trace:
+                    loaded.forward(model, image)
+            first = trace.steps[0]
+            seen.append((flops, trace.tokens, first.tokens if first.plan is None else first.plan.n))
+            notes += trace.notes
+            ragged = any(plan.validity() is not None for plan in trace.plans)
+            if not reducers or (len(seen) == 2 and seen[0] == seen[1] and not ragged):
+                break
+        if any(one != seen[0] for one in seen):
+            notes.append(
+                f"what is kept depends on the image: tokens and FLOPs are means over {len(seen)} images, each run "
+                "alone; in a batch all are padded to the longest"
+            )
+        tokens = [_whole(sum(column) / len(seen)) for column in zip(*(t for _, t, _ in seen), strict=True)]
+        flops = round(sum(f for f, _, _ in seen) / len(seen))
+        return _Cost(flops, tokens, _whole(sum(e for _, _, e in seen) / len(seen)), list(dict.fromkeys(notes)))
+
+    def _clock(self, ready: _Ready, model: nn.Module, reduced: bool) -> dict[str, float | None]:
+        """Time against the stock model, peak memory, and the reduction's share of the forward."""
+        x = self.sample(self.batch)
+        forward = ready.loaded.forward
+
+        def run(which: nn.Module) -> Tensor:
+            with self._inference():
+                return forward(which, x)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the notes were taken already
+            times = interleaved(
+                {"stock": lambda: run(ready.stock), "this": lambda: run(model)}, self.repeats, device=self.device
+            )
+            peak = peak_bytes(lambda: run(model), self.device)
+            share: float | None = 0.0
+            if reduced and torch.device(self.device).type == "cpu":
+                own = total = 0.0
+                for _ in range(min(3, self.repeats)):
+                    began = time.perf_counter()
+                    with record(model, flops=False, timing=True) as trace:
+                        run(model)
+                    total += time.perf_counter() - began
+                    own += trace.seconds
+                share = own / total
+            elif reduced:
+                share = None  # kernels run behind the CPU's clock
+        seconds = times["this"].median / len(x)
+        return {
+            "seconds_per_image": seconds,
+            "images_per_s": 1 / seconds,
+            "speedup": times["stock"].ratio(times["this"]),
+            "peak_mb": peak / 1e6,
+            "reduction_share": share,
+        }
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+def neighbours(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Leave-one-out k-nearest-neighbour classification: features (n,D) and labels (n,) to best classes (n, up to 5).
+
+    Cosine similarity, the 20 nearest other images vote with exp(similarity / 0.07) as in DINO (2104.14294); classes
+    without a vote are -1. Raises ``ValueError`` for fewer than two images.
+    """
+    n = len(features)
+    if n < 2:
+        raise ValueError("nearest neighbours need at least two images")
+    unit = F.normalize(features.float(), dim=-1)
+    out = []
+    for start in range(0, n, 1024):
+        rows = unit[start : start + 1024]
+        similar = rows @ unit.T
+        similar[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = float("-inf")
+        near = similar.topk(min(NEIGHBOURS, n - 1), dim=-1)
+        votes = torch.zeros(len(rows), classes).scatter_add_(1, labels[near.indices], (near.values / TEMPERATURE).exp())
+        best = votes.topk(min(5, classes), dim=-1)
+        out.append(best.indices.masked_fill(best.values == 0, -1))
+    return torch.cat(out)
+
+
+def _agreement(answers: _Answers, baseline: _Answers) -> float:
+    """Share of the images of ``answers`` on which the first answer is the baseline's."""
+    place = torch.full((int(max(baseline.ids.max(), answers.ids.max())) + 1,), -2)
+    place[baseline.ids] = baseline.top[:, 0]
+    return int((place[answers.ids] == answers.top[:, 0]).sum()) / len(answers.ids)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that is never patched; weights are shared, so that it costs no memory."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else round(value, 1)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,195 @@
+"""``tokenreduce bench``: methods x budgets on one model and one data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenreduce.cli.shared import again, complain, console, numbers
+
+if TYPE_CHECKING:
+    from tokenreduce.bench.sweep import Point
+    from tokenreduce.bench.task import Task
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(help="Measure methods at several budgets on real input.", no_args_is_help=True)
+
+#: Timed rounds per row; --full takes more, so that the medians of small speed-ups settle.
+REPEATS, FULL_REPEATS = 5, 15
+#: Images per row where --limit and --full say nothing: the embedded digits whole, other data in part.
+QUICK = {"digits": None}
+QUICK_ELSEWHERE = 1000
+
+
+@app.command("vision")
+def vision(
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="digits-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER.")
+    ] = "digits-vit",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or webdataset shards (*.tar)."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of the data to evaluate.")] = "test",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods and wildcards, for example 'tome,pi*'; all that fit the model by default."),
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Shares of the unreduced FLOPs.")] = "0.75,0.5,0.35",
+    reduce: Annotated[
+        list[str] | None, typer.Option(help="Methods with explicit settings, 'tome:r=4' or 'a+b'; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images to evaluate; 1,000 by default, digits all.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    amp: Annotated[str | None, typer.Option(help="bf16 or fp16 autocast.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=0, help="Timed rounds per row; 5 by default, 15 with --full.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names: a text file with one per line, or 'imagenet'.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an earlier run in it is continued.")] = Path(
+        "runs/vision"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All images, and more timed rounds.")] = False,
+) -> None:
+    """Image classification: accuracy, FLOPs, clock speed-up and memory of every method at equal FLOPs.
+
+    A killed run continues where it stopped when the same command is given again.
+    """
+    if data is None:
+        if model != "digits-vit":
+            raise ValueError(
+                f"--data is needed for {model}: an image folder, hf:FOLDER or *.tar shards (digits for digits-vit)"
+            )
+        data = "digits"
+    if full and limit is not None:
+        raise ValueError("give --full or --limit, not both")
+    from tokenreduce.bench.vision import VisionTask
+
+    if limit is None and not full:
+        limit = QUICK.get(data, QUICK_ELSEWHERE)
+        if limit is not None:
+            console().print(f"evaluating at most {limit:,} images; --limit changes that, --full takes all")
+    task = VisionTask(
+        model=model,
+        data=data,
+        split=split,
+        limit=limit,
+        batch=batch,
+        workers=workers,
+        device=device,
+        amp=amp,
+        repeats=repeats if repeats is not None else FULL_REPEATS if full else REPEATS,
+        classes=classes,
+    )
+    run(ctx, task, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=device)
+
+
+def run(
+    ctx: typer.Context,
+    task: Task,
+    out: Path,
+    *,
+    methods: str | None,
+    budgets: str,
+    reduce: list[str],
+    fresh: bool,
+    device: str,
+) -> None:
+    """Sweep ``task`` into ``out`` with a progress bar, then print the table and write the report.
+
+    Every ``bench`` command ends here. Exit status 1 when a row failed, 130 after Ctrl-C.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from tokenreduce.bench.picture import need
+    from tokenreduce.bench.report import rebuild
+    from tokenreduce.bench.sweep import split_methods, sweep
+    from tokenreduce.cli.report import present
+
+    # What the report needs at the end is looked for before the work, not after it.
+    need("matplotlib", "the report")
+    need("plotly", "the report")
+    given = {k: v for k, v in ctx.params.items() if k != "fresh"}
+    defaults = {p.name: p.default for p in ctx.command.params}
+    command = again(["bench", str(ctx.info_name)], given, defaults)
+    screen = console()
+    shown = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*shown, console=screen) as progress:
+        watch = _watch(progress, task)
+        try:
+            result = sweep(
+                task,
+                out,
+                methods=split_methods(methods) if methods is not None else None,
+                budgets=numbers(budgets, "--budgets"),
+                reduce=reduce,
+                fresh=fresh,
+                device=device,
+                command=command,
+                watch=watch,
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            complain(f"stopped; every finished row is in {out}. The same command continues there.")
+            raise typer.Exit(130) from None
+    runs, files = rebuild([out])
+    present(runs, files)
+    if result.errors:
+        complain(f"{len(result.errors)} rows failed; the same command measures them again")
+        raise typer.Exit(1)
+
+
+def _watch(progress: Any, task: Task) -> Any:
+    from tokenreduce.bench.columns import COLUMNS, cell, failure, label
+    from tokenreduce.bench.sweep import Watch
+
+    bar = progress.add_task("loading model and data", total=None)
+    known = {c.key: c for c in COLUMNS}
+
+    class Screen(Watch):
+        def say(self, message: str) -> None:
+            progress.console.print(message, markup=False, soft_wrap=True)
+
+        def plan(self, total: int, done: int) -> None:
+            progress.update(bar, total=total, completed=done, description="measuring")
+
+        def begin(self, point: Point) -> None:
+            progress.update(bar, description=point.id)
+
+        def end(self, point: Point, row: dict[str, Any]) -> None:
+            progress.advance(bar)
+            if row.get("error"):
+                self.say(f"{point.id} failed: {failure(row)}")
+                return
+            parts = [
+                f"{known[key].label} {cell(row, known[key])}"
+                for key in dict.fromkeys(("share", task.metric, "speedup"))
+                if key in known and row.get(key) is not None
+            ]
+            self.say(f"{label(row)}: {', '.join(parts)}, {row['wall_s']:.1f} s")
+
+    return Screen()

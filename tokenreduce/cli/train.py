@@ -1,0 +1,100 @@
+"""``tokenreduce train``: the training behind the models that ship with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokenreduce.cli.shared import again, console
+
+__all__ = ["command"]
+
+
+def command(
+    name: Annotated[str, typer.Argument(help="The model to train: digits-vit.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for checkpoint and weights; runs/train-NAME.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this many minutes in total; run again to go on.")
+    ] = None,
+    export: Annotated[
+        bool, typer.Option("--export", help="Write weights and card into --out when training has ended.")
+    ] = False,
+) -> None:
+    """Train an embedded model from scratch, or continue where an earlier call stopped."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from tokenreduce import zoo
+
+    trainable = {"digits-vit": "tokenreduce.zoo.digits"}
+    if name not in trainable:
+        raise ValueError(f"cannot train {name!r}; trainable models: {', '.join(trainable)}")
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes is a positive number, not {minutes:g}")
+    import importlib
+
+    module = importlib.import_module(trainable[name])
+    folder = out or Path("runs") / f"train-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --out"
+        ) from error
+    screen = console()
+    steps = module.SCHEDULE.steps
+    last: dict[str, Any] = {}
+    if (folder / "checkpoint.pt").exists():
+        screen.print(f"continuing from {folder / 'checkpoint.pt'}", markup=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=screen) as progress:
+        bar = progress.add_task("steps", total=steps)
+
+        def report(row: dict[str, Any]) -> None:
+            last.update(row)
+            progress.update(bar, completed=row["step"])
+            screen.print(
+                f"step {row['step']:>6}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  "
+                f"{row['minutes']:.1f} min",
+                markup=False,
+            )
+
+        try:
+            model = module.train(folder, device=device, stop_after=minutes, report=report)
+        except KeyboardInterrupt:
+            progress.stop()
+            screen.print("stopped; the same command continues at the last checkpoint")
+            raise typer.Exit(130) from None
+        if not last:  # nothing was left to do
+            progress.update(bar, completed=steps)
+    ended = not last or last["step"] >= steps
+    if not ended:
+        screen.print(f"stopped at step {last['step']} of {steps}; the same command with more --minutes continues")
+    if export:
+        import torch
+
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        card = {
+            "command": again(["train", name], {"device": device, "minutes": minutes}, {"device": "cpu"}),
+            "steps": state["step"],
+            "minutes": round(state["minutes"], 1),
+        }
+        facts = zoo.export(model.cpu(), name, card, folder=folder)
+        screen.print(f"wrote {folder / name}.safetensors, accuracy {100 * facts['accuracy']:.2f} %", markup=False)

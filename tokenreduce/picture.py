@@ -1,0 +1,232 @@
+"""Pictures of what became of an image's tokens: each final token's region drawn over the image."""
+
+from __future__ import annotations
+
+import colorsys
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from tokenreduce.plan import Plan
+from tokenreduce.reducer import Reducer
+from tokenreduce.registry import parse
+
+__all__ = ["draw", "show", "view"]
+
+MARGIN, INK, PAPER = 12, (28, 28, 28), (255, 255, 255)
+
+
+def draw(
+    image: Image.Image,
+    plan: Plan | None,
+    grid: tuple[int, int],
+    prefix: int = 0,
+    *,
+    sample: int = 0,
+    title: str = "",
+    side: int = 448,
+) -> Image.Image:
+    """``image`` on the left, its final tokens on the right, and a line that counts them above.
+
+    A patch that is alone in its token keeps its pixels. Patches that were merged show their common mean colour, and a
+    line of the region's own colour runs around them, so that parts that do not touch can be told to belong together.
+    Dropped patches are dimmed and hatched; so are those that went into a prefix token.
+
+    Args:
+        image: the pixels that the model saw; any size, the grid is stretched over it.
+        plan: from the tokens at the model's entry (prefix included) to the final ones; None if nothing acted.
+        grid: rows and columns of patches at the entry.
+        prefix: protected leading tokens (class token, registers), which have no place in the image.
+        sample: row of the batch.
+        title: what acted, for the line above.
+        side: least width or height of each half in pixels; smaller images are enlarged.
+
+    Raises ``ValueError`` when grid and prefix do not make up the plan's tokens.
+    """
+    rows, cols = grid
+    if plan is not None and plan.n != prefix + rows * cols:
+        raise ValueError(
+            f"the plan has {plan.n} tokens, but prefix {prefix} and grid {rows}x{cols} make {prefix + rows * cols}"
+        )
+    region = _regions(plan, grid, prefix, sample)
+    picture = _enlarged(image.convert("RGB"), grid, side)
+    before = np.asarray(picture)
+    after = _painted(before, region)
+    return _beside(before, after, _caption(region, prefix, title))
+
+
+def _regions(plan: Plan | None, grid: tuple[int, int], prefix: int, sample: int) -> np.ndarray:
+    """(rows, cols) int: the output of each patch, -1 where it is gone."""
+    rows, cols = grid
+    if plan is None:
+        return np.arange(prefix, prefix + rows * cols).reshape(rows, cols)
+    source = plan.sources()[sample].cpu().numpy()[prefix:].copy()
+    source[source < prefix] = -1
+    return source.reshape(rows, cols)
+
+
+def _enlarged(image: Image.Image, grid: tuple[int, int], side: int) -> Image.Image:
+    w, h = image.size
+    # Whole factors keep the pixels of small images square; a patch needs some pixels to show line and filling.
+    factor = max(1, -(-side // min(w, h)), -(-12 * grid[0] // h), -(-12 * grid[1] // w))
+    how = Image.Resampling.NEAREST if min(w, h) <= 96 else Image.Resampling.BICUBIC
+    return image.resize((w * factor, h * factor), how) if factor > 1 else image
+
+
+def _colour(index: int) -> np.ndarray:
+    """A bright colour; neighbours in number are far apart in hue."""
+    hue = (index * 0.618034) % 1
+    return np.array(colorsys.hsv_to_rgb(hue, 0.55 + 0.35 * (index % 2), 1.0)) * 255
+
+
+def _painted(pixels: np.ndarray, region: np.ndarray) -> np.ndarray:
+    height, width, _ = pixels.shape
+    rows, cols = region.shape
+    # Patch of each pixel row and column; works for sizes that the grid does not divide.
+    up, across = np.arange(height) * rows // height, np.arange(width) * cols // width
+    where = region[up[:, None], across[None, :]]
+    out = pixels.astype(np.float64)
+    members = {int(v): int(c) for v, c in zip(*np.unique(region, return_counts=True), strict=True)}
+    gone = where < 0
+    if gone.any():
+        stripe = (np.arange(height)[:, None] + np.arange(width)[None, :]) // 2 % 5 == 0
+        out[gone] = 0.25 * out[gone] + 0.75 * 34
+        out[gone & stripe] = 84
+    line = max(1, round(min(height / rows, width / cols) / 11))
+    edge = _edges(where, line)
+    out[edge & ~gone] = 0.5 * out[edge & ~gone] + 0.5 * 255
+    # Colours in the order of size: the large regions, which touch most others, then differ most.
+    merged = sorted((r for r, count in members.items() if r >= 0 and count > 1), key=lambda r: (-members[r], r))
+    for i, output in enumerate(merged):
+        mine = where == output
+        out[mine] = pixels[mine].mean(0)
+        out[mine & edge] = _colour(i)
+    return out.round().astype(np.uint8)
+
+
+def _edges(where: np.ndarray, width: int) -> np.ndarray:
+    """Pixels less than ``width`` away from one of another region; the image's border counts as another."""
+    out = np.zeros(where.shape, dtype=bool)
+    padded = np.pad(where, width, constant_values=-2)
+    h, w = where.shape
+    for shift in range(1, width + 1):
+        for dy, dx in itertools.product((-shift, 0, shift), repeat=2):
+            out |= padded[width + dy : width + dy + h, width + dx : width + dx + w] != where
+    return out
+
+
+def _caption(region: np.ndarray, prefix: int, title: str) -> str:
+    values, counts = np.unique(region[region >= 0], return_counts=True)
+    dropped = int((region < 0).sum())
+    merged = int((counts > 1).sum())
+    parts = [f"{prefix + region.size} > {prefix + len(values)} tokens"]
+    if prefix:
+        parts.append(f"{prefix} of them prefix")
+    if merged:
+        parts.append(f"{int(counts[counts > 1].sum())} patches merged into {merged}")
+    if dropped:
+        parts.append(f"{dropped} dropped")
+    if not merged and not dropped:
+        parts.append("nothing merged or dropped")
+    return (f"{title}:  " if title else "") + ", ".join(parts)
+
+
+def _beside(before: np.ndarray, after: np.ndarray, caption: str) -> Image.Image:
+    height, width, _ = before.shape
+    font = ImageFont.load_default(size=15)
+    room = 2 * width + MARGIN
+    lines = _wrapped(caption, font, room)
+    top = 2 * MARGIN + 21 * len(lines)
+    canvas = Image.new("RGB", (room + 2 * MARGIN, height + top + MARGIN), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    for i, line in enumerate(lines):
+        pen.text((MARGIN, MARGIN + 21 * i), line, fill=INK, font=font)
+    canvas.paste(Image.fromarray(before), (MARGIN, top))
+    canvas.paste(Image.fromarray(after), (2 * MARGIN + width, top))
+    return canvas
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def view(transform: Callable[[Image.Image], torch.Tensor], image: Image.Image) -> Image.Image:
+    """What a model sees of ``image``: its transform's resizing and cropping, without the normalisation.
+
+    The normalisation is found by putting a black and a white image through the transform, so any chain of resizing,
+    cropping and a per-channel mean and deviation is undone. Where that fails (transforms that look at the content)
+    the tensor is stretched between its least and largest value.
+    """
+    seen = transform(image).float()
+    try:
+        black, white = (transform(Image.new("RGB", image.size, c)).float() for c in ("black", "white"))
+        low, span = black.amin((1, 2), keepdim=True), (white - black).amax((1, 2), keepdim=True)
+        affine = black.shape == seen.shape and bool(((black.amax((1, 2), keepdim=True) - low) < 1e-3).all())
+    except Exception:
+        affine = False
+    if not affine or not bool((span.abs() > 1e-6).all()):
+        low, span = seen.min(), (seen.max() - seen.min()).clamp(min=1e-6)
+    array = ((seen - low) / span).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def show(
+    loaded: Any,
+    image: Image.Image,
+    reducers: Reducer | str | Sequence[Reducer | str],
+    *,
+    layer: int | None = None,
+    side: int = 448,
+) -> Image.Image:
+    """Run one image through a model with ``reducers`` and draw what became of its tokens; see :func:`draw`.
+
+    Args:
+        loaded: what ``tokenreduce.bench.models.load_model`` returns: ``model``, ``transform`` and ``forward``.
+        image: any PIL image; the picture shows the part of it that the transform leaves.
+        reducers: reducers or their text.
+        layer: 0-based layer after which to look; the last one by default.
+
+    Raises ``ValueError`` for a layer that the model does not have, a model without a token grid, or one with several
+    vision towers, and whatever :func:`tokenreduce.patch` raises.
+    """
+    from tokenreduce.patching import describe, patched
+    from tokenreduce.trace import record
+
+    chosen = parse(*((reducers,) if isinstance(reducers, Reducer | str) else reducers))
+    towers = describe(loaded.model).towers
+    if len(towers) != 1:
+        raise ValueError(
+            f"the model has {len(towers)} vision towers ({', '.join(t.name for t in towers)}); load one of them"
+        )
+    tower = towers[0]
+    depth = len(tower.blocks)
+    if layer is not None and not 0 <= layer < depth:
+        raise ValueError(f"layer is 0 to {depth - 1} for a model with {depth} layers, not {layer}")
+    x = loaded.transform(image)
+    device = next(loaded.model.parameters()).device
+    with torch.no_grad(), patched(loaded.model, *chosen), record(loaded.model, flops=False) as trace:
+        loaded.forward(loaded.model, x.unsqueeze(0).to(device))
+    plan: Plan | None = None
+    for step in trace.steps:
+        if step.plan is not None and (layer is None or step.layer <= layer):
+            plan = step.plan if plan is None else plan.then(step.plan)
+    grid = tower.grid
+    if grid is None:
+        raise ValueError(f"{tower.family} takes images of any size and says no grid; load it with a fixed image size")
+    for reducer in chosen:
+        if reducer.site() == "input":  # it has changed the image before the first layer
+            grid = getattr(reducer, "grid")(grid)  # noqa: B009 - only these reducers have it
+    title = "+".join(r.spec() for r in chosen) + ("" if layer is None else f", after layer {layer}")
+    seen = view(loaded.transform, image)
+    return draw(seen, plan, grid, tower.prefix, title=title, side=side)
