@@ -124,6 +124,9 @@ class Site:
 class Reduced:
     """Mixin for patched blocks. A family subclass gives ``_attention``, ``_residual`` and ``_feed_forward``."""
 
+    #: Attention and MLP are one branch, so what goes into the MLP is the block's input.
+    _one_branch = False
+
     def _get_name(self) -> str:
         site: Site = self.__dict__[_ON_BLOCK]
         name = next(c for c in type(self).__mro__ if not issubclass(c, Reduced)).__name__
@@ -169,11 +172,14 @@ class Reduced:
         if where == "middle":
             assert reducer is not None
             x, state = self._reduce(site, reducer, x, state, got, entered)
-        middle = x
+        # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
+        seen = got._replace(out=x) if where == "after" else None
+        middle = None if where != "after" else entered if self._one_branch else x
+        del got, entered
         x = self._feed_forward(x)
         if where == "after":
-            assert reducer is not None
-            x, state = self._reduce(site, reducer, x, state, got, middle)
+            assert reducer is not None and seen is not None
+            x, state = self._reduce(site, reducer, x, state, seen, middle)
         trace = active()
         if trace is not None and where in (None, "input"):
             trace.add(self, Step("encoder", site.layer, x.shape[1]))  # type: ignore[arg-type]

@@ -202,6 +202,8 @@ class ReducedParallelScalingBlock(_TimmBlock, ParallelScalingBlock):
     """Attention and MLP share one projection, so nothing can happen between them: both see N tokens, the plan is
     applied to their common output."""
 
+    _one_branch = True
+
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         b, n, _ = x.shape
         mlp, q, k, v = torch.split(self.in_proj(self.in_norm(x)), self.in_split, dim=-1)
@@ -340,8 +342,10 @@ def resized_input(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     size = (rows * model.patch_size[0], cols * model.patch_size[1])
     if size == tuple(args[0].shape[-2:]):
         return None
-    image = F.interpolate(args[0], size=size, mode="bicubic", align_corners=False, antialias=True)
-    return (image, *args[1:]), kwargs
+    # Antialiased resampling has no half precision kernel on the CPU.
+    wide = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+    image = F.interpolate(wide, size=size, mode="bicubic", align_corners=False, antialias=True)
+    return (image.to(args[0].dtype), *args[1:]), kwargs
 
 
 def _attach_resize(model: Any, reducer: Any, undo: Undo) -> None:

@@ -173,7 +173,8 @@ class Evidence:
         if k.shape[1] != q.shape[1]:  # grouped queries: every key head serves several query heads
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scale = q.shape[-1] ** -0.5 if self._scale is None else self._scale
-        logits = (q.float() * scale) @ k.float().transpose(-2, -1)
+        with torch.autocast(q.device.type, enabled=False):  # a ranking must not be rounded to half precision
+            logits = (q.float() * scale) @ k.float().transpose(-2, -1)
         if self.mask is not None:
             seen = self.mask.expand(q.shape[0], 1, -1, -1)
             if isinstance(rows, Tensor) or rows != "all":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.scoring import descending, finite, unit
+from tokenreduce.scoring import descending, finite, precise, unit
 
 __all__ = ["bipartite", "cap", "clamp_r"]
 
@@ -44,7 +44,8 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
         return Identity.like(evidence.x)
     n, p = evidence.n, evidence.prefix
     m = unit(metric)
-    scores = m[:, ::2] @ m[:, 1::2].transpose(1, 2)
+    with precise(m):
+        scores = m[:, ::2] @ m[:, 1::2].transpose(1, 2)
     fixed = evidence.fixed()
     if evidence.valid is not None:
         fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid
@@ -64,4 +65,7 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
     position = torch.arange(n, device=metric.device).expand(batch, n)
     keep = torch.cat([position[:, :p], 2 * rest[:, even:], position[:, 1 + 2 * odd :: 2]], 1)
     dst = partner.gather(1, source) - odd + (p + rest.shape[1] - even)
+    if evidence.valid is not None and not settings.get("by_size", True):
+        # Sizes of empty slots are 0 and give them no weight; a plain mean has to be told.
+        settings = {**settings, "weights": evidence.valid.float()}
     return Merge(n, keep, 2 * source, dst, **settings)  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def _painted(pixels: np.ndarray, region: np.ndarray) -> np.ndarray:
         stripe = (np.arange(height)[:, None] + np.arange(width)[None, :]) // 2 % 5 == 0
         out[gone] = 0.25 * out[gone] + 0.75 * 34
         out[gone & stripe] = 84
-    line = max(1, round(min(height / rows, width / cols) / 11))
+    line = min(4, max(1, round(min(height / rows, width / cols) / 11)))
     edge = _edges(where, line)
     out[edge & ~gone] = 0.5 * out[edge & ~gone] + 0.5 * 255
     # Colours in the order of size: the large regions, which touch most others, then differ most.
@@ -123,7 +123,7 @@ def _caption(region: np.ndarray, prefix: int, title: str) -> str:
     values, counts = np.unique(region[region >= 0], return_counts=True)
     dropped = int((region < 0).sum())
     merged = int((counts > 1).sum())
-    parts = [f"{prefix + region.size} > {prefix + len(values)} tokens"]
+    parts = [f"{prefix + region.size} -> {prefix + len(values)} tokens"]
     if prefix:
         parts.append(f"{prefix} of them prefix")
     if merged:
@@ -221,12 +221,15 @@ def show(
     for step in trace.steps:
         if step.plan is not None and (layer is None or step.layer <= layer):
             plan = step.plan if plan is None else plan.then(step.plan)
-    grid = tower.grid
-    if grid is None:
+    full = grid = tower.grid
+    if full is None or grid is None:
         raise ValueError(f"{tower.family} takes images of any size and says no grid; load it with a fixed image size")
-    for reducer in chosen:
-        if reducer.site() == "input":  # it has changed the image before the first layer
-            grid = getattr(reducer, "grid")(grid)  # noqa: B009 - only these reducers have it
-    title = "+".join(r.spec() for r in chosen) + ("" if layer is None else f", after layer {layer}")
     seen = view(loaded.transform, image)
+    title = "+".join(r.spec() for r in chosen) + ("" if layer is None else f", after layer {layer}")
+    for reducer in chosen:
+        if reducer.site() == "input":  # the model saw a smaller image, so the picture shows that one
+            grid = getattr(reducer, "grid")(grid)  # noqa: B009 - only these reducers have it
+            size = max(1, seen.width * grid[1] // full[1]), max(1, seen.height * grid[0] // full[0])
+            title += f", image of {seen.width}x{seen.height} resized to {size[0]}x{size[1]}"
+            seen = seen.resize(size, Image.Resampling.BILINEAR)
     return draw(seen, plan, grid, tower.prefix, title=title, side=side)

@@ -8,9 +8,14 @@ from torch import Tensor
 from tokenreduce.evidence import Evidence
 
 __all__ = [
-    "cls_attention", "descending", "distances", "excluded", "finite", "importance", "key_metric",
+    "cls_attention", "descending", "distances", "excluded", "finite", "importance", "key_metric", "precise",
     "received_attention", "received_by_head", "select", "unit",
 ]  # fmt: skip
+
+
+def precise(x: Tensor) -> torch.autocast:
+    """A context in which products are not rounded to half precision: decisions must not depend on autocast."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def unit(x: Tensor) -> Tensor:

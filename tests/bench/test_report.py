@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from fake_task import FakeTask
 from PIL import Image
 from rich.console import Console
 
+from tokenreduce.bench import picture
 from tokenreduce.bench.columns import compact, notes, ordered
 from tokenreduce.bench.picture import COLOURS, curves, pareto, spread, style
 from tokenreduce.bench.report import rebuild, table, write_csv
@@ -195,7 +197,7 @@ def test_labels_spread(wanted: list[float], gap: float) -> None:
     got = spread(wanted, gap, 0.0, 1.0)
     assert all(-1e-9 <= g <= 1 + 1e-9 for g in got)
     rank = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    gaps = [got[b] - got[a] for a, b in zip(rank, rank[1:], strict=False)]
+    gaps = [got[b] - got[a] for a, b in itertools.pairwise(rank)]
     assert all(g >= min(gap, 1 / max(1, len(wanted) - 1)) - 1e-9 for g in gaps)
     if len(wanted) == 1:
         assert got == wanted
@@ -230,17 +232,23 @@ def test_several_runs_and_another_metric(run: Run, tmp_path: Path) -> None:
         assert both.width == 2 * single.width
 
 
-def test_a_failing_method_does_not_flatten_the_others(tmp_path: Path) -> None:
-    class Wide(FakeTask):
-        def measure(self, reducers):
-            row = super().measure(reducers)
-            if reducers and reducers[0].name == "tome":
-                row["top1"] = 0.1
-            return row
+def test_a_failing_method_does_not_flatten_the_others() -> None:
+    from matplotlib.figure import Figure
 
-    run = sweep(Wide(), tmp_path / "wide", budgets=(0.5,))
-    path = pareto([run], tmp_path / "p.png")
-    assert path.stat().st_size > 10_000
+    def heights(values: list[float]) -> tuple[bool, list[float]]:
+        axes = Figure().subplots()
+        compressed = picture._scale(axes, values, values[0])
+        to_axes = axes.transData + axes.transAxes.inverted()
+        return compressed, [float(to_axes.transform((0, v))[1]) for v in values]
+
+    compressed, places = heights([90.0, 88.0, 85.0, 10.0])
+    assert compressed
+    assert places[0] - places[1] > 0.15  # linear would be 0.02
+    assert places == sorted(places, reverse=True)
+    assert 0 < places[-1] < places[0] < 1
+    compressed, places = heights([90.0, 88.0, 70.0])
+    assert not compressed
+    assert (places[0] - places[1]) / (places[0] - places[2]) == pytest.approx(0.1)
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

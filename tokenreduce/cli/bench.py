@@ -159,7 +159,8 @@ def run(
     runs, files = rebuild([out])
     present(runs, files)
     if result.errors:
-        complain(f"{len(result.errors)} rows failed; the same command measures them again")
+        many = "1 row" if len(result.errors) == 1 else f"{len(result.errors)} rows"
+        complain(f"{many} failed, see above; the same command tries again")
         raise typer.Exit(1)
 
 

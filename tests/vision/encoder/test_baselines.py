@@ -324,3 +324,12 @@ def test_resize_combines_with_another_method():
     with torch.no_grad(), tr.patched(model, *both), tr.record(model, flops=False) as trace:
         model(images())
     assert trace.tokens == [5] * 6
+
+
+def test_resize_of_half_precision_images():
+    model, x = tiny_vit(), images()
+    with torch.no_grad(), tr.patched(model, tr.Resize(keep=16)):
+        want = model(x)
+        got = model.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.2, atol=0.2 * float(want.abs().max()))

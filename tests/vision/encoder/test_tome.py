@@ -136,3 +136,15 @@ def test_kth_agrees_with_the_card(n, prefix, k, tail):
                 continue
             scores = torch.nn.functional.cosine_similarity(metric[b, t][None], metric[b, targets], dim=-1)
             assert source[b, t] == prefix + int(scores.argmax())
+
+
+def test_a_plain_mean_ignores_padding_too():
+    from tokenreduce.matching import bipartite
+
+    valid = torch.arange(9).expand(2, -1) < 3
+    e = evidence(n=9, valid=valid, size=valid.float())
+    e.x[:, 3:] = 1e6
+    plan = bipartite(e.keys.mean(1), 4, e, by_size=False)
+    out = plan.reduce(e.x, e.size)
+    real = plan.gather(valid)
+    assert float(out[real].abs().max()) < 100
