@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
-from tokenreduce.trace import Step, active
+from tokenreduce.trace import Step, Trace, active
 
 __all__ = [
     "Attended", "Reduced", "Site", "State", "Tower", "attach_tower", "carry_state", "collect_states", "full_plan",
@@ -229,17 +229,17 @@ class Reduced:
         self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
     ) -> tuple[Tensor, State]:
         trace = active()
-        if trace is None:
-            plan = reducer.plan(self._evidence(site, x, state, got, before))
-            return (x, state) if plan.is_identity else (
-                plan.reduce(x, state.size), state.after(plan, reducer.proportional))  # fmt: skip
-        with trace.clock():
+        with nullcontext() if trace is None else trace.clock():
             plan = reducer.plan(self._evidence(site, x, state, got, before))
             if not plan.is_identity:
                 x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+        if trace is not None:
+            self._note(trace, site, reducer, x, plan)
+        return x, state
+
+    def _note(self, trace: Trace, site: Site, reducer: Reducer, x: Tensor, plan: Plan) -> None:
         acted = None if plan.is_identity else plan
         trace.add(self, Step("encoder", site.layer, x.shape[1], acted, reducer.spec()))  # type: ignore[arg-type]
-        return x, state
 
     def _reduce_before(
         self, site: Site, reducer: Reducer, x: Tensor, state: State, context: Any
@@ -251,16 +251,16 @@ class Reduced:
         if not getattr(reducer, "forwards_attention", False):
             reduced, left = self._reduce(site, reducer, x, state, got, None)
             return reduced, left, None
-        evidence = self._evidence(site, x, state, got, None)
-        plan = reducer.plan(evidence)
         trace = active()
-        given = None
-        if not plan.is_identity:
-            given = plan.reduce_attention(evidence.attention("all"), state.size).to(x.dtype)
-            x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+        with nullcontext() if trace is None else trace.clock():
+            evidence = self._evidence(site, x, state, got, None)
+            plan = reducer.plan(evidence)
+            given = None
+            if not plan.is_identity:
+                given = plan.reduce_attention(evidence.attention("all"), state.size).to(x.dtype)
+                x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
         if trace is not None:
-            acted = None if plan.is_identity else plan
-            trace.add(self, Step("encoder", site.layer, x.shape[1], acted, reducer.spec()))  # type: ignore[arg-type]
+            self._note(trace, site, reducer, x, plan)
         return x, state, given
 
 

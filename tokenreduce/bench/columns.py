@@ -138,10 +138,11 @@ def notes(run: Run, brief: bool = False) -> list[str]:
     for name, texts in said.items():
         who.setdefault(tuple(texts), []).append(name)
     lines = []
-    for texts, names in who.items():
+    for told, names in who.items():
+        long = brief and len(told) > 2 and UNREDUCED not in names  # what is said there holds for all rows
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        cut = f" (and {len(texts) - 1} more notes in report.html)" if brief and len(texts) > 2 else ""
-        lines += [f"{shown}: {text}{cut}" for text in (texts[:1] if cut else texts)]
+        cut = f" (and {len(told) - 1} more notes in report.html)" if long else ""
+        lines += [f"{shown}: {text}{cut}" for text in (told[:1] if cut else told)]
     lines += [f"{row['id']} failed: {failure(row)}" for row in run.errors]
     problems = run.info.get("problems") or []
     if problems:

@@ -123,7 +123,7 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
 
     dashes = {"solid": "-", "dash": (0, (5, 3)), "dot": (0, (1, 1.6)), "dashdot": (0, (5, 2, 1, 2))}
     by = 100.0 if percent(run.metric) else 1.0
-    top = lines.get(UNREDUCED, [None])[0]
+    top = lines[UNREDUCED][0] if UNREDUCED in lines else None
     ends: list[tuple[str, float, float, str]] = []
     for name, rows in lines.items():
         if name == UNREDUCED:
@@ -151,9 +151,8 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
         axes.plot([100 * top["share"]], [value], marker="*", markersize=13, color="#202020", linestyle="none", zorder=5)
         axes.annotate(f"unreduced {value:.1f}{' %' if by == 100 else ''}", (100 * top["share"], value), xytext=(2, 8),
                       textcoords="offset points", ha="right", fontsize=8, color="#202020")  # fmt: skip
-    compressed = _scale(
-        axes, [by * r[run.metric] for rows in lines.values() for r in rows], top and by * top[run.metric]
-    )
+    values = [by * r[run.metric] for rows in lines.values() for r in rows]
+    compressed = _scale(axes, values, None if top is None else by * top[run.metric])
     _label(axes, ends)
     settings = run.info.get("settings", {})
     axes.set_title(" · ".join(str(settings[k]) for k in ("model", "data") if settings.get(k)) or run.folder.name,

@@ -20,11 +20,19 @@ class Task(Protocol):
     methods the sweep tries by default.
     """
 
-    name: str
-    metric: str
-    stage: str
-    #: Inputs that could not be used: {"path", "reason"}; they are counted and listed in the report.
-    problems: list[dict[str, str]]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def problems(self) -> list[dict[str, str]]:
+        """Inputs that could not be used: {"path", "reason"}; they are counted and listed in the report."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """Everything that makes two rows comparable, JSON-able; known before :meth:`prepare`."""

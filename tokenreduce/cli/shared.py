@@ -42,6 +42,8 @@ class Friendly(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `tokenreduce ... | head`; the outer frame ends quietly
+            raise
         except EXPECTED as error:
             if _debug:
                 raise

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def _peak_cpu(function: Callable[[], object]) -> int:
         with _quiet():
             profiler.__exit__(None, None, None)
     del result
-    events = profiler.kineto_results.events() if profiler.kineto_results is not None else []
+    events: Any = profiler.kineto_results.events() if profiler.kineto_results is not None else []
     memory = [e for e in events if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU]
     live = peak = 0
     for event in sorted(memory, key=lambda e: e.start_ns()):
