@@ -2,6 +2,8 @@
 PY ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread per worker: small models gain nothing from more, and workers would fight over cores.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
 .PHONY: bench test test-all lint typecheck wheel performance clean
 
@@ -21,10 +23,10 @@ bench: $(VENV)/bench.stamp  ## the main job on the embedded default: table, pict
 	$(BIN)/tokenreduce bench vision
 
 test: $(VENV)/dev.stamp  ## fast tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/dev.stamp  ## with the slow ones; GPU tests run where a GPU is
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

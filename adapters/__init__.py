@@ -45,7 +45,27 @@ def supported() -> dict[str, tuple[str, ...]]:
             "CLIP, CustomTextCLIP and CoCa with it",
             "CLIP and CustomTextCLIP with a timm tower",
         ),
-        "transformers": ("ViT", "CLIP", "SigLIP", "SigLIP2", "DINOv2", "DINOv3"),
+        "transformers": (
+            "ViT",
+            "CLIP",
+            "SigLIP",
+            "SigLIP2",
+            "DINOv2",
+            "DINOv3",
+            "LLaVA-1.5",
+            "LLaVA-NeXT",
+            "LLaVA-NeXT-Video",
+            "LLaVA-OneVision",
+            "Video-LLaVA",
+            "Qwen2-VL",
+            "Qwen2.5-VL",
+            "Qwen3-VL",
+            "InternVL",
+            "Idefics3",
+            "SmolVLM",
+            "PaliGemma",
+            "Gemma3",
+        ),
     }
 
 

@@ -178,7 +178,8 @@ class Reduced:
         del got, entered
         x = self._feed_forward(x)
         if where == "after":
-            assert reducer is not None and seen is not None
+            assert reducer is not None
+            assert seen is not None
             x, state = self._reduce(site, reducer, x, state, seen, middle)
         trace = active()
         if trace is not None and where in (None, "input"):
@@ -349,7 +350,8 @@ def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
         if len(acting) > 1:
             names = " and ".join(r.spec() for r in acting)
             raise ValueError(
-                f"{names} both act in layer {layer}; give them different layers (for instance r=[8,8,0,0] and layers=[2])"
+                f"{names} both act in layer {layer}; give them different layers "
+                "(for instance r=[8,8,0,0] and layers=[2])"
             )
         sites.append(replace(base, layer=layer, reducer=acting[0] if acting else None))
     for reducer in reducers:
@@ -357,7 +359,8 @@ def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
         if missing:
             raise ValueError(
                 f"{reducer.name} needs {', '.join(missing)}, which {tower.family} cannot give "
-                f"(it gives {', '.join(tower.evidence)}); choose another method, tr.describe(model) lists those that fit"
+                f"(it gives {', '.join(tower.evidence)}); choose another method, "
+                "tr.describe(model) lists those that fit"
             )
     return sites
 

@@ -217,8 +217,7 @@ class ReducedParallelScalingBlock(_TimmBlock, ParallelScalingBlock):
         mlp = self.mlp_drop(self.mlp_act(mlp))
         if self.out_proj is not None:
             return self.out_proj(torch.cat((out, mlp), dim=-1))
-        assert self.attn_out_proj is not None and self.mlp_out_proj is not None
-        return self.attn_out_proj(out) + self.mlp_out_proj(mlp)
+        return self.attn_out_proj(out) + self.mlp_out_proj(mlp)  # type: ignore[misc]
 
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
         mlp, q, k, v = self._split(x)
@@ -244,7 +243,7 @@ class ReducedParallelThingsBlock(_TimmBlock, ParallelThingsBlock):
     attentions side by side, so that means over heads are means over all of them."""
 
     def _branches(self, x: Tensor, one: Any) -> list[Attended]:
-        return [one(branch.attn, branch.norm(x)) for branch in self.attns]
+        return [one(branch.attn, branch.norm(x)) for branch in self.attns]  # type: ignore[operator]
 
     def _stacked(self, got: list[Attended], out: Tensor) -> Attended:
         def heads(name: str) -> Tensor | None:
@@ -255,7 +254,7 @@ class ReducedParallelThingsBlock(_TimmBlock, ParallelThingsBlock):
 
     def _summed(self, got: list[Attended]) -> Tensor:
         pairs = zip(self.attns, got, strict=True)
-        return torch.stack([branch.drop_path(branch.ls(g.out)) for branch, g in pairs]).sum(dim=0)
+        return torch.stack([branch.drop_path(branch.ls(g.out)) for branch, g in pairs]).sum(dim=0)  # type: ignore[operator]
 
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
         got = self._branches(x, lambda attn, y: _attend(attn, y, bias, None))
@@ -359,11 +358,11 @@ def _attach_resize(model: Any, reducer: Any, undo: Undo) -> None:
         undo.set(embed, "output_fmt", type(embed.output_fmt)("NHWC"))
         rope = getattr(model, "rope", None)
         if getattr(rope, "_use_cached_embed", False):  # a table for the model's own image size only
-            undo.set(rope, "_use_cached_embed", False)
+            undo.set(rope, "_use_cached_embed", False)  # type: ignore[arg-type]
     undo.pre_hook(embed, functools.partial(resized_input, reducer=reducer))
 
 
-# -- finding and attaching -----------------------------------------------------------------------------------------------
+# -- finding and attaching ---------------------------------------------------------------------------------------------
 def towers(model: nn.Module) -> Iterator[Tower]:
     """timm towers inside ``model``, outermost first."""
     for name, module in model.named_modules():
@@ -384,8 +383,8 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     for block in tower.blocks:
         for attn in [block.attn] if hasattr(block, "attn") else [b.attn for b in getattr(block, "attns", [])]:
             if type(attn) not in ATTENTIONS:
-                known = ", ".join(a.__name__ for a in ATTENTIONS)
-                raise TypeError(f"{tower.family}: attention class {type(attn).__name__} is not supported; supported: {known}")
+                known, odd = ", ".join(a.__name__ for a in ATTENTIONS), type(attn).__name__
+                raise TypeError(f"{tower.family}: attention class {odd} is not supported; supported: {known}")
     pooling = getattr(model, "attn_pool", None)
     if pooling is not None and type(pooling).__name__ != "AttentionPoolLatent":
         raise TypeError(f"{tower.family}: {type(pooling).__name__} cannot weigh merged tokens; AttentionPoolLatent can")

@@ -102,3 +102,20 @@ def test_nan_is_an_error_that_says_where():
 
 def test_unit_of_zero_is_zero():
     assert torch.equal(unit(torch.zeros(1, 3)), torch.zeros(1, 3))
+
+
+def test_attention_under_the_mask_and_softcap_of_the_model():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 3, 6, 4).unbind(0)
+    seen = torch.rand(2, 1, 6, 6) < 0.6
+    seen |= torch.eye(6, dtype=torch.bool)
+    logits = 1.5 * torch.tanh(q @ k.transpose(-2, -1) / 2.0 / 1.5)
+    want = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+    additive = torch.zeros(2, 1, 6, 6).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (seen, additive):
+        evidence = Evidence(torch.zeros(2, 6, 8), k, q, mask=mask, softcap=1.5, causal=True, cls=True)
+        torch.testing.assert_close(evidence.attention("all"), want)
+        torch.testing.assert_close(evidence.attention("cls"), want[:, :, :1])
+        torch.testing.assert_close(evidence.attention(torch.tensor([[5], [2]]))[1], want[1, :, [2]])
+    shared = Evidence(torch.zeros(2, 6, 8), k, q, mask=seen[:1], softcap=1.5, cls=False).attention(torch.tensor([4, 1]))
+    torch.testing.assert_close(shared[1], logits.masked_fill(~seen[:1], float("-inf")).softmax(-1)[1, :, [4, 1]])

@@ -28,7 +28,7 @@ def serves(model, name: str) -> bool:
 @pytest.mark.parametrize("name", ENCODER_METHODS)
 @torch.no_grad()
 def test_family(family, name):
-    label, model, inputs = family
+    _, model, inputs = family
     if not serves(model, name):
         with pytest.raises(ValueError, match=r"cannot|needs"):
             tr.patch(model, with_keep(name, 0.5))

@@ -75,7 +75,7 @@ def test_a_wrapped_model_is_found():
 
 @pytest.mark.parametrize("bad", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 3, 1))])
 def test_models_without_adapter_list_the_supported_ones(bad):
-    with pytest.raises(TypeError, match=f"no adapter for {type(bad).__name__}.*VisionTransformer.*SigLIP2"):
+    with pytest.raises(TypeError, match=rf"no adapter for {type(bad).__name__}.*VisionTransformer.*SigLIP2"):
         tr.patch(bad, tr.ToMe(r=1))
     with pytest.raises(TypeError, match="no adapter"):
         tr.describe(bad)
@@ -84,7 +84,7 @@ def test_models_without_adapter_list_the_supported_ones(bad):
 def test_other_bad_calls():
     with pytest.raises(ValueError, match="no method given"):
         tr.patch(tiny_vit())
-    with pytest.raises(TypeError, match="expects a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module"):
         tr.patch("vit", tr.ToMe(r=1))
     with pytest.raises(ValueError, match="lists 9 layers but the model has 6"):
         tr.patch(tiny_vit(), tr.ToMe(r=[1] * 9))
@@ -160,7 +160,7 @@ def test_factories_and_classes_build_patched_models():
     assert torch.equal(logits(Model(1.0)), want)
     assert not torch.equal(logits(Child(1.0)), want), "a subclass is not patched before it is complete"
     assert not torch.equal(logits(tr.unpatch(build())), want)
-    with pytest.raises(TypeError, match="holds no nn.Module"):
+    with pytest.raises(TypeError, match=r"holds no nn\.Module"):
         tr.reduce_tokens("tome:r=3")(lambda: 3)()
 
 

@@ -36,6 +36,7 @@ class Evidence:
         scale: factor on q·k; 1/sqrt(d) by default.
         proportional: whether attention rows carry the log-size bias, as they do in a model that uses it.
         causal: whether a query sees only keys at or before its own place, as in a language model.
+        softcap: attention logits l become softcap * tanh(l / softcap), as in Gemma 2.
         mask: (B or 1,1,N,N) bool or additive: what each query sees in the model (sliding windows, prefixes that see
             each other), in place of ``causal``.
         layer, depth: 0-based layer index and number of layers, for schedules.
@@ -64,6 +65,7 @@ class Evidence:
         scale: float | None = None,
         proportional: bool = True,
         causal: bool = False,
+        softcap: float | None = None,
         mask: Tensor | None = None,
         layer: int = 0,
         depth: int = 1,
@@ -80,7 +82,7 @@ class Evidence:
         self._protected = protected
         self.rope, self._scale, self.proportional = rope, scale, proportional
         self._rotated = rotated
-        self.causal, self.mask = causal, mask
+        self._softcap, self.causal, self.mask = softcap, causal, mask
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
@@ -175,6 +177,8 @@ class Evidence:
         scale = q.shape[-1] ** -0.5 if self._scale is None else self._scale
         with torch.autocast(q.device.type, enabled=False):  # a ranking must not be rounded to half precision
             logits = (q.float() * scale) @ k.float().transpose(-2, -1)
+        if self._softcap is not None:
+            logits = (logits / self._softcap).tanh() * self._softcap
         if self.mask is not None:
             seen = self.mask.expand(q.shape[0], 1, -1, -1)
             if isinstance(rows, Tensor) or rows != "all":

@@ -27,7 +27,8 @@ def clamp_r(r: int, evidence: Evidence, name: str) -> int:
     most = cap(evidence)
     if r > most:
         evidence.note(
-            f"{name}: r={r} clamped to {most} at layer {evidence.layer} ({evidence.n} tokens, {evidence.prefix} protected)",
+            f"{name}: r={r} clamped to {most} at layer {evidence.layer} "
+            f"({evidence.n} tokens, {evidence.prefix} protected)",
             f"{name}: r={r} is more than some layers can remove and is clamped there; tr.record(model) notes where",
         )
     return min(r, most)

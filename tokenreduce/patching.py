@@ -103,7 +103,9 @@ def patch(model: M, *reducers: Reducer | str) -> M:
     if not chosen:
         raise ValueError(f"no method given; choose from {', '.join(list_methods())}")
     if any(MARK in m.__dict__ or isinstance(m, Reduced) for m in model.modules()):
-        raise ValueError("the model is patched already; call tr.unpatch(model) first (several methods go into one patch)")
+        raise ValueError(
+            "the model is patched already; call tr.unpatch(model) first (several methods go into one patch)"
+        )
     undo = Undo(chosen)
     try:
         attach(model, chosen, undo)
@@ -133,7 +135,7 @@ def unpatch(model: M) -> M:
 
 
 class patched(ContextDecorator):  # noqa: N801 - a verb, used like open()
-    """``with tr.patched(model, tr.ToMe(r=8)) as m: ...`` or as a decorator; unpatches on the way out, also after errors."""
+    """``with tr.patched(model, tr.ToMe(r=8)) as m: ...`` or as a decorator; unpatches also after errors."""
 
     def __init__(self, model: nn.Module, *reducers: Reducer | str) -> None:
         self.model, self.reducers = model, reducers
@@ -162,7 +164,7 @@ def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:
                 if type(self) is target:  # a subclass is still being built at this point
                     patch(self, *chosen)
 
-            target.__init__ = init  # type: ignore[misc]
+            target.__init__ = init  # type: ignore[misc, method-assign]
             return target
 
         @functools.wraps(target)

@@ -7,8 +7,6 @@ safetensors. Index tensors are int64; B is the batch, N the tokens before, K the
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -145,14 +143,13 @@ class Plan:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            f.name: v
-            for f in fields(self)
-            if not isinstance(v := getattr(self, f.name), Tensor | tuple | torch.device)
+            f.name: v for f in fields(self) if not isinstance(v := getattr(self, f.name), Tensor | tuple | torch.device)
         }
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
-        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+        moved: Any = {name: t.to(device) for name, t in self._tensors().items()}
+        return replace(self, **moved)
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -172,44 +169,16 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file."""
-        from safetensors.torch import save_file
+        from tokenreduce.plan_file import save
 
-        tensors: dict[str, Tensor] = {}
-        described = _describe(self, "", tensors)
-        save_file({k: t.contiguous() for k, t in tensors.items()}, str(path), {"plan": json.dumps(described)})
+        save(self, path)
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan written by :meth:`save`. Raises ``ValueError`` for a safetensors file without a plan."""
-        from safetensors import safe_open
+        from tokenreduce.plan_file import load
 
-        with safe_open(str(path), "pt") as file:
-            described = (file.metadata() or {}).get("plan")
-            if described is None:
-                raise ValueError(f"{path} holds no plan; write one with plan.save(path)")
-            return _rebuild(json.loads(described), {k: file.get_tensor(k) for k in file.keys()})
-
-
-def _describe(plan: Plan, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if isinstance(plan, Chain):
-        return {"kind": "Chain", "n": plan.n,
-                "plans": [_describe(p, f"{prefix}{i}.", tensors) for i, p in enumerate(plan.plans)]}  # fmt: skip
-    mine = plan._tensors()
-    tensors.update({prefix + name: t for name, t in mine.items()})
-    settings = {**plan._settings(), **({"device": str(plan.device)} if isinstance(plan, Identity) else {})}
-    return {"kind": type(plan).__name__, "settings": settings, "tensors": {n: prefix + n for n in mine}}
-
-
-def _rebuild(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
-    if described["kind"] == "Chain":
-        return Chain(described["n"], tuple(_rebuild(p, tensors) for p in described["plans"]))
-    settings = dict(described["settings"])
-    if "device" in settings:
-        settings["device"] = torch.device(settings["device"])
-    kind = Plan.KINDS.get(described["kind"])
-    if kind is None:
-        raise ValueError(f"unknown plan kind {described['kind']!r}; known: {sorted(Plan.KINDS)}")
-    return kind(**settings, **{name: tensors[key] for name, key in described["tensors"].items()})
+        return load(path)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -217,7 +186,7 @@ class Identity(Plan):
     """Everything stays. Every operation returns its argument itself."""
 
     rows: int = 1
-    device: torch.device = torch.device("cpu")  # type: ignore[assignment]
+    device: torch.device = torch.device("cpu")  # type: ignore[assignment]  # noqa: RUF009 - immutable
 
     @classmethod
     def like(cls, x: Tensor) -> Identity:

@@ -82,7 +82,7 @@ class Reducer:
         raise NotImplementedError("abstract")
 
     def acts(self, layer: int, depth: int) -> bool:
-        """Whether the method does something in 0-based ``layer`` of ``depth``; may raise ``ValueError`` for bad settings."""
+        """Whether the method does something in 0-based ``layer`` of ``depth``. Raises ``ValueError`` if it cannot."""
         return True
 
     def gathers(self) -> tuple[str, ...]:

@@ -70,7 +70,8 @@ def _import_plugin(place: Path) -> None:
     for file in files:
         name = f"tokenreduce_plugin_{file.stem}"
         spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -112,7 +113,7 @@ def parse(*reducers: Reducer | str) -> tuple[Reducer, ...]:
 
 
 def list_methods(pattern: str = "*", *, stage: str | None = None) -> list[str]:
-    """Names of methods that match a wildcard, sorted; ``stage`` restricts them. Raises ``ValueError`` for a bad stage."""
+    """Names of methods that match a wildcard, sorted, of one ``stage`` if given (``ValueError`` for a bad one)."""
     if stage is not None and stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
     methods = load_all()

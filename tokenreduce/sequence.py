@@ -40,5 +40,6 @@ def keep_best(scores: Tensor, keep: Keep, evidence: Evidence) -> Plan:
     if bool((wanted == present).all()):
         return Identity.like(evidence.x)
     ranked = descending(finite(scores, evidence).float().masked_fill(~visual, float("-inf")))
-    rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(evidence.n, device=ranked.device).expand_as(ranked))
+    place = torch.arange(evidence.n, device=ranked.device).expand_as(ranked)
+    rank = torch.empty_like(ranked).scatter_(1, ranked, place)
     return Prune.from_mask(~visual | (rank < wanted))

@@ -93,8 +93,7 @@ def accuracy(model: nn.Module, split: str = "test") -> float:
     model.eval()
     device = next(model.parameters()).device
     hits = sum(
-        int((model(a.to(device)).argmax(-1).cpu() == b).sum())
-        for a, b in zip(x.split(250), y.split(250), strict=True)
+        int((model(a.to(device)).argmax(-1).cpu() == b).sum()) for a, b in zip(x.split(250), y.split(250), strict=True)
     )
     model.train(was)
     return hits / len(y)
