@@ -1,4 +1,4 @@
-"""One generation of a language model with fewer tokens: what was dropped from which layer on, and the masks that follow.
+"""One generation of a language model with fewer tokens: what was dropped from which layer on, and the masks of it.
 
 Three index spaces meet in a prompt: visual tokens, columns of the prompt as the caller sees it, and slots of a layer's
 cache after tokens were dropped. :class:`Run` maps between them and nothing else does. A run travels with the calls of
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenreduce.plan import Plan
 
-__all__ = ["KEYWORD", "Cut", "Run", "Step", "attach_run", "columns_kept", "gather_mask", "run_of"]
+__all__ = ["KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "columns_kept", "gather_mask", "run_of"]
 
 #: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
 KEYWORD = "tokenreduce_step"
@@ -39,6 +39,8 @@ class Cut:
     layer: int
     index: Tensor
     valid: Tensor | None
+    #: (B,K) the same tokens among those that an earlier cut left.
+    local: Tensor
     #: (B,K) whether a slot may be attended to, padding included; None when all may.
     seen: Tensor | None = None
 
@@ -52,6 +54,10 @@ class Run:
     mask: Tensor | None
     cuts: list[Cut] = field(default_factory=list)
     calls: dict[int, Any] = field(default_factory=dict)
+    #: Layers whose plan is made: gradient checkpointing runs a layer again, and must get the same tokens.
+    decided: set[int] = field(default_factory=set)
+    #: (B,M) padding of the first M columns after the prompt (a later turn may be padded); None when there is none.
+    later: Tensor | None = None
 
     def cut_at(self, layer: int) -> Cut | None:
         """The cut that holds in ``layer``: the last one at or before it."""
@@ -61,7 +67,7 @@ class Run:
     def cut(self, layer: int, plan: Plan) -> Cut:
         """Drop columns from ``layer`` on; ``plan`` indexes the columns that an earlier cut left."""
         index, valid = columns_kept(plan)
-        before = self.cut_at(layer)
+        local, before = index, self.cut_at(layer)
         if before is not None:
             if before.valid is not None:
                 mine = before.valid.gather(1, index)
@@ -71,7 +77,7 @@ class Run:
         if self.mask is not None:
             padding = self.mask.gather(1, index)
             seen = padding if seen is None else seen & padding
-        made = Cut(layer, index, valid, seen)
+        made = Cut(layer, index, valid, local, seen)
         self.cuts.append(made)
         return made
 
@@ -88,22 +94,71 @@ class Run:
         visual = self.visual.gather(1, cut.index)
         return visual if cut.valid is None else visual & cut.valid
 
-    def decode_mask(self, layer: int, past: int, queries: int, slots: int) -> Tensor | None:
-        """(B,1,Q,S) bool for ``layer`` in decode: its cache holds ``past`` tokens and S ``slots``, filled or not.
+    def decode_mask(
+        self, layer: int, past: int, queries: int, slots: int, offset: int = 0, window: int | None = None
+    ) -> Tensor | None:
+        """(B,1,Q,S) bool for ``layer`` in decode: its cache took in ``past`` tokens and shows S ``slots``, filled or
+        not, the first of which holds token ``offset`` (sliding caches forget). A ``window`` counts columns of the
+        unreduced sequence, as the model would without us.
 
         None when everything may be seen.
         """
+        cut = self._cut(layer)
+        near = window is None or self.length + past - cut.index.shape[1] < window
+        if cut.seen is None and self.later is None and queries == 1 and slots == past + 1 and near:
+            return None
+        k, device = cut.index.shape[1], cut.index.device
+        slot = torch.arange(offset, offset + slots, device=device)
+        row = past + torch.arange(queries, device=device)[:, None]
+        mask = (self._slots_seen(cut, offset + slots)[:, None, None, offset:]) & (slot <= row)
+        if window is not None:
+            later = torch.arange(self.length, self.length + max(offset + slots - k, 0), device=device)
+            column = torch.cat([cut.index, later.expand(cut.index.shape[0], -1)], 1)[:, None, None, offset:]
+            mask = mask & (self.length + row - k - column < window)
+        return mask
+
+    def flash_mask(self, layer: int, filled: int, slots: int) -> Tensor | None:
+        """(B,F) padding mask for implementations that take no other, in prefill and decode; F ``filled`` of the S
+        ``slots`` hold a token after this call. None when everything may be seen."""
+        cut = self._cut(layer)
+        plain = cut.seen is None and self.later is None and slots == filled
+        return None if plain else self._slots_seen(cut, filled)
+
+    def _cut(self, layer: int) -> Cut:
         cut = self.cut_at(layer)
         assert cut is not None
-        if cut.seen is None and queries == 1 and slots == past + 1:
-            return None
+        return cut
+
+    def _slots_seen(self, cut: Cut, total: int) -> Tensor:
+        """(B,total) which slots may be attended to as far as padding goes: the prompt's, then those of new tokens."""
         batch, k = cut.index.shape
-        device = cut.index.device
-        new = torch.ones(batch, slots - k, dtype=torch.bool, device=device)
-        prompt = torch.ones(batch, k, dtype=torch.bool, device=device) if cut.seen is None else cut.seen
-        real = torch.cat([prompt, new], 1)[:, None, None, :]
-        ahead = torch.arange(slots, device=device) > past + torch.arange(queries, device=device)[:, None]
-        return real & ~ahead
+        parts = [torch.ones(batch, k, dtype=torch.bool, device=cut.index.device) if cut.seen is None else cut.seen]
+        if self.later is not None:
+            parts.append(self.later[:, : max(total - k, 0)])
+        known = torch.cat(parts, 1)
+        return torch.cat([known, known.new_ones(batch, max(total - known.shape[1], 0))], 1)
+
+
+@dataclass(frozen=True)
+class Deep:
+    """DeepStack (Qwen3-VL): visual features (n_visual,C) that are added before a layer, for the layers behind a cut.
+
+    ``mask`` (B,L) marks their columns; ``features[layer]`` are in the order of its True entries.
+    """
+
+    mask: Tensor
+    features: dict[int, Tensor]
+
+    def add(self, x: Tensor, layer: int, cut: Cut | None) -> Tensor:
+        """``x`` (B,N,C) with the features of ``layer`` added to the visual tokens that ``cut`` left."""
+        rows = self.features.get(layer)
+        if rows is None:
+            return x
+        here = self.mask.to(x.device)
+        number = (here.flatten().cumsum(0) - 1).clamp(min=0).view_as(here)
+        if cut is not None:
+            here, number = here.gather(1, cut.index), number.gather(1, cut.index)
+        return torch.where(here.unsqueeze(-1), x + rows.to(x.device, x.dtype)[number], x)
 
 
 @dataclass(frozen=True)
@@ -112,6 +167,7 @@ class Step:
 
     run: Run
     prefill: bool
+    deep: Deep | None = None
 
 
 def run_of(cache: Any) -> Run | None:
@@ -123,8 +179,11 @@ def attach_run(cache: Any, run: Run) -> None:
     setattr(cache, _ON_CACHE, run)
 
 
-def gather_mask(mask: Tensor | None, index: Tensor, valid: Tensor | None, slots: int) -> Tensor | None:
-    """A prefill mask (B or 1,1,N,S) for the columns ``index`` (B,K); None (plain causal) stays None where it can.
+def gather_mask(
+    mask: Tensor | None, index: Tensor, valid: Tensor | None, slots: int, causal: bool = True
+) -> Tensor | None:
+    """A prefill mask (B or 1,1,N,S) for the columns ``index`` (B,K); None stays None where it can. None means what
+    the attention module makes of it: plain ``causal`` attention, or that every token sees every other.
 
     ``slots`` is the number of keys that the layer will see: K, or more for a static cache, whose empty slots stay
     hidden. Slots that are not there (``valid`` False) see themselves, so that no row is empty, and nobody else sees
@@ -134,7 +193,8 @@ def gather_mask(mask: Tensor | None, index: Tensor, valid: Tensor | None, slots:
     if mask is None:
         if valid is None:
             return None
-        out = torch.ones(k, k, dtype=torch.bool, device=index.device).tril().expand(b, 1, k, k)
+        out = torch.ones(k, k, dtype=torch.bool, device=index.device)
+        out = (out.tril() if causal else out).expand(b, 1, k, k)
     else:
         full = mask.expand(b, -1, -1, -1)
         rows = full.gather(2, index[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3]))

@@ -70,6 +70,16 @@ class _Stock:
     eager: Callable[..., Any]
 
 
+class _Unpatched:
+    """An attention module with the config of its model: flash attention loads its kernel by the name in there."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -90,6 +100,8 @@ def attend(
             if name not in ("sdpa", "eager"):
                 name = "sdpa"
     stock_function = ALL_ATTENTION_FUNCTIONS.get_interface(name, stock.eager)
+    if "flash" in name:
+        module = _Unpatched(module, stock.config)  # type: ignore[assignment]
     return stock_function(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -3,22 +3,27 @@
 Mechanism: a pre-hook on the inner model makes a :class:`~tokenreduce.adapters.generation.Run` at prefill and passes it
 on as a keyword; pre-hooks on decoder layers compute plans from the attention of the layer before, gather hidden
 states, rotary tables and masks from the acting layer on, and rebuild the mask of those layers in decode, where their
-caches are shorter than the prompt. Kept tokens keep their original positions.
+caches are shorter than the prompt. Kept tokens keep their original positions, and sliding windows count them.
+
+The families differ in where their parts are (:data:`FAMILIES`) and, in Qwen3-VL, in DeepStack: visual features that
+the language model adds after its first layers to columns that may be gone. Rotary tables reach the layers ready
+(M-RoPE mixed, one pair per layer type), so that layers need no position ids behind a cut.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import KEYWORD, Run, Step, attach_run, columns_kept, gather_mask, run_of
-from tokenreduce.adapters.hf_attention import CALL, Call, listen
+from tokenreduce.adapters.generation import KEYWORD, Deep, Run, Step, attach_run, gather_mask, run_of
+from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
 from tokenreduce.evidence import Evidence
 from tokenreduce.patching import Undo
+from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import Step as TraceStep
 from tokenreduce.trace import active
@@ -30,15 +35,31 @@ EVIDENCE = ("keys", "queries", "values", "attention")
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts are. ``ids`` are config attributes that name the placeholder tokens."""
+    """Where the parts are. ``ids`` are config attributes that name the placeholder tokens; ``deep`` says that the
+    language model takes DeepStack features."""
 
     language: str = "language_model"
     layers: str = "layers"
     ids: tuple[str, ...] = ("image_token_id", "video_token_id")
+    deep: bool = False
 
 
 #: Inner model class -> its parts.
-FAMILIES: dict[str, Family] = {"LlavaModel": Family()}
+FAMILIES: dict[str, Family] = {
+    "LlavaModel": Family(),
+    "LlavaNextModel": Family(),
+    "LlavaNextVideoModel": Family(),
+    "LlavaOnevisionModel": Family(),
+    "VideoLlavaModel": Family(),
+    "Qwen2VLModel": Family(),
+    "Qwen2_5_VLModel": Family(),
+    "Qwen3VLModel": Family(deep=True),
+    "InternVLModel": Family(),
+    "Idefics3Model": Family(language="text_model"),
+    "SmolVLMModel": Family(language="text_model"),
+    "PaliGemmaModel": Family(),
+    "Gemma3Model": Family(),
+}
 
 
 @dataclass(frozen=True)
@@ -48,13 +69,19 @@ class Language:
     name: str
     inner: nn.Module
     family: str
+    text: nn.Module
     layers: tuple[nn.Module, ...]
     ids: tuple[int, ...]
+    generator: nn.Module | None = None
     evidence: tuple[str, ...] = EVIDENCE
 
 
 def find(model: nn.Module) -> Language | None:
-    """The image/video language model inside ``model``, or None."""
+    """The image/video language model inside ``model``, or None.
+
+    Raises ``TypeError`` for one whose language model is built from parts that are not decoder layers with a
+    ``self_attn``, as all families have by default.
+    """
     for name, module in model.named_modules():
         family = FAMILIES.get(type(module).__name__)
         if family is not None and type(module).__module__.startswith("transformers."):
@@ -62,51 +89,139 @@ def find(model: nn.Module) -> Language | None:
             found = (getattr(config, i, None) for i in family.ids)
             ids = tuple(i for i in found if isinstance(i, int))
             text: Any = module.get_submodule(family.language)
-            layers = tuple(getattr(text, family.layers))
-            return Language(name, module, type(module).__name__, layers, ids)
+            layers = tuple(getattr(text, family.layers, ()))
+            if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+                raise TypeError(
+                    f"the language model of {type(module).__name__} is a {type(text).__name__}; supported are language "
+                    f"models whose .{family.layers} are decoder layers with a .self_attn (Llama, Mistral, Qwen, Gemma)"
+                )
+            owners = (m for m in model.modules() if hasattr(m, "_prefill") and getattr(m, "model", None) is module)
+            return Language(name, module, type(module).__name__, text, layers, ids, next(owners, None))
     return None
 
 
 def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
-    """Put language-stage ``reducers`` into the model. Raises ``ValueError`` for layers that do not exist or clash."""
+    """Put language-stage ``reducers`` into the model.
+
+    Raises ``ValueError`` for layers that do not exist or clash, and for attention that dropping tokens would change:
+    chunked, linear and other layer types than full and sliding, or sliding windows inside flash attention.
+    """
     depth = len(found.layers)
     acting: list[Reducer | None] = []
-    for layer in range(depth):
-        here = [r for r in reducers if r.acts(layer, depth)]
+    for i in range(depth):
+        here = [r for r in reducers if r.acts(i, depth)]
         if len(here) > 1:
-            raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {layer}; choose other layers")
+            raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
         acting.append(here[0] if here else None)
     first = next((i for i, r in enumerate(acting) if r is not None), depth)
     if first == depth:
         return
-    undo.pre_hook(found.inner, functools.partial(start, ids=found.ids))
+    windows = [_window(found.text.config, i) for i in range(depth)]
+    for i in range(max(first - 1, 0), depth):
+        _check_implementation(found.layers[i], i, windows[i])
+    undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows))
+    if found.generator is not None:
+        undo.set(found.generator, "_prefill", functools.partial(_whole_prefill, found.generator))
+    if FAMILIES[found.family].deep:
+        _check_deep(found, depth)
+        undo.pre_hook(found.text, functools.partial(take_deep, first=first))
     copies: dict[int, Any] = {}
-    for i, layer in enumerate(found.layers):
+    for i in range(depth):
+        layer: Any = found.layers[i]
+        reducer = acting[i]
         if "forward" in vars(layer):
-            raise ValueError(f"layer {i} has a forward of its own (accelerate's dispatch); call tr.patch before dispatching")
+            raise ValueError(
+                f"layer {i} has a forward of its own (accelerate's dispatch); call tr.patch before dispatching"
+            )
         after = acting[i + 1] if i + 1 < depth else None
         reads = after is not None and bool(after.gathers())
         if reads:
-            listen(layer.self_attn, undo, copies)  # type: ignore[arg-type]
+            listen(layer.self_attn, undo, copies)
         if i >= first or reads:
-            undo.pre_hook(layer, functools.partial(enter, index=i, depth=depth, reducer=acting[i], reads=reads))
-        if acting[i] is not None:
-            undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, acting[i]))
+            undo.pre_hook(
+                layer,
+                functools.partial(enter, index=i, depth=depth, reducer=reducer, reads=reads, window=windows[i]),
+            )
+        if reducer is not None:
+            undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, reducer))
 
 
 def _name(kind: str, reducer: Reducer) -> str:
     return f"{kind}[{reducer.spec()}]"
 
 
+def _whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate``'s prefill: in chunks, the first would choose tokens before the question is there."""
+    if generation_config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={generation_config.prefill_chunk_size} is not supported on a patched model, which "
+            f"chooses tokens by the whole prompt; leave it None"
+        )
+    return type(generator)._prefill(generator, input_ids, generation_config, *args, **kwargs)
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """Width of the sliding window of a decoder layer, None for full attention."""
+    window: int | None = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        kind = "sliding_attention" if window is not None else "full_attention"
+        if getattr(config, "attention_chunk_size", None) is not None:
+            kind = "chunked_attention"
+    else:
+        kind = types[layer]
+    if kind not in ("full_attention", "sliding_attention"):
+        raise ValueError(
+            f"layer {layer} of the language model has {kind}; language-stage methods support full_attention and "
+            f"sliding_attention"
+        )
+    return window if kind == "sliding_attention" else None
+
+
+def _check_implementation(layer: Any, index: int, window: int | None) -> str:
+    name = implementation(layer.self_attn)
+    if "flex" in name:
+        raise ValueError(
+            f"attention implementation {name} is not supported with language-stage methods; call "
+            f"model.set_attn_implementation('sdpa')"
+        )
+    if window is not None and "flash" in name:
+        raise ValueError(
+            f"layer {index} has a sliding window, which {name} counts over the tokens that are left instead of over "
+            f"the original ones; call model.set_attn_implementation('sdpa')"
+        )
+    return name
+
+
+def _check_deep(found: Language, depth: int) -> None:
+    config: Any = found.inner.config
+    entries = len(config.vision_config.deepstack_visual_indexes)
+    if entries >= depth:
+        raise ValueError(
+            f"{found.family} adds {entries} DeepStack features after the layers of a language model of {depth} layers; "
+            f"fewer features than layers are supported"
+        )
+
+
 def start(
-    inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, ids: tuple[int, ...]
+    inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, ids: tuple[int, ...], slides: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook on the inner model: make the run of this generation, or take it from the cache."""
+    """Pre-hook on the inner model: make the run of this generation, or take it from the cache.
+
+    What a later turn brings, images included, stays as it is.
+    """
     cache = kwargs.get("past_key_values")
+    tokens = kwargs.get("input_ids", args[0] if args else None)
     if cache is not None and cache.get_seq_length() > 0:
         run = run_of(cache)
-        return None if run is None else (args, {**kwargs, KEYWORD: Step(run, prefill=False)})
-    tokens = kwargs.get("input_ids", args[0] if args else None)
+        if run is None:
+            return None
+        new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
+        if new > 1 and kwargs.get("attention_mask") is not None:
+            real = _padding(kwargs["attention_mask"], run.visual.shape[0], int(cache.get_seq_length()) + new, slides)
+            later = None if real is None else real[:, run.length :]
+            run.later = None if later is None or bool(later.all()) else later
+        return args, {**kwargs, KEYWORD: Step(run, prefill=False)}
     if tokens is not None:
         visual = torch.isin(tokens, torch.tensor(ids, device=tokens.device))
     else:
@@ -116,25 +231,70 @@ def start(
         visual = torch.stack(marks).any(0)
     if not bool(visual.any()):
         return None
-    padding = _padding(kwargs.get("attention_mask"), visual)
+    padding = _padding(kwargs.get("attention_mask"), visual.shape[0], visual.shape[1], slides)
+    _check_packed(kwargs)
     return args, {**kwargs, KEYWORD: Step(Run(visual.shape[1], visual, padding), prefill=True)}
 
 
-def _padding(mask: Any, visual: Tensor) -> Tensor | None:
-    """(B,L) bool of the real columns, None when all are: from a padding mask, or from the 4-D mask that ``generate``
-    makes for a static cache, whose last row sees every real token (prompts are padded on the left there)."""
+def _padding(mask: Any, batch: int, columns: int, slides: bool) -> Tensor | None:
+    """(B,L) bool of the real columns, None when all L are: from a padding mask, or from the 4-D masks (one, or one per
+    layer type) that ``generate`` makes for a static cache.
+
+    The last row of a full-attention mask sees every real token, since padding is masked as keys only. Where every
+    layer ``slides``, the diagonal is the padding of a prompt, since a real token sees itself.
+    """
+    if isinstance(mask, dict):
+        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < columns:
+        shape = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"a patched model takes attention_mask as padding mask (batch, tokens) or (batch, 1, tokens, slots), "
-            f"not {type(mask).__name__}"
+            f"a patched model takes attention_mask as padding mask (batch, tokens) or (batch, 1, tokens, slots), for "
+            f"all {columns} tokens, cached ones included, not {shape}"
+        )
+    if mask.dim() == 2 and mask.shape[1] != columns:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {columns} tokens, cached ones included; a patched model "
+            f"takes the whole prompt in one call"
         )
     if mask.dim() == 4:
-        row = mask[:, 0, -1, : visual.shape[1]]
+        if slides and mask.shape[2] != columns:
+            raise ValueError(
+                "a later turn on a static cache is not supported where every layer has a sliding window; leave "
+                "cache_implementation at its default"
+            )
+        square = mask[:, 0, :, :columns]
+        row = square.diagonal(dim1=1, dim2=2) if slides else square[:, -1]
         mask = row if row.dtype == torch.bool else row == 0
-        mask = mask.expand(visual.shape[0], -1)
+        mask = mask.expand(batch, -1)
     return None if bool(mask.all()) else mask.bool()
+
+
+def _check_packed(kwargs: dict[str, Any]) -> None:
+    """Several sequences in one row have several last tokens, and no method chooses for them one by one."""
+    positions = kwargs.get("position_ids")
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if isinstance(positions, Tensor) and kwargs.get("attention_mask") is None:
+        if positions.dim() == 3:  # M-RoPE: only row 0 of four counts tokens
+            positions = positions[0] if positions.shape[0] == 4 else positions[0, :, :1]
+        packed = packed or bool((positions.diff(dim=-1) < 0).any())
+    if packed:
+        raise ValueError("a patched model takes one sequence per row, not packed sequences; pad the batch instead")
+
+
+def take_deep(
+    text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook on a language model with DeepStack: it adds its features to all visual columns, so those that come
+    after layer ``first`` or a later one are added by us, to the columns that are left."""
+    step: Step | None = kwargs.get(KEYWORD)
+    features = kwargs.get("deepstack_visual_embeds")
+    if step is None or not step.prefill or features is None or len(features) <= first:
+        return None
+    mine = {i + 1: features[i] for i in range(first, len(features))}
+    deep = Deep(kwargs["visual_pos_masks"], mine)
+    return args, {**kwargs, "deepstack_visual_embeds": features[:first], KEYWORD: replace(step, deep=deep)}
 
 
 def enter(
@@ -146,6 +306,7 @@ def enter(
     depth: int,
     reducer: Reducer | None,
     reads: bool,
+    window: int | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on decoder layer ``index``: plan and gather in prefill, rebuild the mask in decode."""
     step: Step | None = kwargs.get(KEYWORD)
@@ -156,32 +317,56 @@ def enter(
     if not step.prefill:
         if run.cut_at(index) is None:
             return None
-        kwargs["attention_mask"] = _decode_mask(layer, args[0], kwargs.get("attention_mask"), run, index, cache)
+        kwargs["attention_mask"] = _decode_mask(layer, args[0], run, index, cache, window)
         return args, kwargs
     if cache is not None and run_of(cache) is not run:
         attach_run(cache, run)
     x = args[0]
+    if step.deep is not None:
+        x = step.deep.add(x, index, run.cut_at(index - 1))
     if reducer is not None:
-        plan = reducer.plan(_evidence(x, run, index, depth, reducer, layer))
-        acted = None if plan.is_identity else plan
-        if acted is not None:
-            x = _rows(x, columns_kept(acted)[0])
-            run.cut(index, acted)
-        trace = active()
-        if trace is not None:
-            trace.add(layer, TraceStep("language", index, x.shape[1], acted, reducer.spec()))
+        x = _reduce(x, run, index, depth, reducer, layer)
     cut_here = run.cut_at(index)
     if cut_here is not None:
+        name = _check_implementation(layer, index, window)
         where = cut_here.index
         kwargs["position_embeddings"] = tuple(_rows(t, where) for t in kwargs["position_embeddings"])
+        # The tables are rotated into the layer already; ids with gaps would look like packed sequences to flash.
+        kwargs["position_ids"] = None
         slots = x.shape[1] if cache is None else cache.layers[index].get_mask_sizes(x.shape[1])[0]
-        kwargs["attention_mask"] = gather_mask(kwargs.get("attention_mask"), where, cut_here.valid, slots)
-        positions = kwargs.get("position_ids")
-        if isinstance(positions, Tensor):
-            kwargs["position_ids"] = positions.expand(where.shape[0], -1).gather(1, where)
-    if reads:
+        if "flash" in name:
+            kwargs["attention_mask"] = run.flash_mask(index, x.shape[1], slots)
+        else:
+            mask, causal = kwargs.get("attention_mask"), _causal(layer)
+            kwargs["attention_mask"] = gather_mask(mask, where, cut_here.valid, slots, causal)
+    if reads and index + 1 not in run.decided:
         run.calls[index] = kwargs[CALL] = Call(kwargs.get("attention_mask"), record=True)
     return (x, *args[1:]), kwargs
+
+
+def _reduce(x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, layer: Any) -> Tensor:
+    """``x`` (B,N,C) with the tokens that ``reducer`` keeps before ``index``; decided once per run."""
+    if index in run.decided:
+        cut = run.cut_at(index)
+        return x if cut is None or cut.layer != index else _rows(x, cut.local)
+    acted: Plan | None = None
+    with torch.no_grad():  # a plan is a choice; and a layer that is checkpointed must save the same tensors each time
+        plan = reducer.plan(_evidence(x, run, index, depth, reducer, layer))
+        run.decided.add(index)
+        if not plan.is_identity:
+            acted = plan
+            local = run.cut(index, acted).local
+    if acted is not None:
+        x = _rows(x, local)
+    trace = active()
+    if trace is not None:
+        trace.add(layer, TraceStep("language", index, x.shape[1], acted, reducer.spec()))
+    return x
+
+
+def _causal(layer: Any) -> bool:
+    """What attention without a mask means; PaliGemma's Gemma sees everything then."""
+    return bool(getattr(layer.self_attn, "is_causal", True))
 
 
 def _rows(table: Tensor, where: Tensor) -> Tensor:
@@ -196,6 +381,12 @@ def _evidence(x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, lay
     if call is not None:
         n = x.shape[1]
         seen = {"keys": call.keys[:, :, :n], "queries": call.queries, "values": call.values[:, :, :n]}
+        if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
+            seen["mask"] = call.mask[..., :n]
+        if implementation(layer.self_attn) != "sdpa":  # which computes without
+            seen["softcap"] = getattr(layer.self_attn, "attn_logit_softcapping", None)
+        # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
+        call.record, call.queries, call.keys, call.values = False, None, None, None
     return Evidence(
         x,
         **seen,
@@ -204,18 +395,26 @@ def _evidence(x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, lay
         cls=False,
         rope="post",
         scale=getattr(layer.self_attn, "scaling", None),
-        causal=True,
+        causal=_causal(layer),
         layer=index,
         depth=depth,
         entry=run.length,
     )
 
 
-def _decode_mask(layer: Any, x: Tensor, stock: Any, run: Run, index: int, cache: Any) -> Tensor | None:
-    mine = cache.layers[index]
-    queries = x.shape[1]
-    slots, _ = mine.get_mask_sizes(queries)
-    mask = run.decode_mask(index, int(mine.get_seq_length()), queries, slots)
-    if mask is None or layer.self_attn.config._attn_implementation != "eager":
+def _decode_mask(layer: Any, x: Tensor, run: Run, index: int, cache: Any, window: int | None) -> Tensor | None:
+    mine, queries = cache.layers[index], x.shape[1]
+    if x.shape[0] != run.visual.shape[0]:
+        raise ValueError(
+            f"the cache was made for a batch of {run.visual.shape[0]} and is used for {x.shape[0]}; contrastive and "
+            f"assisted decoding repeat a cache and are not supported on a patched model"
+        )
+    name = _check_implementation(layer, index, window)
+    past = int(mine.get_seq_length())
+    slots, offset = mine.get_mask_sizes(queries)
+    if "flash" in name:
+        return run.flash_mask(index, past + queries, slots)
+    mask = run.decode_mask(index, past, queries, slots, offset, window)
+    if mask is None or name != "eager":
         return mask
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
