@@ -18,13 +18,28 @@ from tokenreduce.reducer import Reducer
 from tokenreduce.registry import get_method, list_methods, parse
 from tokenreduce.trace import record
 
-if TYPE_CHECKING:
-    from tokenreduce.vision.encoder.tome import ToMe
+if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
+    from tokenreduce.vision.encoder.ats import ATS
+    from tokenreduce.vision.encoder.diffrate import DiffRate
+    from tokenreduce.vision.encoder.dpcknn import DPCKNN
+    from tokenreduce.vision.encoder.evit import EViT
+    from tokenreduce.vision.encoder.kmedoids import KMedoids
+    from tokenreduce.vision.encoder.mctf import MCTF
+    from tokenreduce.vision.encoder.pitome import PiToMe
+    from tokenreduce.vision.encoder.random_drop import Random
+    from tokenreduce.vision.encoder.repshift import RepresentationShift
+    from tokenreduce.vision.encoder.resize import Resize
+    from tokenreduce.vision.encoder.tofu import ToFu
+    from tokenreduce.vision.encoder.tome import ToMe, ToMeKth
+    from tokenreduce.vision.encoder.uniform import Uniform
+    from tokenreduce.vision.encoder.zerotprune import ZeroTPrune
+    from tokenreduce.vision.language.fastv import FastV
 
 __version__ = "0.1.0"
 __all__ = [
-    "Evidence", "Merge", "Plan", "Pool", "Prune", "Reducer", "ToMe", "describe", "get_method", "list_methods",
-    "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
+    "ATS", "DPCKNN", "DiffRate", "EViT", "Evidence", "FastV", "KMedoids", "MCTF", "Merge", "PiToMe", "Plan", "Pool",
+    "Prune", "Random", "Reducer", "RepresentationShift", "Resize", "ToFu", "ToMe", "ToMeKth", "Uniform", "ZeroTPrune",
+    "describe", "get_method", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
 ]  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""What uses time: reading, sampling, temporal methods, streaming."""

@@ -1,0 +1,1 @@
+"""Methods of the cache stage, one file each."""

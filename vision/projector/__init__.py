@@ -1,0 +1,1 @@
+"""Methods of the projector stage, one file each."""
