@@ -109,6 +109,15 @@ def test_half_precision_in_half_precision_out(name, dtype):
 
 
 @every
+def test_autocast_changes_no_decision(name):
+    for seed in range(5):
+        plan, _ = plan_of(with_keep(name, 0.5), seed=seed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again, _ = plan_of(with_keep(name, 0.5), seed=seed)
+        assert torch.equal(again.sources(), plan.sources())
+
+
+@every
 def test_plans_survive_safetensors(name, tmp_path):
     plan, _ = plan_of(with_keep(name, 0.5))
     plan.save(tmp_path / "plan.safetensors")

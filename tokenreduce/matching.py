@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.scoring import descending, finite, precise, unit
+from tokenreduce.scoring import descending, finite, inner, unit
 
 __all__ = ["bipartite", "cap", "clamp_r"]
 
@@ -45,8 +45,7 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
         return Identity.like(evidence.x)
     n, p = evidence.n, evidence.prefix
     m = unit(metric)
-    with precise(m):
-        scores = m[:, ::2] @ m[:, 1::2].transpose(1, 2)
+    scores = inner(m[:, ::2], m[:, 1::2])
     fixed = evidence.fixed()
     if evidence.valid is not None:
         fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid

@@ -8,14 +8,15 @@ from torch import Tensor
 from tokenreduce.evidence import Evidence
 
 __all__ = [
-    "cls_attention", "descending", "distances", "excluded", "finite", "importance", "key_metric", "precise",
+    "cls_attention", "descending", "distances", "excluded", "finite", "importance", "inner", "key_metric",
     "received_attention", "received_by_head", "select", "unit",
 ]  # fmt: skip
 
 
-def precise(x: Tensor) -> torch.autocast:
-    """A context in which products are not rounded to half precision: decisions must not depend on autocast."""
-    return torch.autocast(x.device.type, enabled=False)
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """(B,M,N) inner products of (B,M,d) and (B,N,d) in float32, also under autocast: a rounded ranking is another."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().transpose(1, 2)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from tokenreduce.budget import check_count, check_keep, count
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan, Prune, take
 from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import finite, importance, select, unit
+from tokenreduce.scoring import finite, importance, inner, select, unit
 
 __all__ = ["SCHEDULES", "DiffRate"]
 
@@ -199,7 +199,7 @@ class DiffRate(Reducer, name="diffrate", stage="encoder", needs=("attention",), 
         if after_merge == after_prune:
             return Prune(evidence.n, keep)
         metric = unit(evidence.x.detach())
-        similarity = finite(take(metric, source) @ take(metric, keep).transpose(1, 2), evidence)
+        similarity = finite(inner(take(metric, source), take(metric, keep)), evidence)
         barred, there = evidence.fixed(), evidence.valid
         if there is not None:
             barred = ~there if barred is None else barred | ~there

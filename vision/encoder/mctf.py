@@ -12,7 +12,7 @@ from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.schedule import check_layers, stage_layers, staged
-from tokenreduce.scoring import descending, finite, received_attention, unit
+from tokenreduce.scoring import descending, finite, inner, received_attention, unit
 
 __all__ = ["MCTF"]
 
@@ -190,7 +190,7 @@ class MCTF(
         scores = torch.ones(x.shape[0], x[:1, a].shape[1], x[:1, b].shape[1], device=x.device)
         if self.tau_sim:
             m = unit(x)
-            cosine = m[:, a] @ m[:, b].transpose(1, 2)
+            cosine = inner(m[:, a], m[:, b])
             scores = scores * ((cosine + 1) / 2).clamp(min=0) ** (1 / self.tau_sim)
         for value, tau in ((received, self.tau_info), (evidence.size, self.tau_size)):
             if value is not None and tau:

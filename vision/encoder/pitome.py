@@ -15,7 +15,7 @@ from tokenreduce.evidence import Evidence
 from tokenreduce.matching import bipartite
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, excluded, finite, key_metric, unit
+from tokenreduce.scoring import descending, excluded, finite, inner, key_metric, unit
 
 __all__ = ["PiToMe"]
 
@@ -150,8 +150,7 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
     def _merge(self, metric: Tensor, r: int, evidence: Evidence, split: bool, by_size: bool) -> Plan:
         n, p = evidence.n, evidence.prefix
         m, out = unit(metric[:, p:]), excluded(evidence)
-        with torch.autocast(m.device.type, enabled=False):  # half-precision cosines tie
-            cosine = m @ m.transpose(1, 2)
+        cosine = inner(m, m)
         order = descending(self._energy(cosine, out, evidence))
         if out is not None:
             cosine = cosine.masked_fill(out[:, :, None] | out[:, None], float("-inf"))

@@ -12,7 +12,7 @@ from tokenreduce.matching import bipartite, clamp_r
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.schedule import Scheduled
-from tokenreduce.scoring import finite, key_metric, unit
+from tokenreduce.scoring import finite, inner, key_metric, unit
 
 __all__ = ["ToMe", "ToMeKth"]
 
@@ -77,6 +77,6 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
         # The number of sources is known, so this stays one graph where a boolean index would not.
         source = chosen[p : p + end].long().argsort(stable=True)[: end - groups] + p
         m = unit(key_metric(evidence))
-        scores = finite(m[:, source] @ m[:, target].transpose(1, 2), evidence)
+        scores = finite(inner(m[:, source], m[:, target]), evidence)
         keep = torch.cat([position[:p], target]).expand(evidence.batch, -1)
         return Merge(n, keep, source.expand(evidence.batch, -1), p + scores.argmax(-1))

@@ -12,7 +12,7 @@ from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Plan, Prune, take
 from tokenreduce.reducer import Reducer
 from tokenreduce.schedule import check_layers, stage_layers, staged
-from tokenreduce.scoring import descending, finite, unit
+from tokenreduce.scoring import descending, finite, inner, unit
 
 __all__ = ["ZeroTPrune"]
 
@@ -160,8 +160,9 @@ class ZeroTPrune(
         s = (power / power.sum(1, keepdim=True))[:, None, None].expand(-1, graph.shape[1], -1, -1)
         graph = graph * alive[:, None, None]
         graph = graph / graph.sum(-1, keepdim=True).clamp(min=torch.finfo(graph.dtype).tiny)
-        for _ in range(rounds):
-            s = s @ graph  # a token that is not alive has no power, so its row does not matter
+        with torch.autocast(s.device.type, enabled=False):
+            for _ in range(rounds):
+                s = s @ graph  # a token that is not alive has no power, so its row does not matter
         s = s.squeeze(2) * number[:, None]
         judged = (alive & ~fixed).float()[:, None]
         judges = judged.sum(-1).clamp(min=1)
@@ -179,7 +180,7 @@ class ZeroTPrune(
         ragged = evidence.valid is not None
         less, more = (order, order) if ragged else (order[:, split:], order[:, :split])
         keys = unit(evidence.keys.transpose(1, 2).flatten(2))
-        similarity = finite(take(keys, less) @ take(keys, more).transpose(1, 2), evidence)
+        similarity = finite(inner(take(keys, less), take(keys, more)), evidence)
         if ragged:  # every sample has a middle of its own
             number = (there & ~fixed).sum(1, keepdim=True)
             place = torch.arange(free, device=order.device)
