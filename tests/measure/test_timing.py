@@ -6,7 +6,7 @@ import torch
 from tokenreduce.measure import breakeven, timing
 from tokenreduce.measure.breakeven import break_even
 from tokenreduce.measure.memory import peak_bytes
-from tokenreduce.measure.timing import Timing, interleaved
+from tokenreduce.measure.timing import Timing, fused_attention, interleaved
 
 
 class Clock:
@@ -149,3 +149,13 @@ def test_break_even_measures_for_real() -> None:
 def test_break_even_bad_sizes(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="sizes"):
         break_even(abs, abs, abs, sizes)
+
+
+def test_stock_models_are_timed_with_fused_attention():
+    before = torch.backends.mha.get_fastpath_enabled()
+    with fused_attention("cpu"):
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() == before
+    with pytest.raises(ZeroDivisionError), fused_attention("cpu"):
+        1 / 0  # noqa: B018
+    assert torch.backends.mha.get_fastpath_enabled() == before

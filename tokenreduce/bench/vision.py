@@ -20,7 +20,7 @@ from tokenreduce.bench.data import Batch, Images, load_data
 from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.memory import peak_bytes
-from tokenreduce.measure.timing import interleaved
+from tokenreduce.measure.timing import fused_attention, interleaved
 from tokenreduce.patching import describe, patched
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import record
@@ -329,7 +329,7 @@ class VisionTask:
             with self._inference():
                 return forward(which, x)
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), fused_attention(self.device):
             warnings.simplefilter("ignore")  # the notes were taken already
             times = interleaved(
                 {"stock": lambda: run(ready.stock), "this": lambda: run(model)}, self.repeats, device=self.device
