@@ -2,36 +2,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 
 import tokenreduce as tr
 from tokenreduce.reducer import parse_spec, split_specs
 
-PLUGIN = """
-from dataclasses import dataclass
-import torch
-from tokenreduce import Evidence, Plan, Prune, Reducer
-from tokenreduce.budget import check_keep, linear
-from tokenreduce.plan import Identity
-from tokenreduce.scoring import select
-
-@dataclass(frozen=True)
-class Loudest(Reducer, name="loudest", stage="encoder", title="Largest norm first"):
-    \"\"\"Keep the tokens with the largest norm.\"\"\"
-    keep: int | float = 1.0
-    def __post_init__(self):
-        check_keep(self.keep)
-    def plan(self, evidence: Evidence) -> Plan:
-        left = linear(self.keep, evidence.entry - evidence.prefix, evidence.layer, evidence.depth)
-        left = min(left, evidence.n - evidence.prefix)
-        if left == evidence.n - evidence.prefix:
-            return Identity.like(evidence.x)
-        return Prune(evidence.n, select(evidence.x.float().norm(dim=-1), left, evidence))
-"""
+# The example that CONTRIBUTING.md gives to authors of methods, so that it cannot rot.
+GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
+PLUGIN = re.search(r"```python\n(.*?)```", GUIDE.read_text(), re.S).group(1)
 
 
 def test_unknown_names_get_suggestions():
@@ -106,7 +89,7 @@ def run(*command: str, plugin, timeout=300) -> str:
 @pytest.fixture
 def plugin(tmp_path):
     file = tmp_path / "loudest.py"
-    file.write_text(textwrap.dedent(PLUGIN))
+    file.write_text(PLUGIN)
     return file
 
 
