@@ -120,8 +120,8 @@ def _language(model: nn.Module) -> Any:
 
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:
     # A tower inside a LLaVA-style model feeds a projector and placeholders that count its tokens, so shortening it
-    # there is not the same as shortening a classifier's; only the language stage is served on such models.
-    return ("language",) if language is not None else ("encoder",)
+    # there is not the same as shortening a classifier's.
+    return ("language", "projector") if language is not None else ("encoder",)
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,13 @@ class Description:
         stage = self.stages[0] if stage is None else stage
         if stage not in self.stages:
             return []
-        sites = self.towers if stage == "encoder" else (self.language,)
+        given = [t.evidence for t in self.towers]
+        if stage != "encoder":
+            given = [self.language.projector if stage == "projector" else self.language.evidence]
         return [
             name
             for name in list_methods(stage=stage)
-            if all(need in site.evidence for site in sites for need in load_all()[name].needs)
+            if all(need in evidence for evidence in given for need in load_all()[name].needs)
             and (load_all()[name].position != "input" or all(t.resizes for t in self.towers))
         ]
 
@@ -164,10 +166,12 @@ class Description:
             ]
         if self.language is not None:
             where = self.language.name or "(the model itself)"
-            lines.append(
+            lines += [
+                f"  projector {where}: visual tokens of every image at the entry of the language model; "
+                f"evidence: {', '.join(('features', *self.language.projector))}",
                 f"  language {where}: {self.language.family}, {len(self.language.layers)} layers; "
-                f"evidence: {', '.join(self.language.evidence)}"
-            )
+                f"evidence: {', '.join(self.language.evidence)}",
+            ]
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")
         lines.append(f"  active   {' + '.join(r.spec() for r in self.active) or 'none'}")

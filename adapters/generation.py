@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.plan import Plan
+from tokenreduce.plan import Plan, Prune
 
 __all__ = ["KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "columns_kept", "gather_mask", "run_of"]
 
@@ -25,11 +25,14 @@ _ON_CACHE = "_tokenreduce_run"
 
 def columns_kept(plan: Plan) -> tuple[Tensor, Tensor | None]:
     """``(index, valid)`` of a plan over columns: (B,K) ascending, empty slots on the left."""
+    index, valid, order = plan.representatives(), plan.validity(), columns_order(plan)
+    return index.gather(1, order), None if valid is None else valid.gather(1, order)
+
+
+def columns_order(plan: Plan) -> Tensor:
+    """(B,K): which output of a plan comes at each place of :func:`columns_kept`."""
     index, valid = plan.representatives(), plan.validity()
-    if valid is None:
-        return index.sort(dim=1).values, None
-    order = torch.where(valid, index, index - plan.n).argsort(dim=1, stable=True)
-    return index.gather(1, order), valid.gather(1, order)
+    return (index if valid is None else torch.where(valid, index, index - plan.n)).argsort(dim=1, stable=True)
 
 
 @dataclass
@@ -43,6 +46,15 @@ class Cut:
     local: Tensor
     #: (B,K) whether a slot may be attended to, padding included; None when all may.
     seen: Tensor | None = None
+    #: What makes the features of the columns, where that is more than taking them.
+    plan: Plan | None = None
+
+    def take(self, x: Tensor) -> Tensor:
+        """Features (B,N,C) of the columns that an earlier cut left, to (B,K,C)."""
+        where = self.local
+        if self.plan is not None:
+            x, where = self.plan.reduce(x), columns_order(self.plan)
+        return x.gather(1, where.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 @dataclass
@@ -58,6 +70,23 @@ class Run:
     decided: set[int] = field(default_factory=set)
     #: (B,M) padding of the first M columns after the prompt (a later turn may be padded); None when there is none.
     later: Tensor | None = None
+    #: (B,1) what positions after the prompt are less than the caller's, where they are compact.
+    shift: Tensor | None = None
+    #: (B,L,C) features before layer 0, while a method still needs them.
+    entered: Tensor | None = None
+
+    def columns(self, cached: int) -> int:
+        """Tokens that the caller gave when layer 0 has ``cached`` of them: more, where tokens went before it."""
+        cut = self.cut_at(0)
+        return cached if cut is None else cached + self.length - cut.index.shape[1]
+
+    def check_batch(self, rows: int) -> None:
+        """Raise ``ValueError`` for a cache that now has other rows."""
+        if rows != self.visual.shape[0]:
+            raise ValueError(
+                f"the cache was made for a batch of {self.visual.shape[0]} and is used for {rows}; contrastive and "
+                f"assisted decoding repeat a cache and are not supported on a patched model"
+            )
 
     def cut_at(self, layer: int) -> Cut | None:
         """The cut that holds in ``layer``: the last one at or before it."""
@@ -65,7 +94,8 @@ class Run:
         return held[-1] if held else None
 
     def cut(self, layer: int, plan: Plan) -> Cut:
-        """Drop columns from ``layer`` on; ``plan`` indexes the columns that an earlier cut left."""
+        """Drop columns from ``layer`` on (-1: before the language model); ``plan`` indexes the columns that an
+        earlier cut left."""
         index, valid = columns_kept(plan)
         local, before = index, self.cut_at(layer)
         if before is not None:
@@ -77,7 +107,7 @@ class Run:
         if self.mask is not None:
             padding = self.mask.gather(1, index)
             seen = padding if seen is None else seen & padding
-        made = Cut(layer, index, valid, local, seen)
+        made = Cut(layer, index, valid, local, seen, None if isinstance(plan, Prune) else plan)
         self.cuts.append(made)
         return made
 
@@ -163,11 +193,16 @@ class Deep:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the model within a run."""
+    """One call of the model within a run: the ``newline`` embedding that the model puts at row ends of an image, and
+    whether the caller has ``given`` position ids."""
 
     run: Run
     prefill: bool
     deep: Deep | None = None
+    newline: Tensor | None = None
+    given: bool = True
+    #: Masks that are made, for the layers that need the same.
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
 
 def run_of(cache: Any) -> Run | None:

@@ -22,13 +22,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenreduce.patching import Undo
 
-__all__ = ["CALL", "NAME", "Call", "attend", "implementation", "listen"]
+__all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "listen"]
 
 #: Our name among the attention implementations.
 NAME = "tokenreduce"
 #: Keyword under which attention modules that pass their kwargs on can carry a :class:`Call`.
 CALL = "tokenreduce_call"
 _STOCK = "_tokenreduce_stock"
+
+
+class Seen(Exception):  # noqa: N818 - not an error
+    """Ends a module's forward where its queries, keys and values are known."""
 
 
 class Call:
@@ -43,9 +47,10 @@ class Call:
         record: keep queries, keys and values.
         rotate: ``(rotate_function, cos, sin)`` to rotate queries and keys here, after they were recorded; the module
             itself must then have been given empty tables.
+        only: raise :class:`Seen` once they are recorded, and attend to nothing.
     """
 
-    __slots__ = ("bias", "keys", "mask", "queries", "record", "rotate", "rotated", "values")
+    __slots__ = ("bias", "keys", "mask", "only", "queries", "record", "rotate", "rotated", "values")
 
     def __init__(
         self,
@@ -54,8 +59,9 @@ class Call:
         bias: bool = False,
         record: bool = False,
         rotate: tuple[Callable[..., tuple[Tensor, Tensor]], Tensor, Tensor] | None = None,
+        only: bool = False,
     ) -> None:
-        self.mask, self.bias, self.record, self.rotate = mask, bias, record, rotate
+        self.mask, self.bias, self.record, self.rotate, self.only = mask, bias, record, rotate, only
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -91,6 +97,8 @@ def attend(
         attention_mask = call.mask
         if call.record:
             call.queries, call.keys, call.values = query, key, value
+        if call.only:
+            raise Seen
         if call.rotate is not None:
             turn, cos, sin = call.rotate
             query, key = turn(query, key, cos, sin)

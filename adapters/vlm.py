@@ -1,4 +1,4 @@
-"""Image/video language models of transformers 5: dropping visual tokens inside the language model.
+"""Image/video language models of transformers 5: dropping visual tokens before and inside the language model.
 
 Mechanism: a pre-hook on the inner model makes a :class:`~tokenreduce.adapters.generation.Run` at prefill and passes it
 on as a keyword; pre-hooks on decoder layers compute plans from the attention of the layer before, gather hidden
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import KEYWORD, Deep, Run, Step, attach_run, gather_mask, run_of
+from tokenreduce.adapters.generation import KEYWORD, Cut, Deep, Run, Step, attach_run, gather_mask, run_of
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
-from tokenreduce.evidence import Evidence
+from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
+from tokenreduce.adapters.vlm_projector import attach_projector
+from tokenreduce.evidence import Evidence, Prompt
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
@@ -30,7 +32,7 @@ from tokenreduce.trace import active
 
 __all__ = ["FAMILIES", "Language", "attach", "find"]
 
-EVIDENCE = ("keys", "queries", "values", "attention")
+EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "prompt", "norm")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Language:
     ids: tuple[int, ...]
     generator: nn.Module | None = None
     evidence: tuple[str, ...] = EVIDENCE
+    #: Evidence besides the features at the projector stage.
+    projector: tuple[str, ...] = ()
 
 
 def find(model: nn.Module) -> Language | None:
@@ -101,12 +105,16 @@ def find(model: nn.Module) -> Language | None:
 
 
 def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
-    """Put language-stage ``reducers`` into the model.
+    """Put projector- and language-stage ``reducers`` into the model.
 
     Raises ``ValueError`` for layers that do not exist or clash, and for attention that dropping tokens would change:
     chunked, linear and other layer types than full and sliding, or sliding windows inside flash attention.
     """
     depth = len(found.layers)
+    before = [r for r in reducers if r.stage == "projector"]
+    reducers = tuple(r for r in reducers if r.stage == "language")
+    if len(before) > 1:
+        raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")
     acting: list[Reducer | None] = []
     for i in range(depth):
         here = [r for r in reducers if r.acts(i, depth)]
@@ -114,14 +122,17 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
             raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
         acting.append(here[0] if here else None)
     first = next((i for i, r in enumerate(acting) if r is not None), depth)
-    if first == depth:
+    behind = 0 if before else first  # the first layer that may see fewer tokens
+    if behind == depth:
         return
     windows = [_window(found.text.config, i) for i in range(depth)]
-    for i in range(max(first - 1, 0), depth):
+    for i in range(max(behind - 1, 0), depth):
         _check_implementation(found.layers[i], i, windows[i])
     undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows))
     if found.generator is not None:
         undo.set(found.generator, "_prefill", functools.partial(_whole_prefill, found.generator))
+    if before:
+        attach_projector(found, before[0], windows, undo)
     if FAMILIES[found.family].deep:
         _check_deep(found, depth)
         undo.pre_hook(found.text, functools.partial(take_deep, first=first))
@@ -134,16 +145,40 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
                 f"layer {i} has a forward of its own (accelerate's dispatch); call tr.patch before dispatching"
             )
         after = acting[i + 1] if i + 1 < depth else None
-        reads = after is not None and bool(after.gathers())
-        if reads:
+        reads = after is not None and _reads(after)
+        ahead = reducer is not None and "ahead" in reducer.gathers()
+        if reads or ahead:
             listen(layer.self_attn, undo, copies)
-        if i >= first or reads:
+        if i >= behind or reads:
             undo.pre_hook(
                 layer,
-                functools.partial(enter, index=i, depth=depth, reducer=reducer, reads=reads, window=windows[i]),
+                functools.partial(
+                    enter,
+                    index=i,
+                    depth=depth,
+                    reducer=reducer,
+                    reads=reads,
+                    window=windows[i],
+                    norm=_norm(found, reducer),
+                ),
             )
         if reducer is not None:
             undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, reducer))
+    asking = [i for i, r in enumerate(acting) if r is not None and "prompt" in r.gathers()]
+    if asking:
+        undo.pre_hook(found.layers[0], keep_prompt)  # behind the hooks above
+        undo.pre_hook(found.layers[asking[-1]], drop_prompt)
+
+
+def _reads(reducer: Reducer) -> bool:
+    """Whether ``reducer`` looks at the attention of the layer before the one where it acts."""
+    gathers = reducer.gathers()
+    return "ahead" not in gathers and any(g in ("keys", "queries", "values", "attention") for g in gathers)
+
+
+def _norm(found: Language, reducer: Reducer | None) -> nn.Module | None:
+    """The final norm, if ``reducer`` asks for it."""
+    return found.text.get_submodule("norm") if reducer is not None and "norm" in reducer.gathers() else None
 
 
 def _name(kind: str, reducer: Reducer) -> str:
@@ -157,6 +192,14 @@ def _whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args
             f"prefill_chunk_size={generation_config.prefill_chunk_size} is not supported on a patched model, which "
             f"chooses tokens by the whole prompt; leave it None"
         )
+    model_kwargs = args[0] if args else kwargs.get("model_kwargs", {})
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    run = None if cache is None else run_of(cache)
+    cached = 0 if run is None else int(cache.get_seq_length())
+    given = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[-1]
+    if run is not None and cached and given == input_ids.shape[1]:
+        # A turn that brings the cached tokens again: the library would take as many off as the cache holds.
+        input_ids = input_ids[:, run.columns(cached) :]
     return type(generator)._prefill(generator, input_ids, generation_config, *args, **kwargs)
 
 
@@ -217,11 +260,15 @@ def start(
         if run is None:
             return None
         new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
+        cached = int(cache.get_seq_length())
+        columns = run.columns(cached) + new
+        if columns > cached + new:
+            _check_turn(kwargs.get("attention_mask"), columns, new)
         if new > 1 and kwargs.get("attention_mask") is not None:
-            real = _padding(kwargs["attention_mask"], run.visual.shape[0], int(cache.get_seq_length()) + new, slides)
+            real = _padding(kwargs["attention_mask"], run.visual.shape[0], columns, slides)
             later = None if real is None else real[:, run.length :]
             run.later = None if later is None or bool(later.all()) else later
-        return args, {**kwargs, KEYWORD: Step(run, prefill=False)}
+        return args, {**kwargs, KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None)}
     if tokens is not None:
         visual = torch.isin(tokens, torch.tensor(ids, device=tokens.device))
     else:
@@ -233,7 +280,24 @@ def start(
         return None
     padding = _padding(kwargs.get("attention_mask"), visual.shape[0], visual.shape[1], slides)
     _check_packed(kwargs)
-    return args, {**kwargs, KEYWORD: Step(Run(visual.shape[1], visual, padding), prefill=True)}
+    newline = getattr(inner, "image_newline", None)
+    return args, {**kwargs, KEYWORD: Step(Run(visual.shape[1], visual, padding), prefill=True, newline=newline)}
+
+
+def _check_turn(mask: Any, columns: int, new: int) -> None:
+    """On a cache that is shorter than what the caller gave, masks show what the caller thinks is in there."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        if mask.shape[1] != columns:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns, but there are {columns} tokens: {columns - new} before "
+                f"this call, visual tokens that were dropped included, and {new} new ones; pass only tokens that are "
+                f"new, with the mask of all"
+            )
+    elif mask is not None and new > 1:
+        raise ValueError(
+            "a later turn on a static cache is not supported with projector-stage methods; leave cache_implementation "
+            "at its default"
+        )
 
 
 def _padding(mask: Any, batch: int, columns: int, slides: bool) -> Tensor | None:
@@ -287,10 +351,14 @@ def take_deep(
     text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on a language model with DeepStack: it adds its features to all visual columns, so those that come
-    after layer ``first`` or a later one are added by us, to the columns that are left."""
+    after layer ``first`` (0 where columns go before the language model) or a later one are added by us, to the columns
+    that are left."""
     step: Step | None = kwargs.get(KEYWORD)
     features = kwargs.get("deepstack_visual_embeds")
-    if step is None or not step.prefill or features is None or len(features) <= first:
+    if step is None or not step.prefill or features is None:
+        return None
+    first = first if step.run.cut_at(-1) is None else 0
+    if len(features) <= first:
         return None
     mine = {i + 1: features[i] for i in range(first, len(features))}
     deep = Deep(kwargs["visual_pos_masks"], mine)
@@ -307,6 +375,7 @@ def enter(
     reducer: Reducer | None,
     reads: bool,
     window: int | None,
+    norm: nn.Module | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on decoder layer ``index``: plan and gather in prefill, rebuild the mask in decode."""
     step: Step | None = kwargs.get(KEYWORD)
@@ -317,15 +386,21 @@ def enter(
     if not step.prefill:
         if run.cut_at(index) is None:
             return None
-        kwargs["attention_mask"] = _decode_mask(layer, args[0], run, index, cache, window)
+        kwargs["attention_mask"] = _decode_mask(layer, args[0], step, index, cache, window)
         return args, kwargs
     if cache is not None and run_of(cache) is not run:
         attach_run(cache, run)
-    x = args[0]
+    x, entry = args[0], run.cut_at(-1)
+    if index == 0 and entry is not None:
+        x = _rows(x, entry.local)
     if step.deep is not None:
         x = step.deep.add(x, index, run.cut_at(index - 1))
     if reducer is not None:
-        x = _reduce(x, run, index, depth, reducer, layer)
+        ahead = "ahead" in reducer.gathers() and index not in run.decided
+        with torch.no_grad():
+            flash = "flash" in _check_implementation(layer, index, window)
+            call = look_ahead(layer, x, run, index, kwargs, flash) if ahead else run.calls.pop(index - 1, None)
+        x = _reduce(x, run, index, depth, reducer, layer, call, norm)
     cut_here = run.cut_at(index)
     if cut_here is not None:
         name = _check_implementation(layer, index, window)
@@ -338,26 +413,31 @@ def enter(
             kwargs["attention_mask"] = run.flash_mask(index, x.shape[1], slots)
         else:
             mask, causal = kwargs.get("attention_mask"), _causal(layer)
-            kwargs["attention_mask"] = gather_mask(mask, where, cut_here.valid, slots, causal)
+            made, key = step.masks, (id(cut_here), id(mask), slots, causal)
+            if key not in made:
+                made[key] = gather_mask(mask, where, cut_here.valid, slots, causal)
+            kwargs["attention_mask"] = made[key]
     if reads and index + 1 not in run.decided:
         run.calls[index] = kwargs[CALL] = Call(kwargs.get("attention_mask"), record=True)
     return (x, *args[1:]), kwargs
 
 
-def _reduce(x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, layer: Any) -> Tensor:
+def _reduce(
+    x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, layer: Any, call: Call | None, norm: nn.Module | None
+) -> Tensor:
     """``x`` (B,N,C) with the tokens that ``reducer`` keeps before ``index``; decided once per run."""
     if index in run.decided:
         cut = run.cut_at(index)
-        return x if cut is None or cut.layer != index else _rows(x, cut.local)
+        return x if cut is None or cut.layer != index else cut.take(x)
     acted: Plan | None = None
+    made: Cut | None = None
     with torch.no_grad():  # a plan is a choice; and a layer that is checkpointed must save the same tensors each time
-        plan = reducer.plan(_evidence(x, run, index, depth, reducer, layer))
+        plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm))
         run.decided.add(index)
         if not plan.is_identity:
-            acted = plan
-            local = run.cut(index, acted).local
-    if acted is not None:
-        x = _rows(x, local)
+            acted, made = plan, run.cut(index, plan)
+    if made is not None:
+        x = made.take(x)
     trace = active()
     if trace is not None:
         trace.add(layer, TraceStep("language", index, x.shape[1], acted, reducer.spec()))
@@ -375,10 +455,11 @@ def _rows(table: Tensor, where: Tensor) -> Tensor:
     return table.gather(1, where.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
-def _evidence(x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, layer: Any) -> Evidence:
-    call = run.calls.pop(index - 1, None)
+def _evidence(
+    x: Tensor, run: Run, index: int, depth: int, layer: Any, call: Call | None, norm: nn.Module | None
+) -> Evidence:
     seen: dict[str, Any] = {}
-    if call is not None:
+    if call is not None and call.keys is not None and call.values is not None:
         n = x.shape[1]
         seen = {"keys": call.keys[:, :, :n], "queries": call.queries, "values": call.values[:, :, :n]}
         if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
@@ -399,22 +480,23 @@ def _evidence(x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, lay
         layer=index,
         depth=depth,
         entry=run.length,
+        prompt=Prompt(run.visual_at(-1), run.column_mask(-1), run.entered),
+        norm=norm,
     )
 
 
-def _decode_mask(layer: Any, x: Tensor, run: Run, index: int, cache: Any, window: int | None) -> Tensor | None:
-    mine, queries = cache.layers[index], x.shape[1]
-    if x.shape[0] != run.visual.shape[0]:
-        raise ValueError(
-            f"the cache was made for a batch of {run.visual.shape[0]} and is used for {x.shape[0]}; contrastive and "
-            f"assisted decoding repeat a cache and are not supported on a patched model"
-        )
+def _decode_mask(layer: Any, x: Tensor, step: Step, index: int, cache: Any, window: int | None) -> Tensor | None:
+    run, mine, queries = step.run, cache.layers[index], x.shape[1]
+    run.check_batch(x.shape[0])
     name = _check_implementation(layer, index, window)
     past = int(mine.get_seq_length())
     slots, offset = mine.get_mask_sizes(queries)
     if "flash" in name:
         return run.flash_mask(index, past + queries, slots)
-    mask = run.decode_mask(index, past, queries, slots, offset, window)
-    if mask is None or name != "eager":
-        return mask
-    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
+    key = (id(run.cut_at(index)), past, slots, offset, window, name)
+    if key not in step.masks:
+        mask = run.decode_mask(index, past, queries, slots, offset, window)
+        if mask is not None and name == "eager":
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
+        step.masks[key] = mask
+    return step.masks[key]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tokenreduce import Evidence
+from tokenreduce.evidence import Prompt
 from tokenreduce.scoring import cls_attention, importance, received_attention, select, unit
 
 
@@ -119,3 +120,16 @@ def test_attention_under_the_mask_and_softcap_of_the_model():
         torch.testing.assert_close(evidence.attention(torch.tensor([[5], [2]]))[1], want[1, :, [2]])
     shared = Evidence(torch.zeros(2, 6, 8), k, q, mask=seen[:1], softcap=1.5, cls=False).attention(torch.tensor([4, 1]))
     torch.testing.assert_close(shared[1], logits.masked_fill(~seen[:1], float("-inf")).softmax(-1)[1, :, [4, 1]])
+
+
+def test_the_prompt_and_the_final_norm_of_a_language_model():
+    x, visual = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [False, True, False]])
+    entry = torch.tensor([[True, True, True, False], [False, True, True, False]])
+    evidence = Evidence(x, visual=visual, prompt=Prompt(entry), norm=lambda h: h * 2)
+    assert evidence.visual_entry().tolist() == [[3], [2]]
+    assert torch.equal(evidence.normed, x * 2)
+    assert Evidence(x, visual=visual).visual_entry().tolist() == [[2], [1]]
+    with pytest.raises(ValueError, match="needs norm"):
+        _ = Evidence(x).normed
+    with pytest.raises(ValueError, match="marks no visual tokens"):
+        Evidence(x).visual_entry()

@@ -222,3 +222,13 @@ def test_chain_equality_and_device_move():
     assert isinstance(a, Chain)
     assert a == a.to("cpu")
     assert a.validity() is None
+
+
+def test_slots_that_are_not_there_may_name_any_token():
+    """Sample 1 keeps one output fewer: its empty slot names a token that went elsewhere, or that stays."""
+    for named in (0, 2):
+        plan = Merge(
+            4, torch.tensor([[0, 1, 3], [named, 0, 3]]), torch.tensor([[2], [2]]), torch.tensor([[1], [1]]),
+            valid=torch.tensor([[True, True, True], [False, True, True]]),
+        )  # fmt: skip
+        assert plan.sources().tolist() == [[0, 1, 1, 2], [1, -1, 1, 2]]

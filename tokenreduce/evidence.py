@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "Prompt"]
 
 Rows = Literal["cls", "all"] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The sequence as it entered a language model: ``visual`` (B,L) bool marks its visual tokens, ``valid`` (B,L) its
+    real ones (None: all), ``x`` (B,L,C) are the features before layer 0 where a method asked for them."""
+
+    visual: Tensor
+    valid: Tensor | None = None
+    x: Tensor | None = None
 
 
 class Evidence:
@@ -41,6 +53,8 @@ class Evidence:
             each other), in place of ``causal``.
         layer, depth: 0-based layer index and number of layers, for schedules.
         entry: number of tokens at the entry of the model, protected ones included; N by default.
+        prompt: the sequence at the entry of a language model, before any layer dropped something.
+        norm: the final norm of a language model, for methods that compare normed features.
     """
 
     def __init__(
@@ -70,6 +84,8 @@ class Evidence:
         layer: int = 0,
         depth: int = 1,
         entry: int | None = None,
+        prompt: Prompt | None = None,
+        norm: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if x.dim() != 3:
             raise ValueError(f"x has shape (batch, tokens, channels), not {tuple(x.shape)}")
@@ -83,6 +99,7 @@ class Evidence:
         self.rope, self._scale, self.proportional = rope, scale, proportional
         self._rotated = rotated
         self._softcap, self.causal, self.mask = softcap, causal, mask
+        self.prompt, self._norm = prompt, norm
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
@@ -121,6 +138,13 @@ class Evidence:
         position = torch.arange(self.n, device=self.x.device)
         return (position * self.valid).argmax(1, keepdim=True)
 
+    def visual_entry(self) -> Tensor:
+        """(B,1): visual tokens of every sample at the entry of the language model; those present without a prompt."""
+        visual = self.visual if self.prompt is None else self.prompt.visual
+        if visual is None:
+            raise ValueError("the evidence marks no visual tokens: give Evidence(visual=...) with a bool mask (B,N)")
+        return visual.sum(1, keepdim=True)
+
     def free(self) -> int:
         """How many tokens of a sample may go (the smallest number over the batch when masks differ)."""
         if self.visual is None and isinstance(self._protected, int):
@@ -149,6 +173,13 @@ class Evidence:
     @property
     def before(self) -> Tensor:
         return self._need(self._before, "before")
+
+    @property
+    def normed(self) -> Tensor:
+        """(B,N,C): the features behind the final norm of the language model."""
+        if self._norm is None:
+            raise ValueError("this method needs norm, which the evidence lacks: give Evidence(norm=...)")
+        return self._norm(self.x)
 
     def attention(self, rows: Rows = "cls") -> Tensor:
         """Softmax rows (B,H,R,N) in float32 for a few queries: "cls" (row 0), "all", or indices (R,) or (B,R).

@@ -307,9 +307,11 @@ class Merge(Plan):
 
     def sources(self) -> Tensor:
         b, k = self.keep.shape
-        out = torch.full((b, self.n), -1, dtype=torch.long, device=self.keep.device)
+        out = torch.full((b, self.n + 1), -1, dtype=torch.long, device=self.keep.device)
         out = out.scatter(1, self.src, self.dst)
-        out = out.scatter(1, self.keep, torch.arange(k, device=out.device).expand(b, k))
+        # Slots that are not there may name any token, also one that went elsewhere.
+        at = self.keep if self.valid is None else torch.where(self.valid, self.keep, self.n)
+        out = out.scatter(1, at, torch.arange(k, device=out.device).expand(b, k))[:, : self.n]
         if self.valid is not None:
             out = torch.where(self.valid.gather(1, out.clamp(min=0)), out, -1)
         return out

@@ -17,8 +17,10 @@ STAGES = ("encoder", "projector", "language", "cache")
 #: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
 #: attention and MLP, or on the block's output.
 POSITIONS = ("input", "before", "middle", "after")
-#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input.
-EVIDENCE = ("keys", "queries", "values", "attention", "before", "text", "times")
+#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input. Inside a
+#: language model, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
+#: instead of the one before it; ``prompt`` are the features at its entry, ``norm`` its final norm.
+EVIDENCE = ("keys", "queries", "values", "attention", "before", "text", "times", "ahead", "prompt", "norm")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Evidence for language-stage methods beyond the layer before: the acting layer's own attention, and the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tokenreduce.adapters.generation import KEYWORD, Run, Step, gather_mask
+from tokenreduce.adapters.hf_attention import CALL, Call, Seen
+
+__all__ = ["drop_prompt", "keep_prompt", "look_ahead"]
+
+
+def look_ahead(layer: Any, x: Tensor, run: Run, index: int, kwargs: dict[str, Any], flash: bool) -> Call:
+    """Queries, keys and values that decoder layer ``index`` would compute for ``x`` (B,N,C), and its mask; the layer
+    stops there and nothing reaches the cache.
+
+    ``kwargs`` are what the model passed to the layer: tables and masks for all columns of the prompt.
+    """
+    tables, mask, cut = kwargs["position_embeddings"], kwargs.get("attention_mask"), run.cut_at(index - 1)
+    if cut is not None:
+        where = cut.index
+        rows = where.unsqueeze(-1)
+        tables = tuple(t.expand(len(where), -1, -1).gather(1, rows.expand(-1, -1, t.shape[-1])) for t in tables)
+        if not flash:
+            causal = bool(getattr(layer.self_attn, "is_causal", True))
+            mask = gather_mask(mask, where, cut.valid, x.shape[1], causal)
+    call = Call(mask, record=True, only=True)
+    try:
+        layer.self_attn(
+            hidden_states=layer.input_layernorm(x), position_embeddings=tables, attention_mask=mask, **{CALL: call}
+        )
+    except Seen:
+        return call
+    raise RuntimeError(f"{type(layer.self_attn).__name__} does not hand its keywords to the attention function")
+
+
+def keep_prompt(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on layer 0: remember what enters it."""
+    step: Step | None = kwargs.get(KEYWORD)
+    if step is not None and step.prefill:
+        step.run.entered = args[0].detach()
+
+
+def drop_prompt(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on the last layer that asks for it: a cache lives long, and holds the run."""
+    step: Step | None = kwargs.get(KEYWORD)
+    if step is not None and step.prefill:
+        step.run.entered = None
