@@ -33,13 +33,18 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.vision.encoder.tome import ToMe, ToMeKth
     from tokenreduce.vision.encoder.uniform import Uniform
     from tokenreduce.vision.encoder.zerotprune import ZeroTPrune
+    from tokenreduce.vision.language.dart import DART
     from tokenreduce.vision.language.fastv import FastV
+    from tokenreduce.vision.language.pyramiddrop import PyramidDrop
+    from tokenreduce.vision.language.sparsevlm import SparseVLM
+    from tokenreduce.vision.projector.divprune import DivPrune
 
 __version__ = "0.1.0"
 __all__ = [
-    "ATS", "DPCKNN", "DiffRate", "EViT", "Evidence", "FastV", "KMedoids", "MCTF", "Merge", "PiToMe", "Plan", "Pool",
-    "Prune", "Random", "Reducer", "RepresentationShift", "Resize", "ToFu", "ToMe", "ToMeKth", "Uniform", "ZeroTPrune",
-    "describe", "get_method", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
+    "ATS", "DART", "DPCKNN", "DiffRate", "DivPrune", "EViT", "Evidence", "FastV", "KMedoids", "MCTF", "Merge", "PiToMe",
+    "Plan", "Pool", "Prune", "PyramidDrop", "Random", "Reducer", "RepresentationShift", "Resize", "SparseVLM", "ToFu",
+    "ToMe", "ToMeKth", "Uniform", "ZeroTPrune", "describe", "get_method", "list_methods", "parse", "patch", "patched",
+    "record", "reduce_tokens", "unpatch", "zoo",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tokenreduce.budget import check_count, check_keep
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Plan
 from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, finite, precise, unit
+from tokenreduce.scoring import descending, finite, inner, unit
 from tokenreduce.sequence import best, keep_chosen, question, visual_counts, visual_of
 
 __all__ = ["DART"]
@@ -91,8 +91,7 @@ class DART(Reducer, name="dart", stage="language", needs=("keys", "norm"), paper
         if each is None:
             each = (wanted - chosen.sum(1, keepdim=True)) // there.sum(1, keepdim=True).clamp(min=1)
         h = unit(evidence.normed)
-        with precise(h):
-            cosines = finite(_rows(h, pivots) @ h.transpose(1, 2), evidence)
+        cosines = finite(inner(_rows(h, pivots), h), evidence)
         chosen = chosen | _take_turns(cosines, there, visual & ~chosen, each)
         # Nothing is left over where every pivot found its share: then the budget is met and this adds no token.
         closest = cosines.masked_fill(~there.unsqueeze(-1), float("-inf")).amax(1)

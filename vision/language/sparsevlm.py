@@ -12,7 +12,7 @@ from tokenreduce.budget import check_keep, count, geometric
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, distances, finite, precise
+from tokenreduce.scoring import descending, distances, finite, inner
 from tokenreduce.sequence import best, check_stages, keep_chosen, question, stages_of, visual_of
 
 __all__ = ["SparseVLM"]
@@ -200,8 +200,7 @@ def _raters(evidence: Evidence) -> tuple[Tensor, Tensor]:
         raise ValueError("this method needs prompt, which the evidence lacks: give Evidence(prompt=Prompt(..., x=...))")
     x, texts = finite(prompt.x, evidence).float(), question(prompt.visual, prompt.valid)
     index, there = _packed(texts)
-    with precise(x):
-        votes = x @ x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])).transpose(1, 2)
+    votes = inner(x, x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
     share = votes.masked_fill(~there.unsqueeze(1), torch.finfo(votes.dtype).min).softmax(-1)
     share = (share * prompt.visual.unsqueeze(-1)).sum(1) * there
     mean = share.sum(1, keepdim=True) / there.sum(1, keepdim=True)

@@ -11,7 +11,7 @@ from tokenreduce.budget import count
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Plan, Prune
 from tokenreduce.projector import Projector
-from tokenreduce.scoring import finite, precise, unit
+from tokenreduce.scoring import finite, inner, unit
 
 __all__ = ["DivPrune"]
 
@@ -47,9 +47,8 @@ class DivPrune(Projector, name="divprune", paper="2503.02175", title="DivPrune")
         """(B,K) the tokens that stay, in the order in which they are chosen: a prefix is the answer for a smaller
         ``keep``. Samples that have fewer than others are filled with -1 at the end."""
         x, free = evidence.x.detach(), self._free(evidence)
-        with precise(x):
-            m = unit(x)
-            distance = (1 - m @ m.transpose(1, 2)).clamp(min=0)
+        m = unit(x)
+        distance = (1 - inner(m, m)).clamp(min=0)
         present = [evidence.n] * evidence.batch if free is None else free.sum(1).tolist()
         wanted = [count(self.keep, p) for p in present]
         own = torch.eye(evidence.n, dtype=torch.bool, device=x.device)
