@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench test test-all lint typecheck wheel performance clean
+.PHONY: bench test test-slow test-all lint typecheck wheel performance clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -25,8 +25,10 @@ bench: $(VENV)/bench.stamp  ## the main job on the embedded default: table, pict
 test: $(VENV)/dev.stamp  ## fast tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(VENV)/dev.stamp  ## with the slow ones; GPU tests run where a GPU is
-	$(PYTEST)
+test-slow: $(VENV)/dev.stamp  ## what `make test` leaves out; GPU tests run where a GPU is
+	$(PYTEST) -m "slow or gpu"
+
+test-all: test-slow test
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -100,6 +100,21 @@ def test_a_method_in_one_new_file_is_listed_and_passes_the_table(plugin):
     assert " passed" in out
 
 
+def test_installed_packages_bring_methods_by_entry_point(monkeypatch):
+    from tokenreduce import registry
+
+    loaded = []
+
+    class Point:
+        def load(self):
+            loaded.append("mine")
+
+    monkeypatch.setattr(registry, "_loaded", False)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Point()] if group == "tokenreduce.methods" else [])
+    assert "tome" in tr.list_methods()
+    assert loaded == ["mine"]
+
+
 def test_a_plugin_that_is_not_there_is_an_error(tmp_path):
     env = {**os.environ, "TOKENREDUCE_PLUGINS": str(tmp_path / "missing.py")}
     code = "import tokenreduce as tr; tr.list_methods()"
