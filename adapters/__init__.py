@@ -111,6 +111,12 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
         adapter.attach(tower, reducers, undo)
 
 
+def default_stage(model: nn.Module) -> str:
+    """The stage that short names of baselines mean on ``model``: "encoder", or "projector" where a language model
+    follows."""
+    return "encoder" if _language(model) is None else "projector"
+
+
 def _language(model: nn.Module) -> Any:
     """The language model with visual tokens inside ``model``, or None."""
     if "transformers" not in sys.modules:
@@ -139,7 +145,7 @@ class Description:
 
     def methods(self, stage: str | None = None) -> list[str]:
         """Methods of ``stage`` (by default the first that the model has) that its sites can serve."""
-        from tokenreduce.registry import list_methods, load_all
+        from tokenreduce.registry import get_class, list_methods
 
         stage = self.stages[0] if stage is None else stage
         if stage not in self.stages:
@@ -150,8 +156,8 @@ class Description:
         return [
             name
             for name in list_methods(stage=stage)
-            if all(need in evidence for evidence in given for need in load_all()[name].needs)
-            and (load_all()[name].position != "input" or all(t.resizes for t in self.towers))
+            if all(need in evidence for evidence in given for need in get_class(name, stage).needs)
+            and (get_class(name, stage).position != "input" or all(t.resizes for t in self.towers))
         ]
 
     def __str__(self) -> str:

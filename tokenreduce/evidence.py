@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Evidence", "Prompt"]
+__all__ = ["Evidence", "Look", "Prompt", "Rows"]
 
 Rows = Literal["cls", "all"] | Tensor
+#: Which block of a vision tower: a 0-based index (negative from the end), a share of its depth (float), or None for
+#: the block whose output enters the projector.
+Look = int | float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,9 @@ class Evidence:
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
+        self.text_valid: Tensor | None = None
+        self.crops: tuple[int, int] | None = None
+        self._clip: tuple[Tensor, Tensor] | None = None
         self.cls = self.prefix > 0 if cls is None else cls
 
     # -- shapes --------------------------------------------------------------------------------------------------
@@ -151,6 +158,90 @@ class Evidence:
             return self.n - self._protected
         fixed = self.fixed()
         return self.n if fixed is None else int((~fixed).sum(1).min())
+
+    # -- visual tokens behind a vision tower, see tokenreduce.visual.Visual ------------------------------------------
+    def tower(self, look: Look = None) -> Evidence:
+        """Evidence of a block of the vision tower for the same tokens; plain evidence stands for every block."""
+        return self
+
+    def per_token(self, score: Callable[[Evidence], Tensor]) -> Tensor:
+        """``score`` (B,N,...) of this evidence, where a tower is behind it computed on its patches and taken to the
+        tokens: softmax, and means over queries, then are those of the tower."""
+        return score(self)
+
+    @property
+    def features(self) -> Tensor:
+        """(B,N,C) what enters the projector; ``x`` where nothing else is known."""
+        return self.x
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the grid that the tokens behind the prefix lie on. Raises ``ValueError`` when unknown."""
+        if self.grid is not None:
+            return self.grid[-2], self.grid[-1]
+        side = math.isqrt(self.n - self.prefix)
+        if side * side != self.n - self.prefix:
+            raise ValueError(f"{self.n - self.prefix} tokens are no square grid: give Evidence(grid=(rows, columns))")
+        return side, side
+
+    @property
+    def place(self) -> Tensor:
+        """(N,2) row and column of every token behind the prefix on :attr:`shape`."""
+        at = torch.arange(self.n - self.prefix, device=self.x.device)
+        return torch.stack([at // self.shape[1] % self.shape[0], at % self.shape[1]], 1)
+
+    @property
+    def view(self) -> Tensor:
+        """(N,) 0-based view (overview, crop, frame) of every token behind the prefix."""
+        return torch.zeros(self.n - self.prefix, dtype=torch.long, device=self.x.device)
+
+    @property
+    def clip(self) -> tuple[Tensor, Tensor]:
+        """Patches (B,N,E) and question (B,M,E) in the joint space of a CLIP model."""
+        if self._clip is None:
+            raise ValueError("this method needs clip, which the evidence lacks: name a CLIP model in its setting clip")
+        return self._clip
+
+    def _masks(self) -> bool:
+        """Whether protection differs over samples, or is more than a prefix."""
+        return isinstance(self._protected, Tensor) or self.visual is not None
+
+    def tokens_at(self, row: int, where: Tensor) -> Evidence:
+        """Evidence of the tokens ``where`` (K,) of one sample, none of them protected."""
+
+        def heads(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[row : row + 1, :, where]
+
+        def rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[row : row + 1, where]
+
+        def alone(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[row : row + 1]
+
+        given = self._attention
+        out = Evidence(
+            self.x[row : row + 1, where], heads(self._keys), heads(self._queries),
+            None if given is None else given[row : row + 1, :, :, where], rows(self.size), values=heads(self._values),
+            before=rows(self._before), text=alone(self.text), times=rows(self.times), cls=False, rope=self.rope,
+            scale=self._scale, layer=self.layer, depth=self.depth,
+        )  # fmt: skip
+        out.text_valid = alone(self.text_valid)
+        if self._clip is not None:
+            out._clip = (self._clip[0][row : row + 1, where], self._clip[1][row : row + 1])
+        return out
+
+    def batch_rows(self, rows: Tensor) -> Evidence:
+        """The same evidence for some samples of the batch, ``rows`` (R,)."""
+
+        def pick(t: Any) -> Any:
+            return t[rows] if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == self.batch else t
+
+        out: Evidence = object.__new__(type(self))
+        out.__dict__.update({name: pick(value) for name, value in self.__dict__.items()})
+        if self._rotated is not None:
+            out._rotated = (pick(self._rotated[0]), pick(self._rotated[1]))
+        out._map = None
+        return out
 
     # -- what the model computed -----------------------------------------------------------------------------------
     def _need(self, value: Tensor | None, name: str) -> Tensor:

@@ -94,12 +94,12 @@ def patch(model: M, *reducers: Reducer | str) -> M:
     ``ValueError`` for a patched model, no method, or settings that the model cannot serve; the model is then
     unchanged.
     """
-    from tokenreduce.adapters import attach
+    from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced
 
-    chosen = parse(*reducers)
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
+    chosen = parse(*reducers, stage=default_stage(model))
     if not chosen:
         raise ValueError(f"no method given; choose from {', '.join(list_methods())}")
     if any(MARK in m.__dict__ or isinstance(m, Reduced) for m in model.modules()):
@@ -152,7 +152,7 @@ def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:
 
     A factory may return the model alone or a tuple with the model in it (``open_clip.create_model_and_transforms``).
     """
-    chosen = parse(*reducers)
+    parse(*reducers)  # a mistake shows here, not at the first model
 
     def decorate(target: F) -> F:
         if isinstance(target, type) and issubclass(target, nn.Module):
@@ -162,7 +162,7 @@ def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:
             def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
                 original(self, *args, **kwargs)
                 if type(self) is target:  # a subclass is still being built at this point
-                    patch(self, *chosen)
+                    patch(self, *reducers)
 
             target.__init__ = init  # type: ignore[misc, method-assign]
             return target
@@ -174,7 +174,7 @@ def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:
             model = next((p for p in parts if isinstance(p, nn.Module)), None)
             if model is None:
                 raise TypeError(f"{target.__name__} returned {type(made).__name__}, which holds no nn.Module to patch")
-            patch(model, *chosen)
+            patch(model, *reducers)
             return made
 
         return factory  # type: ignore[return-value]

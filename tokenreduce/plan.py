@@ -80,6 +80,10 @@ class Plan:
         """(B,K) bool, or None when every output is real."""
         return getattr(self, "valid", None)
 
+    def untouched(self) -> Tensor:
+        """(B,K) bool: outputs that are their representative's value and nothing else."""
+        return torch.ones_like(self.representatives(), dtype=torch.bool)
+
     def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         """Features (B,N,C) to (B,K,C). ``size`` (B,N) is the number of original tokens behind each token."""
         raise NotImplementedError("abstract")
@@ -151,6 +155,11 @@ class Plan:
         moved: Any = {name: t.to(device) for name, t in self._tensors().items()}
         return replace(self, **moved)
 
+    def rows_at(self, rows: Tensor) -> Plan:
+        """The same plan for some samples of the batch, ``rows`` (R,)."""
+        mine: Any = {name: t[rows] for name, t in self._tensors().items()}
+        return replace(self, **mine)
+
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
@@ -216,6 +225,9 @@ class Identity(Plan):
 
     def to(self, device: torch.device | str) -> Plan:
         return Identity(self.n, self.rows, torch.device(device))
+
+    def rows_at(self, rows: Tensor) -> Plan:
+        return Identity(self.n, len(rows), self.device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -316,6 +328,10 @@ class Merge(Plan):
             out = torch.where(self.valid.gather(1, out.clamp(min=0)), out, -1)
         return out
 
+    def untouched(self) -> Tensor:
+        alone = torch.ones_like(self.keep, dtype=torch.bool).scatter(1, self.dst, False)
+        return alone & (self.mode != "sum" or self.weights is None)
+
     def _weights(self, size: Tensor | None) -> Tensor | None:
         """(B,N) weights of tokens in their group, or None when all are one."""
         if not self.by_size or size is None:
@@ -367,15 +383,24 @@ class Merge(Plan):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pool(Plan):
-    """Dense weights (B,K,N): output k is ``sum_n weights[k,n] x[n]``, divided by the row sum if ``normalised``."""
+    """Dense weights (B,K,N): output k is ``sum_n weights[k,n] x[n]``, divided by the row sum if ``normalised``.
+
+    ``keep`` (B,K) are the tokens that outputs take their positions from; by default those that weigh most.
+    """
 
     weights: Tensor
     normalised: bool = True
     by_size: bool = False
     valid: Tensor | None = None
+    keep: Tensor | None = None
 
     def representatives(self) -> Tensor:
-        return self.weights.argmax(-1)
+        return self.weights.argmax(-1) if self.keep is None else self.keep
+
+    def untouched(self) -> Tensor:
+        own = self.weights.gather(2, self.representatives().unsqueeze(-1)).squeeze(-1)
+        alone = (self.weights != 0).sum(-1) == 1
+        return alone & (own != 0) & (self.normalised | (own == 1))
 
     def sources(self) -> Tensor:
         best, output = self.weights.max(1)
@@ -417,6 +442,12 @@ class Chain(Plan):
             out = out.gather(1, plan.representatives())
         return out
 
+    def untouched(self) -> Tensor:
+        out = self.plans[0].untouched()
+        for plan in self.plans[1:]:
+            out = plan.gather(out) & plan.untouched()
+        return out
+
     def sources(self) -> Tensor:
         out = self.plans[0].sources()
         for plan in self.plans[1:]:
@@ -455,6 +486,9 @@ class Chain(Plan):
 
     def to(self, device: torch.device | str) -> Plan:
         return Chain(self.n, tuple(p.to(device) for p in self.plans))
+
+    def rows_at(self, rows: Tensor) -> Plan:
+        return Chain(self.n, tuple(p.rows_at(rows) for p in self.plans))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and self.plans == other.plans

@@ -1,37 +1,56 @@
-"""Settings that methods between the vision encoder and the language model share."""
+"""What methods between the vision encoder and the language model share: settings, budgets, and saliency."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from tokenreduce.budget import check_keep
+import torch
+from torch import Tensor
+
+from tokenreduce.budget import check_keep, count
+from tokenreduce.evidence import Evidence, Look
+from tokenreduce.plan import Identity, Plan, Prune
 from tokenreduce.reducer import Reducer
+from tokenreduce.scoring import cls_attention, descending, finite, received_attention
 
-__all__ = ["NEWLINES", "POSITIONS", "Projector"]
+__all__ = ["NEWLINES", "POSITIONS", "SCORES", "Projector", "Salient", "check_layer", "kept", "saliency", "share", "top"]
 
 POSITIONS = ("compact", "original")
-NEWLINES = ("keep", "rank")
+NEWLINES = ("keep", "drop", "rank")
+SCORES = ("auto", "cls", "received")
 
 
 @dataclass(frozen=True)
 class Projector(Reducer, stage="projector"):
-    """Base of methods that choose among the visual tokens of one image at the entry of the language model.
+    """Base of methods that choose among the visual tokens of an image before the language model.
+
+    A method implements :meth:`choose` on the tokens of one view (or of a whole image, with ``whole = True``): no text,
+    no row ends, no padding, every sample with as many tokens. ``space`` says what its plan reduces: "language" are
+    embeddings behind the projector; "vision" are features before it, and what was mixed there goes through the
+    projector again (where tokens have no features of their own, as behind 2x2 merging, their embeddings stand for
+    them). ``looks()`` names blocks of the vision tower whose queries and keys it reads.
 
     Args:
-        keep: visual tokens of every image that stay, a count or a ratio.
+        keep: visual tokens of every image that stay, a count or a ratio. A count is shared out evenly among the views
+            of an image (overview and crops, or frames), the first ones taking the rest.
         positions: what the language model counts. "compact" renumbers the tokens that are left, as if the prompt had
             been this short; "original" leaves gaps, so that dropping is the same as hiding keys. None is compact, as
             in published code that shortens the sequence, and original where that cannot be: with M-RoPE, whose
             positions are places in the image, and with sliding windows.
         newlines: row ends that LLaVA-NeXT and its successors put between patches: "keep" keeps them beside ``keep``
-            and lets no method look at them; "rank" treats them as visual tokens, as official code does.
+            and lets no method look at them, "drop" drops them all, "rank" treats them as visual tokens where the
+            method only looks at embeddings.
 
     Raises ``ValueError`` for values other than these.
     """
 
+    whole: ClassVar[bool] = False
+    space: ClassVar[str] = "language"
+
     keep: int | float = 1.0
-    positions: str | None = None
-    newlines: str = "keep"
+    positions: str | None = field(default=None, kw_only=True)
+    newlines: str = field(default="keep", kw_only=True)
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -41,3 +60,133 @@ class Projector(Reducer, stage="projector"):
             raise ValueError(f"positions is one of {POSITIONS} or None, not {self.positions!r}")
         if self.newlines not in NEWLINES:
             raise ValueError(f"newlines is one of {NEWLINES}, not {self.newlines!r}")
+
+    # -- what a method says --------------------------------------------------------------------------------------------
+    def choose(self, evidence: Evidence, keep: int) -> Plan:
+        """The plan that leaves ``keep`` (fewer than there are) tokens behind the prefix, which stays in front."""
+        raise NotImplementedError("abstract")
+
+    def looks(self) -> tuple[Look, ...]:
+        """Blocks of the vision tower whose queries and keys :meth:`choose` reads through ``evidence.tower(look)``."""
+        return ()
+
+    def with_class(self) -> bool:
+        """Whether the class token of the tower is one of the tokens (``space = "vision"`` only), as the prefix."""
+        return False
+
+    def total(self, present: int) -> int:
+        """How many of an image's ``present`` tokens stay."""
+        return count(self.keep, present)
+
+    # -- plans -----------------------------------------------------------------------------------------------------------
+    def plan(self, evidence: Evidence) -> Plan:
+        """The plan on one view. Tokens that must stay (a mask), and samples of unequal length, are taken out first."""
+        fixed = evidence.fixed() if evidence._masks() else None
+        if fixed is not None or evidence.valid is not None:
+            return self._apart(evidence, fixed)
+        present = evidence.n - evidence.prefix
+        wanted = self.total(present)
+        return Identity.like(evidence.x) if wanted >= present else self.choose(evidence, wanted)
+
+    def _apart(self, evidence: Evidence, fixed: Tensor | None) -> Plan:
+        there = torch.ones_like(evidence.x[..., 0], dtype=torch.bool) if evidence.valid is None else evidence.valid
+        stay = there.clone()
+        for b in range(evidence.batch):
+            free = there[b] if fixed is None else there[b] & ~fixed[b]
+            where = free.nonzero().flatten()
+            if not len(where):
+                continue
+            plan = self.plan(evidence.tokens_at(b, where))
+            if not bool(plan.untouched().all()):
+                raise ValueError(f"{self.name} merges: give it samples of one length, without a mask of protected tokens")
+            stay[b, where] = plan.sources()[0] >= 0
+        return Identity.like(evidence.x) if bool(stay.all()) else Prune.from_mask(stay)
+
+
+def check_layer(layer: Look, name: str = "layer") -> None:
+    """Raise ``ValueError`` unless ``layer`` names a block of a vision tower: an int, a share of its depth, or None."""
+    wrong = isinstance(layer, bool) or not isinstance(layer, int | float | None)
+    if wrong or (isinstance(layer, float) and not 0 <= layer <= 1):
+        raise ValueError(
+            f"{name} is a 0-based block of the vision tower (int, negative from the end), a share of its depth (float "
+            f"in [0, 1]) or None for the block whose output enters the projector, not {layer!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Salient(Projector):
+    """Base of methods that rank tokens by attention inside the vision tower.
+
+    Args:
+        layer: block of the tower that is read: a 0-based index (negative from the end), a share of its depth (float),
+            or None for the block whose output enters the projector, as in published code (block 22 of 24 in CLIP-L).
+        score: "cls" is the attention that the class token pays; "received" the mean attention that a token receives,
+            which ports to towers without class token use (SigLIP, Qwen); "auto" takes the first where there is one.
+        keep, positions, newlines: see :class:`Projector`.
+
+    Raises ``ValueError`` for other values, and for "cls" on a tower without class token.
+    """
+
+    layer: int | float | None = field(default=None, kw_only=True)
+    score: str = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer(self.layer)
+        if self.score not in SCORES:
+            raise ValueError(f"score is one of {SCORES}, not {self.score!r}")
+
+    def gathers(self) -> tuple[str, ...]:
+        return ("tower", "cls") if self.score == "cls" else ("tower",)
+
+    def looks(self) -> tuple[Look, ...]:
+        return (self.layer,)
+
+    def saliency(self, evidence: Evidence, layer: Look = None) -> Tensor:
+        """(B,N) float32 scores behind the prefix, from :attr:`layer` or another block."""
+        return saliency(evidence, self.layer if layer is None else layer, self.score)
+
+
+def saliency(evidence: Evidence, layer: Look = None, score: str = "auto") -> Tensor:
+    """(B,N) float32 attention, averaged over heads, to each token behind the prefix in a block of the vision tower:
+    from its class token, or received from all; see :class:`Salient`."""
+    seen = evidence.tower(layer)
+    by_class = seen.cls if score == "auto" else score == "cls"
+    # Rows that were given stand for whatever a method asks for, class token or not.
+    by_class = by_class or (score == "auto" and seen._attention is not None and seen._attention.shape[2] == 1)
+    values = seen.per_token(cls_attention if by_class else received_attention)
+    return finite(values[:, seen.prefix :].float(), evidence)
+
+
+def kept(index: Tensor, evidence: Evidence) -> Prune:
+    """Keep the tokens ``index`` (B,K), counted behind the prefix, in raster order, and the prefix in front."""
+    p = evidence.prefix
+    index = index.sort(dim=1).values + p
+    if p:
+        first = torch.arange(p, device=index.device).expand(len(index), -1)
+        index = torch.cat([first, index], 1)
+    return Prune(evidence.n, index)
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """(B,K) indices of the highest ``scores`` (B,N), best first, ties to the lower index."""
+    return descending(scores)[:, :k]
+
+
+def share(total: int, room: list[int]) -> list[int]:
+    """``total`` tokens shared out evenly among views that have ``room`` for so many; the first take the rest, and what
+    a view has no room for goes to the others.
+
+    >>> share(10, [6, 6, 6]), share(10, [1, 6, 6]), share(99, [2, 3])
+    ([4, 3, 3], [1, 5, 4], [2, 3])
+    """
+    out = [0] * len(room)
+    left = min(total, sum(room))
+    while left:
+        open_views = [i for i, r in enumerate(room) if out[i] < r]
+        each, rest = divmod(left, len(open_views))
+        for n, i in enumerate(open_views):
+            given = min(each + (n < rest), room[i] - out[i])
+            out[i] += given
+            left -= given
+    return out

@@ -20,7 +20,12 @@ POSITIONS = ("input", "before", "middle", "after")
 #: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input. Inside a
 #: language model, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
 #: instead of the one before it; ``prompt`` are the features at its entry, ``norm`` its final norm.
-EVIDENCE = ("keys", "queries", "values", "attention", "before", "text", "times", "ahead", "prompt", "norm")
+#: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
+#: class token, ``text`` the question in the language model's space, ``clip`` patches and question in a CLIP model's.
+EVIDENCE = (
+    "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "prompt", "norm", "tower", "cls",
+    "clip", "crops",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 Methods are looked for in ``tokenreduce.vision.<stage>`` and ``tokenreduce.video.<stage>``, in installed packages'
 entry points of group ``tokenreduce.methods`` (modules), and in the files and folders that the environment variable
 ``TOKENREDUCE_PLUGINS`` lists (separated like ``PATH``).
+
+Baselines exist at several stages under one name: ``random`` inside an encoder is another class than ``random`` before a
+language model. Their full names are ``random`` and ``random@projector``; where a stage is known the short one is enough.
 """
 
 from __future__ import annotations
@@ -77,9 +80,16 @@ def _import_plugin(place: Path) -> None:
         spec.loader.exec_module(module)
 
 
-def get_class(name: str) -> type[Reducer]:
-    """The class of a method. Raises ``ValueError`` with the nearest names for an unknown one."""
+def get_class(name: str, stage: str | None = None) -> type[Reducer]:
+    """The class of a method; where several stages have one of that name, that of ``stage`` (``"random@projector"``
+    names it too). Raises ``ValueError`` with the nearest names for an unknown one."""
     methods = load_all()
+    name, _, own = name.partition("@")
+    stage = own or stage
+    if stage is not None and f"{name}@{stage}" in methods:
+        return methods[f"{name}@{stage}"]
+    if own and (name not in methods or methods[name].stage != own):
+        raise ValueError(f"no method {name!r} at stage {own!r}; there are {', '.join(list_methods(stage=own))}")
     if name not in methods:
         close = difflib.get_close_matches(name, methods, 3, 0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -87,8 +97,8 @@ def get_class(name: str) -> type[Reducer]:
     return methods[name]
 
 
-def get_method(spec: str) -> Reducer:
-    """One reducer from text such as ``"tome:r=13"``.
+def get_method(spec: str, stage: str | None = None) -> Reducer:
+    """One reducer from text such as ``"tome:r=13"``; ``stage`` decides where several stages have a method of that name.
 
     Raises ``ValueError`` for an unknown method, an unknown or bad setting, or several methods joined by ``+``
     (those go to :func:`tokenreduce.patch` directly).
@@ -96,25 +106,29 @@ def get_method(spec: str) -> Reducer:
     if len(split_specs(spec)) > 1:
         raise ValueError(f"{spec!r} names several methods; pass it to tr.patch(model, spec) or tr.parse(spec)")
     name, settings = parse_spec(spec)
-    return build(get_class(name), settings)
+    return build(get_class(name, stage), settings)
 
 
-def parse(*reducers: Reducer | str) -> tuple[Reducer, ...]:
-    """Reducers and texts, several joined by ``+`` allowed, to a flat tuple of reducers."""
+def parse(*reducers: Reducer | str, stage: str | None = None) -> tuple[Reducer, ...]:
+    """Reducers and texts, several joined by ``+`` allowed, to a flat tuple of reducers; ``stage`` as in
+    :func:`get_method`."""
     out: list[Reducer] = []
     for item in reducers:
         if isinstance(item, Reducer):
             out.append(item)
         elif isinstance(item, str):
-            out.extend(get_method(part) for part in split_specs(item))
+            out.extend(get_method(part, stage) for part in split_specs(item))
         else:
             raise TypeError(f"expected a reducer or text such as 'tome:r=13', not {type(item).__name__}")
     return tuple(out)
 
 
 def list_methods(pattern: str = "*", *, stage: str | None = None) -> list[str]:
-    """Names of methods that match a wildcard, sorted, of one ``stage`` if given (``ValueError`` for a bad one)."""
+    """Names of methods that match a wildcard, sorted, of one ``stage`` if given (``ValueError`` for a bad one); short
+    names then, full ones (``random@projector``) otherwise."""
     if stage is not None and stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
     methods = load_all()
-    return sorted(n for n in fnmatch.filter(methods, pattern) if stage is None or methods[n].stage == stage)
+    if stage is None:
+        return sorted(fnmatch.filter(methods, pattern))
+    return sorted(fnmatch.filter((n.partition("@")[0] for n, k in methods.items() if k.stage == stage), pattern))

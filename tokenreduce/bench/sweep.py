@@ -171,7 +171,7 @@ def check_methods(methods: Sequence[str], stage: str) -> list[str]:
         if not found:
             raise ValueError(f"no {stage} method matches {name!r}; known: {', '.join(list_methods(stage=stage))}")
         for each in found:
-            kind = get_class(each)
+            kind = get_class(each, stage)
             if kind.stage != stage:
                 raise ValueError(f"{each} acts at stage {kind.stage}, this benchmark sweeps stage {stage}")
             build(kind, settings)

@@ -34,7 +34,7 @@ def command(
     for head in ("method", "stage", "title", "settings and defaults", "paper"):
         table.add_column(head, no_wrap=head in ("method", "stage", "paper"), overflow="fold")
     for name in names:
-        kind = get_class(name)
+        kind = get_class(name, stage)
         defaults = {}
         for f in fields(kind):
             missing = f.default is MISSING

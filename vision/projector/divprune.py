@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import count
 from tokenreduce.evidence import Evidence
-from tokenreduce.plan import Identity, Plan, Prune
-from tokenreduce.projector import Projector
+from tokenreduce.plan import Plan
+from tokenreduce.projector import Projector, kept
 from tokenreduce.scoring import finite, inner, unit
 
 __all__ = ["DivPrune"]
@@ -28,62 +28,31 @@ class DivPrune(Projector, name="divprune", paper="2503.02175", title="DivPrune")
     Args:
         keep, positions, newlines: see :class:`~tokenreduce.projector.Projector`. ``keep`` is the paper's 0.098 for
             images by default (SUBSET_RATIO; 0.1 for videos).
+
+    Raises ``ValueError`` for other settings than those.
     """
+
+    whole: ClassVar[bool] = True
 
     keep: int | float = 0.098
 
-    def plan(self, evidence: Evidence) -> Plan:
-        free = self._free(evidence)
-        if free is None:
-            if count(self.keep, evidence.n) == evidence.n:
-                return Identity.like(evidence.x)
-            return Prune(evidence.n, self.order(evidence).sort(dim=1).values)
-        order = self.order(evidence)
-        stay = torch.zeros(evidence.batch, evidence.n + 1, dtype=torch.bool, device=order.device)
-        stay = stay.scatter(1, torch.where(order < 0, evidence.n, order), True)[:, :-1]
-        return Identity.like(evidence.x) if bool((stay == free).all()) else Prune.from_mask(self._fixed(evidence, stay))
+    def choose(self, evidence: Evidence, keep: int) -> Plan:
+        return kept(self.order(evidence, keep), evidence)
 
-    def order(self, evidence: Evidence) -> Tensor:
+    def order(self, evidence: Evidence, keep: int | None = None) -> Tensor:
         """(B,K) the tokens that stay, in the order in which they are chosen: a prefix is the answer for a smaller
-        ``keep``. Samples that have fewer than others are filled with -1 at the end."""
-        x, free = evidence.x.detach(), self._free(evidence)
+        ``keep``."""
+        x = evidence.x[:, evidence.prefix :].detach()
+        wanted = self.total(x.shape[1]) if keep is None else keep
         m = unit(x)
         distance = (1 - inner(m, m)).clamp(min=0)
-        present = [evidence.n] * evidence.batch if free is None else free.sum(1).tolist()
-        wanted = [count(self.keep, p) for p in present]
-        own = torch.eye(evidence.n, dtype=torch.bool, device=x.device)
-        others = distance.masked_fill(own, float("inf"))
-        if free is not None:
-            others = others.masked_fill(~free.unsqueeze(1), float("inf"))
-        nearest = finite(others.amin(2), evidence)
-        if free is not None:
-            nearest = nearest.masked_fill(~free, float("-inf"))
+        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        nearest = finite(distance.masked_fill(own, float("inf")).amin(2), evidence)
         chosen = [nearest.argmax(1, keepdim=True)]
         far = torch.full_like(nearest, float("inf"))
-        if free is not None:
-            far = far.masked_fill(~free, float("-inf"))
-        for _ in range(max(wanted) - 1):
+        for _ in range(wanted - 1):
             last = chosen[-1]
-            row = distance.gather(1, last.unsqueeze(-1).expand(-1, -1, evidence.n)).squeeze(1)
+            row = distance.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[1])).squeeze(1)
             far = torch.minimum(far, row).scatter(1, last, float("-inf"))
             chosen.append(far.argmax(1, keepdim=True))
-        out = torch.cat(chosen, 1)
-        if free is None:
-            return out
-        rank = torch.arange(out.shape[1], device=out.device)
-        return torch.where(rank < torch.tensor(wanted, device=out.device).unsqueeze(1), out, -1)
-
-    @staticmethod
-    def _fixed(evidence: Evidence, stay: Tensor) -> Tensor:
-        """``stay`` (B,N) and the tokens that must stay."""
-        fixed = evidence.fixed()
-        stay = stay if fixed is None else stay | fixed
-        return stay if evidence.valid is None else stay & evidence.valid
-
-    @staticmethod
-    def _free(evidence: Evidence) -> Tensor | None:
-        """(B,N) bool of the tokens to choose from, None when all are."""
-        fixed = evidence.fixed()
-        if evidence.valid is None:
-            return None if fixed is None else ~fixed
-        return evidence.valid if fixed is None else evidence.valid & ~fixed
+        return torch.cat(chosen, 1)

@@ -144,7 +144,7 @@ def test_settings():
         ({"keep": None}, "keep is a number of tokens"),
         ({"keep": 1.5}, "keep is a number of tokens"),
         ({"positions": "short"}, r"positions is one of \('compact', 'original'\) or None"),
-        ({"newlines": "drop"}, r"newlines is one of \('keep', 'rank'\)"),
+        ({"newlines": "some"}, r"newlines is one of \('keep', 'drop', 'rank'\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             tr.DivPrune(**bad)

@@ -1,0 +1,187 @@
+"""One table that puts every registered projector-stage method through every invariant; a new method is in by itself."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from visual import ORIGINS, visual
+
+import tokenreduce as tr
+from tokenreduce.evidence import Evidence
+from tokenreduce.plan import Plan
+from tokenreduce.projector import Projector
+from tokenreduce.registry import get_class
+
+METHODS = tr.list_methods(stage="projector")
+every = pytest.mark.parametrize("name", METHODS)
+origins = pytest.mark.parametrize("origin", ["square", "wide", "large", "units"])
+
+
+def with_keep(name, keep) -> Projector:
+    return get_class(name, "projector")(keep=keep)
+
+
+def plain(origin, **more) -> tr.Evidence:
+    """What the adapter gives: evidence of the tokens that stand for patches, of one view unless a method takes all."""
+    return visual(ORIGINS[origin], **more)
+
+
+def given(reducer, evidence):
+    return evidence.in_vision(reducer.with_class()) if reducer.space == "vision" else evidence
+
+
+def serves(reducer, evidence) -> bool:
+    """Some methods say that they need tiles, or a class token, and raise for a tower without."""
+    needs = reducer.gathers()
+    return not ("crops" in needs and evidence.crops is None) and not ("cls" in needs and not evidence.cls)
+
+
+def fitting(name, keep, origin, **more):
+    reducer = with_keep(name, keep)
+    evidence = given(reducer, plain(origin, **more))
+    if not serves(reducer, evidence):
+        pytest.skip(f"{name} needs {reducer.gathers()}")
+    return reducer, evidence
+
+
+@every
+@origins
+@pytest.mark.parametrize("keep", [0.5, 0.3, 5, 1, 2])
+@pytest.mark.parametrize("cls", [True, False])
+def test_keep_is_what_is_left(name, origin, keep, cls):
+    reducer, evidence = fitting(name, keep, origin, cls=cls)
+    present = evidence.n - evidence.prefix
+    plan = reducer.plan(evidence)
+    valid = plan.validity()
+    there = torch.ones(plan.batch, plan.k, dtype=torch.bool) if valid is None else valid
+    assert (there.sum(1) == reducer.total(present)).all()
+    for b in range(plan.batch):
+        left = plan.representatives()[b][there[b]].tolist()
+        assert len(set(left)) == len(left), "every output has a place of its own"
+    out = plan.reduce(evidence.x)
+    assert out.shape == (evidence.batch, plan.k, evidence.x.shape[2])
+    assert torch.isfinite(out[there]).all()
+    same = plan.untouched() & there
+    assert torch.equal(out[same], plan.gather(evidence.x)[same]), "what was not mixed is bit-identical"
+
+
+@every
+@origins
+def test_keep_everything_is_the_identity(name, origin):
+    for keep in (1.0, 1000):
+        reducer, evidence = fitting(name, keep, origin)
+        assert reducer.plan(evidence).is_identity
+
+
+@every
+@origins
+def test_a_sample_is_treated_alone_and_in_a_batch_alike(name, origin):
+    reducer, together = fitting(name, 0.4, origin, batch=3)
+    plan = reducer.plan(together)
+    for b in range(3):
+        alone = given(reducer, plain(origin, batch=3, rows=slice(b, b + 1)))
+        mine = reducer.plan(alone)
+        assert torch.equal(mine.representatives()[0], plan.representatives()[b])
+        torch.testing.assert_close(mine.reduce(alone.x)[0], plan.reduce(together.x)[b])
+
+
+@every
+def test_plans_survive_safetensors(name, tmp_path):
+    reducer, evidence = fitting(name, 0.5, "square")
+    plan = reducer.plan(evidence)
+    plan.save(tmp_path / "plan.safetensors")
+    assert Plan.load(tmp_path / "plan.safetensors") == plan
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_half_precision_out(name, dtype):
+    reducer, e = fitting(name, 0.5, "square")
+    e = copy.copy(e)
+    for key in ("x", "_features", "own", "text"):
+        if getattr(e, key) is not None:
+            setattr(e, key, getattr(e, key).to(dtype))
+    e._clip = None if e._clip is None else tuple(t.to(dtype) for t in e._clip)
+    e.blocks = {
+        i: Evidence(b.x.to(dtype), b.keys.to(dtype), b.queries.to(dtype), protected=b.prefix, cls=b.cls)
+        for i, b in e.blocks.items()
+    }
+    out = reducer.plan(e).reduce(e.x)
+    assert out.dtype == dtype
+    assert torch.isfinite(out.float()).all()
+
+
+@every
+def test_text_and_json_round_trips(name):
+    kind = get_class(name, "projector")
+    for reducer in (kind(), with_keep(name, 0.25), with_keep(name, 7)):
+        assert tr.get_method(reducer.spec()) == reducer
+        assert tr.get_method(reducer.spec(), "projector") == reducer
+        assert tr.Reducer.from_json(reducer.to_json()) == reducer
+        assert hash(reducer) == hash(copy.deepcopy(reducer))
+        assert pickle.loads(pickle.dumps(reducer)) == reducer
+
+
+@every
+@pytest.mark.parametrize("bad", [0, 1.5, -3, 0.0, True, "many"])
+def test_bad_budgets_are_refused(name, bad):
+    with pytest.raises(ValueError, match="keep"):
+        with_keep(name, bad)
+
+
+@every
+@pytest.mark.parametrize(("field", "bad"), [("positions", "short"), ("newlines", "some"), ("layer", "top"), ("score", 1)])
+def test_other_bad_settings_are_refused(name, field, bad):
+    kind = get_class(name, "projector")
+    if field not in {f.name for f in dataclasses.fields(kind)}:
+        pytest.skip(f"{name} has no {field}")
+    with pytest.raises(ValueError, match=field):
+        kind(**{field: bad})
+
+
+@every
+def test_unknown_settings_are_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=r"It takes: .*keep"):
+        tr.get_method(f"{name}@projector:no_such_setting=1")
+
+
+@every
+def test_nan_is_an_error_and_not_a_silent_choice(name):
+    reducer, evidence = fitting(name, 0.5, "square")
+    before = reducer.plan(evidence)
+    tensors = [evidence.x, evidence.features, *[t for b in evidence.blocks.values() for t in (b._keys, b._queries)]]
+    for t in tensors:
+        t[0, ..., 3, :] = float("nan")
+    after = None
+    try:
+        after = reducer.plan(evidence)
+    except ValueError as error:
+        assert "NaN" in str(error)
+    if after is not None:  # a method that looks at nothing
+        assert torch.equal(after.representatives(), before.representatives())
+
+
+@every
+@origins
+def test_identical_tokens_and_zero_tokens_still_give_a_plan(name, origin):
+    """Flat images: every score ties, and no similarity divides by zero."""
+    reducer, evidence = fitting(name, 0.4, origin)
+    for t in (evidence.x, evidence.features, *[t for b in evidence.blocks.values() for t in (b._keys, b._queries)]):
+        t.zero_()
+    plan = reducer.plan(evidence)
+    assert plan.k == reducer.total(evidence.n - evidence.prefix)
+    assert torch.isfinite(plan.reduce(evidence.x)).all()
+
+
+@every
+def test_documented(name):
+    kind = get_class(name, "projector")
+    assert kind.__doc__
+    assert not kind.__doc__.startswith(kind.__name__ + "(")
+    assert kind.title
+    assert kind.paper or name in ("random", "uniform", "pool", "resize")
+    assert "Raises ``ValueError``" in kind.__doc__
