@@ -203,6 +203,11 @@ class Step:
     given: bool = True
     #: Masks that are made, for the layers that need the same.
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    #: "image", "video" -> what the vision tower saw, and (B,L) which columns are theirs.
+    encoded: dict[str, Any] = field(default_factory=dict)
+    kinds: dict[str, Tensor] = field(default_factory=dict)
+    #: Rows and columns of row ends that go.
+    dropped: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def run_of(cache: Any) -> Run | None:

@@ -23,6 +23,7 @@ from tokenreduce.adapters.generation import KEYWORD, Cut, Deep, Run, Step, attac
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
 from tokenreduce.adapters.vlm_projector import attach_projector
+from tokenreduce.adapters.vlm_tower import Vision, encoded_in, vision_of
 from tokenreduce.evidence import Evidence, Prompt
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Plan
@@ -76,8 +77,12 @@ class Language:
     ids: tuple[int, ...]
     generator: nn.Module | None = None
     evidence: tuple[str, ...] = EVIDENCE
-    #: Evidence besides the features at the projector stage.
-    projector: tuple[str, ...] = ()
+    vision: Vision | None = None
+
+    @property
+    def projector(self) -> tuple[str, ...]:
+        """Evidence besides the features at the projector stage."""
+        return ("text",) if self.vision is None else self.vision.evidence
 
 
 def find(model: nn.Module) -> Language | None:
@@ -100,7 +105,9 @@ def find(model: nn.Module) -> Language | None:
                     f"models whose .{family.layers} are decoder layers with a .self_attn (Llama, Mistral, Qwen, Gemma)"
                 )
             owners = (m for m in model.modules() if hasattr(m, "_prefill") and getattr(m, "model", None) is module)
-            return Language(name, module, type(module).__name__, text, layers, ids, next(owners, None))
+            return Language(
+                name, module, type(module).__name__, text, layers, ids, next(owners, None), vision=vision_of(module)
+            )
     return None
 
 
@@ -270,18 +277,23 @@ def start(
             run.later = None if later is None or bool(later.all()) else later
         return args, {**kwargs, KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None)}
     if tokens is not None:
-        visual = torch.isin(tokens, torch.tensor(ids, device=tokens.device))
+        marks = [tokens == i for i in ids]
     else:
         embeds = kwargs["inputs_embeds"]
         table = inner.get_input_embeddings()
         marks = [(embeds == table(torch.tensor(i, device=embeds.device))).all(-1) for i in ids]
-        visual = torch.stack(marks).any(0)
+    visual = torch.stack(marks).any(0)
     if not bool(visual.any()):
         return None
     padding = _padding(kwargs.get("attention_mask"), visual.shape[0], visual.shape[1], slides)
     _check_packed(kwargs)
     newline = getattr(inner, "image_newline", None)
-    return args, {**kwargs, KEYWORD: Step(Run(visual.shape[1], visual, padding), prefill=True, newline=newline)}
+    given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
+    step = Step(
+        Run(visual.shape[1], visual, padding), prefill=True, newline=newline,
+        encoded={k: e for k, e in given.items() if e is not None}, kinds=dict(zip(("image", "video"), marks, strict=False)),
+    )  # fmt: skip
+    return args, {**kwargs, KEYWORD: step}
 
 
 def _check_turn(mask: Any, columns: int, new: int) -> None:

@@ -1,36 +1,44 @@
-"""The projector stage of image/video language models: dropping visual tokens before the language model.
+"""The projector stage of image/video language models: fewer visual tokens before the language model.
 
-A method sees one image at a time: a maximal run of placeholder tokens is an image (a tile where a family writes text
-between tiles, a frame where it writes timestamps; images that stand side by side without a token between them are
-one). Its plan is made from the embeddings at the entry of the language model, in a pre-hook on that, and becomes a
-plan over the columns of the prompt. The columns go before layer 0, where the machinery of the language stage
-(:mod:`tokenreduce.adapters.vlm`) takes over, so that masks, windows, prefixes and caches are exact in the same way.
+A method sees one image at a time: a maximal run of placeholder tokens that come from one image is an image (a tile where
+a family writes text between tiles, a frame where it writes timestamps), and its views one by one where it chooses per
+view. Its plan is made from the embeddings at the entry of the language model, and from what the vision tower saw
+(:mod:`tokenreduce.adapters.vlm_tower`), in a pre-hook on that. What the plan leaves is written into columns of the prompt,
+and the others go before layer 0, where the machinery of the language stage (:mod:`tokenreduce.adapters.vlm`) takes over,
+so that masks, windows, prefixes and caches are exact in the same way.
+
+Tokens that a plan only keeps stay bit-identical. What it mixes in the space of the tower's features goes through the
+projector again.
 
 Positions are compact or original (see :class:`~tokenreduce.projector.Projector`). ``generate`` counts the columns that
-it gave us; compact ids are these less what was dropped before them.
+it gave us; compact ids are these less what was dropped before them. With compact positions outputs stand in the order of
+the plan, with original ones each at the place of its representative.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import KEYWORD, Step
-from tokenreduce.evidence import Evidence
+from tokenreduce.adapters.generation import KEYWORD, Run, Step
+from tokenreduce.adapters.vlm_images import Group, groups
+from tokenreduce.adapters.vlm_tower import ARRIVING, Vision, attach_tower_evidence
 from tokenreduce.patching import Undo
-from tokenreduce.plan import Merge, Plan, Pool, Prune
+from tokenreduce.plan import Plan, Prune
+from tokenreduce.projector import Projector, share
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import Step as TraceStep
 from tokenreduce.trace import active
+from tokenreduce.visual import Visual
 
 if TYPE_CHECKING:
     from tokenreduce.adapters.vlm import Language
 
-__all__ = ["attach_projector", "images"]
+__all__ = ["attach_projector"]
 
 
 def attach_projector(found: Language, reducer: Reducer, windows: list[int | None], undo: Undo) -> None:
@@ -38,15 +46,42 @@ def attach_projector(found: Language, reducer: Reducer, windows: list[int | None
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
+    assert isinstance(reducer, Projector)
     missing = [need for need in reducer.gathers() if need not in found.projector]
     if missing:
+        raise ValueError(_cannot(found, reducer, missing))
+    if reducer.newlines == "rank" and reducer.gathers():
         raise ValueError(
-            f"{reducer.name} needs {', '.join(missing)}, which is not gathered between the vision encoder and the "
-            f"language model of {found.family}; methods that look at the visual embeddings only work there"
+            f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
+            f"to take {', '.join(reducer.gathers())} from. Use 'keep' or 'drop'"
         )
     compact = _compact(found, reducer, windows)
-    undo.pre_hook(found.text, functools.partial(choose, reducer=reducer, compact=compact))
+    if found.vision is not None:
+        attach_tower_evidence(found, reducer.looks(), undo)
+    undo.pre_hook(found.inner, _expect)
+    undo.pre_hook(
+        found.text,
+        functools.partial(
+            choose, reducer=reducer, compact=compact, projector=None if found.vision is None else found.vision.projector
+        ),
+    )
     undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
+
+
+def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
+    from tokenreduce.registry import get_class, list_methods
+
+    names = {"cls": "the class token", "crops": "tiles", "tower": "attention", "clip": "CLIP features"}
+    able = [
+        n for n in list_methods(stage="projector")
+        if all(need in found.projector for need in get_class(n, "projector").needs)
+    ]  # fmt: skip
+    tower = "vision tower" if found.vision is None else type(found.vision.towers[0]).__name__
+    hint = "; score='received' ranks by the attention that tokens receive" if hasattr(reducer, "score") else ""
+    return (
+        f"{reducer.name} needs {', '.join(names.get(m, m) for m in missing)} of the vision tower, which the {tower} of "
+        f"{found.family} does not have{hint}. Methods that fit: {', '.join(able)}"
+    )
 
 
 def _name(kind: str, reducer: Reducer) -> str:
@@ -69,8 +104,21 @@ def _compact(found: Language, reducer: Reducer, windows: list[int | None]) -> bo
     return why is None if wanted is None else wanted == "compact"
 
 
+def _expect(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on the inner model: what the tower sees within this forward comes here."""
+    step: Step | None = kwargs.get(KEYWORD)
+    if step is not None and step.prefill:
+        ARRIVING.set(step.encoded)
+
+
 def choose(
-    text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, reducer: Reducer, compact: bool
+    text: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    reducer: Projector,
+    compact: bool,
+    projector: nn.Module | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the language model: make the plan in prefill, keep the count of positions in decode."""
     step: Step | None = kwargs.get(KEYWORD)
@@ -79,17 +127,29 @@ def choose(
     run, x = step.run, kwargs["inputs_embeds"]
     if not step.prefill:
         return _positions_later(args, kwargs, step, x.shape[1])
-    with torch.no_grad():  # a plan is a choice
-        stay = _staying(x, run.visual, reducer, step.newline)
-        plan = None if bool(stay.all()) else Prune.from_mask(stay)
+    ARRIVING.set(None)
+    with torch.no_grad():
+        found = groups(step, x, reducer)
+    stay, made = torch.ones_like(run.visual), []
+    for group in found:
+        made += _place(stay, group, reducer, compact)
+    for rows, columns in step.dropped:
+        stay[rows, columns] = False
+    plan = None if bool(stay.all()) else Prune.from_mask(stay)
     trace = active()
     if trace is not None:
-        trace.add(text, TraceStep("projector", 0, x.shape[1] if plan is None else plan.k, plan, reducer.spec()))
+        left = x.shape[1] if plan is None else plan.k
+        parts = tuple((p.rows, p.columns, p.plan) for p in made)
+        trace.add(text, TraceStep("projector", 0, left, plan, reducer.spec(), parts))
+    for part in made:
+        x = part.write(x, projector)
+    if x is not kwargs["inputs_embeds"]:
+        kwargs = {**kwargs, "inputs_embeds": x}
     if plan is None:
-        return None
+        return args, kwargs
     run.cut(-1, plan)
     if not compact:
-        return None
+        return args, kwargs
     gone = (~stay).long().cumsum(1)
     run.shift = gone[:, -1:]
     ids = kwargs.get("position_ids")
@@ -98,6 +158,98 @@ def choose(
     if kwargs.get("attention_mask") is None:  # else ids that stand still look like packed sequences to the library
         kwargs["attention_mask"] = torch.ones(stay.shape, dtype=torch.long, device=x.device)
     return args, kwargs
+
+
+@dataclass
+class Part:
+    """Views that a method chose from together: tokens of theirs at ``rows`` (P,1) and ``columns`` (P,N) of the prompt,
+    the plan on them, and the column ``host`` (P,K) of every output; ``there`` (P,K) marks real ones."""
+
+    rows: Tensor
+    columns: Tensor
+    plan: Plan
+    evidence: Visual
+    host: Tensor
+    there: Tensor
+
+    def write(self, x: Tensor, projector: nn.Module | None) -> Tensor:
+        """``x`` (B,L,D) with outputs that are not their column's token already put there."""
+        plan, p = self.plan, self.evidence.prefix
+        own = plan.representatives() - p
+        plain = plan.untouched() & (own >= 0)
+        old = self.columns.gather(1, own.clamp(min=0))
+        changed = self.there & ~(plain & (old == self.host))
+        if not bool(changed.any()):
+            return x
+        here = x[self.rows, self.columns]
+        taken = here.gather(1, own.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        if not bool((plain | ~self.there).all()):
+            features = self.evidence.x
+            vision = features.shape[-1] != here.shape[-1] or p > 0 or self.evidence.is_vision
+            mixed = plan.reduce(features if vision else here, self.evidence.size)
+            if vision:
+                assert projector is not None
+                mixed = projector(mixed)
+            taken = torch.where(plain.unsqueeze(-1), taken, mixed.to(taken.dtype))
+        where = changed.nonzero(as_tuple=True)
+        return x.index_put((self.rows.expand_as(self.host)[where], self.host[where]), taken[where])
+
+
+def _place(stay: Tensor, group: Group, reducer: Projector, compact: bool) -> list[Part]:
+    """Let ``reducer`` choose for a group of images, and mark in ``stay`` (B,L) the columns that its outputs take."""
+    evidence = group.evidence
+    stay[group.rows, group.columns] = False
+    if reducer.whole:
+        evidence = evidence.in_vision(reducer.with_class()) if reducer.space == "vision" else evidence
+        with torch.no_grad():
+            plan = reducer.plan(evidence)
+        return [_host(stay, group.rows, group.columns, plan, evidence, compact)]
+    parts = evidence.parts()
+    room = [w.shape[1] for w, _ in parts for _ in w]
+    wanted = [None] * len(room) if reducer.keep is None else share(reducer.total(evidence.n), room)
+    out, at = [], 0
+    for where, part in parts:
+        counts = wanted[at : at + len(where)]
+        at += len(where)
+        for count in dict.fromkeys(counts):
+            mine = torch.tensor([i for i, c in enumerate(counts) if c == count], device=where.device)
+            if count == 0:
+                continue
+            chosen, columns = part, group.columns[:, where[mine]].flatten(0, 1)
+            if len(mine) < len(where):
+                b = len(group.rows)
+                chosen = part.batch_of((torch.arange(b, device=mine.device)[:, None] * len(where) + mine).flatten())
+            if reducer.space == "vision" and count != part.n:
+                chosen = chosen.in_vision(reducer.with_class())
+            rows = group.rows.repeat_interleave(len(mine), 0)
+            with torch.no_grad():
+                plan = (reducer if count is None else reducer.at(count)).plan(chosen)
+            out.append(_host(stay, rows, columns, plan, chosen, compact))
+    return out
+
+
+def _host(stay: Tensor, rows: Tensor, columns: Tensor, plan: Plan, evidence: Visual, compact: bool) -> Part:
+    p, n = evidence.prefix, columns.shape[1]
+    own = plan.representatives() - p
+    valid = plan.validity()
+    there = torch.ones_like(own, dtype=torch.bool) if valid is None else valid
+    taken = torch.zeros(len(columns), n + 1, dtype=torch.bool, device=columns.device)
+    taken.scatter_(1, torch.where(there & (own >= 0), own, n), True)
+    if p:  # the class token has no column: it takes the first that is free
+        free = (~taken[:, :n]).long().argmax(1, keepdim=True)
+        at_class = there & (own < 0)
+        place = torch.where(own < 0, free, own)
+        taken.scatter_(1, torch.where(at_class.any(1, keepdim=True), free, n), True)
+    else:
+        place = own
+    if compact:  # outputs in the order of the plan, in the columns that are left
+        order = (~there).long().argsort(dim=1, stable=True)
+        ascending = torch.where(there, place, n).sort(dim=1).values
+        place = torch.zeros_like(place).scatter(1, order, ascending)
+    host = columns.gather(1, place.clamp(max=n - 1))
+    marked = there.nonzero(as_tuple=True)
+    stay[rows.expand_as(host)[marked], host[marked]] = True
+    return Part(rows, columns, plan, evidence, host, there)
 
 
 def _positions_later(
@@ -118,42 +270,3 @@ def _positions_later(
     if run.shift is not None:
         ids = ids - run.shift.to(ids.device)
     return args, {**kwargs, "position_ids": ids}
-
-
-def images(visual: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in ``visual`` (B,L), grouped by their number of tokens: rows (G,1) and columns (G,N) of each group."""
-    edge = visual.new_zeros(visual.shape[0], 1)
-    before, after = torch.cat([edge, visual[:, :-1]], 1), torch.cat([visual[:, 1:], edge], 1)
-    row, start = (visual & ~before).nonzero(as_tuple=True)
-    end = (visual & ~after).nonzero(as_tuple=True)[1]
-    length = end - start + 1
-    for n in sorted(set(length.tolist())):
-        here = length == n
-        yield row[here, None], start[here, None] + torch.arange(n, device=visual.device)
-
-
-def _staying(x: Tensor, visual: Tensor, reducer: Reducer, newline: Tensor | None) -> Tensor:
-    """(B,L) bool of the columns that stay: all text, and what ``reducer`` keeps of every image."""
-    stay = torch.ones_like(visual)
-    fixed = torch.zeros_like(visual)
-    if newline is not None and getattr(reducer, "newlines", "keep") == "keep":
-        fixed = visual & (x == newline.to(x)).all(-1)
-    for rows, columns in images(visual):
-        ends = fixed[rows, columns]
-        number = ends.sum(1)
-        for count in sorted(set(number.tolist())):  # so that every image of a group keeps as many
-            here = number == count
-            r, c = rows[here], columns[here]
-            evidence = Evidence(x[r, c], protected=ends[here] if count else 0, cls=False)
-            stay[r, c] = _kept(reducer.plan(evidence), reducer)
-    return stay
-
-
-def _kept(plan: Plan, reducer: Reducer) -> Tensor:
-    """(G,N) bool of the tokens of an image that ``plan`` keeps."""
-    if any(isinstance(p, Merge | Pool) for p in getattr(plan, "plans", (plan,))):
-        raise ValueError(
-            f"{reducer.name} made a plan of kind {type(plan).__name__}; before a language model tokens can be dropped, "
-            f"but not merged: return a Prune plan"
-        )
-    return plan.sources() >= 0

@@ -175,6 +175,11 @@ class Evidence:
         return self.x
 
     @property
+    def projected(self) -> Tensor:
+        """(B,N,D) embeddings behind the projector, of the tokens behind the prefix."""
+        return self.x[:, self.prefix :]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of the grid that the tokens behind the prefix lie on. Raises ``ValueError`` when unknown."""
         if self.grid is not None:
@@ -223,6 +228,7 @@ class Evidence:
             self.x[row : row + 1, where], heads(self._keys), heads(self._queries),
             None if given is None else given[row : row + 1, :, :, where], rows(self.size), values=heads(self._values),
             before=rows(self._before), text=alone(self.text), times=rows(self.times), cls=False, rope=self.rope,
+            grid=self.grid if self.grid is not None and math.prod(self.grid) == len(where) else None,
             scale=self._scale, layer=self.layer, depth=self.depth,
         )  # fmt: skip
         out.text_valid = alone(self.text_valid)
@@ -313,6 +319,28 @@ class Evidence:
         out = (logits if bias is None else logits + bias).softmax(-1)
         if isinstance(rows, str) and rows == "all":
             self._map = out  # an adapter that reduces the map itself must not compute it twice
+        return out
+
+    @property
+    def heads(self) -> int:
+        """Number of heads that attention rows have; grouped queries count each."""
+        return (self.queries if self._attention is None else self._attention).shape[1]
+
+    def head(self, h: int) -> Evidence:
+        """The same evidence for one of :attr:`heads`, where all of them at once would take too much memory."""
+
+        def pair(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            own = h * k.shape[1] // q.shape[1]
+            return q[:, h : h + 1], k[:, own : own + 1]
+
+        out: Evidence = object.__new__(type(self))
+        out.__dict__.update(self.__dict__)
+        out._map = None
+        if self._attention is not None:
+            out._attention = self._attention[:, h : h + 1]
+        else:
+            out._queries, out._keys = pair(self.queries, self.keys)
+            out._rotated = None if self._rotated is None else pair(*self._rotated)
         return out
 
     def key_bias(self) -> Tensor | None:

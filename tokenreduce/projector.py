@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -12,9 +12,12 @@ from tokenreduce.budget import check_keep, count
 from tokenreduce.evidence import Evidence, Look
 from tokenreduce.plan import Identity, Plan, Prune
 from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import cls_attention, descending, finite, received_attention
+from tokenreduce.scoring import cls_attention, descending, finite, received_attention, single_head
 
-__all__ = ["NEWLINES", "POSITIONS", "SCORES", "Projector", "Salient", "check_layer", "kept", "saliency", "share", "top"]
+__all__ = [
+    "NEWLINES", "POSITIONS", "SCORES", "Projector", "Salient", "by_class", "check_clip", "check_layer", "kept",
+    "saliency", "share", "top",
+]  # fmt: skip
 
 POSITIONS = ("compact", "original")
 NEWLINES = ("keep", "drop", "rank")
@@ -33,7 +36,8 @@ class Projector(Reducer, stage="projector"):
 
     Args:
         keep: visual tokens of every image that stay, a count or a ratio. A count is shared out evenly among the views
-            of an image (overview and crops, or frames), the first ones taking the rest.
+            of an image (overview and crops, or frames), the first ones taking the rest. None only where a method is
+            ``adaptive`` and finds the number itself, for every view and sample alone.
         positions: what the language model counts. "compact" renumbers the tokens that are left, as if the prompt had
             been this short; "original" leaves gaps, so that dropping is the same as hiding keys. None is compact, as
             in published code that shortens the sequence, and original where that cannot be: with M-RoPE, whose
@@ -47,14 +51,16 @@ class Projector(Reducer, stage="projector"):
 
     whole: ClassVar[bool] = False
     space: ClassVar[str] = "language"
+    #: Whether ``keep`` may be None; :meth:`choose` is then asked for as many as there are, and leaves what it finds.
+    adaptive: ClassVar[bool] = False
 
-    keep: int | float = 1.0
+    keep: int | float | None = 1.0
     positions: str | None = field(default=None, kw_only=True)
     newlines: str = field(default="keep", kw_only=True)
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if self.keep is None:
+        if self.keep is None and not self.adaptive:
             raise ValueError("keep is a number of tokens (int >= 1) or a ratio (float in (0, 1]), not None")
         if self.positions is not None and self.positions not in POSITIONS:
             raise ValueError(f"positions is one of {POSITIONS} or None, not {self.positions!r}")
@@ -75,8 +81,12 @@ class Projector(Reducer, stage="projector"):
         return False
 
     def total(self, present: int) -> int:
-        """How many of an image's ``present`` tokens stay."""
-        return count(self.keep, present)
+        """How many of an image's ``present`` tokens stay; at most all where the method finds the number itself."""
+        return present if self.keep is None else count(self.keep, present)
+
+    def at(self, keep: int) -> Projector:
+        """The same method with a count: what one view of an image keeps of the image's budget."""
+        return self if self.keep == keep and isinstance(self.keep, int) else replace(self, keep=keep)
 
     # -- plans -----------------------------------------------------------------------------------------------------------
     def plan(self, evidence: Evidence) -> Plan:
@@ -86,7 +96,8 @@ class Projector(Reducer, stage="projector"):
             return self._apart(evidence, fixed)
         present = evidence.n - evidence.prefix
         wanted = self.total(present)
-        return Identity.like(evidence.x) if wanted >= present else self.choose(evidence, wanted)
+        everything = wanted >= present and (self.keep is not None or not present)
+        return Identity.like(evidence.x) if everything else self.choose(evidence, wanted)
 
     def _apart(self, evidence: Evidence, fixed: Tensor | None) -> Plan:
         there = torch.ones_like(evidence.x[..., 0], dtype=torch.bool) if evidence.valid is None else evidence.valid
@@ -111,6 +122,14 @@ def check_layer(layer: Look, name: str = "layer") -> None:
             f"{name} is a 0-based block of the vision tower (int, negative from the end), a share of its depth (float "
             f"in [0, 1]) or None for the block whose output enters the projector, not {layer!r}"
         )
+
+
+def check_clip(clip: str | None, sign: int | None) -> None:
+    """Raise ``ValueError`` unless ``clip`` may name a CLIP model and ``sign`` is a sign, or they are None."""
+    if clip is not None and not (isinstance(clip, str) and clip):
+        raise ValueError(f"clip is the Hub id or the folder of a CLIP model, or None, not {clip!r}")
+    if sign is not None and (isinstance(sign, bool) or sign not in (-1, 1)):
+        raise ValueError(f"sign is -1, 1 or None, not {sign!r}")
 
 
 @dataclass(frozen=True)
@@ -147,21 +166,27 @@ class Salient(Projector):
         return saliency(evidence, self.layer if layer is None else layer, self.score)
 
 
-def saliency(evidence: Evidence, layer: Look = None, score: str = "auto") -> Tensor:
-    """(B,N) float32 attention, averaged over heads, to each token behind the prefix in a block of the vision tower:
-    from its class token, or received from all; see :class:`Salient`."""
-    seen = evidence.tower(layer)
-    by_class = seen.cls if score == "auto" else score == "cls"
+def by_class(seen: Evidence, score: str) -> bool:
+    """Whether ``score`` of :class:`Salient` means the class token's attention in ``seen``, a block of the tower."""
+    if score != "auto":
+        return score == "cls"
     # Rows that were given stand for whatever a method asks for, class token or not.
-    by_class = by_class or (score == "auto" and seen._attention is not None and seen._attention.shape[2] == 1)
-    values = seen.per_token(cls_attention if by_class else received_attention)
+    return seen.cls or (seen._attention is not None and seen._attention.shape[2] == 1)
+
+
+def saliency(evidence: Evidence, layer: Look = None, score: str = "auto", *, joined: bool = False) -> Tensor:
+    """(B,N) float32 attention, averaged over heads, to each token behind the prefix in a block of the vision tower:
+    from its class token, or received from all; see :class:`Salient`. ``joined``: all heads as one of full width."""
+    seen = evidence.tower(layer)
+    score_of = cls_attention if by_class(seen, score) else received_attention
+    values = seen.per_token((lambda e: score_of(single_head(e))) if joined else score_of)
     return finite(values[:, seen.prefix :].float(), evidence)
 
 
-def kept(index: Tensor, evidence: Evidence) -> Prune:
-    """Keep the tokens ``index`` (B,K), counted behind the prefix, in raster order, and the prefix in front."""
+def kept(index: Tensor, evidence: Evidence, *, raster: bool = True) -> Prune:
+    """Keep the tokens ``index`` (B,K), counted without the prefix, in raster order or as given, behind the prefix."""
     p = evidence.prefix
-    index = index.sort(dim=1).values + p
+    index = (index.sort(dim=1).values if raster else index) + p
     if p:
         first = torch.arange(p, device=index.device).expand(len(index), -1)
         index = torch.cat([first, index], 1)

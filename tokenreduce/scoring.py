@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
 
 __all__ = [
-    "cls_attention", "descending", "distances", "excluded", "finite", "importance", "inner", "key_metric",
-    "received_attention", "received_by_head", "select", "unit",
+    "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "importance", "inner", "key_metric",
+    "question", "received_attention", "received_by_head", "relevance", "select", "single_head", "unit",
 ]  # fmt: skip
 
 
@@ -65,6 +67,38 @@ def key_metric(evidence: Evidence) -> Tensor:
 def cls_attention(evidence: Evidence) -> Tensor:
     """(B,N) attention that the class token pays to every token, averaged over heads."""
     return evidence.attention("cls")[:, :, 0].mean(1)
+
+
+def single_head(evidence: Evidence) -> Evidence:
+    """The same evidence with all heads side by side as one of full width C: its rows are softmax(q·k / sqrt(C)).
+
+    That is not the mean over heads. Rows that were given stay as they are.
+    """
+    if evidence._attention is not None:
+        return evidence
+    q, k = (evidence.queries, evidence.keys) if evidence._rotated is None else evidence._rotated
+    if k.shape[1] != q.shape[1]:  # grouped queries
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    out = copy.copy(evidence)
+    out._queries, out._keys = (t.transpose(1, 2).flatten(2).unsqueeze(1) for t in (q, k))
+    out._rotated, out._map, out._scale = None, None, None
+    return out
+
+
+def cls_logits(evidence: Evidence) -> Tensor:
+    """(B,N) logits of the class token's attention row before softmax, averaged over heads.
+
+    Where softmax rows were given these are their logarithms: the logits less a constant, in the same order.
+    """
+    if evidence._attention is not None:
+        rows = evidence.attention("cls")[:, :, 0]
+        return rows.clamp(min=torch.finfo(rows.dtype).tiny).log().mean(1)
+    if not evidence.cls:
+        raise ValueError("the model has no class token to take attention from")
+    heads, d = evidence.queries.shape[1], evidence.queries.shape[-1]
+    scale = d**-0.5 if evidence._scale is None else evidence._scale
+    joined = single_head(evidence)  # the sum over heads is one product of full width
+    return inner(joined.queries[:, 0, :1], joined.keys[:, 0])[:, 0] * (scale / heads)
 
 
 def received_by_head(evidence: Evidence, chunk: int = 256) -> Tensor:
@@ -124,3 +158,35 @@ def select(scores: Tensor, k: int, evidence: Evidence, *, by_score: bool = False
     if not by_score:
         return keep.sort(dim=-1).values
     return keep
+
+
+def question(evidence: Evidence) -> tuple[Tensor, Tensor] | None:
+    """The words of the question in the language model's space: (B,M,D) float32 of unit length, zero where a sample has
+    fewer, and (B,M) which are there. None where the evidence has no text.
+
+    Raises ``ValueError`` when they are no vectors of the space of the visual embeddings.
+    """
+    text, seen = evidence.text, evidence.projected
+    if text is None:
+        return None
+    text = text.detach()
+    text = text.unsqueeze(1) if text.dim() == 2 else text
+    if text.dim() != 3 or text.shape[0] != seen.shape[0] or text.shape[2] != seen.shape[2]:
+        raise ValueError(
+            f"text is (batch, words, channels) in the space of the visual embeddings {tuple(seen.shape)}, not "
+            f"{tuple(text.shape)}"
+        )
+    valid = evidence.text_valid
+    valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if valid is None else valid.bool()
+    return unit(text).masked_fill(~valid.unsqueeze(-1), 0.0), valid
+
+
+def relevance(evidence: Evidence) -> Tensor:
+    """(B,N) mean cosine between the tokens behind the prefix and the words of the question, in the language model's
+    space; 0 for samples without a word."""
+    words = question(evidence)
+    seen = unit(evidence.projected.detach())
+    if words is None:
+        return torch.zeros_like(seen[..., 0])
+    mean = words[0].sum(1, keepdim=True) / words[1].sum(1).clamp(min=1)[:, None, None]
+    return inner(seen, mean).squeeze(-1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenreduce.plan import Plan
 
@@ -36,6 +36,9 @@ class Step:
     tokens: int
     plan: Plan | None = None
     method: str = ""
+    #: Projector stage: rows (P,1) and columns (P,N) of the views that were chosen from together, and the plan on them;
+    #: ``plan`` then says which columns of the prompt stay.
+    parts: tuple[tuple[Tensor, Tensor, Plan], ...] = ()
 
 
 @dataclass

@@ -58,6 +58,8 @@ class Origin:
     place: Tensor
     shape: tuple[int, int]
     crops: tuple[int, int] | None = None
+    #: Views of the image; by default up to the last that has a token.
+    count: int | None = None
 
     @property
     def n(self) -> int:
@@ -65,14 +67,44 @@ class Origin:
 
     @property
     def views(self) -> int:
+        if self.count is not None:
+            return self.count
         return int(self.view.max()) + 1 if self.n else 0
 
     def take(self, where: Tensor) -> Origin:
         """The origin of the tokens ``where`` (K,)."""
         weight = None if self.weight is None else self.weight[where]
+        if weight is not None and bool((weight.sum(1) == 1).all()) and weight.shape[1] == 1:
+            weight = None  # only row ends had none
         return Origin(
-            self.index[where], weight, self.patches, self.view[where], self.place[where], self.shape, self.crops
-        )
+            self.index[where], weight, self.patches, self.view[where], self.place[where], self.shape, self.crops,
+            self.views,
+        )  # fmt: skip
+
+    def repeat(self, times: int) -> Origin:
+        """``times`` views (frames) like this one, one after the other."""
+        step = torch.arange(times, device=self.index.device).repeat_interleave(self.n)
+        view = torch.where(self.view.repeat(times) < 0, -1, step)
+        weight = None if self.weight is None else self.weight.repeat(times, 1)
+        index = self.index.repeat(times, 1) + step[:, None] * self.patches
+        return Origin(index, weight, self.patches, view, self.place.repeat(times, 1), self.shape, None, times)
+
+    def piece(self, start: int, length: int) -> tuple[Origin, tuple[int, ...]]:
+        """Some tokens in a row, as an image of their own, and the views that they come from."""
+        part = self.take(torch.arange(start, start + length, device=self.index.device))
+        used = tuple(sorted({v for v in part.view.tolist() if v >= 0}))
+        to = torch.full((self.views + 1,), -1, dtype=torch.long, device=part.view.device)
+        to[list(used)] = torch.arange(len(used), device=part.view.device)
+        view = to[part.view]
+        shift = (part.view.clamp(min=0) - view.clamp(min=0)).unsqueeze(1) * self.patches
+        whole = self.crops if len(used) == self.views else None
+        return Origin(
+            part.index - shift, part.weight, self.patches, view, part.place, self.shape, whole, len(used)
+        ), used
+
+    def seen(self) -> Tensor:
+        """(K,) the tokens that stand for patches."""
+        return (self.view >= 0).nonzero().flatten()
 
     def only(self, view: int) -> tuple[Tensor, Origin]:
         """The tokens (n,) of one view, and their origin as if it were the only one; crops keep their own grid."""
@@ -83,7 +115,8 @@ class Origin:
             corner = torch.tensor(divmod(view - 1, self.crops[1]), device=place.device)
             place = place - corner * torch.tensor(self.shape, device=place.device)
         return where, Origin(
-            mine.index - view * self.patches, mine.weight, self.patches, torch.zeros_like(mine.view), place, self.shape
+            mine.index - view * self.patches, mine.weight, self.patches, torch.zeros_like(mine.view), place, self.shape,
+            count=1,
         )
 
     def map(self, t: Tensor) -> Tensor:
@@ -169,7 +202,9 @@ class Visual(Evidence):
         plans: tower block -> plan from the patches at the entry to those it saw, where a method merged in there.
         feature, tower_depth: block whose output enters the projector, and number of blocks.
         text, text_valid: (B,M,D) embeddings of the question in the language model's space, (B,M) which are there.
-        clip: ``(patches (B,N,E), text (B,M,E))`` in the joint space of a CLIP model, where a method asked for it.
+        clip: ``(patches (B,N,E), text (B,M,E))`` in the joint space of a CLIP model, where a method asked for it; text
+            rows that are not there are zero.
+        projected: (B,N,D) embeddings behind the projector where ``x`` are others.
     """
 
     def __init__(
@@ -186,6 +221,7 @@ class Visual(Evidence):
         text: Tensor | None = None,
         text_valid: Tensor | None = None,
         clip: tuple[Tensor, Tensor] | None = None,
+        projected: Tensor | None = None,
         size: Tensor | None = None,
         times: Tensor | None = None,
         prefix: int = 0,
@@ -195,12 +231,19 @@ class Visual(Evidence):
         self.blocks, self.plans = dict(blocks or {}), dict(plans or {})
         self.feature, self.tower_depth = feature, tower_depth
         self.text_valid, self._clip = text_valid, clip
+        #: Whether ``x`` are features before the projector.
+        self.is_vision = False
+        self._projected = projected
         self.cls = any(b.cls for b in self.blocks.values())
         self.crops = origin.crops
 
     @property
     def features(self) -> Tensor:
         return self.x if self._features is None else self._features
+
+    @property
+    def projected(self) -> Tensor:
+        return super().projected if self._projected is None else self._projected
 
     @property
     def place(self) -> Tensor:
@@ -284,8 +327,24 @@ class Visual(Evidence):
             text=rows(self.text),
             text_valid=rows(self.text_valid),
             clip=cast(Any, clip),
+            projected=tokens(self._projected),
             size=tokens(self.size),
             times=tokens(self.times),
+        )  # fmt: skip
+
+    def batch_of(self, rows: Tensor) -> Visual:
+        """The same evidence for some samples of the batch of one view, ``rows`` (R,)."""
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        clip = None if self._clip is None else (self._clip[0][rows], self._clip[1][rows])
+        return Visual(
+            self.x[rows], self.origin, features=pick(self._features), own=pick(self.own),
+            blocks={i: e.batch_rows(rows) for i, e in self.blocks.items()},
+            plans={i: p.rows_at(rows) for i, p in self.plans.items()}, feature=self.feature,
+            tower_depth=self.tower_depth, text=pick(self.text), text_valid=pick(self.text_valid), clip=clip,
+            size=pick(self.size), times=pick(self.times), prefix=self.prefix,
         )  # fmt: skip
 
     # -- spaces ------------------------------------------------------------------------------------------------------
@@ -301,5 +360,5 @@ class Visual(Evidence):
         return Visual(
             x, self.origin, features=x, own=self.own, blocks=self.blocks, plans=self.plans, feature=self.feature,
             tower_depth=self.tower_depth, text=self.text, text_valid=self.text_valid, clip=self._clip, size=size,
-            times=self.times, prefix=prefix,
+            projected=self.projected, times=self.times, prefix=prefix,
         )  # fmt: skip

@@ -13,8 +13,8 @@ from vlms import IMAGE, VIDEO, VLMS, prompts
 from vlms_masked import CASES, FILMS, close, dropped_by, flash, generate, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.vlm_projector import images
-from tokenreduce.plan import Merge
+from tokenreduce.adapters.vlm_images import runs
+from tokenreduce.projector import Projector
 
 ORIGINAL = tr.DivPrune(keep=0.3, positions="original")
 #: Families whose positions may be compact.
@@ -293,20 +293,18 @@ def test_embeddings_instead_of_ids_and_no_image():
 # -- the method's view of an image -------------------------------------------------------------------------------------
 
 
-class Seen(tr.Reducer, stage="projector"):
-    """Keeps the first two tokens that may go of every image, and remembers what it was shown."""
+class Seen(Projector):
+    """Keeps the first two tokens of every image, and remembers what it was shown."""
+
+    whole = True
 
     def __init__(self, newlines="keep"):
+        super().__init__(newlines=newlines)
         object.__setattr__(self, "seen", [])
-        object.__setattr__(self, "newlines", newlines)
 
     def plan(self, evidence):
         self.seen.append(evidence)
-        fixed = evidence.fixed()
-        stay = torch.zeros(evidence.batch, evidence.n, dtype=torch.bool) if fixed is None else fixed.clone()
-        for row in stay:
-            row[(~row).nonzero().flatten()[:2]] = True
-        return tr.Prune.from_mask(stay)
+        return tr.Prune(evidence.n, torch.tensor([[0, 1]]).expand(evidence.batch, -1))
 
     def spec(self):
         return "seen"
@@ -315,14 +313,15 @@ class Seen(tr.Reducer, stage="projector"):
 def test_images_are_runs_of_placeholders():
     text = "..vvv.v" + "vv.vvv." + "vvvvvvv" + "......."
     visual = torch.tensor([c == "v" for c in text]).view(4, 7)
-    groups = {columns.shape[1]: (rows.flatten().tolist(), columns.tolist()) for rows, columns in images(visual)}
-    assert groups == {
-        1: ([0], [[6]]),
-        2: ([1], [[0, 1]]),
-        3: ([0, 1], [[2, 3, 4], [3, 4, 5]]),
-        7: ([2], [list(range(7))]),
-    }
-    assert not list(images(visual[3:]))
+
+    def found(*more):
+        return list(zip(*(t.tolist() for t in runs(visual, *more)), strict=True))
+
+    assert found() == [(0, 2, 3), (0, 6, 1), (1, 0, 2), (1, 3, 3), (2, 0, 7)]
+    starts = torch.zeros_like(visual)
+    starts[2, 3] = starts[0, 0] = starts[1, 3] = True
+    assert found(starts) == [(0, 2, 3), (0, 6, 1), (1, 0, 2), (1, 3, 3), (2, 0, 3), (2, 3, 4)]
+    assert not len(runs(visual[3:])[0])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "idefics3"])
@@ -348,7 +347,7 @@ def test_a_method_sees_one_image_at_a_time(name):
     assert torch.equal(first.x[0], embeds[0][0][visual[0]])
 
 
-@pytest.mark.parametrize("newlines", ["keep", "rank"])
+@pytest.mark.parametrize("newlines", ["keep", "rank", "drop"])
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_next_video"])
 def test_row_ends_stay_unless_they_are_ranked(name, newlines):
     """Two crops side by side of 2x2 patches: a base image of 4, and rows of 4 patches and a row end."""
@@ -358,14 +357,10 @@ def test_row_ends_stay_unless_they_are_ranked(name, newlines):
         vlm.model(**inputs)
     (evidence,) = method.seen
     ends = (evidence.x[0] == vlm.model.model.image_newline).all(-1)
-    assert ends.nonzero().flatten().tolist() == [8, 13]
+    assert ends.nonzero().flatten().tolist() == ([8, 13] if newlines == "rank" else [])
+    assert evidence.n == (14 if newlines == "rank" else 12)
     kept = (trace.plans[0].sources()[0] >= 0)[inputs["input_ids"][0] == IMAGE].nonzero().flatten().tolist()
     assert kept == ([0, 1, 8, 13] if newlines == "keep" else [0, 1])
-
-
-class Merging(Seen):
-    def plan(self, evidence):
-        return Merge.from_assignment(torch.zeros(evidence.batch, evidence.n, dtype=torch.long), 1)
 
 
 class Needy(Seen, needs=("attention",)):
@@ -375,13 +370,17 @@ class Needy(Seen, needs=("attention",)):
 def test_what_cannot_hold_is_refused():
     vlm = VLMS["llava"]
     inputs = prompts(vlm, CASES["alone"])
-    with tr.patched(vlm.model, Merging()), pytest.raises(ValueError, match="tokens can be dropped, but not merged"):
-        vlm.model(**inputs)
-    with pytest.raises(ValueError, match="needs attention, which is not gathered between the vision encoder"):
+    with pytest.raises(ValueError, match="needs attention of the vision tower, which the CLIPVisionModel .*Methods that fit"):
         tr.patch(vlm.model, Needy())
+    with pytest.raises(ValueError, match="newlines='rank' is for methods that look at embeddings alone"):
+        tr.patch(vlm.model, tr.FasterVLM(keep=4, newlines="rank"))
+    with pytest.raises(ValueError, match=r"cls.*|the class token of the vision tower.*received"):
+        tr.patch(VLMS["paligemma"].model, tr.FasterVLM(keep=4, score="cls"))
+    with pytest.raises(ValueError, match="layer=3: the vision encoder has layers 0 to 2"):
+        tr.patch(vlm.model, tr.FasterVLM(keep=4, layer=3))
     with pytest.raises(ValueError, match=r"both act before the language model; choose one"):
         tr.patch(vlm.model, "divprune+divprune:keep=4")
-    with pytest.raises(ValueError, match=r"stage encoder, .*stages there: language, projector"):
+    with pytest.raises(ValueError, match=r"stage encoder, .*stages there: "):
         tr.patch(vlm.model, tr.ToMe(r=2))
     described = tr.describe(vlm.model)
     assert "divprune" in described.methods("projector")

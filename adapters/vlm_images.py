@@ -1,0 +1,189 @@
+"""The images of a prompt, at the entry of the language model: which columns are theirs, and evidence of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenreduce.adapters.generation import Step
+from tokenreduce.adapters.vlm_tower import Encoded
+from tokenreduce.projector import Projector
+from tokenreduce.sequence import question
+from tokenreduce.visual import Origin, Visual
+
+__all__ = ["Group", "groups", "runs"]
+
+
+@dataclass
+class Group:
+    """Images that are alike: ``rows`` (G,1) and ``columns`` (G,N) of the tokens that a method sees, and evidence."""
+
+    rows: Tensor
+    columns: Tensor
+    evidence: Visual
+
+
+def runs(visual: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, first column and length of every maximal run in ``visual`` (B,L), in order; ``starts`` (B,L) marks tokens
+    that begin a new one where two stand side by side."""
+    edge = visual.new_zeros(visual.shape[0], 1)
+    before = torch.cat([edge, visual[:, :-1]], 1)
+    first = visual & ~before
+    if starts is not None:
+        first = first | (visual & starts)
+    after = torch.cat([first[:, 1:] | ~visual[:, 1:], ~edge], 1)
+    row, start = first.nonzero(as_tuple=True)
+    end = (visual & after).nonzero(as_tuple=True)[1]
+    return row, start, end - start + 1
+
+
+@dataclass
+class _Image:
+    row: int
+    start: int
+    origin: Origin
+    views: tuple[int, ...]
+    kind: str
+    rows: Tensor | None = None
+    key: tuple[object, ...] = ()
+
+
+def groups(step: Step, x: Tensor, reducer: Projector) -> list[Group]:
+    """The images of a prompt, alike ones together. ``x`` (B,L,D) are the embeddings.
+
+    Raises ``ValueError`` where the method needs evidence of a tower, and the features were made elsewhere.
+    """
+    text = _question(step, x) if "text" in reducer.gathers() else None
+    found = list(_images(step, x, reducer))
+    out: list[Group] = []
+    while found:
+        alike = [i for i in found if i.key == found[0].key and i.origin.same(found[0].origin)]
+        found = [i for i in found if not any(i is a for a in alike)]
+        out.append(_group(alike, step, x, reducer, text))
+    return out
+
+
+def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[_Image]:
+    run = step.run
+    needy = bool(reducer.looks()) or reducer.space == "vision"
+    seen_columns = torch.zeros_like(run.visual)
+    for kind, encoded in step.encoded.items():
+        here = step.kinds.get(kind)
+        if here is None or not encoded.entries:
+            continue
+        here = here & run.visual
+        seen_columns |= here
+        yield from _encoded(here, encoded, kind)
+    rest = run.visual & ~seen_columns
+    if not bool(rest.any()):
+        return
+    if needy:
+        raise ValueError(
+            f"{reducer.name} looks at what the vision tower saw, but the image features of this call were made "
+            f"elsewhere; pass pixel_values, or make the features with the patched model's get_image_features"
+        )
+    yield from _plain(rest, x, step, reducer)
+
+
+def _plain(visual: Tensor, x: Tensor, step: Step, reducer: Projector) -> Iterator[_Image]:
+    """Images of which only the embeddings are known."""
+    ends = None
+    if step.newline is not None and reducer.newlines != "rank":
+        ends = visual & (x == step.newline.to(x)).all(-1)
+    for r, s, n in zip(*(t.tolist() for t in runs(visual)), strict=True):
+        view = torch.zeros(n, dtype=torch.long, device=visual.device)
+        if ends is not None:
+            view = torch.where(ends[r, s : s + n], -1, view)
+        at = torch.arange(n, device=visual.device)
+        place = torch.stack([torch.zeros_like(at), at], 1)
+        origin = Origin(at[:, None], None, n, view, place, (1, n), count=1)
+        yield _Image(r, s, origin, (0,), "", None, ("", n))
+
+
+def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[_Image]:
+    """Images of one call of the tower: their tokens fill the columns ``here`` (B,L) in order, once for every beam."""
+    total, columns = encoded.tokens, int(here.sum())
+    if total == 0 or columns % total:
+        raise ValueError(f"{columns} placeholder tokens for {total} {kind} features of the vision tower")
+    times = columns // total
+    number = torch.full(here.shape, -1, dtype=torch.long, device=here.device)
+    order = torch.arange(columns, device=here.device)
+    if times > 1:  # rows b*times .. of beams hold the same images
+        alone = here[::times]
+        mine = torch.full(alone.shape, -1, dtype=torch.long, device=here.device)
+        mine[alone] = order[:total]
+        number = mine.repeat_interleave(times, 0)
+    else:
+        number[here] = order
+    bounds = torch.tensor([0, *[e.origin.n for e in encoded.entries]], device=here.device).cumsum(0)
+    starts = torch.isin(number, bounds)
+    for r, s, n in zip(*(t.tolist() for t in runs(here, starts)), strict=True):
+        first = int(number[r, s])
+        e = int(torch.searchsorted(bounds, torch.tensor(first, device=bounds.device), right=True)) - 1
+        entry = encoded.entries[e]
+        offset = first - int(bounds[e])
+        origin, rows = entry.origin, entry.rows
+        views = tuple(range(entry.first, entry.first + origin.views))
+        if n < origin.n:  # a tile or a frame, text around it
+            origin, used = origin.piece(offset, n)
+            views = tuple(views[v] for v in used)
+            rows = None if rows is None else rows[offset : offset + n]
+        yield _Image(r, s, origin, views, kind, rows, (kind, n, offset if n < entry.origin.n else 0, rows is None))
+
+
+def _group(alike: list[_Image], step: Step, x: Tensor, reducer: Projector, text: tuple[Tensor, Tensor] | None) -> Group:
+    first, device = alike[0], x.device
+    origin = first.origin
+    seen = torch.arange(origin.n, device=device) if reducer.newlines == "rank" else origin.seen().to(device)
+    r = torch.tensor([i.row for i in alike], device=device)[:, None]
+    start = torch.tensor([i.start for i in alike], device=device)[:, None]
+    if reducer.newlines == "drop":
+        gone = torch.ones(origin.n, dtype=torch.bool, device=device)
+        gone[seen] = False
+        step.dropped.append((r, start + gone.nonzero().flatten()))
+    columns = start + seen
+    own = origin if len(seen) == origin.n else origin.take(seen)
+    encoded = step.encoded.get(first.kind)
+    blocks, features, class_features, feature, depth, plans = {}, None, None, -1, 0, {}
+    if encoded is not None:
+        feature, depth = encoded.vision.feature, encoded.vision.depth
+        views = torch.tensor([i.views for i in alike], device=device).flatten()
+        for b in encoded.blocks:
+            blocks[b] = encoded.evidence(b, views)
+            if (plan := encoded.plan_at(b, views)) is not None:
+                plans[b] = plan
+        if encoded.features is not None and first.rows is not None:
+            flat = encoded.features.flatten(0, 1)
+            rows = torch.stack([_rows_of(i) for i in alike]).to(device)[:, seen]
+            features = flat[rows]
+        if encoded.own is not None:
+            class_features = encoded.own[views]
+    return Group(
+        r, columns,
+        Visual(
+            x[r, columns], own, features=features, own=class_features, blocks=blocks, plans=plans, feature=feature,
+            tower_depth=depth, text=None if text is None else text[0][r[:, 0]],
+            text_valid=None if text is None else text[1][r[:, 0]],
+        ),
+    )  # fmt: skip
+
+
+def _rows_of(image: _Image) -> Tensor:
+    """(N,) rows of an image's tokens among what entered the projector."""
+    assert image.rows is not None
+    return image.rows.clamp(min=0)
+
+
+def _question(step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,M,D) embeddings of the text behind the last image, all text where nothing is, and (B,M) which are there."""
+    visual, mask = step.run.visual, step.run.mask
+    real = torch.ones_like(visual) if mask is None else mask
+    behind = question(visual, real)
+    behind = torch.where(behind.any(1, keepdim=True), behind, real & ~visual)
+    most = max(int(behind.sum(1).max()), 1)
+    where = (~behind).long().argsort(dim=1, stable=True)[:, :most]
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, where], behind.gather(1, where)
