@@ -126,15 +126,21 @@ def _load(name: str, device: str) -> JointSpace:
         "give the Hub id or the folder of a transformers CLIPModel, with text tower and tokenizer, such as "
         "clip=openai/clip-vit-large-patch14-336"
     )
+    where = (
+        "the folder lacks a file" if Path(name).is_dir() else "there is no such folder, and no such model on the Hub"
+    )
+    absent = f"clip={name!r} cannot be loaded ({where}, or it cannot be reached); {wanted}"
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        if kind != "clip":
-            raise ValueError(f"clip={name!r} is a model of type {kind!r}, not 'clip'; {wanted}")
+    except (OSError, ValueError) as error:  # the library says ValueError for a folder that tells no type
+        raise ValueError(absent) from error
+    if kind != "clip":
+        raise ValueError(f"clip={name!r} is a model of type {kind!r}, not 'clip'; {wanted}")
+    try:
         model, info = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = CLIPTokenizer.from_pretrained(name)
     except OSError as error:
-        where = "the folder lacks a file" if Path(name).is_dir() else "there is no such folder, and no model on the Hub"
-        raise ValueError(f"clip={name!r} cannot be loaded ({where}, or it cannot be reached); {wanted}") from error
+        raise ValueError(absent) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what the library makes of no files
         raise ValueError(f"clip={name!r} has no tokenizer; {wanted}")
     needed = ("text_model.", "text_projection.", "visual_projection.", "vision_model.post_layernorm.")

@@ -344,7 +344,7 @@ class Visual(Evidence):
             blocks={i: e.batch_rows(rows) for i, e in self.blocks.items()},
             plans={i: p.rows_at(rows) for i, p in self.plans.items()}, feature=self.feature,
             tower_depth=self.tower_depth, text=pick(self.text), text_valid=pick(self.text_valid), clip=clip,
-            size=pick(self.size), times=pick(self.times), prefix=self.prefix,
+            projected=pick(self._projected), size=pick(self.size), times=pick(self.times), prefix=self.prefix,
         )  # fmt: skip
 
     # -- spaces ------------------------------------------------------------------------------------------------------
@@ -357,8 +357,10 @@ class Visual(Evidence):
         if with_class and self.own is not None and self.origin.views == 1:
             x, prefix = torch.cat([self.own[:, None].to(x), x], 1), 1
             size = None if size is None else torch.cat([torch.ones_like(size[:, :1]), size], 1)
-        return Visual(
+        out = Visual(
             x, self.origin, features=x, own=self.own, blocks=self.blocks, plans=self.plans, feature=self.feature,
             tower_depth=self.tower_depth, text=self.text, text_valid=self.text_valid, clip=self._clip, size=size,
             projected=self.projected, times=self.times, prefix=prefix,
         )  # fmt: skip
+        out.is_vision = True
+        return out
