@@ -105,7 +105,7 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
                 f"(stages there: {', '.join(stages)}); tr.list_methods(stage='{stages[0]}') lists what fits"
             )
     if language is not None:
-        importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo)
+        importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo, towers)
         return
     for adapter, tower in towers:
         adapter.attach(tower, reducers, undo)
@@ -125,9 +125,9 @@ def _language(model: nn.Module) -> Any:
 
 
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:
-    # A tower inside a LLaVA-style model feeds a projector and placeholders that count its tokens, so shortening it
-    # there is not the same as shortening a classifier's.
-    return ("language", "projector") if language is not None else ("encoder",)
+    if language is None:
+        return ("encoder",)
+    return ("language", "projector", "encoder") if towers else ("language", "projector")
 
 
 @dataclass(frozen=True)

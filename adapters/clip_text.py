@@ -137,10 +137,11 @@ def _load(name: str, device: str) -> JointSpace:
     if kind != "clip":
         raise ValueError(f"clip={name!r} is a model of type {kind!r}, not 'clip'; {wanted}")
     try:
-        model, info = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = CLIPTokenizer.from_pretrained(name)
     except OSError as error:
         raise ValueError(absent) from error
+    model, info = loaded
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what the library makes of no files
         raise ValueError(f"clip={name!r} has no tokenizer; {wanted}")
     needed = ("text_model.", "text_projection.", "visual_projection.", "vision_model.post_layernorm.")

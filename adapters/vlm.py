@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.generation import KEYWORD, Cut, Deep, Run, Step, attach_run, gather_mask, run_of
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
+from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
 from tokenreduce.adapters.vlm_projector import attach_projector
 from tokenreduce.adapters.vlm_tower import Vision, encoded_in, vision_of
 from tokenreduce.evidence import Evidence, Prompt
@@ -111,14 +112,18 @@ def find(model: nn.Module) -> Language | None:
     return None
 
 
-def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
-    """Put projector- and language-stage ``reducers`` into the model.
+def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: Any = ()) -> None:
+    """Put ``reducers`` into the model; encoder-stage ones into its ``towers``, (adapter, tower) each.
 
     Raises ``ValueError`` for layers that do not exist or clash, and for attention that dropping tokens would change:
     chunked, linear and other layer types than full and sliding, or sliding windows inside flash attention.
     """
     depth = len(found.layers)
     before = [r for r in reducers if r.stage == "projector"]
+    inside = tuple(r for r in reducers if r.stage == "encoder")
+    if inside:
+        attach_encoder(towers, inside, undo)
+        before = before or [Everything()]
     reducers = tuple(r for r in reducers if r.stage == "language")
     if len(before) > 1:
         raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")

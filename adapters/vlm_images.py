@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.generation import Step
+from tokenreduce.adapters.vlm_encoder import remaining, sizes
 from tokenreduce.adapters.vlm_tower import Encoded
 from tokenreduce.projector import Projector
 from tokenreduce.sequence import question
@@ -49,6 +50,9 @@ class _Image:
     kind: str
     rows: Tensor | None = None
     key: tuple[object, ...] = ()
+    #: (n,) bool of the tokens that only repeat one that a method in the tower merged them into, None when none does.
+    gone: Tensor | None = None
+    size: Tensor | None = None
 
 
 def groups(step: Step, x: Tensor, reducer: Projector) -> list[Group]:
@@ -131,18 +135,42 @@ def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[_Image]:
             origin, used = origin.piece(offset, n)
             views = tuple(views[v] for v in used)
             rows = None if rows is None else rows[offset : offset + n]
-        yield _Image(r, s, origin, views, kind, rows, (kind, n, offset if n < entry.origin.n else 0, rows is None))
+        key: tuple[object, ...] = (kind, n, offset if n < entry.origin.n else 0, rows is None)
+        gone, size = _merged(encoded, origin, views)
+        if gone is not None:
+            key = (*key, r, s)  # other tokens are left in every image
+        yield _Image(r, s, origin, views, kind, rows, key, gone, size)
+
+
+def _merged(encoded: Encoded, origin: Origin, views: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """(n,) bool of the tokens of an image that are copies since a method acted in the tower, and (n,) sizes."""
+    prefix = int(encoded.vision.cls)
+    left = remaining(encoded.left, prefix)
+    if left is None:
+        return None, None
+    at = torch.tensor(views, device=left.device)
+    here = left[at].flatten()[origin.index]
+    if origin.weight is not None:
+        here = here & (origin.weight > 0)
+    gone = ~here.any(1) & (origin.view >= 0)
+    number = sizes(encoded.left, prefix)
+    return gone, None if number is None else origin.map(number[at].reshape(1, -1))[0]
 
 
 def _group(alike: list[_Image], step: Step, x: Tensor, reducer: Projector, text: tuple[Tensor, Tensor] | None) -> Group:
     first, device = alike[0], x.device
     origin = first.origin
     seen = torch.arange(origin.n, device=device) if reducer.newlines == "rank" else origin.seen().to(device)
+    size = None
+    if first.gone is not None:
+        seen = seen[~first.gone[seen]]
+        size = None if first.size is None else first.size[seen][None]
     r = torch.tensor([i.row for i in alike], device=device)[:, None]
     start = torch.tensor([i.start for i in alike], device=device)[:, None]
+    gone = torch.zeros(origin.n, dtype=torch.bool, device=device) if first.gone is None else first.gone
     if reducer.newlines == "drop":
-        gone = torch.ones(origin.n, dtype=torch.bool, device=device)
-        gone[seen] = False
+        gone = gone | (origin.view < 0)
+    if bool(gone.any()):
         step.dropped.append((r, start + gone.nonzero().flatten()))
     columns = start + seen
     own = origin if len(seen) == origin.n else origin.take(seen)
@@ -165,7 +193,7 @@ def _group(alike: list[_Image], step: Step, x: Tensor, reducer: Projector, text:
         r, columns,
         Visual(
             x[r, columns], own, features=features, own=class_features, blocks=blocks, plans=plans, feature=feature,
-            tower_depth=depth, text=None if text is None else text[0][r[:, 0]],
+            tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
             text_valid=None if text is None else text[1][r[:, 0]],
         ),
     )  # fmt: skip

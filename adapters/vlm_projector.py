@@ -65,7 +65,8 @@ def attach_projector(found: Language, reducer: Reducer, windows: list[int | None
             choose, reducer=reducer, compact=compact, projector=None if found.vision is None else found.vision.projector
         ),
     )
-    undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
+    if reducer.spec():
+        undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
 
 
 def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
@@ -140,7 +141,8 @@ def choose(
     if trace is not None:
         left = x.shape[1] if plan is None else plan.k
         parts = tuple((p.rows, p.columns, p.plan) for p in made)
-        trace.add(text, TraceStep("projector", 0, left, plan, reducer.spec(), parts))
+        hosts = tuple(p.host.where(p.there, -1) for p in made)
+        trace.add(text, TraceStep("projector", 0, left, plan, reducer.spec(), parts, hosts))
     for part in made:
         x = part.write(x, projector)
     if x is not kwargs["inputs_embeds"]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+from tokenreduce.adapters.encoder import State, collect_states, full_plan
 from tokenreduce.adapters.hf_attention import CALL, Call, listen
 from tokenreduce.adapters.vlm_origin import blocks_of_patches, grid, pooled, tiled, with_class, with_end
 from tokenreduce.evidence import Evidence, Look
@@ -147,8 +148,21 @@ class Encoded:
     #: Packed towers: first patch and number of patches of every view.
     spans: list[tuple[int, int]] = field(default_factory=list)
     tower_kwargs: dict[str, Any] = field(default_factory=dict)
-    views: int = 0
-    states: list[Any] = field(default_factory=list)
+    #: After every block, where a method acts in the tower.
+    states: list[State] = field(default_factory=list)
+
+    @property
+    def left(self) -> State | None:
+        """The tokens that enter the projector, None when all patches do."""
+        state = self.states[self.vision.feature] if len(self.states) > self.vision.feature else None
+        return state if state is not None and state.plans else None
+
+    def _at(self, block: int, tokens: int) -> State | None:
+        """The tokens that the attention of ``block`` saw; methods act before or behind it."""
+        for state in (self.states[block - 1] if block and self.states else None, *self.states[block : block + 1]):
+            if state is not None and state.plans and full_plan(state).k == tokens:  # type: ignore[union-attr]
+                return state
+        return None
 
     @property
     def tokens(self) -> int:
@@ -160,15 +174,27 @@ class Encoded:
         if self.vision.kind == "packed":
             return call.evidence(block, [self.spans[v] for v in views.tolist()], self.vision.depth)
         q, k = (call.queries, call.keys) if call.rotated is None else call.rotated
+        state = self._at(block, k.shape[2])
+
+        def rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[views]
+
         return Evidence(
-            k.detach()[views].transpose(1, 2).flatten(2), k.detach()[views], q.detach()[views], protected=int(self.vision.cls), cls=self.vision.cls, layer=block,
-            depth=self.vision.depth,
+            k.detach()[views].transpose(1, 2).flatten(2), k.detach()[views], q.detach()[views],
+            size=None if state is None else rows(state.size), valid=None if state is None else rows(state.valid),
+            protected=int(self.vision.cls), cls=self.vision.cls, layer=block, depth=self.vision.depth,
+            proportional=state is not None and state.proportional,
         )  # fmt: skip
 
 
     def plan_at(self, block: int, views: Tensor) -> Plan | None:
         """The plan from the patches at the tower's entry to those that ``block`` saw, None when they are all there."""
-        return None
+        call = self.calls[block]
+        if not self.states or isinstance(call, PackedCall):
+            return None
+        state = self._at(block, call.keys.shape[2])
+        plan = None if state is None else full_plan(state)
+        return None if plan is None else plan.rows_at(views)
 
 
 @dataclass
@@ -239,7 +265,8 @@ def encode(inner: Any, kind: str, blocks: tuple[int, ...], *args: Any, **kwargs:
     seen = Encoded(vision, blocks)
     token = _WATCHING.set(seen)
     try:
-        output = stock(inner, *args, **kwargs)
+        with collect_states() as seen.states:
+            output = stock(inner, *args, **kwargs)
     finally:
         _WATCHING.reset(token)
     given = inspect.signature(stock).bind(inner, *args, **kwargs).arguments
@@ -274,8 +301,6 @@ def after_tower(tower: Any, args: tuple[Any, ...], output: Any) -> None:
     seen = _WATCHING.get()
     if seen is None or seen.vision.kind == "packed":
         return
-    last = getattr(output, "last_hidden_state", None)
-    seen.views = 0 if last is None else last.shape[0]
     states = getattr(output, "hidden_states", None)
     if seen.vision.cls and states is not None and len(states) > seen.vision.feature + 1:
         seen.own = states[seen.vision.feature + 1][:, 0]
@@ -343,7 +368,7 @@ def _entries(inner: Any, kind: str, seen: Encoded, features: Any, given: dict[st
     vision = seen.vision
     if vision.kind == "packed":
         return _packed(inner, seen)
-    call = next(iter(seen.calls.values()), None)
+    call = None if seen.left is not None else next(iter(seen.calls.values()), None)
     device = features[0].device
     config = inner.config.vision_config
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]

@@ -246,6 +246,8 @@ class Evidence:
         out.__dict__.update({name: pick(value) for name, value in self.__dict__.items()})
         if self._rotated is not None:
             out._rotated = (pick(self._rotated[0]), pick(self._rotated[1]))
+        if self._clip is not None:
+            out._clip = (pick(self._clip[0]), pick(self._clip[1]))
         out._map = None
         return out
 

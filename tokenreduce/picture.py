@@ -15,7 +15,7 @@ from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import parse
 
-__all__ = ["draw", "show", "view"]
+__all__ = ["draw", "draw_regions", "show", "view"]
 
 MARGIN, INK, PAPER = 12, (28, 28, 28), (255, 255, 255)
 
@@ -52,11 +52,16 @@ def draw(
         raise ValueError(
             f"the plan has {plan.n} tokens, but prefix {prefix} and grid {rows}x{cols} make {prefix + rows * cols}"
         )
-    region = _regions(plan, grid, prefix, sample)
-    picture = _enlarged(image.convert("RGB"), grid, side)
-    before = np.asarray(picture)
-    after = _painted(before, region)
-    return _beside(before, after, _caption(region, prefix, title))
+    return draw_regions(image, _regions(plan, grid, prefix, sample), prefix, title=title, side=side)
+
+
+def draw_regions(
+    image: Image.Image, region: np.ndarray, prefix: int = 0, *, title: str = "", side: int = 448
+) -> Image.Image:
+    """:func:`draw` where ``region`` (rows, cols) says the token that each patch went into, -1 where it is gone."""
+    rows, cols = region.shape
+    before = np.asarray(_enlarged(image.convert("RGB"), (rows, cols), side))
+    return _beside(before, _painted(before, region), _caption(region, prefix, title))
 
 
 def _regions(plan: Plan | None, grid: tuple[int, int], prefix: int, sample: int) -> np.ndarray:

@@ -14,7 +14,8 @@ from tokenreduce.plan import Identity, Plan, Prune
 from tokenreduce.scoring import descending, finite
 
 __all__ = [
-    "best", "check_stages", "keep_best", "keep_chosen", "question", "shrink", "stages_of", "visual_counts", "visual_of",
+    "best", "check_stages", "keep_best", "keep_chosen", "packed", "question", "shrink", "stages_of", "visual_counts",
+    "visual_of",
 ]  # fmt: skip
 
 
@@ -79,6 +80,13 @@ def question(visual: Tensor, valid: Tensor | None) -> Tensor:
     """
     behind = (visual.long().cumsum(1) == visual.sum(1, keepdim=True)) & ~visual & visual.any(1, keepdim=True)
     return behind if valid is None else behind & valid
+
+
+def packed(marks: Tensor) -> tuple[Tensor, Tensor]:
+    """``(index, there)``: the places of True in each row of ``marks`` (B,N), ascending; at least one wide."""
+    width = max(1, int(marks.sum(1).max()))
+    index = (~marks).long().argsort(dim=1, stable=True)[:, :width]
+    return index, marks.gather(1, index)
 
 
 def check_stages(layers: tuple[int, ...] | None, name: str, least: int) -> None:

@@ -39,6 +39,8 @@ class Step:
     #: Projector stage: rows (P,1) and columns (P,N) of the views that were chosen from together, and the plan on them;
     #: ``plan`` then says which columns of the prompt stay.
     parts: tuple[tuple[Tensor, Tensor, Plan], ...] = ()
+    #: For each of ``parts``: (P,K) the column that each output of its plan takes, -1 where there is none.
+    hosts: tuple[Tensor, ...] = ()
 
 
 @dataclass

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import shlex
 import traceback
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-__all__ = ["Friendly", "again", "complain", "console", "numbers", "set_debug"]
+__all__ = [
+    "Friendly",
+    "again",
+    "complain",
+    "console",
+    "numbers",
+    "open_image",
+    "picture_format",
+    "save_picture",
+    "set_debug",
+]
 
 #: What bad input raises throughout the library; anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, TypeError, ImportError, OSError)
@@ -65,6 +76,37 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"{option} lists numbers such as 0.75,0.5, not {text!r}") from None
+
+
+def open_image(path: Path) -> Any:
+    """The PIL image in a file. Raises ``FileNotFoundError`` and ``ValueError`` that name it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened.copy()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image {path}") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def picture_format(path: Path, option: str) -> None:
+    """Raise ``ValueError`` that names the option when the end of ``path`` is no picture format."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"cannot tell the picture format of {path}: end {option} in .png or .jpg")
+
+
+def save_picture(picture: Any, path: Path, option: str) -> None:
+    """Write ``picture``, making folders. Raises ``OSError`` that names the option."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another place with {option}") from error
 
 
 def again(words: list[str], given: dict[str, Any], defaults: dict[str, Any]) -> str:

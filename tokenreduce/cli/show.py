@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli.shared import console
+from tokenreduce.cli.shared import console, open_image, picture_format, save_picture
 
 __all__ = ["command"]
 
@@ -23,27 +23,12 @@ def command(
     size: Annotated[int, typer.Option(min=16, help="Least side of each half in pixels.")] = 448,
 ) -> None:
     """Draw the region of each final token over an image, beside the image as the model saw it."""
-    from PIL import Image, UnidentifiedImageError
-
     from tokenreduce.bench.models import load_model
     from tokenreduce.picture import show
     from tokenreduce.registry import parse
 
     chosen = parse(reduce)
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"cannot tell the picture format of {out}: end --out in .png or .jpg")
-    try:
-        with Image.open(image) as opened:
-            opened.load()
-            picture = opened.copy()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {image}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{image} cannot be read as an image: {error}") from error
-    drawn = show(load_model(model), picture, chosen, layer=layer, side=size)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        drawn.save(out)
-    except OSError as error:
-        raise OSError(f"cannot write {out}: {error.strerror or error}; choose another place with --out") from error
+    picture_format(out, "--out")
+    picture = open_image(image)
+    save_picture(show(load_model(model), picture, chosen, layer=layer, side=size), out, "--out")
     console().print(f"wrote {out}", markup=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "fused_attention", "interleaved", "synchronise"]
+__all__ = ["Timing", "fused_attention", "interleaved", "synchronise", "turns"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,19 @@ def fused_attention(device: torch.device | str) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def turns(names: Iterable[str], repeats: int, warmup: int = 0) -> Iterator[tuple[int, str]]:
+    """``(round, name)`` round-robin, every other round in reverse order; rounds below 0 are warm-up.
+
+    Raises ``ValueError`` for ``repeats`` below 1 or a negative ``warmup``.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats is an int >= 1 and warmup an int >= 0, not {repeats!r} and {warmup!r}")
+    order = list(names)
+    for round_ in range(-warmup, repeats):
+        for name in order if round_ % 2 == 0 else reversed(order):
+            yield round_, name
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
     repeats: int,
@@ -75,18 +88,14 @@ def interleaved(
     """
     if not functions:
         raise ValueError("functions is empty: give at least one callable to time")
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats is an int >= 1 and warmup an int >= 0, not {repeats!r} and {warmup!r}")
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     with torch.no_grad():
-        for round_ in range(-warmup, repeats):
-            for name in names if round_ % 2 == 0 else reversed(names):
-                synchronise(device)
-                began = time.perf_counter()
-                functions[name]()
-                synchronise(device)
-                spent = time.perf_counter() - began
-                if round_ >= 0:
-                    times[name].append(max(spent, 1e-9))  # a clock's resolution must not make a ratio infinite
+        for round_, name in turns(functions, repeats, warmup):
+            synchronise(device)
+            began = time.perf_counter()
+            functions[name]()
+            synchronise(device)
+            spent = time.perf_counter() - began
+            if round_ >= 0:
+                times[name].append(max(spent, 1e-9))  # a clock's resolution must not make a ratio infinite
     return {name: Timing(name, tuple(values)) for name, values in times.items()}

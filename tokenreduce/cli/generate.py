@@ -1,0 +1,156 @@
+"""``tokenreduce generate``: one question about images, answered without and with fewer visual tokens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokenreduce.cli.shared import console, open_image, picture_format, save_picture
+
+if TYPE_CHECKING:
+    from tokenreduce.measure.generation import Comparison
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A Hub id, or a folder with a saved model and processor.")],
+    image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the image.")],
+    reduce: Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, and what every timed round decodes.")
+    ] = 32,
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as the weights are stored), fp32, bf16 or fp16.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are shown.")] = 3,
+    show: Annotated[Path | None, typer.Option(help="Draw the visual tokens that stay over the images.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Answer a question about images without and with a reduction: text, visual tokens, speed and KV cache.
+
+    The prompt goes through the processor's chat template, images first. Without one it becomes USER: <image> ...
+    ASSISTANT: for LLaVA and image tokens above the prompt otherwise; a prompt that has image tokens is taken as it is.
+    """
+    from tokenreduce.bench.vlms import load_vlm
+    from tokenreduce.measure.generation import compare
+    from tokenreduce.measure.kept import draw_kept, places
+    from tokenreduce.measure.question import ask
+    from tokenreduce.registry import parse
+
+    # Whatever can be wrong without the model is looked at before it is loaded.
+    if not parse(reduce, stage="projector"):
+        raise ValueError("--reduce names no method; tokenreduce methods lists them")
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; ask something about the image")
+    if show is not None:
+        picture_format(show, "--show")
+    pictures = [open_image(path) for path in image]
+    _quiet_bars()
+    loaded = load_vlm(model, device, dtype)
+    question = ask(loaded.processor, pictures, prompt)
+    where = None if show is None else places(loaded.model, loaded.processor, question)
+    result = compare(loaded.model, loaded.processor, question, reduce, max_new_tokens=max_new_tokens, rounds=rounds)
+    if show is not None and where is not None:
+        save_picture(draw_kept(result, where), show, "--show")
+    about = {"model": model, "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    if as_json:
+        shown = {} if show is None else {"show": str(show)}
+        typer.echo(json.dumps({**about, **result.to_dict(), **shown}, indent=2, ensure_ascii=False))
+        return
+    _present(result, about)
+    if show is not None:
+        console().print(f"wrote {show}", markup=False, soft_wrap=True)
+
+
+def _quiet_bars() -> None:
+    """No progress bar of the weights where nobody watches it."""
+    if sys.stderr.isatty():
+        return
+    import importlib.util
+
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _present(result: Comparison, about: dict[str, str]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    answers = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for head in ("answer without reduction", f"answer with {result.spec}"):
+        answers.add_column(Text(head), overflow="fold", ratio=1)
+    sides = result.stock, result.reduced
+    answers.add_row(*(Text(s.answer or "(nothing)") for s in sides))
+    out.print(answers)
+    out.print(_agreement(result), markup=False)
+    out.print()
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for head in ("", "without", "with", "ratio"):
+        table.add_column(head, justify="left" if not head else "right", no_wrap=bool(head), overflow="fold")
+    for row in _rows(result):
+        table.add_row(*(Text(cell) for cell in row))
+    out.print(table)
+    out.print(
+        f"ratio above 1: fewer, smaller or faster; times are medians of {result.rounds} interleaved rounds after a "
+        f"warm-up, on {about['device']} in {about['dtype']}",
+        markup=False, style="dim", soft_wrap=True,
+    )  # fmt: skip
+    for note in result.notes:
+        out.print(f"note: {note}", markup=False, style="dim", soft_wrap=True)
+
+
+def _agreement(result: Comparison) -> str:
+    a, b = len(result.stock.ids), len(result.reduced.ids)
+    if result.agree:
+        return f"token ids agree: all {a}"
+    return f"token ids differ from token {result.common + 1} on, of {a} without and {b} with reduction"
+
+
+def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
+    a, b, ratio = result.stock, result.reduced, result.ratios()
+
+    def times(key: str) -> str:
+        return "-" if ratio[key] is None else f"{ratio[key]:.2f}x"
+
+    def whole(value: int | None) -> str:
+        return "-" if value is None else f"{value:,}"
+
+    entry = a.layers[0]
+    rows = [("patches, vision encoder", whole(a.encoder), whole(b.encoder), times("encoder_tokens"))]
+    if not any(s.layer is None for s in result.sites):
+        rows.append(("visual tokens, language model's entry", whole(entry), whole(b.layers[0]), times("entry_tokens")))
+    for site in result.sites:
+        place = "language model's entry" if site.layer is None else f"from layer {site.layer} on"
+        share = f"{entry / site.after:.2f}x" if site.after else "-"
+        rows.append((f"visual tokens, {place} ({site.method})", whole(entry), whole(site.after), share))
+    layers = f"visual tokens, mean over {len(a.layers)} layers"
+    rows += [
+        (layers, f"{a.mean_tokens:,.1f}", f"{b.mean_tokens:,.1f}", times("mean_layer_tokens")),
+        ("time to first token", _seconds(a.first.median), _seconds(b.first.median), times("first_token_s")),
+    ]
+    if a.step is not None and b.step is not None:
+        rates = (f"{1 / s.step.median:,.1f} tokens/s" for s in (a, b) if s.step is not None)
+        rows.append(("decoding", *rates, times("tokens_per_s")))  # type: ignore[arg-type]
+    rows.append(("KV cache after prefill", _bytes(a.cache), _bytes(b.cache), times("cache_bytes")))
+    return rows
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:,.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1000
+    return f"{value:,.2f} GB"

@@ -1,0 +1,336 @@
+"""What a reduction does to one generation: the answer, visual tokens at every stage, time, and the KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapters.generation import columns_order
+from tokenreduce.measure.question import Question
+from tokenreduce.measure.timing import Timing, synchronise, turns
+from tokenreduce.patching import describe, patched, reducers_of
+from tokenreduce.reducer import Reducer
+from tokenreduce.trace import Step, record
+
+__all__ = ["Comparison", "Side", "Site", "cache_bytes", "compare", "follow", "visual_columns"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model on one question.
+
+    Attributes:
+        answer, ids: the greedy answer and its tokens, up to the end of sequence.
+        encoder: patches at the vision encoder's end over all images and crops, None where they cannot be told.
+        layers: visual tokens in every layer of the language model.
+        first: seconds until the logits of the first new token: vision encoder and prefill, without preprocessing.
+        step: seconds for every further token, None when only one was asked for.
+        cache: bytes of keys and values after prefill, over all layers.
+    """
+
+    answer: str
+    ids: tuple[int, ...]
+    encoder: int | None
+    layers: tuple[int, ...]
+    first: Timing
+    step: Timing | None
+    cache: int
+
+    @property
+    def mean_tokens(self) -> float:
+        """Visual tokens, averaged over the layers of the language model."""
+        return sum(self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "answer": self.answer, "ids": list(self.ids), "encoder_tokens": self.encoder,
+            "entry_tokens": self.layers[0], "layer_tokens": list(self.layers), "mean_layer_tokens": self.mean_tokens,
+            "first_token_s": self.first.median,
+            "tokens_per_s": None if self.step is None else 1 / self.step.median, "cache_bytes": self.cache,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """Visual tokens ``before`` and ``after`` one place where a method acted; ``layer`` is None before the LLM."""
+
+    stage: str
+    layer: int | None
+    method: str
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return "before the language model" if self.layer is None else f"before layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``stock`` against ``reduced``. ``steps`` are the trace of the reduced prefill, ``visual`` (L,) marks the columns
+    of the prompt that are visual tokens."""
+
+    question: Question
+    reducers: tuple[Reducer, ...]
+    stock: Side
+    reduced: Side
+    sites: tuple[Site, ...]
+    rounds: int
+    notes: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = field(default=(), repr=False)
+    visual: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def spec(self) -> str:
+        return "+".join(r.spec() for r in self.reducers)
+
+    @property
+    def agree(self) -> bool:
+        """Whether both answers have the same token ids."""
+        return self.stock.ids == self.reduced.ids
+
+    @property
+    def common(self) -> int:
+        """How many token ids are the same before the first that differs."""
+        pairs = zip(self.stock.ids, self.reduced.ids, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.stock.ids), len(self.reduced.ids)))
+
+    def ratios(self) -> dict[str, float | None]:
+        """Stock over reduced, so that above 1 is less or faster; times are medians of per-round ratios."""
+        a, b = self.stock, self.reduced
+        pairs = {
+            "encoder_tokens": (a.encoder, b.encoder),
+            "entry_tokens": (a.layers[0], b.layers[0]),
+            "mean_layer_tokens": (a.mean_tokens, b.mean_tokens),
+            "cache_bytes": (a.cache, b.cache),
+        }
+        out: dict[str, float | None] = {k: x / y if x is not None and y else None for k, (x, y) in pairs.items()}
+        out["first_token_s"] = a.first.ratio(b.first)
+        out["tokens_per_s"] = None if a.step is None or b.step is None else a.step.ratio(b.step)
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the command prints with ``--json``."""
+        return {
+            "prompt": self.question.prompt, "text": self.question.text, "images": len(self.question.images),
+            "reduce": self.spec, "agree": self.agree, "common_tokens": self.common, "rounds": self.rounds,
+            "stock": self.stock.to_dict(), "reduced": self.reduced.to_dict(), "ratio": self.ratios(),
+            "sites": [
+                {"stage": s.stage, "layer": s.layer, "method": s.method, "before": s.before, "after": s.after}
+                for s in self.sites
+            ],
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def compare(
+    model: nn.Module,
+    processor: Any,
+    question: Question,
+    reducers: Reducer | str | Sequence[Reducer | str],
+    *,
+    max_new_tokens: int = 32,
+    rounds: int = 3,
+) -> Comparison:
+    """Answer ``question`` without and with ``reducers``, and measure both.
+
+    The answers are greedy and end where the model ends them; they warm both variants up. Timed rounds alternate
+    between the two, in changing order, and always decode ``max_new_tokens`` (the end of sequence is suppressed, so that
+    both do the same work); patching happens outside the clock. The model comes back unpatched.
+
+    Raises ``ValueError`` for numbers below 1, a patched model, a prompt without visual tokens and whatever
+    :func:`tokenreduce.patch` refuses, and ``TypeError`` for a model without adapter.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} is an int >= 1, not {value!r}")
+    if reducers_of(model):
+        raise ValueError("the model is patched already; call tr.unpatch(model) first, both variants are measured here")
+    given = (reducers,) if isinstance(reducers, Reducer | str) else tuple(reducers)
+    with patched(model, *given):  # what does not fit fails here, before the work
+        chosen = reducers_of(model)
+    visual = visual_columns(model, question)
+    depth = len(describe(model).language.layers)
+    inputs = _on_device(model, question)
+    variants: dict[str, tuple[Reducer, ...]] = {"stock": (), "reduced": chosen}
+    answers: dict[str, tuple[int, ...]] = {}
+    caches: dict[str, int] = {}
+    with torch.inference_mode():
+        for name, some in variants.items():
+            with _patched(model, some):
+                with record(model, flops=False) as trace:
+                    out = _generate(model, inputs, 1, return_dict_in_generate=True)
+                caches[name] = cache_bytes(out.past_key_values)
+                del out
+                made = _generate(model, inputs, max_new_tokens)
+                answers[name] = tuple(made[0, len(visual) :].tolist())
+        first: dict[str, list[float]] = {"stock": [], "reduced": []}
+        total: dict[str, list[float]] = {"stock": [], "reduced": []}
+        for _, name in turns(variants, rounds):
+            with _patched(model, variants[name]):
+                clock = _Clock(next(model.parameters()).device)
+                _generate(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
+                clock.stop()
+            first[name].append(clock.first)
+            total[name].append((clock.total - clock.first) / max(max_new_tokens - 1, 1))
+    steps = tuple(trace.steps)
+    sites, layers = _visual_tokens(steps, visual, depth)
+    patches = _patches(model, question)
+    sides = {
+        name: Side(
+            processor.batch_decode([list(answers[name])], skip_special_tokens=True)[0].strip(),
+            answers[name],
+            patches if name == "stock" else _patches_left(model, question, patches, steps),
+            layers if name == "reduced" else (int(visual.sum()),) * depth,
+            Timing(name, tuple(first[name])),
+            Timing(name, tuple(total[name])) if max_new_tokens > 1 else None,
+            caches[name],
+        )
+        for name in variants
+    }
+    return Comparison(
+        question, chosen, sides["stock"], sides["reduced"], sites, rounds, tuple(trace.notes), steps, visual
+    )
+
+
+def visual_columns(model: nn.Module, question: Question) -> Tensor:
+    """(L,) bool, on the CPU: which columns of the prompt are visual tokens.
+
+    Raises ``TypeError`` for a model without adapter, ``ValueError`` where there are no visual tokens.
+    """
+    language = describe(model).language
+    if language is None:
+        raise TypeError(f"{type(model).__name__} has no language model with visual tokens that an adapter knows")
+    ids = question.inputs["input_ids"][0].cpu()
+    visual = torch.isin(ids, torch.tensor(language.ids))
+    if not bool(visual.any()):
+        raise ValueError(
+            f"the prompt has no visual tokens (ids {', '.join(map(str, language.ids))}): the processor does not belong "
+            f"to this model"
+        )
+    return visual
+
+
+def follow(steps: Sequence[Step], columns: int) -> list[tuple[Step, Tensor]]:
+    """Every step before and inside the language model with (L,) where each column of the prompt is behind it: its
+    place in the sequence there, -1 where it is gone. Columns that were merged share a place. Batches of one."""
+    where = torch.arange(columns)
+    out = []
+    for step in steps:
+        if step.stage not in ("projector", "language"):
+            continue
+        if step.plan is not None or step.parts:
+            moved = _moved(step, columns if step.plan is None else step.plan.n)
+            where = torch.where(where >= 0, moved[where.clamp(min=0)], -1)
+        out.append((step, where))
+    return out
+
+
+def _moved(step: Step, n: int) -> Tensor:
+    """(N,) the place behind a step of every place before it, -1 where a token is gone."""
+    moved = torch.arange(n)
+    if step.plan is not None:
+        # Adapters put what is left in the order of the prompt, whatever a plan's own order is.
+        place = columns_order(step.plan)[0].argsort().cpu()
+        source = step.plan.sources()[0].cpu()
+        moved = torch.where(source >= 0, place[source.clamp(min=0)], -1)
+    columns_kept = moved.clone()
+    for (_, columns, plan), hosts in zip(step.parts, step.hosts, strict=True):
+        for mine, source, host in zip(columns.cpu(), plan.sources().cpu(), hosts.cpu(), strict=True):
+            source = source[-len(mine) :]  # behind a class token
+            taken = host[source.clamp(min=0)].where(source >= 0, -1)
+            moved[mine] = columns_kept[taken.clamp(min=0)].where(taken >= 0, -1)
+    return moved
+
+
+def _visual_tokens(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[Site, ...], tuple[int, ...]]:
+    """What every site left of the visual tokens, and how many every layer of the language model sees."""
+    now = int(visual.sum())
+    sites: list[Site] = []
+    layers: list[int] = []
+    for step, where in follow(steps, len(visual)):
+        inside = step.stage == "language"
+        layers += [now] * ((step.layer if inside else 0) - len(layers))
+        mine = where[visual]
+        left = len(mine[mine >= 0].unique())
+        sites.append(Site(step.stage, step.layer if inside else None, step.method, now, left))
+        now = left
+    return tuple(sites), tuple(layers + [now] * (depth - len(layers)))
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a transformers cache shows, over all layers."""
+    tensors = (getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values"))
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _views(question: Question) -> Tensor | None:
+    """(V,C,H,W) images and crops; those that are all zeros fill rows up and are left out."""
+    pixels = question.inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.dim() < 4:
+        return None
+    views = pixels.flatten(0, -4)
+    return views[(views != 0).flatten(1).any(1)]
+
+
+def _patches(model: Any, question: Question) -> int | None:
+    grids = question.inputs.get("image_grid_thw")
+    if isinstance(grids, Tensor):
+        return int(grids.prod(1).sum())
+    views, patch = _views(question), getattr(getattr(model.config, "vision_config", None), "patch_size", None)
+    if views is None or patch is None:
+        return None
+    high, wide = patch if isinstance(patch, list | tuple) else (patch, patch)
+    return len(views) * (views.shape[-2] // high) * (views.shape[-1] // wide)
+
+
+def _patches_left(model: Any, question: Question, patches: int | None, steps: Sequence[Step]) -> int | None:
+    inside = [s for s in steps if s.stage == "encoder"]
+    views, towers = _views(question), describe(model).towers
+    if not inside:
+        return patches
+    return None if views is None or len(towers) != 1 else len(views) * (inside[-1].tokens - towers[0].prefix)
+
+
+def _patched(model: nn.Module, reducers: tuple[Reducer, ...]) -> Any:
+    return patched(model, *reducers) if reducers else contextlib.nullcontext()
+
+
+def _on_device(model: nn.Module, question: Question) -> dict[str, Any]:
+    like = next(model.parameters())
+    return {
+        k: v.to(like.device, like.dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
+        for k, v in question.inputs.items()
+    }
+
+
+def _generate(model: Any, inputs: dict[str, Any], tokens: int, **settings: Any) -> Any:
+    """Greedy, whatever the checkpoint's own settings for sampling are."""
+    plain = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, use_cache=True)
+    return model.generate(**inputs, max_new_tokens=tokens, **plain, **settings)
+
+
+class _Clock:
+    """A logits processor that notes when the first logits are there; the clock runs from its making."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.first, self.total = device, 0.0, 0.0
+        synchronise(device)
+        self.began = time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.first:
+            self.first = self._now()
+        return scores
+
+    def stop(self) -> None:
+        self.total = self._now()
+
+    def _now(self) -> float:
+        synchronise(self.device)
+        return max(time.perf_counter() - self.began, 1e-9)

@@ -1,0 +1,122 @@
+"""Pictures of the visual tokens that a reduction left, before and inside the language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tokenreduce.measure.generation import Comparison, follow, visual_columns
+from tokenreduce.measure.question import Question
+from tokenreduce.picture import PAPER, draw_regions, view
+
+__all__ = ["Place", "draw_kept", "places"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One image of a prompt: the ``columns`` (rows*cols,) of its tokens, row-major, and ``seen``, the part of the image
+    that they cover."""
+
+    columns: Tensor
+    grid: tuple[int, int]
+    seen: Image.Image = field(repr=False)
+
+
+def places(model: nn.Module, processor: Any, question: Question) -> list[Place]:
+    """Where the visual tokens of every image lie, for models that make one full grid of tokens of an image.
+
+    Raises ``ValueError`` for others: where images are cut into crops, their tokens lie in several grids.
+    """
+    columns = visual_columns(model, question).nonzero().flatten()
+    found = _merged_grids(model, question) or _square_grids(question, len(columns))
+    counts = [prefix + rows * cols for prefix, rows, cols in found]
+    if not found or sum(counts) != len(columns):
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in question.images)
+        shape = tuple(question.inputs["pixel_values"].shape) if "pixel_values" in question.inputs else "none"
+        raise ValueError(
+            f"cannot tell where the {len(columns)} visual tokens of {type(model).__name__} lie in the images ({sizes}; "
+            f"pixel_values {shape}). Pictures need one grid of tokens per image: LLaVA-1.5, Qwen-VL, PaliGemma, "
+            f"Gemma3, InternVL without crop_to_patches, Idefics3 and SmolVLM without do_image_splitting"
+        )
+    out = []
+    for image, (prefix, rows, cols), mine in zip(question.images, found, columns.split(counts), strict=True):
+        out.append(Place(mine[prefix:], (rows, cols), _seen(processor, question, image, (rows, cols))))
+    return out
+
+
+def draw_kept(comparison: Comparison, where: Sequence[Place], *, side: int = 448) -> Image.Image:
+    """For every image and every place where a method acted: the image, and beside it what is left of its tokens.
+
+    Raises ``ValueError`` where no method acted before or inside the language model.
+    """
+    assert comparison.visual is not None
+    drawn = []
+    behind = follow(comparison.steps, len(comparison.visual))
+    if not behind:
+        raise ValueError(
+            f"{comparison.spec} does nothing before or inside the language model; there is nothing to draw"
+        )
+    for number, place in enumerate(where, 1):
+        for (step, left), site in zip(behind, comparison.sites, strict=True):
+            title = f"{step.method} {site}"
+            if len(where) > 1:
+                title = f"image {number} of {len(where)}, {title}"
+            region = left[place.columns].view(place.grid).numpy()
+            drawn.append(draw_regions(place.seen, region, title=title, side=side))
+    return _stacked(drawn)
+
+
+def _merged_grids(model: Any, question: Question) -> list[tuple[int, int, int]]:
+    """(0, rows, columns) of every image for models of the Qwen kind, which say the grid of patches; else empty."""
+    grids = question.inputs.get("image_grid_thw")
+    merge = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", None)
+    if not isinstance(grids, Tensor) or merge is None:
+        return []
+    return [(0, int(h) // merge, int(w) // merge) for _, h, w in grids.tolist()]
+
+
+def _square_grids(question: Question, tokens: int) -> list[tuple[int, int, int]]:
+    """(tokens in front, rows, columns) of every image where each is one view with as many tokens; else empty."""
+    pixels, images = question.inputs.get("pixel_values"), len(question.images)
+    if not isinstance(pixels, Tensor) or pixels.dim() < 4 or tokens % images:
+        return []
+    if math.prod(pixels.shape[:-3]) != images:
+        return []
+    each, (high, wide) = tokens // images, pixels.shape[-2:]
+    for prefix in (0, 1):  # LLaVA with the "full" features keeps the class token
+        rows = round(math.sqrt((each - prefix) * high / wide))
+        cols = (each - prefix) // max(rows, 1)
+        if rows * cols == each - prefix and rows * wide == cols * high:
+            return [(prefix, rows, cols)] * images
+    return []
+
+
+def _seen(processor: Any, question: Question, image: Image.Image, grid: tuple[int, int]) -> Image.Image:
+    if isinstance(question.inputs.get("image_grid_thw"), Tensor):
+        # The whole image, stretched to a multiple of the patches; their pixels come in another order.
+        size = getattr(processor.image_processor, "patch_size", 14) * getattr(
+            processor.image_processor, "merge_size", 2
+        )
+        return image.resize((grid[1] * size, grid[0] * size), Image.Resampling.BICUBIC)
+
+    def transform(one: Image.Image) -> Tensor:
+        made = processor.image_processor(images=one, return_tensors="pt")["pixel_values"]
+        return torch.as_tensor(made).flatten(0, -4)[0]
+
+    return view(transform, image)
+
+
+def _stacked(pictures: list[Image.Image]) -> Image.Image:
+    width, height = max(p.width for p in pictures), sum(p.height for p in pictures)
+    canvas = Image.new("RGB", (width, height), PAPER)
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
+    return canvas

@@ -1,0 +1,81 @@
+"""One prompt with images as a model takes it: through the processor's chat template, or a plain form without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+__all__ = ["Question", "ask"]
+
+#: Processors of models that were trained on another form than images, line break, prompt.
+FORMS = {
+    **dict.fromkeys(
+        ("LlavaProcessor", "LlavaNextProcessor", "LlavaNextVideoProcessor", "VideoLlavaProcessor"),
+        "USER: {images}\n{prompt} ASSISTANT:",
+    ),
+    "PaliGemmaProcessor": "{images}{prompt}",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """``text`` is what the tokenizer got, one placeholder per image; ``inputs`` are the model's, a batch of one."""
+
+    prompt: str
+    images: tuple[Image.Image, ...] = field(repr=False)
+    text: str
+    inputs: dict[str, Any] = field(repr=False)
+
+
+def ask(processor: Any, images: Sequence[Image.Image], prompt: str) -> Question:
+    """``images`` in front of ``prompt``, as one turn of a user that the model is to answer.
+
+    The processor's chat template writes the text. A processor without one gets the form that its family was trained
+    on: ``USER: <image>\\n... ASSISTANT:`` for LLaVA (Vicuna's form; one placeholder and line break per image), images
+    and prompt for PaliGemma, and otherwise one placeholder per image, each on a line, above the prompt. A prompt that
+    holds the processor's image token already is taken as it stands.
+
+    Raises ``ValueError`` for an empty prompt, no image, another number of image tokens than images, and whatever the
+    processor refuses.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; ask something about the image")
+    if not images:
+        raise ValueError("no image is given; give at least one")
+    pictures = tuple(image.convert("RGB") for image in images)
+    text = _text(processor, len(pictures), prompt)
+    settings: dict[str, Any] = {}
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    if bos and text.startswith(bos):  # else it would be there twice
+        settings["add_special_tokens"] = False
+    try:
+        made = dict(processor(images=list(pictures), text=[text], return_tensors="pt", **settings))
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{type(processor).__name__} cannot read the prompt with its images: {error}") from error
+    made.pop("labels", None)  # PaliGemma's; a loss is not wanted
+    return Question(prompt, pictures, text, made)
+
+
+def _text(processor: Any, count: int, prompt: str) -> str:
+    token = getattr(processor, "image_token", None)
+    if token and token in prompt:
+        if prompt.count(token) != count:
+            raise ValueError(f"the prompt has {prompt.count(token)} {token} for {count} images; write one for each")
+        return prompt
+    if getattr(processor, "chat_template", None) is not None:
+        content = [{"type": "image"}] * count + [{"type": "text", "text": prompt}]
+        turn = [{"role": "user", "content": content}]
+        text = str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        if token and token not in text:
+            raise ValueError(f"the processor's chat template writes no {token} for an image; correct it or take it out")
+        return text
+    if not token:
+        raise ValueError(
+            f"{type(processor).__name__} has neither a chat template nor an image_token; save one with a chat template"
+        )
+    form = FORMS.get(type(processor).__name__, "{images}\n{prompt}")
+    between = "" if "\n" not in form else "\n"
+    return form.format(images=between.join([token] * count), prompt=prompt)

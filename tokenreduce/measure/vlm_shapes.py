@@ -1,0 +1,104 @@
+"""Image language models with random weights and their prompts: what clocks and FLOPs need, without a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SHAPES", "Shape", "build", "prompt"]
+
+#: Placeholder of a visual token; text ids are drawn below it.
+IMAGE = 32_000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions of a LLaVA-1.5 (``pinpoints`` empty) or LLaVA-NeXT model and of one prompt.
+
+    ``tower`` and ``llm`` are (width, layers, heads, MLP width); heads are as many for keys. The tower is CLIP's, read
+    at its last layer but one. ``text`` tokens stand around ``side`` x ``side`` patches of 14 px; LLaVA-NeXT cuts
+    an image of ``pixels`` (height, width) into crops of that size, and adds an overview and row ends.
+    """
+
+    tower: tuple[int, int, int, int]
+    llm: tuple[int, int, int, int]
+    side: int = 24
+    text: int = 64
+    vocabulary: int = 32_064
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    pixels: tuple[int, int] = (336, 336)
+    budgets: tuple[int, ...] = (192, 128, 64)
+
+    @property
+    def crops(self) -> tuple[int, int]:
+        """(rows, columns) of crops, (0, 0) where there is only the image."""
+        size = self.side * 14
+        return (self.pixels[0] // size, self.pixels[1] // size) if self.pinpoints else (0, 0)
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of an image, row ends included."""
+        rows, columns = self.crops
+        return self.side**2 * (1 + rows * columns) + self.side * rows
+
+
+_CLIP_L = (1024, 24, 16, 4096)
+_VICUNA_7B = (4096, 32, 32, 11008)
+#: ``small`` is LLaVA-1.5 for a CPU: as many visual tokens, and a tower a quarter as wide as the language model that
+#: takes the same small share of the FLOPs (4 %). ``tiny`` only shows that every method runs.
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape((32, 4, 2, 64), (64, 4, 4, 128)),
+    "small": Shape((256, 8, 4, 1024), (1024, 12, 16, 2816)),
+    "llava-7b": Shape(_CLIP_L, _VICUNA_7B),
+    "llava-next-7b": Shape(
+        _CLIP_L, _VICUNA_7B, pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+        pixels=(672, 672), budgets=(640, 320, 160),
+    ),
+}  # fmt: skip
+
+
+def _sizes(dims: tuple[int, int, int, int]) -> dict[str, int]:
+    width, layers, heads, mlp = dims
+    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp)
+
+
+def build(shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """The model of transformers, with random weights and fused attention, in eval mode. Raises ``ImportError`` that
+    names the extra where transformers is missing."""
+    try:
+        import transformers as hf
+    except ImportError as error:
+        raise ImportError("image language models need transformers: pip install 'tokenreduce[hf]'") from error
+    vision = hf.CLIPVisionConfig(**_sizes(shape.tower), image_size=shape.side * 14, patch_size=14)
+    text = hf.LlamaConfig(**_sizes(shape.llm), vocab_size=shape.vocabulary, max_position_embeddings=8192)
+    more: dict[str, Any] = {}
+    config: Any = hf.LlavaConfig
+    model: Any = hf.LlavaForConditionalGeneration
+    if shape.pinpoints:
+        config, model = hf.LlavaNextConfig, hf.LlavaNextForConditionalGeneration
+        more["image_grid_pinpoints"] = [list(p) for p in shape.pinpoints]
+    made = config(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2, **more)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return model._from_config(made, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def prompt(
+    shape: Shape, batch: int = 1, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
+    """``batch`` prompts of one image and ``shape.text`` random text tokens, half of them behind the image."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, IMAGE, (batch, shape.text + shape.visual), generator=g)
+    first = shape.text // 2
+    ids[:, first : first + shape.visual] = IMAGE
+    rows, columns = shape.crops
+    size = shape.side * 14
+    views = (1 + rows * columns,) if shape.pinpoints else ()
+    pixels = torch.randn(batch, *views, 3, size, size, generator=g)
+    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(dtype)}
+    if shape.pinpoints:
+        out["image_sizes"] = torch.tensor([shape.pixels] * batch)
+    return {name: t.to(device) for name, t in out.items()}
