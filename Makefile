@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench test test-slow test-all lint typecheck wheel performance clean
+.PHONY: bench test test-slow test-all lint typecheck wheel performance performance-vlm clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -17,6 +17,10 @@ $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
 
 $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+$(VENV)/hf.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[hf]'
 	@touch $@
 
 bench: $(VENV)/bench.stamp  ## the main job on the embedded default: table, picture and report
@@ -44,6 +48,9 @@ typecheck: wheel  ## on the wheel, where the folders beside tokenreduce/ are its
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
 	$(BIN)/python -m tokenreduce.measure.performance
+
+performance-vlm: $(VENV)/hf.stamp  ## the same for image language models
+	$(BIN)/python -m tokenreduce.measure.vlm_performance
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import tokenreduce as tr
-from tokenreduce.reducer import parse_spec, split_specs
+from tokenreduce.reducer import STAGES, parse_spec, split_specs
+from tokenreduce.registry import get_class
 
 # The example that CONTRIBUTING.md gives to authors of methods, so that it cannot rot.
 GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
@@ -57,6 +58,64 @@ def test_specs_are_read_and_written():
 def test_wildcards():
     assert tr.list_methods("tome*")[:1] == ["tome"]
     assert tr.list_methods("no*such") == []
+
+
+def test_a_short_name_means_the_class_of_the_stage():
+    """Baselines exist at several stages; their full names say which."""
+    assert get_class("random") is get_class("random", "encoder") is tr.Random
+    classes = {stage: get_class("random", stage) for stage in ("encoder", "projector", "language")}
+    assert [kind.stage for kind in classes.values()] == list(classes)
+    assert len(set(classes.values())) == 3
+    for stage in ("projector", "language"):
+        assert get_class(f"random@{stage}") is classes[stage]
+        assert get_class(f"random@{stage}", "encoder") is classes[stage], "a full name is not overruled"
+        assert classes[stage].name == f"random@{stage}"
+    assert get_class("random@encoder") is tr.Random
+    assert get_class("tome@encoder") is get_class("tome", "projector") is tr.ToMe, "there is only one"
+
+
+def test_unknown_names_at_a_stage():
+    with pytest.raises(ValueError, match=r"no method 'tome' at stage 'projector'; there are .*pool, .*uniform"):
+        get_class("tome@projector")
+    with pytest.raises(ValueError, match=r"no method 'rndom' at stage 'language'; there are .*random"):
+        tr.get_method("rndom@language:keep=3")
+    with pytest.raises(ValueError, match="unknown stage 'brain'"):
+        get_class("random@brain")
+    with pytest.raises(ValueError, match="unknown method 'poool'; did you mean pool"):
+        get_class("poool", "projector")
+    with pytest.raises(ValueError, match="random@projector has no setting 'sed'; did you mean seed"):
+        tr.get_method("random:sed=3", "projector")
+
+
+@pytest.mark.parametrize("stage", ["projector", "language"])
+def test_texts_at_a_stage(stage):
+    reducer = tr.get_method("random:keep=7,seed=2", stage)
+    assert reducer.stage == stage
+    assert reducer.spec() == f"random@{stage}:keep=7,seed=2"
+    assert tr.get_method(reducer.spec()) == tr.get_method(reducer.spec(), "encoder") == reducer
+    assert tr.Reducer.from_json(reducer.to_json()) == reducer
+    assert tr.get_method("random:keep=7").stage == "encoder"
+    both = tr.parse("random:keep=7,seed=2+fastv:keep=0.5", reducer, stage=stage)
+    assert both == (reducer, tr.get_method("fastv:keep=0.5"), reducer)
+    assert tr.parse("random@language:keep=7,seed=2+random:keep=0.5", stage="projector") == (
+        tr.get_method("random:keep=7,seed=2", "language"),
+        tr.get_method("random:keep=0.5", "projector"),
+    )
+
+
+def test_lists_have_full_names_and_short_ones_at_a_stage():
+    assert tr.list_methods("random*") == ["random", "random@language", "random@projector"]
+    assert tr.list_methods("*@projector") == ["random@projector", "resize@projector", "uniform@projector"]
+    assert {"pool", "random", "resize", "uniform"} <= set(tr.list_methods(stage="projector"))
+    assert "random" in tr.list_methods("r*", stage="language")
+    for stage in STAGES:
+        names = tr.list_methods(stage=stage)
+        assert names == sorted(set(names))
+        assert not any("@" in name for name in names)
+        assert all(get_class(name, stage).stage == stage for name in names)
+    assert len(tr.list_methods()) == sum(len(tr.list_methods(stage=stage)) for stage in STAGES)
+    for name in tr.list_methods():
+        assert get_class(name).name == name
 
 
 def test_json_names_its_method():

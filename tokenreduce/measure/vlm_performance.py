@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import tokenreduce as tr
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import interleaved, synchronise
-from tokenreduce.measure.vlm_shapes import IMAGE, SHAPES, Shape, build, prompt
+from tokenreduce.measure.vlm_shapes import SHAPES, Shape, build, prompt
 from tokenreduce.reducer import Reducer
 
 __all__ = ["COLUMNS", "Cost", "Row", "Settings", "cells", "markdown", "measure", "methods_of", "splice"]
@@ -66,9 +66,10 @@ class Row:
     """One method at one budget, or why it did not run. Times are seconds: ``first`` to the first token, ``token`` per
     decoded token, of (stock, reduced).
 
-    ``clock`` is the median over rounds of stock over reduced. ``own`` is the reduction's own work (the time inside
-    ``plan``, or what the adapter clocks as making and applying plans where that is more) as a share of the stock
-    prefill.
+    ``clock`` is the median over rounds of stock over reduced, and ``limit`` the same for the stock model on a prompt
+    with as few tokens (projector stage): small matrices use a machine less well, whoever made them small. ``own`` is
+    the reduction's own work (the time inside ``plan``, or what the adapter clocks as making and applying plans where
+    that is more) as a share of the stock prefill.
     """
 
     method: str
@@ -78,6 +79,7 @@ class Row:
     cost: Cost | None = None
     first: tuple[float, float] | None = None
     clock: float | None = None
+    limit: float | None = None
     own: float | None = None
     token: tuple[float, float] | None = None
     error: str = ""
@@ -145,7 +147,9 @@ def _stock(model: Any, given: dict[str, Tensor], settings: Settings) -> Row:
     times = interleaved({"stock": lambda: _prefill(model, given)}, settings.rounds, settings.warmup, settings.device)
     first = times["stock"].median
     token = _decode({"stock": model}, given, settings).get("stock")
-    return Row("stock", "", None, cost, cost, (first, first), 1.0, 0.0, None if token is None else (token[1], token[1]))
+    return Row(
+        "stock", "", None, cost, cost, (first, first), 1.0, None, 0.0, None if token is None else (token[1], token[1])
+    )
 
 
 def _method(
@@ -166,13 +170,18 @@ def _method(
         if good:
             calls: dict[str, Callable[[], object]] = {"stock": lambda: _prefill(stock, given)}
             calls.update({str(k): lambda k=k: _prefill(models[k], given) for k in good})
+            if stage == "projector":
+                entries = {rows[k].cost.visual[0] for k in good}  # type: ignore[union-attr]
+                calls.update({f"short {n}": lambda n=n: _short(stock, given, n) for n in entries})
             times = interleaved(calls, how.rounds, how.warmup, how.device)
             tokens = _decode({"stock": stock, **{str(k): models[k] for k in good}}, given, how)
             for k in good:
                 clock = times["stock"].ratio(times[str(k)])
+                short = times.get(f"short {rows[k].cost.visual[0]}")  # type: ignore[union-attr]
+                limit = None if short is None else times["stock"].ratio(short)
                 own = _own(models[k], given, how) / clock
                 first = (times["stock"].median, times[str(k)].median)
-                rows[k] = replace(rows[k], first=first, clock=clock, own=own, token=tokens.get(str(k)))
+                rows[k] = replace(rows[k], first=first, clock=clock, limit=limit, own=own, token=tokens.get(str(k)))
     except Exception as error:
         rows.update({k: replace(blank[k], error=_brief(error)) for k in good})
     yield from (rows[k] for k in budgets)
@@ -200,11 +209,27 @@ def _step(model: Any, token: Tensor, cache: Any) -> None:
         model(input_ids=token, past_key_values=cache, use_cache=True)
 
 
+def _text(model: Any, ids: Tensor) -> int:
+    """Text tokens of a prompt."""
+    return int((ids[0] != model.config.image_token_id).sum())
+
+
+def _short(model: Any, given: dict[str, Tensor], visual: int) -> None:
+    """A stock prefill on a prompt of ``visual`` such tokens, made from an image as large: what it costs to have fewer
+    tokens where choosing them costs nothing."""
+    ids, inner = given["input_ids"], model.model
+    sizes = {k: v for k, v in given.items() if k == "image_sizes"}
+    with torch.no_grad():
+        inner.get_image_features(given["pixel_values"], **sizes)
+        x = inner.get_input_embeddings()(ids[:, : visual + _text(model, ids)])
+        model.lm_head(inner.language_model(inputs_embeds=x, use_cache=True).last_hidden_state[:, -1:])
+
+
 def _cost(model: Any, given: dict[str, Tensor], how: Settings) -> Cost:
     with tr.record(model) as trace:
         cache = _prefill(model, given)
     ids = given["input_ids"]
-    text = int((ids[0] != IMAGE).sum())
+    text = _text(model, ids)
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     kv = sum(t.numel() * t.element_size() for pair in layers for t in pair)
     visual = tuple(keys.shape[-2] - text for keys, _ in layers)
@@ -286,8 +311,8 @@ def _timed(reducer: Reducer, device: str) -> Any:
 
 COLUMNS = (
     "method", "stage", "keep", "visual tokens at entry", "mean over layers", "GFLOPs", "FLOPs share",
-    "first token, stock", "first token, reduced", "FLOPs", "clock", "clock / FLOPs", "own work", "KV cache",
-    "per token, stock", "per token, reduced", "peak memory",
+    "first token, stock", "first token, reduced", "FLOPs", "clock", "clock / FLOPs", "clock, short prompt", "own work",
+    "KV cache", "per token, stock", "per token, reduced", "peak memory",
 )  # fmt: skip
 
 
@@ -308,6 +333,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.flops:.2f}x",
         f"{row.clock:.2f}x",
         f"{row.yielded:.2f}",
+        "" if row.limit is None else f"{row.limit:.2f}x",
         "" if row.own is None else f"{row.own:.2%}",
         f"{cost.kv / 2**20:.1f} MiB",
         *token,

@@ -10,9 +10,6 @@ from torch import Tensor
 
 __all__ = ["SHAPES", "Shape", "build", "prompt"]
 
-#: Placeholder of a visual token; text ids are drawn below it.
-IMAGE = 32_000
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -20,7 +17,8 @@ class Shape:
 
     ``tower`` and ``llm`` are (width, layers, heads, MLP width); heads are as many for keys. The tower is CLIP's, read
     at its last layer but one. ``text`` tokens stand around ``side`` x ``side`` patches of 14 px; LLaVA-NeXT cuts
-    an image of ``pixels`` (height, width) into crops of that size, and adds an overview and row ends.
+    an image of ``pixels`` (height, width) into crops of that size, and adds an overview and row ends. The last 64 ids
+    of the ``vocabulary`` are special, and the first of these is the placeholder :attr:`image`.
     """
 
     tower: tuple[int, int, int, int]
@@ -31,6 +29,11 @@ class Shape:
     pinpoints: tuple[tuple[int, int], ...] = ()
     pixels: tuple[int, int] = (336, 336)
     budgets: tuple[int, ...] = (192, 128, 64)
+
+    @property
+    def image(self) -> int:
+        """Placeholder of a visual token; text ids are below it."""
+        return self.vocabulary - 64
 
     @property
     def crops(self) -> tuple[int, int]:
@@ -47,11 +50,12 @@ class Shape:
 
 _CLIP_L = (1024, 24, 16, 4096)
 _VICUNA_7B = (4096, 32, 32, 11008)
-#: ``small`` is LLaVA-1.5 for a CPU: as many visual tokens, and a tower a quarter as wide as the language model that
-#: takes the same small share of the FLOPs (4 %). ``tiny`` only shows that every method runs.
+#: ``small`` is LLaVA-1.5 for a CPU: as many visual tokens, a tower a quarter as wide as the language model that takes
+#: the same small share of the FLOPs (4 %), and an output layer of 3 % of the weights. ``tiny`` only shows that every
+#: method runs.
 SHAPES: dict[str, Shape] = {
-    "tiny": Shape((32, 4, 2, 64), (64, 4, 4, 128)),
-    "small": Shape((256, 8, 4, 1024), (1024, 12, 16, 2816)),
+    "tiny": Shape((32, 4, 2, 64), (64, 4, 4, 128), vocabulary=512),
+    "small": Shape((256, 8, 4, 1024), (1024, 12, 16, 2816), vocabulary=4096),
     "llava-7b": Shape(_CLIP_L, _VICUNA_7B),
     "llava-next-7b": Shape(
         _CLIP_L, _VICUNA_7B, pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
@@ -80,7 +84,9 @@ def build(shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype =
     if shape.pinpoints:
         config, model = hf.LlavaNextConfig, hf.LlavaNextForConditionalGeneration
         more["image_grid_pinpoints"] = [list(p) for p in shape.pinpoints]
-    made = config(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2, **more)
+    made = config(
+        vision_config=vision, text_config=text, image_token_index=shape.image, vision_feature_layer=-2, **more
+    )
     torch.manual_seed(seed)
     with torch.device(device):
         return model._from_config(made, dtype=dtype, attn_implementation="sdpa").eval()
@@ -91,9 +97,9 @@ def prompt(
 ) -> dict[str, Tensor]:
     """``batch`` prompts of one image and ``shape.text`` random text tokens, half of them behind the image."""
     g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, IMAGE, (batch, shape.text + shape.visual), generator=g)
+    ids = torch.randint(3, shape.image, (batch, shape.text + shape.visual), generator=g)
     first = shape.text // 2
-    ids[:, first : first + shape.visual] = IMAGE
+    ids[:, first : first + shape.visual] = shape.image
     rows, columns = shape.crops
     size = shape.side * 14
     views = (1 + rows * columns,) if shape.pinpoints else ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenreduce.baseline import resampling
 from tokenreduce.budget import check_keep, count
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Plan, Pool
@@ -75,7 +76,7 @@ class Resize(Reducer, name="resize", position="input", title="Smaller input imag
         if patches == 0 or small == (rows, cols):
             return Identity.like(evidence.x)
         device = evidence.x.device
-        weights = torch.kron(_resampling(rows, small[0], device), _resampling(cols, small[1], device))
+        weights = torch.kron(resampling(rows, small[0], device), resampling(cols, small[1], device))
         weights = torch.block_diag(torch.eye(p, device=device), *[weights] * frames)
         return Pool(evidence.n, weights.expand(evidence.batch, -1, -1))
 
@@ -86,12 +87,3 @@ def _layout(grid: tuple[int, ...] | None, patches: int) -> tuple[int, int, int]:
         return math.prod(grid[:-2]), *grid[-2:]  # type: ignore[return-value]
     side = math.isqrt(patches)
     return (1, side, side) if side and side * side == patches else (1, 1, max(1, patches))
-
-
-def _resampling(n: int, k: int, device: torch.device) -> Tensor:
-    """(K,N) weights of an antialiased linear resampling from n to k <= n points, rows summing to one."""
-    stretch = n / k
-    centre = (torch.arange(k, device=device) + 0.5) * stretch
-    distance = (torch.arange(n, device=device) + 0.5 - centre.unsqueeze(1)).abs()
-    weights = (1 - distance / stretch).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)

@@ -13,7 +13,7 @@ from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.scoring import descending, distances, finite, inner
-from tokenreduce.sequence import best, check_stages, keep_chosen, question, stages_of, visual_of
+from tokenreduce.sequence import best, check_stages, keep_chosen, packed, question, stages_of, visual_of
 
 __all__ = ["SparseVLM"]
 
@@ -199,24 +199,17 @@ def _raters(evidence: Evidence) -> tuple[Tensor, Tensor]:
     if prompt is None or prompt.x is None:
         raise ValueError("this method needs prompt, which the evidence lacks: give Evidence(prompt=Prompt(..., x=...))")
     x, texts = finite(prompt.x, evidence).float(), question(prompt.visual, prompt.valid)
-    index, there = _packed(texts)
+    index, there = packed(texts)
     votes = inner(x, x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
     share = votes.masked_fill(~there.unsqueeze(1), torch.finfo(votes.dtype).min).softmax(-1)
     share = (share * prompt.visual.unsqueeze(-1)).sum(1) * there
     mean = share.sum(1, keepdim=True) / there.sum(1, keepdim=True)
-    index, there = _packed(torch.zeros_like(texts).scatter(1, index, there & (share > mean)))
+    index, there = packed(torch.zeros_like(texts).scatter(1, index, there & (share > mean)))
     # Tokens behind the last visual one are never dropped, so they are where they were, counted from the end.
     end = Evidence(prompt.x, valid=prompt.valid).last()
     none = ~there.any(1, keepdim=True)
     there = there | (none & (torch.arange(there.shape[1], device=there.device) == 0))
     return torch.where(there & ~none, index - end + last, last), there
-
-
-def _packed(marks: Tensor) -> tuple[Tensor, Tensor]:
-    """``(index, there)``: the places of True in each row of ``marks`` (B,N), ascending; at least one wide."""
-    width = max(1, int(marks.sum(1).max()))
-    index = (~marks).long().argsort(dim=1, stable=True)[:, :width]
-    return index, marks.gather(1, index)
 
 
 def _attention(evidence: Evidence, rows: Tensor, chunk: int = 64) -> Tensor:

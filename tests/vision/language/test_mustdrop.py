@@ -1,0 +1,129 @@
+"""MustDrop's filter against the steps of its card in plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mixed import LAYOUTS, RIGHT, kept_of, last_of, mixed, seen_by
+
+import tokenreduce as tr
+from tokenreduce.vision.language.mustdrop import MustDrop, _seen
+
+
+def both(evidence, layout, b):
+    """Step 7 of the card: {visual place: (share of all attention, largest attention)}."""
+    places = [i for i, c in enumerate(layout) if c == "v"]
+    rows = [i for i, c in enumerate(layout) if c == "t" and places and i > places[-1]] or [last_of(layout)]
+    seen = [seen_by(evidence, b, i) for i in rows]
+    total = sum(float(p[j]) for p in seen for j in places)
+    return {j: (sum(float(p[j]) for p in seen) / total, max(float(p[j]) for p in seen)) for j in places}
+
+
+def reference(evidence, layouts, b, share, largest):
+    layout = layouts[b]
+    seen = both(evidence, layout, b)
+    stay = [j for j, (s, m) in seen.items() if not (s < share and m < largest)]
+    if seen and not stay:
+        stay = [max(seen, key=lambda j: (max(seen[j][0] / share, seen[j][1] / largest), -j))]
+    return [i for i, c in enumerate(layout) if c != "v" or i in stay]
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, RIGHT, ("tvvvvv", "vvvvvv"), ("vtvtvtt",), ("vvt", "ttt")], ids=str)
+@pytest.mark.parametrize(
+    ("share", "largest"), [(0.1, 0.1), (0.08, 0.3), (0.3, 0.05), (1.0, 1.0), (0.001, 0.001), (1.0, 0.06)]
+)
+def test_worked_example(layouts, share, largest):
+    for layer in (1, 2, 3):
+        evidence = mixed(layouts, layer=layer, seed=layer)
+        plan = MustDrop(global_thr=share, individual_thr=largest).plan(evidence)
+        for b in range(len(layouts)):
+            assert kept_of(plan, b) == reference(evidence, layouts, b, share, largest)
+
+
+def test_both_conditions_matter():
+    """One token is seen by everybody a little, one by a single row; either is reason to stay."""
+    rows = torch.tensor([[0.10, 0.02, 0.01, 0.87], [0.10, 0.02, 0.01, 0.87], [0.10, 0.25, 0.01, 0.64]])
+    evidence = mixed(("vvvttt",), attention=torch.cat([rows, torch.zeros(3, 2)], 1).view(1, 1, 3, 6))
+
+    def kept(share, largest):
+        return [i for i in kept_of(MustDrop(global_thr=share, individual_thr=largest).plan(evidence), 0) if i < 3]
+
+    # Shares: 0.30, 0.29 and 0.03 of 0.62 in all, largest 0.1, 0.25, 0.01.
+    assert kept(0.475, 0.2) == [0, 1]
+    assert kept(0.475, 0.3) == [0]
+    assert kept(0.49, 0.2) == [1]
+    assert kept(0.49, 0.3) == [0], "at least one stays"
+    assert kept(0.04, 0.005) == [0, 1, 2]
+
+
+def test_keep_is_the_thresholds_times_one_factor():
+    layouts = ("ttvvvvvvvvvvtttt",)
+    for seed in range(4):
+        evidence = mixed(layouts, layer=3, seed=seed)
+        for keep in range(1, 10):
+            want = None
+            low, high = 1e-6, 8.0  # bisection over the factor
+            for _ in range(60):
+                factor = (low * high) ** 0.5
+                plan = MustDrop(global_thr=0.1 * factor, individual_thr=0.05 * factor).plan(evidence)
+                left = plan.k - 6
+                if left == keep:
+                    want = kept_of(plan, 0)
+                    break
+                low, high = (factor, high) if left > keep else (low, factor)
+            got = MustDrop(global_thr=0.1, individual_thr=0.05, keep=keep).plan(evidence)
+            assert kept_of(got, 0) == want
+    one, other = (MustDrop(global_thr=g, individual_thr=t, keep=3).plan(mixed()) for g, t in ((1, 1e-4), (1e-4, 1)))
+    assert one != other, "the ratio of the thresholds decides"
+
+
+def test_keep_is_reached_by_equal_ratios():
+    prompt = ("t" + "v" * 64 + "t",)
+    for layer, want in ((1, 32), (2, 16), (3, 8)):
+        assert MustDrop(keep=0.125).plan(mixed(prompt, layer=layer)).k == want + 2
+
+
+def test_long_questions_in_pieces():
+    evidence = mixed(("tvvvv" + "t" * 30, "vvv" + "t" * 20 + "." * 12))
+    for whole, pieces in zip(_seen(evidence), _seen(evidence, chunk=7), strict=True):
+        torch.testing.assert_close(whole, pieces)
+
+
+def test_ties_go_to_the_lower_index():
+    evidence = mixed(("tvvvvt", "vvvvtt"))
+    evidence.keys.zero_()
+    plan = MustDrop(pruning_layers=(1,), keep=2).plan(evidence)
+    assert plan.representatives().tolist() == [[0, 1, 2, 5], [0, 1, 4, 5]]
+
+
+def test_where_it_acts():
+    assert [i for i in range(32) if MustDrop().acts(i, 32)] == [3, 7, 11, 15]
+    assert [i for i in range(28) if MustDrop().acts(i, 28)] == [3, 6, 10, 13]
+    assert [i for i in range(4) if MustDrop().acts(i, 4)] == [1, 2, 3]
+    assert [i for i in range(2) if MustDrop().acts(i, 2)] == [1]
+    assert [i for i in range(32) if MustDrop(pruning_layers=[2, 6, 20]).acts(i, 32)] == [3, 7, 21]
+    with pytest.raises(ValueError, match="language model of 2 layers, not 1"):
+        MustDrop().acts(0, 1)
+    with pytest.raises(ValueError, match=r"pruning_layers=\(3,\): the language model has layers 0 to 2"):
+        MustDrop(pruning_layers=(3,)).acts(0, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(pruning_layers=(-1, 2)), "pruning_layers is an int >= 0"),
+        (dict(pruning_layers=()), "pruning_layers is a tuple"),
+        (dict(global_thr=0), r"global_thr is a threshold in \(0, 1\]"),
+        (dict(individual_thr=0.0), r"individual_thr is a threshold in \(0, 1\]"),
+        (dict(individual_thr=True), "individual_thr"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MustDrop(**settings)
+
+
+def test_texts():
+    reducer = tr.get_method("mustdrop:pruning_layers=[2,6,20],global_thr=0.011,individual_thr=0.01")
+    assert reducer == MustDrop(pruning_layers=[2, 6, 20], global_thr=0.011, individual_thr=0.01)
+    assert tr.get_method(reducer.spec()) == reducer

@@ -1,0 +1,115 @@
+"""CDPruner (arXiv 2506.10967): visual tokens that differ from each other, weighted by the question; a DPP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenreduce.evidence import Evidence
+from tokenreduce.plan import Plan
+from tokenreduce.projector import Projector, check_clip, kept, share
+from tokenreduce.scoring import finite, inner, relevance, unit
+
+__all__ = ["CDPruner"]
+
+#: Share of a token's own kernel entry below which what is left of it is rounding.
+_RANK = 1e-5
+
+
+@dataclass(frozen=True)
+class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", title="CDPruner"):
+    """CDPruner: greedy most probable set of a determinantal point process with kernel q_i cos(x_i, x_j) q_j, where x
+    are the embeddings behind the projector and q is the relevance of a token to the question; raster order.
+
+    With ``clip`` q is the mean over the segments of the question of MINUS the cosine between a patch and the text in
+    CLIP's joint space, as in the official code: patches of these towers answer inversely. Without it q is the mean
+    cosine between the embedding of a token and those of the words of the question in the language model's own space,
+    not negated; this port is ours, and needs nothing but the language model. q is scaled to (0, 1] over all views of
+    an image; the process runs in every view on its own. Where q is constant, as without any word, diversity alone
+    decides. (Officially the scale is taken over the whole batch, and a constant q ends in NaN.)
+
+    Once the chosen tokens span all others to rounding, the rest is filled up by descending q, so that ``keep`` tokens
+    stay in any case. Ties go to the lower index.
+
+    Args:
+        keep: tokens of an image that stay (the official number is per view); 128 or 64 of 576 in the paper.
+        clip: Hub id or folder of the CLIP model that the vision tower is from, such as
+            "openai/clip-vit-large-patch14-336"; None for relevance in the language model's space.
+        sign: factor on the similarity, -1 or 1; None is -1 with ``clip`` and 1 without.
+        theta: None as published, or how strongly relevance counts, in [0, 1): q becomes exp(theta / (2 (1 - theta)) q).
+        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+
+    Raises ``ValueError`` for values other than these.
+    """
+
+    whole: ClassVar[bool] = True
+
+    keep: int | float = 64
+    clip: str | None = field(default=None, kw_only=True)
+    sign: int | None = field(default=None, kw_only=True)
+    theta: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clip(self.clip, self.sign)
+        if self.theta is not None and not (isinstance(self.theta, int | float) and 0 <= self.theta < 1):
+            raise ValueError(f"theta is a number in [0, 1) or None, not {self.theta!r}")
+
+    def gathers(self) -> tuple[str, ...]:
+        return ("text",) if self.clip is None else ("clip",)
+
+    def choose(self, evidence: Evidence, keep: int) -> Plan:
+        q, x = self.quality(evidence), unit(evidence.projected.detach())
+        finite(x.sum(-1), evidence)
+        x = x.nan_to_num()
+        view = evidence.view.clamp(min=0)
+        places = [w for v in range(int(view.max()) + 1) if len(w := (view == v).nonzero().flatten())]
+        sizes = share(keep, [len(w) for w in places])
+        chosen = []
+        for n, k in dict.fromkeys((len(w), k) for w, k in zip(places, sizes, strict=True) if k):
+            where = torch.stack([w for w, mine in zip(places, sizes, strict=True) if (len(w), mine) == (n, k)])
+            index = greedy(x[:, where].flatten(0, 1), q[:, where].flatten(0, 1), k).view(len(x), -1, k)
+            chosen.append(where.expand(len(x), -1, -1).gather(2, index).flatten(1))
+        return kept(torch.cat(chosen, 1), evidence)
+
+    def quality(self, evidence: Evidence) -> Tensor:
+        """(B,N) q of the tokens behind the prefix: above 0, and 1 for all where relevance is constant."""
+        if self.clip is None:
+            r = relevance(evidence)
+        else:
+            patches, text = evidence.clip
+            text = unit(text.detach())
+            there = (text != 0).any(-1).sum(1).clamp(min=1)
+            mean = text.sum(1, keepdim=True) / there[:, None, None]
+            r = inner(unit(patches.detach()[:, patches.shape[1] - (evidence.n - evidence.prefix) :]), mean).squeeze(-1)
+        r = finite(r * (self.sign or (1 if self.clip is None else -1)), evidence).nan_to_num(neginf=-2.0)
+        low, span = r.amin(1, keepdim=True), r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
+        q = torch.where(span > 0, (r - low + 1e-6) / torch.where(span > 0, span, 1.0), 1.0)
+        return q if self.theta is None else (q * (self.theta / (2 * (1 - self.theta)))).exp()
+
+
+def greedy(x: Tensor, q: Tensor, keep: int) -> Tensor:
+    """(B,K) greedy maximum a posteriori choice from the kernel of unit vectors ``x`` (B,N,D) scaled by ``q`` (B,N) > 0,
+    in order of choice; tokens that add nothing come last, by descending q."""
+    kernel = inner(x, x)
+    gain = (x != 0).any(-1) * q * q  # the cosine to itself is 1: its rounding must not decide between equal tokens
+    least, rest = gain * _RANK, -1 / q  # below every gain, and keeps the order of q to all its digits
+    rows = x.new_zeros(x.shape[0], keep, x.shape[1])
+    chosen = []
+    for t in range(keep):
+        best = torch.where(gain > least, gain, rest).argmax(1, keepdim=True)
+        alive, own = gain.gather(1, best), q.gather(1, best)
+        row = kernel.gather(1, best.unsqueeze(-1).expand(-1, -1, x.shape[1])) * (own * q).unsqueeze(1)
+        if t:
+            past = rows[:, :t].gather(2, best.unsqueeze(1).expand(-1, t, -1))
+            row = row - inner(past.transpose(1, 2), rows[:, :t].transpose(1, 2))
+        # A token that adds nothing leaves the others as they are; its square root would be of rounding.
+        scale = torch.where(alive > least.gather(1, best), alive, float("inf")).rsqrt()
+        rows[:, t] = row.squeeze(1) * scale
+        gain = (gain - rows[:, t].square()).scatter(1, best, float("-inf"))
+        rest = rest.scatter(1, best, float("-inf"))
+        chosen.append(best)
+    return torch.cat(chosen, 1)
