@@ -206,6 +206,8 @@ class Step:
     #: "image", "video" -> what the vision tower saw, and (B,L) which columns are theirs.
     encoded: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, Tensor] = field(default_factory=dict)
+    #: (B,L) the prompt's tokens, None when embeddings were given.
+    ids: Tensor | None = None
     #: Rows and columns of row ends that go.
     dropped: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 

@@ -296,7 +296,7 @@ def start(
     given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
     step = Step(
         Run(visual.shape[1], visual, padding), prefill=True, newline=newline,
-        encoded={k: e for k, e in given.items() if e is not None}, kinds=dict(zip(("image", "video"), marks, strict=False)),
+        encoded={k: e for k, e in given.items() if e is not None}, ids=tokens, kinds=dict(zip(("image", "video"), marks, strict=False)),
     )  # fmt: skip
     return args, {**kwargs, KEYWORD: step}
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenreduce.adapters.clip_text import JointSpace, joint_space, question_texts
 from tokenreduce.adapters.generation import Step
 from tokenreduce.adapters.vlm_encoder import remaining, sizes
 from tokenreduce.adapters.vlm_tower import Encoded
@@ -15,7 +18,7 @@ from tokenreduce.projector import Projector
 from tokenreduce.sequence import question
 from tokenreduce.visual import Origin, Visual
 
-__all__ = ["Group", "groups", "runs"]
+__all__ = ["Group", "groups", "runs", "tokenizer_of"]
 
 
 @dataclass
@@ -55,18 +58,20 @@ class _Image:
     size: Tensor | None = None
 
 
-def groups(step: Step, x: Tensor, reducer: Projector) -> list[Group]:
-    """The images of a prompt, alike ones together. ``x`` (B,L,D) are the embeddings.
+def groups(step: Step, x: Tensor, reducer: Projector, source: str = "") -> list[Group]:
+    """The images of a prompt, alike ones together. ``x`` (B,L,D) are the embeddings; ``source`` is where the language
+    model's tokenizer can be loaded from, for methods that show the question to a CLIP model.
 
     Raises ``ValueError`` where the method needs evidence of a tower, and the features were made elsewhere.
     """
     text = _question(step, x) if "text" in reducer.gathers() else None
+    said = _said(step, reducer, source, x) if "clip" in reducer.gathers() else None
     found = list(_images(step, x, reducer))
     out: list[Group] = []
     while found:
         alike = [i for i in found if i.key == found[0].key and i.origin.same(found[0].origin)]
         found = [i for i in found if not any(i is a for a in alike)]
-        out.append(_group(alike, step, x, reducer, text))
+        out.append(_group(alike, step, x, reducer, text, said))
     return out
 
 
@@ -157,7 +162,14 @@ def _merged(encoded: Encoded, origin: Origin, views: tuple[int, ...]) -> tuple[T
     return gone, None if number is None else origin.map(number[at].reshape(1, -1))[0]
 
 
-def _group(alike: list[_Image], step: Step, x: Tensor, reducer: Projector, text: tuple[Tensor, Tensor] | None) -> Group:
+def _group(
+    alike: list[_Image],
+    step: Step,
+    x: Tensor,
+    reducer: Projector,
+    text: tuple[Tensor, Tensor] | None,
+    said: tuple[JointSpace, Tensor] | None,
+) -> Group:
     first, device = alike[0], x.device
     origin = first.origin
     seen = torch.arange(origin.n, device=device) if reducer.newlines == "rank" else origin.seen().to(device)
@@ -189,10 +201,18 @@ def _group(alike: list[_Image], step: Step, x: Tensor, reducer: Projector, text:
             features = flat[rows]
         if encoded.own is not None:
             class_features = encoded.own[views]
+    clip = None
+    if said is not None:
+        if features is None:
+            raise ValueError(
+                f"{reducer.name} with clip compares patches before the projector with the question, and these tokens "
+                f"are made of several patches each; set clip=None"
+            )
+        clip = (said[0].patches(features), said[1][r[:, 0]])
     return Group(
         r, columns,
         Visual(
-            x[r, columns], own, features=features, own=class_features, blocks=blocks, plans=plans, feature=feature,
+            x[r, columns], own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans, feature=feature,
             tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
             text_valid=None if text is None else text[1][r[:, 0]],
         ),
@@ -205,12 +225,40 @@ def _rows_of(image: _Image) -> Tensor:
     return image.rows.clamp(min=0)
 
 
-def _question(step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,M,D) embeddings of the text behind the last image, all text where nothing is, and (B,M) which are there."""
+def _asked(step: Step) -> Tensor:
+    """(B,L) bool: the text behind the last image, all text where nothing is."""
     visual, mask = step.run.visual, step.run.mask
     real = torch.ones_like(visual) if mask is None else mask
     behind = question(visual, real)
-    behind = torch.where(behind.any(1, keepdim=True), behind, real & ~visual)
+    return torch.where(behind.any(1, keepdim=True), behind, real & ~visual)
+
+
+def _said(step: Step, reducer: Projector, source: str, x: Tensor) -> tuple[JointSpace, Tensor]:
+    """The CLIP model that ``reducer`` names, and (B,M,E) the questions in its space."""
+    if step.ids is None:
+        raise ValueError(f"{reducer.name} with clip reads the question in input_ids; pass them, or set clip=None")
+    space = joint_space(reducer.clip, x.device)  # type: ignore[attr-defined]
+    return space, space.texts(question_texts(step.ids, _asked(step), tokenizer_of(source)))[0]
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer of a language model. Raises ``ValueError`` where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the setting clip needs the tokenizer of the language model to read the question, and {source!r} (the "
+            f"model's name_or_path) has none; load the model with from_pretrained from a folder with its tokenizer, or "
+            f"set clip=None"
+        ) from error
+
+
+def _question(step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,M,D) embeddings of the question (see :func:`_asked`), and (B,M) which are there."""
+    behind = _asked(step)
     most = max(int(behind.sum(1).max()), 1)
     where = (~behind).long().argsort(dim=1, stable=True)[:, :most]
     rows = torch.arange(len(x), device=x.device)[:, None]

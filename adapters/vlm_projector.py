@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.clip_text import joint_space
 from tokenreduce.adapters.generation import KEYWORD, Run, Step
-from tokenreduce.adapters.vlm_images import Group, groups
+from tokenreduce.adapters.vlm_images import Group, groups, tokenizer_of
 from tokenreduce.adapters.vlm_tower import ARRIVING, Vision, attach_tower_evidence
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Plan, Prune
@@ -55,6 +56,12 @@ def attach_projector(found: Language, reducer: Reducer, windows: list[int | None
             f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
             f"to take {', '.join(reducer.gathers())} from. Use 'keep' or 'drop'"
         )
+    source = ""
+    if "clip" in reducer.gathers():  # a wrong name shows here, not at the first prompt
+        joint_space(reducer.clip)  # type: ignore[attr-defined]
+        owner: Any = found.inner if found.generator is None else found.generator
+        source = str(owner.config.name_or_path)
+        tokenizer_of(source)
     compact = _compact(found, reducer, windows)
     if found.vision is not None:
         attach_tower_evidence(found, reducer.looks(), undo)
@@ -62,7 +69,11 @@ def attach_projector(found: Language, reducer: Reducer, windows: list[int | None
     undo.pre_hook(
         found.text,
         functools.partial(
-            choose, reducer=reducer, compact=compact, projector=None if found.vision is None else found.vision.projector
+            choose,
+            reducer=reducer,
+            compact=compact,
+            projector=None if found.vision is None else found.vision.projector,
+            source=source,
         ),
     )
     if reducer.spec():
@@ -120,6 +131,7 @@ def choose(
     reducer: Projector,
     compact: bool,
     projector: nn.Module | None,
+    source: str = "",
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the language model: make the plan in prefill, keep the count of positions in decode."""
     step: Step | None = kwargs.get(KEYWORD)
@@ -130,7 +142,7 @@ def choose(
         return _positions_later(args, kwargs, step, x.shape[1])
     ARRIVING.set(None)
     with torch.no_grad():
-        found = groups(step, x, reducer)
+        found = groups(step, x, reducer, source)
     stay, made = torch.ones_like(run.visual), []
     for group in found:
         made += _place(stay, group, reducer, compact)

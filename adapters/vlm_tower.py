@@ -59,7 +59,8 @@ class Vision:
     @property
     def evidence(self) -> tuple[str, ...]:
         given = ["tower", "text"]
-        given += ["cls", "clip"] if self.cls else []
+        given += ["cls"] if self.cls else []
+        given += ["clip"] if self.cls and self.projector is not None else []
         given += ["crops"] if self.kind == "tiled" else []
         return tuple(given)
 

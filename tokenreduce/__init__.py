@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.vision.encoder.evit import EViT
     from tokenreduce.vision.encoder.kmedoids import KMedoids
     from tokenreduce.vision.encoder.mctf import MCTF
+    from tokenreduce.vision.encoder.mustdrop_merge import MustDropMerge
     from tokenreduce.vision.encoder.pitome import PiToMe
     from tokenreduce.vision.encoder.random_drop import Random
     from tokenreduce.vision.encoder.repshift import RepresentationShift
@@ -33,18 +34,47 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.vision.encoder.tome import ToMe, ToMeKth
     from tokenreduce.vision.encoder.uniform import Uniform
     from tokenreduce.vision.encoder.zerotprune import ZeroTPrune
+    from tokenreduce.vision.language.aim import AIM
     from tokenreduce.vision.language.dart import DART
     from tokenreduce.vision.language.fastv import FastV
+    from tokenreduce.vision.language.lazyllm import LazyLLM
+    from tokenreduce.vision.language.mustdrop import MustDrop
     from tokenreduce.vision.language.pyramiddrop import PyramidDrop
+    from tokenreduce.vision.language.random_drop import RandomVisual
     from tokenreduce.vision.language.sparsevlm import SparseVLM
+    from tokenreduce.vision.language.vscan_prune import VScanLLM
+    from tokenreduce.vision.projector.aim_merge import AIMMerge
+    from tokenreduce.vision.projector.cdpruner import CDPruner
     from tokenreduce.vision.projector.divprune import DivPrune
+    from tokenreduce.vision.projector.fastervlm import FasterVLM
+    from tokenreduce.vision.projector.fopru import FoPru
+    from tokenreduce.vision.projector.globalcom2 import GlobalCom2
+    from tokenreduce.vision.projector.hiprune import HiPrune
+    from tokenreduce.vision.projector.hired import HiRED
+    from tokenreduce.vision.projector.holov import HoloV
+    from tokenreduce.vision.projector.mmtok import MMTok
+    from tokenreduce.vision.projector.pool import PoolTokens
+    from tokenreduce.vision.projector.prumerge import PruMerge, PruMergePlus
+    from tokenreduce.vision.projector.random_drop import RandomTokens
+    from tokenreduce.vision.projector.resize import ResizeTokens
+    from tokenreduce.vision.projector.sap import SpatialAugmented
+    from tokenreduce.vision.projector.scope import SCOPE
+    from tokenreduce.vision.projector.tokencorr import TokenCorr
+    from tokenreduce.vision.projector.trim import TRIM
+    from tokenreduce.vision.projector.uniform import UniformTokens
+    from tokenreduce.vision.projector.visionzip import VisionZip
+    from tokenreduce.vision.projector.vispruner import VisPruner
+    from tokenreduce.vision.projector.vscan import VScan
 
 __version__ = "0.1.0"
 __all__ = [
-    "ATS", "DART", "DPCKNN", "DiffRate", "DivPrune", "EViT", "Evidence", "FastV", "KMedoids", "MCTF", "Merge", "PiToMe",
-    "Plan", "Pool", "Prune", "PyramidDrop", "Random", "Reducer", "RepresentationShift", "Resize", "SparseVLM", "ToFu",
-    "ToMe", "ToMeKth", "Uniform", "ZeroTPrune", "describe", "get_method", "list_methods", "parse", "patch", "patched",
-    "record", "reduce_tokens", "unpatch", "zoo",
+    "AIM", "AIMMerge", "ATS", "CDPruner", "DART", "DPCKNN", "DiffRate", "DivPrune", "EViT", "Evidence", "FastV",
+    "FasterVLM", "FoPru", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge",
+    "MustDrop", "MustDropMerge", "PiToMe", "Plan", "Pool", "PoolTokens", "PruMerge", "PruMergePlus", "Prune",
+    "PyramidDrop", "Random", "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens",
+    "SCOPE", "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "Uniform",
+    "UniformTokens", "VScan", "VScanLLM", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method",
+    "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
 ]  # fmt: skip
 
 

@@ -380,8 +380,6 @@ def test_what_cannot_hold_is_refused():
         tr.patch(vlm.model, tr.FasterVLM(keep=4, layer=3))
     with pytest.raises(ValueError, match=r"both act before the language model; choose one"):
         tr.patch(vlm.model, "divprune+divprune:keep=4")
-    with pytest.raises(ValueError, match=r"stage encoder, .*stages there: "):
-        tr.patch(vlm.model, tr.ToMe(r=2))
     described = tr.describe(vlm.model)
     assert "divprune" in described.methods("projector")
     assert "projector model: visual tokens of every image" in str(described)

@@ -250,15 +250,19 @@ def _moved(step: Step, n: int) -> Tensor:
 
 def _visual_tokens(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[Site, ...], tuple[int, ...]]:
     """What every site left of the visual tokens, and how many every layer of the language model sees."""
-    now = int(visual.sum())
+    now, text = int(visual.sum()), int((~visual).sum())
+    inside = "+".join(dict.fromkeys(s.method for s in steps if s.stage == "encoder" and s.method))
     sites: list[Site] = []
     layers: list[int] = []
-    for step, where in follow(steps, len(visual)):
-        inside = step.stage == "language"
-        layers += [now] * ((step.layer if inside else 0) - len(layers))
-        mine = where[visual]
-        left = len(mine[mine >= 0].unique())
-        sites.append(Site(step.stage, step.layer if inside else None, step.method, now, left))
+    for step in steps:
+        if step.stage not in ("projector", "language"):
+            continue
+        layer = step.layer if step.stage == "language" else None
+        layers += [now] * ((layer or 0) - len(layers))
+        # All text stays. Tokens are counted, not patches: a class token has none.
+        left = step.tokens - text
+        # What the tower merged goes before the language model, where no method of its own may act.
+        sites.append(Site(step.stage, layer, step.method or inside, now, left))
         now = left
     return tuple(sites), tuple(layers + [now] * (depth - len(layers)))
 

@@ -53,6 +53,8 @@ def places(model: nn.Module, processor: Any, question: Question) -> list[Place]:
 def draw_kept(comparison: Comparison, where: Sequence[Place], *, side: int = 448) -> Image.Image:
     """For every image and every place where a method acted: the image, and beside it what is left of its tokens.
 
+    Patches that the vision encoder merged show as dropped, all but the one that stands for them.
+
     Raises ``ValueError`` where no method acted before or inside the language model.
     """
     assert comparison.visual is not None
@@ -63,8 +65,8 @@ def draw_kept(comparison: Comparison, where: Sequence[Place], *, side: int = 448
             f"{comparison.spec} does nothing before or inside the language model; there is nothing to draw"
         )
     for number, place in enumerate(where, 1):
-        for (step, left), site in zip(behind, comparison.sites, strict=True):
-            title = f"{step.method} {site}"
+        for (_, left), site in zip(behind, comparison.sites, strict=True):
+            title = f"{site.method} {site}"
             if len(where) > 1:
                 title = f"image {number} of {len(where)}, {title}"
             region = left[place.columns].view(place.grid).numpy()

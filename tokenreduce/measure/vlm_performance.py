@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,11 +169,11 @@ def _method(
     good = [k for k in budgets if not rows[k].error]
     try:
         if good:
-            calls: dict[str, Callable[[], object]] = {"stock": lambda: _prefill(stock, given)}
-            calls.update({str(k): lambda k=k: _prefill(models[k], given) for k in good})
+            calls: dict[str, Callable[[], object]] = {"stock": partial(_prefill, stock, given)}
+            calls.update({str(k): partial(_prefill, models[k], given) for k in good})
             if stage == "projector":
                 entries = {rows[k].cost.visual[0] for k in good}  # type: ignore[union-attr]
-                calls.update({f"short {n}": lambda n=n: _short(stock, given, n) for n in entries})
+                calls.update({f"short {n}": partial(_short, stock, given, n) for n in entries})
             times = interleaved(calls, how.rounds, how.warmup, how.device)
             tokens = _decode({"stock": stock, **{str(k): models[k] for k in good}}, given, how)
             for k in good:
@@ -252,7 +253,7 @@ def _decode(models: dict[str, Any], given: dict[str, Tensor], how: Settings) -> 
         for _ in range(how.decode):  # the caches grow from round to round, all by as much
             _step(models[name], token, caches[name])
 
-    times = interleaved({n: lambda n=n: steps(n) for n in models}, how.rounds, how.warmup, how.device)
+    times = interleaved({n: partial(steps, n) for n in models}, how.rounds, how.warmup, how.device)
     each = {n: t.median / how.decode for n, t in times.items()}
     return {n: (each["stock"], each[n]) for n in models}
 

@@ -64,7 +64,7 @@ SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 
-def _sizes(dims: tuple[int, int, int, int]) -> dict[str, int]:
+def _sizes(dims: tuple[int, int, int, int]) -> dict[str, Any]:
     width, layers, heads, mlp = dims
     return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp)
 
