@@ -203,6 +203,8 @@ class Step:
     given: bool = True
     #: Masks that are made, for the layers that need the same.
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    #: Rotary tables of the columns that a cut left, and the stock ones they are from.
+    tables: dict[Any, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
     #: "image", "video" -> what the vision tower saw, and (B,L) which columns are theirs.
     encoded: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, Tensor] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from tokenreduce.adapters.generation import KEYWORD, Cut, Deep, Run, Step, attac
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
+from tokenreduce.adapters.vlm_labels import FORWARD, attach_labels
 from tokenreduce.adapters.vlm_projector import attach_projector
 from tokenreduce.adapters.vlm_tower import Vision, encoded_in, vision_of
 from tokenreduce.evidence import Evidence, Prompt
@@ -143,6 +144,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows))
     if found.generator is not None:
         undo.set(found.generator, "_prefill", functools.partial(_whole_prefill, found.generator))
+        attach_labels(found.generator, undo)
     if before:
         attach_projector(found, before[0], windows, undo)
     if FAMILIES[found.family].deep:
@@ -265,6 +267,7 @@ def start(
 
     What a later turn brings, images included, stays as it is.
     """
+    FORWARD.set(None)
     cache = kwargs.get("past_key_values")
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if cache is not None and cache.get_seq_length() > 0:
@@ -298,6 +301,7 @@ def start(
         Run(visual.shape[1], visual, padding), prefill=True, newline=newline,
         encoded={k: e for k, e in given.items() if e is not None}, ids=tokens, kinds=dict(zip(("image", "video"), marks, strict=False)),
     )  # fmt: skip
+    FORWARD.set(step.run)
     return args, {**kwargs, KEYWORD: step}
 
 
@@ -422,7 +426,7 @@ def enter(
     if cut_here is not None:
         name = _check_implementation(layer, index, window)
         where = cut_here.index
-        kwargs["position_embeddings"] = tuple(_rows(t, where) for t in kwargs["position_embeddings"])
+        kwargs["position_embeddings"] = _tables(step, cut_here, kwargs["position_embeddings"])
         # The tables are rotated into the layer already; ids with gaps would look like packed sequences to flash.
         kwargs["position_ids"] = None
         slots = x.shape[1] if cache is None else cache.layers[index].get_mask_sizes(x.shape[1])[0]
@@ -464,6 +468,15 @@ def _reduce(
 def _causal(layer: Any) -> bool:
     """What attention without a mask means; PaliGemma's Gemma sees everything then."""
     return bool(getattr(layer.self_attn, "is_causal", True))
+
+
+def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rotary tables of the columns that are left; gathered once for the layers that share them."""
+    key = (id(cut), *map(id, tables))
+    if key not in step.tables:
+        # The stock tables are held as well, so that no other can get their ids while they are a key.
+        step.tables[key] = (tables, tuple(_rows(t, cut.index) for t in tables))
+    return step.tables[key][1]
 
 
 def _rows(table: Tensor, where: Tensor) -> Tensor:
