@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenreduce.plan import Plan, Prune
 
-__all__ = ["KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "columns_kept", "gather_mask", "run_of"]
+__all__ = ["KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "columns_kept", "gather_mask", "rows_of", "run_of"]
 
 #: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
 KEYWORD = "tokenreduce_step"
@@ -212,6 +212,15 @@ class Step:
     ids: Tensor | None = None
     #: Rows and columns of row ends that go.
     dropped: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+def rows_of(table: Tensor, where: Tensor) -> Tensor:
+    """Rows of ``table`` (B or 1,L,d) at the columns ``where`` (B,K); (3,B,L,d) where layers mix M-RoPE themselves, as
+    in early releases."""
+    if table.dim() == 4:
+        return torch.stack([rows_of(t, where) for t in table])
+    table = table.expand(where.shape[0], -1, -1)
+    return table.gather(1, where.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
 def run_of(cache: Any) -> Run | None:

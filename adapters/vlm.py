@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import KEYWORD, Cut, Deep, Run, Step, attach_run, gather_mask, run_of
+from tokenreduce.adapters.generation import KEYWORD, Cut, Deep, Run, Step, attach_run, gather_mask, rows_of, run_of
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
@@ -413,7 +413,7 @@ def enter(
         attach_run(cache, run)
     x, entry = args[0], run.cut_at(-1)
     if index == 0 and entry is not None:
-        x = _rows(x, entry.local)
+        x = rows_of(x, entry.local)
     if step.deep is not None:
         x = step.deep.add(x, index, run.cut_at(index - 1))
     if reducer is not None:
@@ -475,14 +475,8 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
     key = (id(cut), *map(id, tables))
     if key not in step.tables:
         # The stock tables are held as well, so that no other can get their ids while they are a key.
-        step.tables[key] = (tables, tuple(_rows(t, cut.index) for t in tables))
+        step.tables[key] = (tables, tuple(rows_of(t, cut.index) for t in tables))
     return step.tables[key][1]
-
-
-def _rows(table: Tensor, where: Tensor) -> Tensor:
-    """Rows of ``table`` (B or 1,L,d) at the columns ``where`` (B,K)."""
-    table = table.expand(where.shape[0], -1, -1)
-    return table.gather(1, where.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
 def _evidence(

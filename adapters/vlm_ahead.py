@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.adapters.generation import KEYWORD, Run, Step, gather_mask
+from tokenreduce.adapters.generation import KEYWORD, Run, Step, gather_mask, rows_of
 from tokenreduce.adapters.hf_attention import CALL, Call, Seen
 
 __all__ = ["drop_prompt", "keep_prompt", "look_ahead"]
@@ -21,8 +21,7 @@ def look_ahead(layer: Any, x: Tensor, run: Run, index: int, kwargs: dict[str, An
     tables, mask, cut = kwargs["position_embeddings"], kwargs.get("attention_mask"), run.cut_at(index - 1)
     if cut is not None:
         where = cut.index
-        rows = where.unsqueeze(-1)
-        tables = tuple(t.expand(len(where), -1, -1).gather(1, rows.expand(-1, -1, t.shape[-1])) for t in tables)
+        tables = tuple(rows_of(t, where) for t in tables)
         if not flash:
             causal = bool(getattr(layer.self_attn, "is_causal", True))
             mask = gather_mask(mask, where, cut.valid, x.shape[1], causal)

@@ -211,8 +211,10 @@ def test_bad_input(model):
         tr.patch(model, "fastv:layer=99,keep=0.5")
     with pytest.raises(ValueError, match="layer is an int >= 1"):
         tr.get_method("fastv:layer=0")
-    with pytest.raises(ValueError, match="stage encoder, which is not available on LlavaForConditionalGeneration"):
-        tr.patch(model, tr.ToMe(r=2))
+    with pytest.raises(ValueError, match="both act before the language model; choose one"):
+        tr.patch(model, "divprune+visionzip")
+    with pytest.raises(ValueError, match="use resize@projector"):
+        tr.patch(model, "resize@encoder:keep=0.5")
     with pytest.raises(ValueError, match="both act before layer 2"):
         tr.patch(model, "fastv+fastv:keep=3")
     assert tr.describe(model).methods() == tr.list_methods(stage="language")
@@ -220,3 +222,37 @@ def test_bad_input(model):
     inputs["attention_mask"] = inputs["attention_mask"][:, None].bool()
     with tr.patched(model, tr.FastV()), pytest.raises(ValueError, match="takes attention_mask as padding mask"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("spec", ["fastv:layer=2,keep=4", "visionzip:keep=6+fastv:layer=2,keep=4", "tome:r=2"])
+def test_sampling_streaming_and_several_answers(model, spec):
+    """What a service does: seeded samples, tokens as they come, more than one answer."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens.append(value.flatten().tolist())
+
+        def end(self):
+            self.tokens.append("end")
+
+    settings = dict(max_new_tokens=5, do_sample=True, temperature=0.8, top_k=20)
+    inputs = batch("left", UNEQUAL)
+    one = batch("left", ((7, 1),))
+    with torch.no_grad(), tr.patched(model, spec):
+        torch.manual_seed(3)
+        first = model.generate(**inputs, num_return_sequences=2, **settings)
+        torch.manual_seed(3)
+        again = model.generate(**inputs, num_return_sequences=2, **settings)
+        greedy = model.generate(**one, max_new_tokens=5, do_sample=False)
+        stream = Collect()
+        model.generate(**one, max_new_tokens=5, do_sample=False, streamer=stream)
+        slow = model.generate(**one, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert first.shape == (4, inputs["input_ids"].shape[1] + 5)
+    assert torch.equal(first, again)
+    assert [t for t in stream.tokens[1:-1]] == [[t] for t in greedy[0, -5:].tolist()]
+    assert stream.tokens[-1] == "end"
+    assert torch.equal(slow, greedy)
