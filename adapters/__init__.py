@@ -25,7 +25,7 @@ __all__ = ["Description", "attach", "describe", "supported"]
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "timm": ("tokenreduce.adapters.timm",),
     "open_clip": ("tokenreduce.adapters.open_clip",),
-    "transformers": ("tokenreduce.adapters.hf_encoders",),
+    "transformers": ("tokenreduce.adapters.hf_encoders", "tokenreduce.adapters.qwen_tower"),
 }
 
 

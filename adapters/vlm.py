@@ -13,6 +13,7 @@ the language model adds after its first layers to columns that may be gone. Rota
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -452,14 +453,16 @@ def _reduce(
         return x if cut is None or cut.layer != index else cut.take(x)
     acted: Plan | None = None
     made: Cut | None = None
-    with torch.no_grad():  # a plan is a choice; and a layer that is checkpointed must save the same tensors each time
-        plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm))
-        run.decided.add(index)
-        if not plan.is_identity:
-            acted, made = plan, run.cut(index, plan)
-    if made is not None:
-        x = made.take(x)
     trace = active()
+    with nullcontext() if trace is None else trace.clock():
+        # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
+        with torch.no_grad():
+            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm))
+            run.decided.add(index)
+            if not plan.is_identity:
+                acted, made = plan, run.cut(index, plan)
+        if made is not None:
+            x = made.take(x)
     if trace is not None:
         trace.add(layer, TraceStep("language", index, x.shape[1], acted, reducer.spec()))
     return x

@@ -49,7 +49,8 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
             )
     for adapter, tower in towers:
         adapter.attach(tower, reducers, undo)
-        undo.hook(tower.module, functools.partial(expand_output, prefix=tower.prefix))
+        if not getattr(adapter, "EXPANDS", False):
+            undo.hook(tower.module, functools.partial(expand_output, prefix=tower.prefix))
 
 
 def expand_output(tower: Any, args: tuple[Any, ...], output: Any, *, prefix: int) -> Any:

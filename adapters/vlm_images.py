@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tokenreduce.adapters.clip_text import JointSpace, joint_space, question_texts
 from tokenreduce.adapters.generation import Step
-from tokenreduce.adapters.vlm_encoder import remaining, sizes
 from tokenreduce.adapters.vlm_tower import Encoded
 from tokenreduce.projector import Projector
 from tokenreduce.sequence import question
@@ -149,17 +148,16 @@ def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[_Image]:
 
 def _merged(encoded: Encoded, origin: Origin, views: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
     """(n,) bool of the tokens of an image that are copies since a method acted in the tower, and (n,) sizes."""
-    prefix = int(encoded.vision.cls)
-    left = remaining(encoded.left, prefix)
+    at = torch.tensor(views, device=origin.index.device)
+    left = encoded.left(at)
     if left is None:
         return None, None
-    at = torch.tensor(views, device=left.device)
-    here = left[at].flatten()[origin.index]
+    here = left.flatten()[origin.index]
     if origin.weight is not None:
         here = here & (origin.weight > 0)
     gone = ~here.any(1) & (origin.view >= 0)
-    number = sizes(encoded.left, prefix)
-    return gone, None if number is None else origin.map(number[at].reshape(1, -1))[0]
+    number = encoded.sizes(at)
+    return gone, None if number is None else origin.map(number.reshape(1, -1))[0]
 
 
 def _group(

@@ -6,6 +6,7 @@ family's own code does it, its code is run on coordinates instead of features, s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from tokenreduce.visual import Origin
 __all__ = ["blocks_of_patches", "grid", "pooled", "tiled", "with_class", "with_end"]
 
 
+@functools.lru_cache(maxsize=64)
 def grid(rows: int, columns: int, device: Any = None) -> Origin:
     """One view whose patches are the tokens."""
     n = rows * columns
@@ -25,6 +27,7 @@ def grid(rows: int, columns: int, device: Any = None) -> Origin:
     return Origin(at[:, None], None, n, torch.zeros_like(at), _places(rows, columns, device), (rows, columns), count=1)
 
 
+@functools.lru_cache(maxsize=64)
 def blocks_of_patches(rows: int, columns: int, r: int, *, packed: bool, device: Any = None) -> Origin:
     """One view of (rows, columns) patches, r x r of which become a token. ``packed`` patches come token by token
     (Qwen), others row by row (pixel shuffle)."""

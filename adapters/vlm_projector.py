@@ -18,6 +18,7 @@ the plan, with original ones each at the place of its representative.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,22 +142,23 @@ def choose(
     if not step.prefill:
         return _positions_later(args, kwargs, step, x.shape[1])
     ARRIVING.set(None)
-    with torch.no_grad():
-        found = groups(step, x, reducer, source)
-    stay, made = torch.ones_like(run.visual), []
-    for group in found:
-        made += _place(stay, group, reducer, compact)
-    for rows, columns in step.dropped:
-        stay[rows, columns] = False
-    plan = None if bool(stay.all()) else Prune.from_mask(stay)
     trace = active()
+    with nullcontext() if trace is None else trace.clock():
+        with torch.no_grad():
+            found = groups(step, x, reducer, source)
+        stay, made = torch.ones_like(run.visual), []
+        for group in found:
+            made += _place(stay, group, reducer, compact)
+        for rows, columns in step.dropped:
+            stay[rows, columns] = False
+        plan = None if bool(stay.all()) else Prune.from_mask(stay)
+        for part in made:
+            x = part.write(x, projector)
     if trace is not None:
         left = x.shape[1] if plan is None else plan.k
         parts = tuple((p.rows, p.columns, p.plan) for p in made)
         hosts = tuple(p.host.where(p.there, -1) for p in made)
         trace.add(text, TraceStep("projector", 0, left, plan, reducer.spec(), parts, hosts))
-    for part in made:
-        x = part.write(x, projector)
     if x is not kwargs["inputs_embeds"]:
         kwargs = {**kwargs, "inputs_embeds": x}
     if plan is None:

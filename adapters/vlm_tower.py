@@ -22,6 +22,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from tokenreduce.adapters.encoder import State, collect_states, full_plan
 from tokenreduce.adapters.hf_attention import CALL, Call, listen
+from tokenreduce.adapters.packed import Packed
+from tokenreduce.adapters.vlm_encoder import remaining, sizes
 from tokenreduce.adapters.vlm_origin import blocks_of_patches, grid, pooled, tiled, with_class, with_end
 from tokenreduce.evidence import Evidence, Look
 from tokenreduce.patching import Undo
@@ -150,13 +152,33 @@ class Encoded:
     spans: list[tuple[int, int]] = field(default_factory=list)
     tower_kwargs: dict[str, Any] = field(default_factory=dict)
     #: After every block, where a method acts in the tower.
-    states: list[State] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
 
     @property
-    def left(self) -> State | None:
+    def reduced(self) -> State | Packed | None:
         """The tokens that enter the projector, None when all patches do."""
         state = self.states[self.vision.feature] if len(self.states) > self.vision.feature else None
+        if isinstance(state, Packed):
+            return None if state.at is None else state
         return state if state is not None and state.plans else None
+
+    def left(self, views: Tensor) -> Tensor | None:
+        """(V,patches) bool of ``views`` (V,), which all have as many patches: those that are the place of a token that
+        a method in the tower left; None when all are."""
+        state = self.reduced
+        if isinstance(state, Packed):
+            return state.left(views)
+        marks = remaining(state, int(self.vision.cls))
+        return None if marks is None else marks[views]
+
+    def sizes(self, views: Tensor) -> Tensor | None:
+        """(V,patches) how many tokens of the tower's entry are in the one that every patch of ``views`` (V,) is in;
+        None when each is one."""
+        state = self.reduced
+        if isinstance(state, Packed):
+            return state.sizes(views)
+        number = sizes(state, int(self.vision.cls))
+        return None if number is None else number[views]
 
     def _at(self, block: int, tokens: int) -> State | None:
         """The tokens that the attention of ``block`` saw; methods act before or behind it."""
@@ -173,7 +195,7 @@ class Encoded:
         """Evidence of a tower block for ``views`` (V,), which all have as many patches."""
         call = self.calls[block]
         if self.vision.kind == "packed":
-            return call.evidence(block, [self.spans[v] for v in views.tolist()], self.vision.depth)
+            return call.evidence(block, [self.spans[v] for v in views.tolist()], views, self.vision.depth)
         q, k = (call.queries, call.keys) if call.rotated is None else call.rotated
         state = self._at(block, k.shape[2])
 
@@ -191,7 +213,9 @@ class Encoded:
     def plan_at(self, block: int, views: Tensor) -> Plan | None:
         """The plan from the patches at the tower's entry to those that ``block`` saw, None when they are all there."""
         call = self.calls[block]
-        if not self.states or isinstance(call, PackedCall):
+        if isinstance(call, PackedCall):
+            return None if call.packed is None else call.packed.patches(views)[2]
+        if not self.states:
             return None
         state = self._at(block, call.keys.shape[2])
         plan = None if state is None else full_plan(state)
@@ -200,23 +224,36 @@ class Encoded:
 
 @dataclass
 class PackedCall:
-    """Queries and keys of a Qwen tower's block, packed over images and frames, in the order of the merger's output."""
+    """Queries and keys of a Qwen tower's block, packed over images and frames, in the order of the merger's output;
+    of the tower where a method acts in there, which ``packed`` then describes."""
 
     queries: Tensor  # (H,P,d) behind RoPE
     keys: Tensor
     #: (P,) window of every patch, None where a frame is one window.
     window: Tensor | None
+    packed: Packed | None = None
 
-    def evidence(self, block: int, spans: list[tuple[int, int]], depth: int) -> Evidence:
-        length = spans[0][1]
-        where = torch.tensor([s for s, _ in spans], device=self.keys.device)[:, None]
-        where = where + torch.arange(length, device=self.keys.device)
+    def evidence(self, block: int, spans: list[tuple[int, int]], views: Tensor, depth: int) -> Evidence:
+        """Evidence on the patches of ``views`` (V,), each with its first patch and number of patches in ``spans``."""
+        state = None
+        if self.packed is None:
+            where = torch.tensor([s for s, _ in spans], device=self.keys.device)[:, None]
+            where = where + torch.arange(spans[0][1], device=self.keys.device)
+        else:
+            where, state, _ = self.packed.patches(views)
         q, k = (t[:, where].transpose(0, 1) for t in (self.queries, self.keys))
+        valid = None if state is None else state.valid
         mask = None
         if self.window is not None:
             w = self.window[where]
             mask = (w[:, :, None] == w[:, None, :])[:, None]
-        return Evidence(k.transpose(1, 2).flatten(2), k, q, mask=mask, cls=False, rope="post", layer=block, depth=depth)
+            if valid is not None:  # rows of slots that are not there must not be empty
+                mask = mask | ~valid[:, None, :, None]
+        return Evidence(
+            k.transpose(1, 2).flatten(2), k, q, mask=mask, cls=False, rope="post", layer=block, depth=depth,
+            size=None if state is None else state.size, valid=valid,
+            proportional=state is not None and state.proportional,
+        )  # fmt: skip
 
 
 def encoded_in(output: Any) -> Encoded | None:
@@ -325,20 +362,26 @@ def watch(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, block: in
 def watch_packed(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, block: int) -> None:
     seen = _WATCHING.get()
     if seen is not None:
-        seen.tower_kwargs[f"at {block}"] = (attn, kwargs["cu_seqlens"], kwargs["position_embeddings"])
+        packed = getattr(kwargs.get(CALL), "packed", None)  # a method acts in the tower
+        seen.tower_kwargs[f"at {block}"] = (attn, kwargs["cu_seqlens"], kwargs["position_embeddings"], packed)
 
 
 def watch_qkv(qkv: Any, args: tuple[Any, ...], output: Tensor, *, block: int) -> None:
     """Hook on a Qwen block's projection: queries and keys behind RoPE, in the order of the merger's output."""
     seen = _WATCHING.get()
-    if seen is None:
+    noted = None if seen is None else seen.tower_kwargs.pop(f"at {block}", None)
+    if seen is None or noted is None:  # a method in the tower asks for them before the attention
         return
-    attn, bounds, (cos, sin) = seen.tower_kwargs.pop(f"at {block}")
+    attn, bounds, (cos, sin), packed = noted
     p = output.shape[0]
     q, k, _ = output.detach().view(p, 3, attn.num_heads, -1).unbind(1)
-    turn = sys.modules[type(attn).__module__].apply_rotary_pos_emb_vision  # type: ignore[attr-defined]
-    q, k = turn(q, k, cos, sin)
+    q, k = _turn(attn)(q, k, cos, sin)
     window = None
+    if packed is not None:
+        units = packed.windows(bounds)
+        window = None if units is None else units.repeat_interleave(packed.layout.unit)
+        seen.calls[block] = PackedCall(q.transpose(0, 1), k.transpose(0, 1), window, packed)
+        return
     index = seen.tower_kwargs.get("window_index")
     if index is not None:
         lengths = bounds.diff().long()
@@ -351,6 +394,12 @@ def watch_qkv(qkv: Any, args: tuple[Any, ...], output: Tensor, *, block: int) ->
         q, k = q[back], k[back]
         window = None if window is None else window[back]
     seen.calls[block] = PackedCall(q.transpose(0, 1), k.transpose(0, 1), window)
+
+
+def _turn(attn: Any) -> Any:
+    """The rotary function of a Qwen attention module, whose class a method in the tower may have swapped."""
+    modules = (sys.modules[kind.__module__] for kind in type(attn).__mro__)
+    return next(f for m in modules if (f := getattr(m, "apply_rotary_pos_emb_vision", None)) is not None)
 
 
 def watch_projector(projector: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -369,14 +418,14 @@ def _entries(inner: Any, kind: str, seen: Encoded, features: Any, given: dict[st
     vision = seen.vision
     if vision.kind == "packed":
         return _packed(inner, seen)
-    call = None if seen.left is not None else next(iter(seen.calls.values()), None)
+    call = next(iter(seen.calls.values()), None)
     device = features[0].device
     config = inner.config.vision_config
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     side = size // patch
-    if call is not None:
-        patches = call.keys.shape[2] - int(vision.cls)
+    if seen.states or call is not None:
+        patches = (seen.states[0].entry if seen.states else call.keys.shape[2]) - int(vision.cls)  # type: ignore[union-attr]
         side = math.isqrt(patches) if side * side != patches else side
     n = side * side
     if kind == "video" and vision.kind != "shuffled":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
-from vlms import VLMS
+from vlms import IMAGE, VLMS
 
 import tokenreduce as tr
 
 FILMS = [name for name, vlm in VLMS.items() if vlm.video]
+#: Families whose positions may be compact.
+FLAT = [n for n in VLMS if not n.startswith(("qwen", "gemma3")) and n not in ("llava_next_window", "paligemma2")]
 #: name -> (rows of the batch, padded side)
 CASES = {
     "unequal": ((9, "i"), (5, "ii")),
@@ -70,6 +74,27 @@ def dropped_by(trace, inputs):
     visual = (inputs["input_ids"] == 99) | (inputs["input_ids"] == 98)
     assert not (dropped & ~visual.repeat_interleave(len(dropped) // len(visual), 0)).any()
     return dropped
+
+
+def shortened(vlm, inputs, gone):
+    """The same prompts without the dropped placeholders, and the image features that are left, as a user would give
+    them to the unpatched model."""
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool() & ~gone
+    width = int(real.sum(1).max())
+    out = {}
+    for key in ("input_ids", "attention_mask", "token_type_ids"):
+        if key in inputs:
+            out[key] = torch.zeros(len(ids), width, dtype=torch.long)
+            for i, row in enumerate(inputs[key]):
+                left = row[real[i]]
+                out[key][i, width - len(left) :] = left
+    pixels = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
+    with torch.no_grad():
+        features = vlm.model.model.get_image_features(**pixels).pooler_output
+    listed = isinstance(features, list | tuple)
+    flat = (torch.cat(list(features)) if listed else features.flatten(0, -2))[~gone[ids == IMAGE]]
+    out["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=[flat] if listed else flat[None])}
+    return out
 
 
 def close(got, want):

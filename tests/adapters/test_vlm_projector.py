@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import copy
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 from vlms import IMAGE, VIDEO, VLMS, prompts
-from vlms_masked import CASES, FILMS, close, dropped_by, flash, generate, hidden, layers_of
+from vlms_masked import CASES, FILMS, FLAT, close, dropped_by, flash, generate, hidden, layers_of, shortened
 
 import tokenreduce as tr
 from tokenreduce.adapters.vlm_images import runs
 from tokenreduce.projector import Projector
 
 ORIGINAL = tr.DivPrune(keep=0.3, positions="original")
-#: Families whose positions may be compact.
-FLAT = [n for n in VLMS if not n.startswith(("qwen", "gemma3")) and n not in ("llava_next_window", "paligemma2")]
 
 
 @pytest.mark.parametrize(("name", "case"), [(n, c) for n in VLMS for c in CASES if c != "video" or n in FILMS])
@@ -83,27 +80,6 @@ def test_with_the_language_stage(name, case, spec):
             h.__exit__()
     assert torch.equal(sequences, want_sequences)
     close(logits, want)
-
-
-def shortened(vlm, inputs, gone):
-    """The same prompts without the dropped placeholders, and the image features that are left, as a user would give
-    them to the unpatched model."""
-    ids, real = inputs["input_ids"], inputs["attention_mask"].bool() & ~gone
-    width = int(real.sum(1).max())
-    out = {}
-    for key in ("input_ids", "attention_mask", "token_type_ids"):
-        if key in inputs:
-            out[key] = torch.zeros(len(ids), width, dtype=torch.long)
-            for i, row in enumerate(inputs[key]):
-                left = row[real[i]]
-                out[key][i, width - len(left) :] = left
-    pixels = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
-    with torch.no_grad():
-        features = vlm.model.model.get_image_features(**pixels).pooler_output
-    listed = isinstance(features, list | tuple)
-    flat = (torch.cat(list(features)) if listed else features.flatten(0, -2))[~gone[ids == IMAGE]]
-    out["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=[flat] if listed else flat[None])}
-    return out
 
 
 @pytest.mark.parametrize("case", ["unequal", "alone", "two images"])
@@ -370,7 +346,9 @@ class Needy(Seen, needs=("attention",)):
 def test_what_cannot_hold_is_refused():
     vlm = VLMS["llava"]
     inputs = prompts(vlm, CASES["alone"])
-    with pytest.raises(ValueError, match="needs attention of the vision tower, which the CLIPVisionModel .*Methods that fit"):
+    with pytest.raises(
+        ValueError, match=r"needs attention of the vision tower, which the CLIPVisionModel .*Methods that fit"
+    ):
         tr.patch(vlm.model, Needy())
     with pytest.raises(ValueError, match="newlines='rank' is for methods that look at embeddings alone"):
         tr.patch(vlm.model, tr.FasterVLM(keep=4, newlines="rank"))

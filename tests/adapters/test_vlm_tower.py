@@ -373,7 +373,7 @@ def test_features_from_elsewhere():
             want = vlm.model(**inputs, pixel_values=pixels).logits
             mine = vlm.model.model.get_image_features(pixels)
             got = vlm.model(**inputs, mm_encoder_outputs={"image": mine}).logits
-            assert torch.equal(got, want)
+            close(got, want)
             with pytest.raises(ValueError, match="image features of this call were made elsewhere; pass pixel_values"):
                 vlm.model(**inputs, mm_encoder_outputs={"image": strange})
             bare = {"image": SimpleNamespace(pooler_output=strange.pooler_output)}
@@ -406,8 +406,8 @@ def test_row_ends_can_go():
 def test_nothing_stays_on_the_model(case):
     vlm = VLMS["llava_next_video"]
     inputs = prompts(vlm, CASES[case])
+    want = generate(vlm.model, inputs)[1]  # the library puts something on modules at the first call
     before = {n: set(vars(m)) for n, m in vlm.model.named_modules()}
-    want = generate(vlm.model, inputs)[1]
     with tr.patched(vlm.model, tr.FasterVLM(keep=0.5)):
         generate(vlm.model, inputs)
     assert {n: set(vars(m)) for n, m in vlm.model.named_modules()} == before
