@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench test test-slow test-all lint typecheck wheel performance performance-vlm clean
+.PHONY: bench test test-slow test-all test-oldest lint typecheck wheel performance performance-vlm clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -33,6 +33,17 @@ test-slow: $(VENV)/dev.stamp  ## what `make test` leaves out; GPU tests run wher
 	$(PYTEST) -m "slow or gpu"
 
 test-all: test-slow test
+
+OLDEST := .venv-oldest
+$(OLDEST)/stamp: pyproject.toml
+	$(PY) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --upgrade pip
+	$(OLDEST)/bin/python -m pip install -q -e '.[dev]' 'transformers==5.16.0'
+	@touch $@
+
+test-oldest: $(OLDEST)/stamp  ## adapters on the oldest supported transformers, in an environment of its own
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 -m "not slow and not gpu" \
+		tests/adapters tests/test_projector_models.py tests/test_language_invariants.py tests/test_families.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -510,7 +510,8 @@ def _unpatched(numbers: Any, images: int) -> list[bool]:
 def _videos(
     inner: Any, seen: Encoded, side: int, features: Any, given: dict[str, Any], device: Any
 ) -> list[Entry]:
-    videos, frames = given["pixel_values_videos"].shape[:2]
+    pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # as early releases call it
+    videos, frames = pixels.shape[:2]
     n = side * side
     rows: Tensor | None = None
     if hasattr(inner, "vision_resampler"):  # LLaVA-NeXT-Video pools before its projector

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+from transformers.models.idefics3 import modeling_idefics3 as idefics3  # noqa: E402
+from transformers.models.smolvlm import modeling_smolvlm as smolvlm  # noqa: E402
+
 import tokenreduce as tr  # noqa: E402
 from tokenreduce.adapters.encoder import Reduced  # noqa: E402
 from tokenreduce.evidence import Evidence  # noqa: E402
@@ -47,6 +50,10 @@ def _dino(kind: str, **more: Any) -> Any:
     return getattr(transformers, f"{kind}Config")(**SMALL, **IMAGE, **LABELS, **extra, **more)
 
 
+def _internvl(**more: Any) -> nn.Module:
+    return transformers.InternVLVisionModel(transformers.InternVLVisionConfig(**SMALL, **MLP, **IMAGE, **more))
+
+
 #: family -> a function that builds it; keyed by what the tests print
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SMALL, **MLP, **IMAGE)),
@@ -72,9 +79,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         _dino("Dinov2WithRegisters", num_register_tokens=2)
     ),
     "dinov3": lambda: transformers.DINOv3ViTModel(_dino("DINOv3ViT", num_register_tokens=2)),
+    "internvl": lambda: _internvl(),
+    "internvl qk norm": lambda: _internvl(use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False),
+    "idefics3": lambda: idefics3.Idefics3VisionTransformer(idefics3.Idefics3VisionConfig(**SMALL, **MLP, **IMAGE)),
+    "smolvlm": lambda: smolvlm.SmolVLMVisionTransformer(smolvlm.SmolVLMVisionConfig(**SMALL, **MLP, **IMAGE)),
 }
-TOWERS = ("vit", "clip", "siglip", "siglip2", "dinov2", "dinov2 registers", "dinov3")
-PREFIX = {"vit": 1, "clip": 1, "siglip": 0, "siglip2": 0, "dinov2": 1, "dinov2 registers": 3, "dinov3": 3}
+TOWERS = (
+    "vit", "clip", "siglip", "siglip2", "dinov2", "dinov2 registers", "dinov3", "internvl", "internvl qk norm",
+    "idefics3", "smolvlm",
+)  # fmt: skip
+PREFIX = {
+    "vit": 1, "clip": 1, "siglip": 0, "siglip2": 0, "dinov2": 1, "dinov2 registers": 3, "dinov3": 3, "internvl": 1,
+    "internvl qk norm": 1, "idefics3": 0, "smolvlm": 0,
+}  # fmt: skip
 
 
 def prefix_of(name: str) -> int:
@@ -114,6 +131,12 @@ def inputs(name: str, batch: int = 2, seed: int = 1, padded: bool = True) -> dic
 
 def tensors(output: Any) -> dict[str, Tensor]:
     return {k: v for k, v in output.items() if isinstance(v, Tensor)}
+
+
+def feature(output: Any) -> Tensor:
+    """What a tower is for: its pooled image, or its tokens where it pools none."""
+    pooled = output.get("pooler_output")
+    return output.last_hidden_state if pooled is None else pooled
 
 
 def tower_of(model: nn.Module) -> Any:
@@ -189,10 +212,21 @@ class DropMap(Drop, needs=("attention",)):
 # -- the reference: stock layers on all N tokens, merged tokens being copies of each other -----------------------------
 def part(attn: Any, name: str) -> nn.Module:
     """A projection ("query", "key", "value", "output") under the names of all supported releases."""
-    short = {"query": ("q_proj",), "key": ("k_proj",), "value": ("v_proj",), "output": ("o_proj", "out_proj")}[name]
+    short = {
+        "query": ("q_proj",),
+        "key": ("k_proj",),
+        "value": ("v_proj",),
+        "output": ("o_proj", "out_proj", "projection_layer"),
+    }[name]
     core = getattr(attn, "attention", attn) if name != "output" else attn
     found = next((getattr(core, n) for n in short if hasattr(core, n)), None)
     return found or (core.output.dense if name == "output" else getattr(core, name))
+
+
+def projection(attn: Any, name: str) -> Any:
+    """Queries, keys or values of features, normalised where the family does."""
+    norm = getattr(attn, {"query": "q_norm", "key": "k_norm"}.get(name, ""), None)
+    return part(attn, name) if norm is None else nn.Sequential(part(attn, name), norm)
 
 
 def attention_of(layer: Any) -> Any:
@@ -210,7 +244,7 @@ def split(x: Tensor, projection: nn.Module) -> Tensor:
 def attend(layer: Any, x: Tensor, mask: Tensor | None, tables: Any) -> Tensor:
     """A plain attention branch, norm included; ``mask`` is bool or additive."""
     attn, y = attention_of(layer), first_norm(layer)(x)
-    q, k, v = (split(y, part(attn, n)) for n in ("query", "key", "value"))
+    q, k, v = (split(y, projection(attn, n)) for n in ("query", "key", "value"))
     if tables is not None:
         cos, sin = tables
         n = cos.shape[-2]
@@ -224,14 +258,20 @@ def attend(layer: Any, x: Tensor, mask: Tensor | None, tables: Any) -> Tensor:
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     out = part(attn, "output")((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    return layer.layer_scale1(out) if hasattr(layer, "layer_scale1") else out
+    return scaled(layer, 1, out)
+
+
+def scaled(layer: Any, half: int, out: Tensor) -> Tensor:
+    """The output of the attention (1) or MLP half (2) behind its layer scale."""
+    if hasattr(layer, f"lambda_{half}"):
+        return getattr(layer, f"lambda_{half}") * out
+    return getattr(layer, f"layer_scale{half}")(out) if hasattr(layer, "layer_scale1") else out
 
 
 def feed(layer: Any, x: Tensor) -> Tensor:
     """A stock layer's MLP half, residual included (evaluation mode)."""
     norm = next(getattr(layer, n) for n in ("layer_norm2", "layernorm_after", "norm2") if hasattr(layer, n))
-    out = layer.mlp(norm(x))
-    return x + (layer.layer_scale2(out) if hasattr(layer, "layer_scale2") else out)
+    return x + scaled(layer, 2, layer.mlp(norm(x)))
 
 
 class Copies:
@@ -384,7 +424,7 @@ def test_dropping_equals_masking(name: str) -> None:
     there = slice(None) if name != "siglip2" else inputs(name)["pixel_attention_mask"].bool().gather(1, kept)
     torch.testing.assert_close(got.last_hidden_state[there], left[there], rtol=2e-4, atol=2e-4)
     assert trace.tokens == [PREFIX[name] + n for n in (16, 6, 6)]
-    if PREFIX[name]:
+    if PREFIX[name] and "pooler_output" in got:
         close({"pooled": got.pooler_output}, {"pooled": want.pooler_output})
 
 
@@ -456,6 +496,29 @@ def test_siglip2_small_image_beside_a_large_one() -> None:
     torch.testing.assert_close(got.pooler_output[1:], alone.pooler_output, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_padded_tiles(name: str, attention: str) -> None:
+    """Hidden patches are neither keys nor matched, whatever they hold; patches that are there equal copies."""
+    model, given = build(name, attention), inputs(name)
+    given["patch_attention_mask"] = torch.ones(2, 4, 4, dtype=torch.bool)
+    given["patch_attention_mask"][1, :, 3] = False
+    noisy = {**given, "pixel_values": given["pixel_values"].clone()}
+    noisy["pixel_values"][1, :, :, 24:] += 5.0
+    plain, there = copy.deepcopy(model), given["patch_attention_mask"].flatten(1)
+    tr.patch(model, ToMe(r=3))
+    with torch.no_grad(), tr.record(model, flops=False) as trace:
+        got = model(**given).last_hidden_state
+    with torch.no_grad():
+        other = model(**noisy).last_hidden_state
+        want = reference(plain, trace.steps, 0)(**given).last_hidden_state
+    plan = trace.plan
+    torch.testing.assert_close(plan.expand(got)[there], want[there], rtol=2e-4, atol=2e-4)
+    assert torch.equal(plan.expand(got)[there], plan.expand(other)[there])
+    shared = plan.sources().masked_fill(there, -1)[1]
+    assert not torch.isin(shared[shared >= 0], plan.sources()[1][there[1]]).any()
+
+
 def test_vit_attention_mask() -> None:
     """ViT takes a mask over its tokens: masked ones are neither keys nor matched."""
     model, given = build("vit"), inputs("vit")
@@ -499,7 +562,7 @@ def test_evidence_is_what_the_layer_computed(name: str, place: str) -> None:
         evidence = SEEN[i]
         attn, x = attention_of(layer), evidence.x if place == "before" else evidence.before
         with torch.no_grad():
-            keys, values = (split(first_norm(layer)(x), part(attn, n)) for n in ("key", "value"))
+            keys, values = (split(first_norm(layer)(x), projection(attn, n)) for n in ("key", "value"))
         assert torch.equal(evidence.keys, keys)
         assert torch.equal(evidence.values, values)
         assert evidence.prefix == PREFIX[name]
@@ -508,7 +571,7 @@ def test_evidence_is_what_the_layer_computed(name: str, place: str) -> None:
             torch.testing.assert_close(evidence.attention("all"), weights[i], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip", "dinov2 registers", "dinov3"])
+@pytest.mark.parametrize("name", ["vit", "siglip", "dinov2 registers", "dinov3", "internvl qk norm", "idefics3"])
 def test_given_attention_map(name: str) -> None:
     """A method before the layer may hand its reduced map on: the layer then uses it instead of computing one."""
     model, given = build(name, "eager"), inputs(name)
@@ -526,8 +589,7 @@ def test_given_attention_map(name: str) -> None:
             values = part(attn, "value")(first_norm(layers[1])(x))
             heads = [chosen[h] @ values[:, 8 * h : 8 * h + 8] for h in range(4)]
             out = part(attn, "output")(torch.cat(heads, -1))
-            out = layers[1].layer_scale1(out) if hasattr(layers[1], "layer_scale1") else out
-            wanted.append(feed(layers[1], (x + out)[None])[0])
+            wanted.append(feed(layers[1], (x + scaled(layers[1], 1, out))[None])[0])
         tr.patch(model, DropMap())
         outs: list[Tensor] = []
         layers[1].register_forward_hook(lambda m, args, out: outs.append(out))
@@ -705,7 +767,7 @@ def test_gradients_and_checkpointing(name: str) -> None:
         model.zero_grad()
         with tr.record(model, flops=False) as trace:
             torch.manual_seed(0)  # DINOv3 augments its rotary tables in training
-            model(**given).pooler_output.square().sum().backward()
+            feature(model(**given)).square().sum().backward()
         assert len(trace.steps) == 3
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
@@ -754,7 +816,7 @@ def test_threads(name: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip2 classifier", "dinov2 classifier", "dinov3"])
+@pytest.mark.parametrize("name", ["clip", "siglip2 classifier", "dinov2 classifier", "dinov3", "internvl"])
 def test_compile(name: str) -> None:
     model, given = build(name), inputs(name)
     layers_of(model).pop(-1)  # two layers are enough, and compile faster
@@ -771,13 +833,16 @@ def test_half_precision(name: str) -> None:
     model, given = build(name), inputs(name)
     tr.patch(model, ToMe(r=3))
     with torch.no_grad():
-        want = model(**given).pooler_output
+        want = feature(model(**given))
         with torch.autocast("cpu", torch.bfloat16):
-            cast = model(**given).pooler_output
+            cast = feature(model(**given))
         for dtype in (torch.bfloat16, torch.float16):
-            got = model.to(dtype)(**given).pooler_output
+            lower = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+            got = feature(model.to(dtype)(**lower))
             assert got.dtype == dtype
             assert torch.isfinite(got).all()
+    if want.dim() == 3:  # which tokens merge may differ
+        want, cast = want.mean(1), cast.mean(1)
     assert (cast.float() - want).norm() < 0.2 * want.norm()
 
 
@@ -796,16 +861,32 @@ def test_resize_equals_a_smaller_image(name: str) -> None:
     small = torch.nn.functional.interpolate(
         given["pixel_values"], size=(24, 16), mode="bicubic", align_corners=False, antialias=True
     )
-    flag = {} if name.startswith("dino") else {"interpolate_pos_encoding": True}
+    flag = {} if name.startswith(("dino", "internvl", "idefics3", "smolvlm")) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
-        full, want = model(**given).pooler_output, model(pixel_values=small, **flag).pooler_output
+        full, want = feature(model(**given)), feature(model(pixel_values=small, **flag))
         with tr.patched(model, Shrink()), tr.record(model, flops=False) as trace:
-            got = model(**given).pooler_output
+            got = feature(model(**given))
         with tr.patched(model, Shrink(4)):
-            same = model(**given).pooler_output
+            same = feature(model(**given))
     assert torch.equal(got, want)
     assert torch.equal(same, full)
     assert trace.tokens == [PREFIX[name] + 6] * 3
+
+
+def test_masks_of_tiles_are_resized() -> None:
+    """4x4 patches to 3x2: a patch is there when any part of it is."""
+    model, given = build("idefics3"), inputs("idefics3")
+    mask, less = torch.ones(2, 4, 4, dtype=torch.bool), torch.ones(2, 3, 2, dtype=torch.bool)
+    small = torch.nn.functional.interpolate(
+        given["pixel_values"], size=(24, 16), mode="bicubic", align_corners=False, antialias=True
+    )
+    with torch.no_grad():
+        for columns, left in ((4, 2), (3, 2), (2, 1)):
+            mask[1, :, columns:], less[1, :, left:] = False, False
+            want = model(small, less).last_hidden_state
+            with tr.patched(model, Shrink()):
+                assert torch.equal(model(**given, patch_attention_mask=mask).last_hidden_state, want)
+                assert torch.equal(model(given["pixel_values"], mask).last_hidden_state, want)
 
 
 def test_resize_refuses_what_cannot_shrink() -> None:

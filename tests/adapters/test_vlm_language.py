@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from vlms import VLMS, prompts
+from vlms import VLMS, prompts, skip_beams_of_several
 
 import tokenreduce as tr
 from tokenreduce.plan import Identity
@@ -140,6 +140,7 @@ def test_other_families(name, spec):
     "settings", [{"num_beams": 3}, {"cache_implementation": "static"}, {"implementation": "eager"}], ids=str
 )
 def test_beams_caches_and_eager_attention(spec, settings):
+    skip_beams_of_several(settings)
     vlm = VLMS["llava"]
     inputs = prompts(vlm, ROWS["unequal"])
     with tr.patched(vlm.model, spec):
