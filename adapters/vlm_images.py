@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.clip_text import JointSpace, joint_space, question_texts
 from tokenreduce.adapters.generation import Step
-from tokenreduce.adapters.vlm_tower import Encoded
+from tokenreduce.adapters.vlm_seen import Encoded
 from tokenreduce.projector import Projector
 from tokenreduce.sequence import question
 from tokenreduce.visual import Origin, Visual
@@ -210,8 +210,8 @@ def _group(
     return Group(
         r, columns,
         Visual(
-            x[r, columns], own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans, feature=feature,
-            tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
+            x[r, columns], own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans,
+            feature=feature, tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
             text_valid=None if text is None else text[1][r[:, 0]],
         ),
     )  # fmt: skip

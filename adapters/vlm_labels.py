@@ -37,8 +37,8 @@ def reduced_loss(stock: Any, logits: Tensor, labels: Tensor | None, *args: Any, 
     k = cut.index.shape[1]
     if logits.shape[1] != k:
         raise ValueError(
-            f"logits of {logits.shape[1]} columns, labels of {given.shape[1]}, and {k} columns are left after reduction: "
-            f"labels need the logits of all columns, leave logits_to_keep at 0"
+            f"logits of {logits.shape[1]} columns, labels of {given.shape[1]}, and {k} columns are left after "
+            f"reduction: labels need the logits of all columns, leave logits_to_keep at 0"
         )
 
     def left(t: Tensor | None) -> Tensor | None:

@@ -1,18 +1,18 @@
 """The projector stage of image/video language models: fewer visual tokens before the language model.
 
-A method sees one image at a time: a maximal run of placeholder tokens that come from one image is an image (a tile where
-a family writes text between tiles, a frame where it writes timestamps), and its views one by one where it chooses per
-view. Its plan is made from the embeddings at the entry of the language model, and from what the vision tower saw
-(:mod:`tokenreduce.adapters.vlm_tower`), in a pre-hook on that. What the plan leaves is written into columns of the prompt,
-and the others go before layer 0, where the machinery of the language stage (:mod:`tokenreduce.adapters.vlm`) takes over,
-so that masks, windows, prefixes and caches are exact in the same way.
+A method sees one image at a time: a maximal run of placeholder tokens that come from one image is an image (a tile
+where a family writes text between tiles, a frame where it writes timestamps), and its views one by one where it chooses
+per view. Its plan is made from the embeddings at the entry of the language model, and from what the vision tower saw
+(:mod:`tokenreduce.adapters.vlm_tower`), in a pre-hook on that. What the plan leaves is written into columns of the
+prompt, and the others go before layer 0, where the machinery of the language stage (:mod:`tokenreduce.adapters.vlm`)
+takes over, so that masks, windows, prefixes and caches are exact in the same way.
 
 Tokens that a plan only keeps stay bit-identical. What it mixes in the space of the tower's features goes through the
 projector again.
 
 Positions are compact or original (see :class:`~tokenreduce.projector.Projector`). ``generate`` counts the columns that
-it gave us; compact ids are these less what was dropped before them. With compact positions outputs stand in the order of
-the plan, with original ones each at the place of its representative.
+it gave us; compact ids are these less what was dropped before them. With compact positions outputs stand in the order
+of the plan, with original ones each at the place of its representative.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.clip_text import joint_space
-from tokenreduce.adapters.generation import KEYWORD, Run, Step
+from tokenreduce.adapters.generation import KEYWORD, Step
 from tokenreduce.adapters.vlm_images import Group, groups, tokenizer_of
-from tokenreduce.adapters.vlm_tower import ARRIVING, Vision, attach_tower_evidence
+from tokenreduce.adapters.vlm_seen import ARRIVING
+from tokenreduce.adapters.vlm_tower import attach_tower_evidence
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Plan, Prune
 from tokenreduce.projector import Projector, share

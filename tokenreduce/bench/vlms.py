@@ -13,7 +13,7 @@ from torch import nn
 
 from tokenreduce.bench.models import _NETWORK, _first, _library
 
-__all__ = ["DTYPES", "LoadedVlm", "load_vlm", "pick_device"]
+__all__ = ["DTYPES", "LoadedVlm", "is_vlm", "load_vlm", "pick_device"]
 
 DTYPES: dict[str, Any] = {
     "auto": "auto", "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16,
@@ -36,6 +36,20 @@ class LoadedVlm:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+
+def is_vlm(name: str) -> bool:
+    """Whether ``name`` (a Hub id or a folder, ``hf:`` may stand in front) is a model that answers questions about
+    images; False also for what is no transformers model at all."""
+    if not name.startswith("hf:") and not Path(name).is_dir():
+        return False
+    try:
+        transformers = _library("transformers", "hf")
+        source, local = _source(name)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+    except (ImportError, OSError, ValueError):
+        return False
+    return type(config) in transformers.AutoModelForImageTextToText._model_mapping
 
 
 def load_vlm(name: str, device: torch.device | str = "auto", dtype: str = "auto") -> LoadedVlm:

@@ -12,7 +12,9 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="digits-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER.")],
+    model: Annotated[
+        str, typer.Argument(help="digits-vit, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder.")
+    ],
     reduce: Annotated[str | None, typer.Option(help="Methods to try, for example 'tome:r=13'.")] = None,
 ) -> None:
     """Show the sites, tokens and fitting methods of a model; with --reduce also tokens per layer and FLOPs."""
@@ -21,8 +23,17 @@ def command(
     import tokenreduce as tr
     from tokenreduce.bench.columns import compact
     from tokenreduce.bench.models import load_model
+    from tokenreduce.bench.vlms import is_vlm, load_vlm
     from tokenreduce.measure.flops import count_flops, gmacs
 
+    if is_vlm(model):
+        answering = load_vlm(model, "cpu").model
+        if reduce:
+            tr.patch(answering, reduce)
+        console().print(str(tr.describe(answering)), markup=False, soft_wrap=True)
+        if reduce:
+            console().print("  tokens   tokenreduce generate shows them for your image, with time and cache", markup=False)
+        return
     chosen = tr.parse(reduce) if reduce else ()
     loaded = load_model(model)
     out = console()
