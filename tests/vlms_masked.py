@@ -17,7 +17,7 @@ CASES = {
     "unequal": ((9, "i"), (5, "ii")),
     "alone": ((7, "i"),),
     "two images": ((8, "ii"), (6, "ii")),
-    "beams": ((6, "ii"), (9, "i")) if encodes_before() else ((6, "i"), (9, "i")),
+    "beams": ((6, "ii"), (9, "i")) if encodes_before() else ((6, "i"), (9, "")),
     "video": ((5, "v"), (8, "iv")),
 }
 

@@ -46,7 +46,7 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
     n, p = evidence.n, evidence.prefix
     m = unit(metric)
     scores = inner(m[:, ::2], m[:, 1::2])
-    fixed = evidence.fixed()
+    protected = fixed = evidence.fixed()
     if evidence.valid is not None:
         fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid
     if fixed is not None and (p != 1 or evidence.visual is not None or evidence.valid is not None):
@@ -57,7 +57,7 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
         best = best.masked_fill(fixed[:, ::2], float("-inf"))
     order = descending(best)
     source, rest = order[:, :r], order[:, r:]
-    if fixed is not None:
+    if protected is not None:  # not for padding: a sample's order must not depend on what others of its batch lack
         rest = rest.sort(dim=-1).values
     # Protected tokens lead: their even positions stand first in `rest`, their odd ones first among the partners.
     even, odd = (p + 1) // 2, p // 2

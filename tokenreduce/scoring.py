@@ -10,8 +10,8 @@ from torch import Tensor
 from tokenreduce.evidence import Evidence
 
 __all__ = [
-    "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "importance", "inner", "key_metric",
-    "question", "received_attention", "received_by_head", "relevance", "select", "single_head", "unit",
+    "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "importance", "inner",
+    "key_metric", "question", "received_attention", "received_by_head", "relevance", "select", "single_head", "unit",
 ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def finite(scores: Tensor, evidence: Evidence) -> Tensor:
     Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU or break a
     compiled graph) NaN is replaced by the lowest score: no decision is made on it and the model's output stays NaN.
     """
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checked(scores):
         if bool(scores.isnan().any()):
             raise ValueError(
                 f"NaN in the tokens at layer {evidence.layer}: the input or the weights hold NaN or overflow; "
@@ -52,6 +52,16 @@ def finite(scores: Tensor, evidence: Evidence) -> Tensor:
             )
         return scores
     return torch.where(scores.isnan(), float("-inf"), scores)
+
+
+def _checked(values: Tensor) -> bool:
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def clean(x: Tensor, evidence: Evidence) -> Tensor:
+    """Vectors ``x`` (B,N,d) without NaN: as :func:`finite`, but where that cannot raise, NaN becomes 0."""
+    finite(x.sum(-1), evidence)
+    return x if _checked(x) else x.nan_to_num()
 
 
 def descending(scores: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -117,15 +118,34 @@ def _page_rank(evidence: Evidence, temperature: float, iters: int, teleport: flo
 def _sharper(one: Evidence, temperature: float, chunk: int = 256) -> Tensor:
     """(B,N,N) attention map of the only head of ``one`` at ``temperature``; rows of padding are 0."""
     n, device = one.n, one.x.device
-    out = torch.empty(one.batch, n, n, device=device)
+    hot, pieces = _tempered(one, temperature), []
     for start in range(0, n, chunk):
         where = torch.arange(start, min(start + chunk, n), device=device)
-        rows = one.attention(where)[:, 0]
-        if one._attention is not None:
-            if rows.shape[1] != n:
-                raise ValueError(f"aim needs attention of all {n} rows, not {rows.shape[1]}: leave it out or give all")
-            rows = rows[:, where]
-        # Logits are known up to a constant per row, which no softmax sees.
-        rows = (rows.log() / temperature).softmax(-1)
-        out[:, where] = rows if one.valid is None else rows.masked_fill(~one.valid[:, where].unsqueeze(2), 0.0)
+        if hot is not None:
+            rows = hot.attention(where)[:, 0]
+        else:
+            rows = one.attention(where)[:, 0]
+            if one._attention is not None:
+                if rows.shape[1] != n:
+                    raise ValueError(
+                        f"aim needs attention of all {n} rows, not {rows.shape[1]}: leave it out or give all"
+                    )
+                rows = rows[:, where]
+            # Logits are known up to a constant per row, which no softmax sees.
+            rows = (rows.log() / temperature).softmax(-1)
+        pieces.append(rows if one.valid is None else rows.masked_fill(~one.valid[:, where].unsqueeze(2), 0.0))
+    return torch.cat(pieces, 1)
+
+
+def _tempered(one: Evidence, temperature: float) -> Evidence | None:
+    """The same evidence with all logits divided by ``temperature``, which spares their way back from a softmax; None
+    where attention was given, or carries the sizes of merged tokens."""
+    if one._attention is not None or (one.size is not None and one.proportional):
+        return None
+    out = copy.copy(one)
+    out._map, out._scale = None, (one.queries.shape[-1] ** -0.5 if one._scale is None else one._scale) / temperature
+    if one._softcap is not None:
+        out._softcap = one._softcap / temperature
+    if one.mask is not None and one.mask.dtype != torch.bool:
+        out.mask = one.mask / temperature
     return out

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan
 from tokenreduce.projector import Projector, check_clip, kept, share
-from tokenreduce.scoring import finite, inner, relevance, unit
+from tokenreduce.scoring import clean, finite, inner, relevance, unit
 
 __all__ = ["CDPruner"]
 
@@ -62,16 +63,15 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
         return ("text",) if self.clip is None else ("clip",)
 
     def choose(self, evidence: Evidence, keep: int) -> Plan:
-        q, x = self.quality(evidence), unit(evidence.projected.detach())
-        finite(x.sum(-1), evidence)
-        x = x.nan_to_num()
+        q, x = self.quality(evidence), clean(unit(evidence.projected.detach()), evidence)
         view = evidence.view.clamp(min=0)
         places = [w for v in range(int(view.max()) + 1) if len(w := (view == v).nonzero().flatten())]
         sizes = share(keep, [len(w) for w in places])
         chosen = []
         for n, k in dict.fromkeys((len(w), k) for w, k in zip(places, sizes, strict=True) if k):
             where = torch.stack([w for w, mine in zip(places, sizes, strict=True) if (len(w), mine) == (n, k)])
-            index = greedy(x[:, where].flatten(0, 1), q[:, where].flatten(0, 1), k).view(len(x), -1, k)
+            part = (x, q) if n == q.shape[1] else (x[:, where].flatten(0, 1), q[:, where].flatten(0, 1))
+            index = greedy(*part, k).view(len(x), -1, k)
             chosen.append(where.expand(len(x), -1, -1).gather(2, index).flatten(1))
         return kept(torch.cat(chosen, 1), evidence)
 
@@ -94,22 +94,24 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
 def greedy(x: Tensor, q: Tensor, keep: int) -> Tensor:
     """(B,K) greedy maximum a posteriori choice from the kernel of unit vectors ``x`` (B,N,D) scaled by ``q`` (B,N) > 0,
     in order of choice; tokens that add nothing come last, by descending q."""
+    batch, n = q.shape
     kernel = inner(x, x)
-    gain = (x != 0).any(-1) * q * q  # the cosine to itself is 1: its rounding must not decide between equal tokens
+    # The cosine to itself is 1 unless the token is 0: its rounding must not decide between equal tokens.
+    gain = (kernel.diagonal(dim1=1, dim2=2) > 0) * q * q
+    kernel = kernel.mul_(q.unsqueeze(1)).mul_(q.unsqueeze(2)).view(-1, n)
     least, rest = gain * _RANK, -1 / q  # below every gain, and keeps the order of q to all its digits
-    rows = x.new_zeros(x.shape[0], keep, x.shape[1])
-    chosen = []
-    for t in range(keep):
-        best = torch.where(gain > least, gain, rest).argmax(1, keepdim=True)
-        alive, own = gain.gather(1, best), q.gather(1, best)
-        row = kernel.gather(1, best.unsqueeze(-1).expand(-1, -1, x.shape[1])) * (own * q).unsqueeze(1)
-        if t:
-            past = rows[:, :t].gather(2, best.unsqueeze(1).expand(-1, t, -1))
-            row = row - inner(past.transpose(1, 2), rows[:, :t].transpose(1, 2))
-        # A token that adds nothing leaves the others as they are; its square root would be of rounding.
-        scale = torch.where(alive > least.gather(1, best), alive, float("inf")).rsqrt()
-        rows[:, t] = row.squeeze(1) * scale
-        gain = (gain - rows[:, t].square()).scatter(1, best, float("-inf"))
-        rest = rest.scatter(1, best, float("-inf"))
-        chosen.append(best)
+    first = torch.arange(batch, device=q.device) * n
+    rows, chosen = x.new_empty(batch, keep, n), []
+    with torch.autocast(x.device.type, enabled=False):
+        for t in range(keep):
+            alive, best = torch.where(gain > least, gain, rest).max(1, keepdim=True)
+            row = kernel.index_select(0, best[:, 0] + first).unsqueeze(1)
+            if t:
+                past = rows[:, :t].gather(2, best.unsqueeze(1).expand(-1, t, -1))
+                row = row.baddbmm_(past.transpose(1, 2), rows[:, :t], alpha=-1)
+            # A token that adds nothing leaves the others as they are; its square root would be of rounding.
+            new = torch.mul(row[:, 0], threshold(alive, 0.0, float("inf")).rsqrt_(), out=rows[:, t])
+            gain = gain.addcmul_(new, new, value=-1).scatter_(1, best, float("-inf"))
+            rest.scatter_(1, best, float("-inf"))
+            chosen.append(best)
     return torch.cat(chosen, 1)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
+from tokenreduce.greedy import cover
 from tokenreduce.plan import Plan
 from tokenreduce.projector import Projector, kept
-from tokenreduce.scoring import finite, inner, question, unit
+from tokenreduce.scoring import clean, inner, question, unit
 
 __all__ = ["MMTok"]
 
@@ -57,24 +58,13 @@ class MMTok(Projector, name="mmtok", needs=("text",), paper="2508.18264", title=
     def order(self, evidence: Evidence, keep: int | None = None) -> Tensor:
         """(B,K) the tokens that stay, counted behind the prefix, in the order in which they are taken: a prefix is the
         answer for a smaller ``keep``."""
-        # What each candidate would still add to each share; (B,N,N+m), candidates first, so that sums run along memory.
-        left = self._shares(evidence)
-        taken = torch.zeros_like(left[..., 0])
-        chosen = []
-        for _ in range(self.total(left.shape[1]) if keep is None else keep):
-            best = (left.sum(2) + taken).argmax(1, keepdim=True)
-            covered = left.gather(1, best.unsqueeze(-1).expand(-1, -1, left.shape[2]))
-            left.sub_(covered).clamp_(min=0)  # max(0, W - c): for c raised to max(c, W_j) that is max(0, left - left_j)
-            taken.scatter_(1, best, float("-inf"))
-            chosen.append(best)
-        return torch.cat(chosen, 1)
+        shares = self._shares(evidence)
+        return cover(shares, self.total(shares.shape[1]) if keep is None else keep)
 
     def _shares(self, evidence: Evidence) -> Tensor:
         """(B,N,N+m) what candidate j has of the share of visual token or word r."""
-        f = unit(evidence.features.detach()[:, evidence.features.shape[1] - (evidence.n - evidence.prefix) :])
-        v = unit(evidence.projected.detach())
-        finite(f.sum(-1) + v.sum(-1), evidence)
-        f, v = f.nan_to_num(), v.nan_to_num()
+        features = evidence.features.detach()[:, evidence.features.shape[1] - (evidence.n - evidence.prefix) :]
+        f, v = clean(unit(features), evidence), clean(unit(evidence.projected.detach()), evidence)
         seen = (inner(f, f) / self.tau_vv).softmax(1) * (self.alpha / f.shape[1])
         words = question(evidence)
         if words is None:

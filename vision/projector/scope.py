@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
+from tokenreduce.greedy import cover
 from tokenreduce.plan import Plan
 from tokenreduce.projector import Salient, kept
 from tokenreduce.scoring import descending, finite, inner, unit
@@ -71,20 +72,7 @@ class SCOPE(Salient, name="scope", needs=("tower",), paper="2510.24214", title="
             weight = weight * getattr(seen, "patches", seen).heads
         weight = weight**self.alpha
         u = unit(evidence.features[:, evidence.prefix :].detach())
-        u = u.gather(1, listed[..., None].expand_as(u))
-        similar = inner(u, u).clamp_(min=0)
-        gain = finite(similar.sum(2), evidence)
-        covered, left = torch.zeros_like(gain), torch.empty_like(similar)
-        taken = torch.zeros_like(gain, dtype=torch.bool)
-        chosen: list[Tensor] = []
-        for step in range(wanted):
-            if step:
-                gain = torch.sub(similar, covered[:, None], out=left).clamp_(min=0).sum(2)
-            gain = torch.where(gain > n * ROUNDING, gain, 0.0)
-            score = gain * weight if self.combination == "product" else gain + weight
-            best = score.masked_fill(taken, -math.inf).argmax(1, keepdim=True)
-            taken = taken.scatter(1, best, True)
-            row = similar.gather(1, best[..., None].expand(-1, -1, n)).squeeze(1)
-            covered = torch.maximum(covered, row)
-            chosen.append(best)
-        return listed.gather(1, torch.cat(chosen, 1))
+        u = u[torch.arange(len(u), device=u.device)[:, None], listed]
+        similar = finite(inner(u, u), evidence).clamp_(min=0)
+        chosen = cover(similar, wanted, weight, combination=self.combination, least=n * ROUNDING)
+        return listed.gather(1, chosen)

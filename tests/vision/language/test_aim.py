@@ -158,3 +158,24 @@ def test_bad_depth():
         with pytest.raises(ValueError, match=f"layers 0 to {depth - 1}"):
             reducer.acts(0, depth)
     assert [i for i in range(2) if AIM().acts(i, 2)] == [1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap", "scale", "hidden", "added", "sizes", "padding"])
+def test_sharper_logits_are_the_same_by_every_way(kind):
+    """From queries and keys the temperature goes into the logits; from softmax rows it comes back through a log."""
+    g = torch.Generator().manual_seed(7)
+    q, k = torch.randn(2, 1, 9, DIM, generator=g), torch.randn(2, 1, 9, DIM, generator=g)
+    behind = torch.ones(9, 9, dtype=torch.bool).tril()
+    band = (behind & behind.T.roll(2, 1)) | torch.eye(9, dtype=torch.bool)
+    slope = torch.randn(1, 1, 9, 9, generator=g).masked_fill(~behind, torch.finfo(torch.float32).min)
+    settings = {
+        "softcap": dict(softcap=1.5), "scale": dict(scale=0.9), "hidden": dict(mask=band[None, None]),
+        "added": dict(mask=slope, softcap=2.0), "sizes": dict(size=torch.randint(1, 5, (2, 9), generator=g)),
+        "padding": dict(valid=torch.arange(9) >= torch.tensor([[0], [3]])),
+    }.get(kind, {})  # fmt: skip
+    one = tr.Evidence(torch.randn(2, 9, 4, generator=g), k, q, causal="mask" not in settings, **settings)
+    rows = one.attention("all").double()
+    want = (rows.log() / 0.3).softmax(-1)[:, 0]
+    if one.valid is not None:
+        want = want.masked_fill(~one.valid.unsqueeze(2), 0.0)
+    torch.testing.assert_close(_sharper(one, 0.3, 4).double(), want, rtol=1e-4, atol=1e-6)
