@@ -87,3 +87,39 @@ def _siglip2():
 
 
 FAMILIES["transformers siglip2, padded"] = _siglip2
+
+
+def _internvl():
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    config = InternVLVisionConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=48, patch_size=8,
+        use_qk_norm=True,
+    )  # fmt: skip
+    return InternVLVisionModel(config), {"pixel_values": pixels()}
+
+
+def _idefics3(kind: str = "Idefics3", padded: bool = False):
+    """Two tiles; where ``padded``, the second has 6x4 of 6x6 patches."""
+
+    def build():
+        import importlib
+
+        module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+        config = getattr(module, f"{kind}VisionConfig")(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=48,
+            patch_size=8,
+        )  # fmt: skip
+        inputs = {"pixel_values": pixels()}
+        if padded:
+            inputs["patch_attention_mask"] = torch.ones(2, 6, 6, dtype=torch.bool)
+            inputs["patch_attention_mask"][1, :, 4:] = False
+        return getattr(module, f"{kind}VisionTransformer")(config), inputs
+
+    return build
+
+
+FAMILIES["transformers internvl"] = _internvl
+FAMILIES["transformers idefics3"] = _idefics3()
+FAMILIES["transformers idefics3, padded"] = _idefics3(padded=True)
+FAMILIES["transformers smolvlm"] = _idefics3("SmolVLM")
