@@ -16,7 +16,7 @@ from vlms import IMAGE, VLMS, prompts
 
 import tokenreduce as tr
 from tokenreduce.bench.vlms import LoadedVlm, load_vlm
-from tokenreduce.measure.generation import _patches_left, compare, follow
+from tokenreduce.measure.generation import compare, follow, patches_left
 from tokenreduce.measure.kept import Place, draw_kept, places
 from tokenreduce.measure.question import Question, ask
 from tokenreduce.plan import Merge, Prune
@@ -184,8 +184,8 @@ def test_encoder_steps_count_the_patches_that_are_left(loaded: dict[str, LoadedV
     vlm = loaded["llava"]
     question = ask(vlm.processor, [photo(), photo(seed=1)], "what?")
     steps = [Step("encoder", 0, 41), Step("encoder", 1, 33), Step("projector", 0, 20)]
-    assert _patches_left(vlm.model, question, 128, steps) == 2 * 32  # the class token is no patch
-    assert _patches_left(vlm.model, question, 128, steps[2:]) == 128
+    assert patches_left(vlm.model, question, 128, steps) == 2 * 32  # the class token is no patch
+    assert patches_left(vlm.model, question, 128, steps[2:]) == 128
 
 
 # -- following columns -------------------------------------------------------------------------------------------------
@@ -278,9 +278,23 @@ def test_the_crop_that_the_model_saw(loaded: dict[str, LoadedVlm]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-def test_tiled_images_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot tell where the 14 visual tokens .*\(100x80;.*LLaVA-1\.5, Qwen-VL"):
-        places(VLMS[name].model, Resizing, given(name))
+def test_tiled_images_are_an_overview_and_all_crops_together(name: str) -> None:
+    """Two crops side by side: an overview of 2x2, then two rows of four tokens with a row end each."""
+    question = given(name)
+    overview, crops = places(VLMS[name].model, Resizing, question)
+    columns = (question.inputs["input_ids"][0] == IMAGE).nonzero().flatten()
+    assert (overview.grid, crops.grid) == ((2, 2), (2, 4))
+    assert torch.equal(overview.columns, columns[:4])
+    assert torch.equal(crops.columns, columns[[4, 5, 6, 7, 9, 10, 11, 12]])
+    assert tr.describe(VLMS[name].model).active == ()
+
+
+@pytest.mark.parametrize("name", ["internvl"])
+def test_tiles_without_places_are_refused(name: str) -> None:
+    question = given(name)
+    question.inputs["pixel_values"] = torch.cat([question.inputs["pixel_values"]] * 2)
+    with pytest.raises(ValueError, match=r"cannot tell where the 16 visual tokens .*LLaVA-1\.5, Qwen-VL"):
+        places(VLMS[name].model, Resizing, question)
 
 
 def test_the_picture_dims_what_is_gone(loaded: dict[str, LoadedVlm]) -> None:

@@ -18,7 +18,10 @@ from tokenreduce.patching import describe, patched, reducers_of
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import Step, record
 
-__all__ = ["Comparison", "Side", "Site", "cache_bytes", "compare", "follow", "visual_columns"]
+__all__ = [
+    "Comparison", "Side", "Site", "cache_bytes", "compare", "follow", "layers_of", "patches_left", "patches_of",
+    "visual_columns",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,13 +182,13 @@ def compare(
             first[name].append(clock.first)
             total[name].append((clock.total - clock.first) / max(max_new_tokens - 1, 1))
     steps = tuple(trace.steps)
-    sites, layers = _visual_tokens(steps, visual, depth)
-    patches = _patches(model, question)
+    sites, layers = layers_of(steps, visual, depth)
+    patches = patches_of(model, question)
     sides = {
         name: Side(
             processor.batch_decode([list(answers[name])], skip_special_tokens=True)[0].strip(),
             answers[name],
-            patches if name == "stock" else _patches_left(model, question, patches, steps),
+            patches if name == "stock" else patches_left(model, question, patches, steps),
             layers if name == "reduced" else (int(visual.sum()),) * depth,
             Timing(name, tuple(first[name])),
             Timing(name, tuple(total[name])) if max_new_tokens > 1 else None,
@@ -248,7 +251,7 @@ def _moved(step: Step, n: int) -> Tensor:
     return moved
 
 
-def _visual_tokens(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[Site, ...], tuple[int, ...]]:
+def layers_of(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[Site, ...], tuple[int, ...]]:
     """What every site left of the visual tokens, and how many every layer of the language model sees."""
     now, text = int(visual.sum()), int((~visual).sum())
     inside = "+".join(dict.fromkeys(s.method for s in steps if s.stage == "encoder" and s.method))
@@ -282,7 +285,8 @@ def _views(question: Question) -> Tensor | None:
     return views[(views != 0).flatten(1).any(1)]
 
 
-def _patches(model: Any, question: Question) -> int | None:
+def patches_of(model: Any, question: Question) -> int | None:
+    """Patches of all images and crops of ``question``, None where they cannot be told."""
     grids = question.inputs.get("image_grid_thw")
     if isinstance(grids, Tensor):
         return int(grids.prod(1).sum())
@@ -293,9 +297,14 @@ def _patches(model: Any, question: Question) -> int | None:
     return len(views) * (views.shape[-2] // high) * (views.shape[-1] // wide)
 
 
-def _patches_left(model: Any, question: Question, patches: int | None, steps: Sequence[Step]) -> int | None:
+def patches_left(model: Any, question: Question, patches: int | None, steps: Sequence[Step]) -> int | None:
+    """Those of ``patches`` that are left, after the ``steps`` of a trace, where the projector reads the encoder."""
+    found = describe(model)
+    vision = None if found.language is None else found.language.vision
     inside = [s for s in steps if s.stage == "encoder"]
-    views, towers = _views(question), describe(model).towers
+    if vision is not None:  # the blocks behind may run, but nobody reads them
+        inside = [s for s in inside if s.layer <= vision.feature]
+    views, towers = _views(question), found.towers
     if not inside:
         return patches
     return None if views is None or len(towers) != 1 else len(views) * (inside[-1].tokens - towers[0].prefix)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenreduce.measure.generation import Comparison, follow, visual_columns
 from tokenreduce.measure.question import Question
+from tokenreduce.patching import patched
 from tokenreduce.picture import PAPER, draw_regions, view
 
 __all__ = ["Place", "draw_kept", "places"]
@@ -29,11 +30,14 @@ class Place:
 
 
 def places(model: nn.Module, processor: Any, question: Question) -> list[Place]:
-    """Where the visual tokens of every image lie, for models that make one full grid of tokens of an image.
+    """Where the visual tokens of every image lie: on one full grid, or, where images are cut into crops, on that of an
+    overview and on that of all crops together, one after the other.
 
-    Raises ``ValueError`` for others: where images are cut into crops, their tokens lie in several grids.
+    Raises ``ValueError`` where neither can be told.
     """
     columns = visual_columns(model, question).nonzero().flatten()
+    if hasattr(_inner(model), "pack_image_features"):
+        return _tiles(model, question, columns)
     found = _merged_grids(model, question) or _square_grids(question, len(columns))
     counts = [prefix + rows * cols for prefix, rows, cols in found]
     if not found or sum(counts) != len(columns):
@@ -47,6 +51,34 @@ def places(model: nn.Module, processor: Any, question: Question) -> list[Place]:
     out = []
     for image, (prefix, rows, cols), mine in zip(question.images, found, columns.split(counts), strict=True):
         out.append(Place(mine[prefix:], (rows, cols), _seen(processor, question, image, (rows, cols))))
+    return out
+
+
+def _inner(model: Any) -> Any:
+    return getattr(model, "model", model)
+
+
+def _tiles(model: Any, question: Question, columns: Tensor) -> list[Place]:
+    """Overview and crops of every image, from the model's own packing of its features."""
+    from tokenreduce.adapters.vlm_encoder import Everything
+    from tokenreduce.adapters.vlm_seen import encoded_in
+
+    names = ("pixel_values", "image_sizes", "batch_num_images")
+    given = {k: v for k, v in question.inputs.items() if k in names}
+    with torch.no_grad(), patched(model, Everything()):
+        seen = encoded_in(_inner(model).get_image_features(**given, return_dict=True))
+    assert seen is not None
+    out = []
+    for image, entry, mine in zip(
+        question.images, seen.entries, columns.split([e.origin.n for e in seen.entries]), strict=True
+    ):
+        origin = entry.origin
+        for part in (origin.view == 0, origin.view > 0):
+            if not bool(part.any()):
+                continue
+            place = origin.place[part].cpu()
+            rows, cols = place[:, 0].unique(), place[:, 1].unique()  # what is padding is cut off on both sides
+            out.append(Place(mine[part.cpu()], (len(rows), len(cols)), image))
     return out
 
 

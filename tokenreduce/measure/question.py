@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["Question", "ask"]
+__all__ = ["Question", "ask", "prompt_text"]
 
 #: Processors of models that were trained on another form than images, line break, prompt.
 FORMS = {
@@ -46,7 +46,7 @@ def ask(processor: Any, images: Sequence[Image.Image], prompt: str) -> Question:
     if not images:
         raise ValueError("no image is given; give at least one")
     pictures = tuple(image.convert("RGB") for image in images)
-    text = _text(processor, len(pictures), prompt)
+    text = prompt_text(processor, len(pictures), prompt)
     settings: dict[str, Any] = {}
     bos = getattr(processor.tokenizer, "bos_token", None)
     if bos and text.startswith(bos):  # else it would be there twice
@@ -59,7 +59,8 @@ def ask(processor: Any, images: Sequence[Image.Image], prompt: str) -> Question:
     return Question(prompt, pictures, text, made)
 
 
-def _text(processor: Any, count: int, prompt: str) -> str:
+def prompt_text(processor: Any, count: int, prompt: str) -> str:
+    """What the tokenizer gets for ``prompt`` with ``count`` images; see :func:`ask`."""
     token = getattr(processor, "image_token", None)
     if token and token in prompt:
         if prompt.count(token) != count:
