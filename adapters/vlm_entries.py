@@ -116,7 +116,7 @@ def _unpatched(numbers: Any, images: int) -> list[bool]:
 
 
 def _videos(inner: Any, seen: Encoded, side: int, features: Any, given: dict[str, Any], device: Any) -> list[Entry]:
-    pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # as early releases call it
+    pixels: Any = given.get("pixel_values_videos", given.get("pixel_values"))  # as early releases call it
     videos, frames = pixels.shape[:2]
     n = side * side
     rows: Tensor | None = None

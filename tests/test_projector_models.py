@@ -50,7 +50,7 @@ def test_a_padded_batch_generates_what_its_rows_do(name, family):
     model = model_for(family, name)
     inputs = prompts(VLMS[family], ((9, "i"), (5, "i")))
     with tr.patched(model, method(name, 0.4)):
-        sequences, logits, trace = generate(model, inputs)
+        sequences, logits, _ = generate(model, inputs)
         beams = generate(model, inputs, num_beams=2)[0]
         for b in range(2):
             got = generate(model, alone(inputs, b))

@@ -88,7 +88,7 @@ class Projector(Reducer, stage="projector"):
         """The same method with a count: what one view of an image keeps of the image's budget."""
         return self if self.keep == keep and isinstance(self.keep, int) else replace(self, keep=keep)
 
-    # -- plans -----------------------------------------------------------------------------------------------------------
+    # -- plans -------------------------------------------------------------------------------------------------------
     def plan(self, evidence: Evidence) -> Plan:
         """The plan on one view. Tokens that must stay (a mask), and samples of unequal length, are taken out first."""
         fixed = evidence.fixed() if evidence._masks() else None
@@ -109,7 +109,9 @@ class Projector(Reducer, stage="projector"):
                 continue
             plan = self.plan(evidence.tokens_at(b, where))
             if not bool(plan.untouched().all()):
-                raise ValueError(f"{self.name} merges: give it samples of one length, without a mask of protected tokens")
+                raise ValueError(
+                    f"{self.name} merges: give it samples of one length, without a mask of protected tokens"
+                )
             stay[b, where] = plan.sources()[0] >= 0
         return Identity.like(evidence.x) if bool(stay.all()) else Prune.from_mask(stay)
 

@@ -4,8 +4,9 @@ Methods are looked for in ``tokenreduce.vision.<stage>`` and ``tokenreduce.video
 entry points of group ``tokenreduce.methods`` (modules), and in the files and folders that the environment variable
 ``TOKENREDUCE_PLUGINS`` lists (separated like ``PATH``).
 
-Baselines exist at several stages under one name: ``random`` inside an encoder is another class than ``random`` before a
-language model. Their full names are ``random`` and ``random@projector``; where a stage is known the short one is enough.
+Baselines exist at several stages under one name: ``random`` inside an encoder is another class than ``random`` before
+a language model. Their full names are ``random`` and ``random@projector``; where a stage is known the short one is
+enough.
 """
 
 from __future__ import annotations

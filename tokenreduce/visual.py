@@ -115,7 +115,12 @@ class Origin:
             corner = torch.tensor(divmod(view - 1, self.crops[1]), device=place.device)
             place = place - corner * torch.tensor(self.shape, device=place.device)
         return where, Origin(
-            mine.index - view * self.patches, mine.weight, self.patches, torch.zeros_like(mine.view), place, self.shape,
+            mine.index - view * self.patches,
+            mine.weight,
+            self.patches,
+            torch.zeros_like(mine.view),
+            place,
+            self.shape,
             count=1,
         )
 
@@ -147,7 +152,9 @@ class Mapped(Evidence):
     tower. ``own`` (B,1,C) are class-token features; tokens then are the class token and the N visual ones.
     """
 
-    def __init__(self, patches: Evidence, origin: Origin, x: Tensor, *, prefix: int = 0, plan: Plan | None = None) -> None:
+    def __init__(
+        self, patches: Evidence, origin: Origin, x: Tensor, *, prefix: int = 0, plan: Plan | None = None
+    ) -> None:
         super().__init__(
             x, protected=prefix, cls=patches.cls, rope=patches.rope, scale=patches._scale, layer=patches.layer,
             depth=patches.depth,

@@ -79,5 +79,9 @@ def test_training_moves_what_is_left():
 def test_logits_of_some_columns_are_refused():
     vlm = VLMS["llava"]
     inputs = prompts(vlm, ((9, "i"), (6, "i")))
-    with torch.no_grad(), tr.patched(vlm.model, "divprune:keep=4"), pytest.raises(ValueError, match="logits_to_keep at 0"):
+    with (
+        torch.no_grad(),
+        tr.patched(vlm.model, "divprune:keep=4"),
+        pytest.raises(ValueError, match="logits_to_keep at 0"),
+    ):
         vlm.model(**inputs, labels=labelled(inputs), logits_to_keep=2)

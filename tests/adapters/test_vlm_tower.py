@@ -91,7 +91,9 @@ def test_tokens_are_those_of_the_prompt(name, kinds):
 
 
 @pytest.mark.parametrize("kinds", ["i", "ii", "v"])
-@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "paligemma"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "paligemma"]
+)
 def test_features_are_what_the_projector_makes_the_tokens_of(name, kinds):
     vlm = VLMS[name]
     if "v" in kinds and not vlm.video:
@@ -128,7 +130,9 @@ def maps(name, inputs, block):
     return torch.cat(attention)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "video_llava", "internvl", "idefics3", "paligemma", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_next", "llava_onevision", "video_llava", "internvl", "idefics3", "paligemma", "gemma3"]
+)
 def test_scores_are_those_of_the_tower_at_the_places_of_its_patches(name):
     """Against eager maps of the unpatched model, and the family's places worked out by hand."""
     vlm = VLMS[name]
@@ -260,7 +264,10 @@ def by_hand(name, inputs, write):
         real = inputs["attention_mask"][b].bool()
         front = x[b, : at[0]][real[: at[0]]]
         rows.append(torch.cat([front, write(b, x[b, at]), x[b, at[-1] + 1 :]]))
-    return [model.lm_head(model.model.get_submodule(VLMS[name].text)(inputs_embeds=r[None]).last_hidden_state)[0] for r in rows]
+    return [
+        model.lm_head(model.model.get_submodule(VLMS[name].text)(inputs_embeds=r[None]).last_hidden_state)[0]
+        for r in rows
+    ]
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "video_llava", "paligemma"])

@@ -263,6 +263,8 @@ def test_train_stops_continues_and_exports(tmp_path: Path, monkeypatch: pytest.M
 def test_train_errors(tmp_path: Path) -> None:
     fails(call("train", "resnet"), "cannot train 'resnet'", "digits-vit")
     fails(call("train", "digits-vit", "--minutes", "0"), "--minutes")
+    fails(call("train", "digits-vit", "--compile"), "--compile is not for digits-vit")
+    fails(call("train", "world-vit", "--encoder", tmp_path), "--encoder is not for world-vit")
     (tmp_path / "file").write_text("")
     fails(call("train", "digits-vit", "--out", tmp_path / "file" / "x"), "cannot write", "--out")
 

@@ -32,7 +32,9 @@ def command(
             tr.patch(answering, reduce)
         console().print(str(tr.describe(answering)), markup=False, soft_wrap=True)
         if reduce:
-            console().print("  tokens   tokenreduce generate shows them for your image, with time and cache", markup=False)
+            console().print(
+                "  tokens   tokenreduce generate shows them for your image, with time and cache", markup=False
+            )
         return
     chosen = tr.parse(reduce) if reduce else ()
     loaded = load_model(model)

@@ -13,13 +13,20 @@ __all__ = ["command"]
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="The model to train: digits-vit.")],
+    name: Annotated[str, typer.Argument(help="The model to train: digits-vit, world-vit or world-llava.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for checkpoint and weights; runs/train-NAME.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     minutes: Annotated[
         float | None, typer.Option(help="Stop after this many minutes in total; run again to go on.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that make training data (world-*); default 1.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile (world-*); needs a C++ compiler on CPU.")
+    ] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Folder of an exported world-vit (world-llava); default is the embedded one.")
     ] = None,
     export: Annotated[
         bool, typer.Option("--export", help="Write weights and card into --out when training has ended.")
@@ -37,14 +44,29 @@ def command(
 
     from tokenreduce import zoo
 
-    trainable = {"digits-vit": "tokenreduce.zoo.digits"}
+    trainable = {
+        "digits-vit": "tokenreduce.zoo.digits",
+        "world-vit": "tokenreduce.zoo.world_vit",
+        "world-llava": "tokenreduce.zoo.world_llava",
+    }
     if name not in trainable:
         raise ValueError(f"cannot train {name!r}; trainable models: {', '.join(trainable)}")
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes is a positive number, not {minutes:g}")
     import importlib
 
+    from tokenreduce.zoo.training import progress as saved
+
+    more: dict[str, Any] = {"workers": workers, "compiled": compiled or None, "encoder": encoder}
+    more = {k: v for k, v in more.items() if v is not None}
+    for option in more:
+        if name == "digits-vit" or (option == "encoder" and name != "world-llava"):
+            raise ValueError(f"--{'compile' if option == 'compiled' else option} is not for {name}")
+    again_with = {**more, "compile": more.get("compiled", False)}
+    again_with.pop("compiled", None)
     module = importlib.import_module(trainable[name])
+    if name == "world-llava":
+        more["encoder"] = (zoo.load("world-vit") if encoder is None else zoo.load("world-vit", folder=encoder)).model
     folder = out or Path("runs") / f"train-{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +75,11 @@ def command(
             f"cannot write to {folder}: {error.strerror or error}; choose another folder with --out"
         ) from error
     screen = console()
-    steps = module.SCHEDULE.steps
+    stages = getattr(module, "STAGES", None)
+    steps = module.SCHEDULE.steps if stages is None else sum(s.schedule.steps for s in stages)
     last: dict[str, Any] = {}
-    if (folder / "checkpoint.pt").exists():
-        screen.print(f"continuing from {folder / 'checkpoint.pt'}", markup=False)
+    if found := sorted(folder.glob("checkpoint*.pt")):
+        screen.print(f"continuing from {found[-1]}", markup=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -77,7 +100,7 @@ def command(
             )
 
         try:
-            model = module.train(folder, device=device, stop_after=minutes, report=report)
+            model = module.train(folder, device=device, stop_after=minutes, report=report, **more)
         except KeyboardInterrupt:
             progress.stop()
             screen.print("stopped; the same command continues at the last checkpoint")
@@ -88,13 +111,12 @@ def command(
     if not ended:
         screen.print(f"stopped at step {last['step']} of {steps}; the same command with more --minutes continues")
     if export:
-        import torch
-
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        done, spent = saved(folder)
+        given = {"device": device, "minutes": minutes, **again_with}
         card = {
-            "command": again(["train", name], {"device": device, "minutes": minutes}, {"device": "cpu"}),
-            "steps": state["step"],
-            "minutes": round(state["minutes"], 1),
+            "command": again(["train", name], given, {"device": "cpu", "compile": False}),
+            "steps": done,
+            "minutes": round(spent, 1),
         }
         facts = zoo.export(model.cpu(), name, card, folder=folder)
         screen.print(f"wrote {folder / name}.safetensors, accuracy {100 * facts['accuracy']:.2f} %", markup=False)

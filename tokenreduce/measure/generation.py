@@ -298,13 +298,9 @@ def patches_of(model: Any, question: Question) -> int | None:
 
 
 def patches_left(model: Any, question: Question, patches: int | None, steps: Sequence[Step]) -> int | None:
-    """Those of ``patches`` that are left, after the ``steps`` of a trace, where the projector reads the encoder."""
-    found = describe(model)
-    vision = None if found.language is None else found.language.vision
+    """Those of ``patches`` that leave the vision encoder after the ``steps`` of a trace."""
     inside = [s for s in steps if s.stage == "encoder"]
-    if vision is not None:  # the blocks behind may run, but nobody reads them
-        inside = [s for s in inside if s.layer <= vision.feature]
-    views, towers = _views(question), found.towers
+    views, towers = _views(question), describe(model).towers
     if not inside:
         return patches
     return None if views is None or len(towers) != 1 else len(views) * (inside[-1].tokens - towers[0].prefix)

@@ -18,36 +18,68 @@ from torch import nn
 
 from tokenreduce.zoo import weights
 
-__all__ = ["ZooModel", "export", "load", "names"]
+__all__ = ["ZooModel", "evaluate", "export", "load", "names"]
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A trained model: ``model`` (eval), ``transform`` (PIL image to tensor), class ``labels`` and its ``card``."""
+    """A trained model: ``model`` (eval), ``transform`` (PIL image to tensor), class ``labels`` and its ``card``.
+
+    Language models have a ``processor`` with a ``tokenizer`` (transformers), and answer with a word instead of a class.
+    """
 
     model: nn.Module
     transform: Callable[[Image.Image], torch.Tensor]
     labels: tuple[str, ...]
     card: dict[str, Any] = field(repr=False)
+    processor: Any = field(default=None, repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer, None without a processor."""
+        return getattr(self.processor, "tokenizer", None)
 
 
 @dataclass(frozen=True)
 class _Entry:
     build: Callable[[], nn.Module]
-    accuracy: Callable[[nn.Module], float]
+    facts: Callable[[nn.Module], dict[str, Any]]
     transform: Callable[[], Callable[[Image.Image], torch.Tensor]]
     labels: tuple[str, ...]
     extra: str
+    processor: Callable[[], Any] = lambda: None
 
 
 def _digits() -> _Entry:
     from tokenreduce.zoo import digits
     from tokenreduce.zoo.photo import DigitTransform
 
-    return _Entry(digits.build, digits.accuracy, DigitTransform, tuple("0123456789"), "bench")
+    def facts(model: nn.Module) -> dict[str, Any]:
+        return {"accuracy": digits.accuracy(model)}
+
+    return _Entry(digits.build, facts, DigitTransform, tuple("0123456789"), "bench")
 
 
-_ENTRIES: dict[str, Callable[[], _Entry]] = {"digits-vit": _digits}
+def _world_vit() -> _Entry:
+    from tokenreduce.zoo import world_vit
+
+    return _Entry(world_vit.build, world_vit.facts, world_vit.WorldTransform, world_vit.LABELS, "timm")
+
+
+def _world_llava() -> _Entry:
+    from tokenreduce.zoo import world_llava, world_vit, world_words
+
+    return _Entry(
+        world_llava.build, world_llava.facts, world_vit.WorldTransform, tuple(world_words.IDS), "hf",
+        world_words.processor,
+    )  # fmt: skip
+
+
+_ENTRIES: dict[str, Callable[[], _Entry]] = {
+    "digits-vit": _digits,
+    "world-vit": _world_vit,
+    "world-llava": _world_llava,
+}
 
 
 def names() -> list[str]:
@@ -75,22 +107,34 @@ def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weight
     ``ImportError`` naming the extra when its library is missing.
     """
     entry = _entry(name)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the initial weights are thrown away: leave the user's random numbers alone
+    if not (folder / f"{name}.json").exists():
+        raise OSError(
+            f"there are no weights of {name} in {folder} (there: {', '.join(weights.stored(folder)) or 'none'}); make "
+            f"them with: tokenreduce train {name} --export --out DIR, and load them with "
+            f"tr.zoo.load({name!r}, folder=Path(DIR))"
+        )
+    # The initial weights are thrown away: leave the user's random numbers alone.
+    with torch.random.fork_rng(devices=[]):
         model = _build(name, entry)
     card = weights.load(model, name, folder)
-    return ZooModel(model.eval().to(device), entry.transform(), entry.labels, card)
+    return ZooModel(model.eval().to(device), entry.transform(), entry.labels, card, entry.processor())
+
+
+def evaluate(vlm: Any, *reducers: Any, split: str = "test", seed: int = 0, questions: int = 400, **more: Any) -> dict:
+    """Accuracy of ``world-llava`` with ``reducers`` by question type; see :func:`.evaluation.evaluate`."""
+    from tokenreduce.zoo.evaluation import evaluate as run
+
+    return run(vlm, *reducers, split=split, seed=seed, questions=questions, **more)
 
 
 def export(model: nn.Module, name: str, card: Mapping[str, Any], *, folder: Path = weights.FOLDER) -> dict[str, Any]:
     """Write a trained ``model`` as the embedded weights of ``name`` and return the complete card.
 
-    The weights are rounded to fp16; ``accuracy`` in the card is measured after rounding, on held-out data. ``card``
+    The weights are rounded to fp16; the accuracies in the card are measured after rounding, on held-out data. ``card``
     holds what training knows (steps, minutes, command). Raises ``ValueError`` for an unknown name.
     """
     entry = _entry(name)
     rounded = copy.deepcopy(model).half().float()
-    facts = {**card, "accuracy": entry.accuracy(rounded)}
+    facts = {**card, **entry.facts(rounded)}
     weights.save(rounded, name, facts, folder)
     return weights.read_card(name, folder)

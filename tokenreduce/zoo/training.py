@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["Schedule", "fit"]
+__all__ = ["Schedule", "fit", "progress"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Hyper-parameters of one run. ``steps`` optimiser steps; ``lr`` is the peak learning rate."""
+    """Hyper-parameters of one run. ``steps`` optimiser steps; ``lr`` is the peak learning rate, of which the share
+    ``final`` is left at the end."""
 
     steps: int
     batch: int = 64
@@ -30,13 +31,21 @@ class Schedule:
     weight_decay: float = 0.05
     clip: float = 1.0
     seed: int = 0
+    final: float = 0.0
 
     def rate(self, step: int) -> float:
-        """Learning rate at ``step``: linear warm-up, then cosine to zero."""
+        """Learning rate at ``step``: linear warm-up, then cosine to ``final * lr``."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * self.lr * (1 + math.cos(math.pi * min(1.0, done)))
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.lr * (self.final + (1 - self.final) * left)
+
+
+def progress(folder: Path) -> tuple[int, float]:
+    """Steps and minutes that the checkpoints in ``folder`` (one per stage) hold, (0, 0.0) when there are none."""
+    states = [torch.load(f, map_location="cpu", weights_only=True) for f in folder.glob("checkpoint*.pt")]
+    return sum(s["step"] for s in states), sum(s["minutes"] for s in states)
 
 
 def fit(

@@ -1,0 +1,68 @@
+"""Clips as inputs of a plain ``LlavaForConditionalGeneration``: frames encoded as pictures and pooled to 49 tokens.
+
+LLaVA has no videos; what it has is the argument ``mm_encoder_outputs``, features made before the call, which
+``forward`` and ``generate`` take instead of pixels. A prompt reads "frame <image> frame <image> ... question".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenreduce.zoo.world_words import processor as make_processor
+
+__all__ = ["video_inputs"]
+
+
+@torch.no_grad()
+def video_inputs(
+    model: Any, clips: Sequence[np.ndarray], texts: Sequence[str], *, processor: Any = None
+) -> dict[str, Any]:
+    """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``: one question about each clip.
+
+    ``clips`` are (T,112,112,3) uint8 frames (also as RGB of another size), ``texts`` the questions without
+    placeholders; shorter prompts are padded on the left. Make the inputs under the patch that is to act: a patched
+    model's features carry what its methods look at. Raises ``ValueError`` for clips and texts of different number or
+    a clip that is not (T,H,W,3).
+    """
+    from PIL import Image
+
+    from tokenreduce.zoo.world_llava import pool
+
+    if len(clips) != len(texts) or not len(clips):
+        raise ValueError(f"one question per clip: {len(clips)} clips and {len(texts)} questions")
+    for clip in clips:
+        if clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
+            raise ValueError(f"a clip is (T,H,W,3) with at least one frame, not {tuple(clip.shape)}")
+    reading = processor or make_processor()
+    frames = [Image.fromarray(np.asarray(f)) for clip in clips for f in clip]
+    pixel_values = reading.image_processor(images=frames, return_tensors="pt")["pixel_values"]
+    seen = model.model.get_image_features(
+        pixel_values=pixel_values.to(model.device, model.dtype),
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        return_dict=True,
+    )
+    features = pool(torch.stack(list(seen.pooler_output)))
+    seen.pooler_output = list(features)
+    _retell(seen, features)
+    one = "frame " + "<image>" * features.shape[1]
+    prompts = [" ".join([one] * len(clip)) + f" {text}" for clip, text in zip(clips, texts, strict=True)]
+    words = reading.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = {k: words[k].to(model.device) for k in ("input_ids", "attention_mask")}
+    return {**inputs, "mm_encoder_outputs": {"image": seen}}
+
+
+def _retell(seen: Any, features: torch.Tensor) -> None:
+    """Tell methods before the language model, if any, that a token is four patches now."""
+    from tokenreduce.adapters.vlm_origin import pooled
+    from tokenreduce.adapters.vlm_seen import Entry, encoded_in
+    from tokenreduce.zoo.world_llava import pool
+
+    encoded = encoded_in(seen)
+    if encoded is not None and encoded.entries:
+        origin = pooled(pool, encoded.entries[0].origin.patches, features.device)
+        encoded.entries = [Entry(origin, entry.first) for entry in encoded.entries]

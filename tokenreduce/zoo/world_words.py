@@ -1,0 +1,73 @@
+"""Words of the world as token ids, and as a real transformers tokenizer and processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenreduce.zoo.world.vocabulary import WORDS
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "IDS",
+    "IMAGE",
+    "PAD",
+    "SIZE",
+    "UNKNOWN",
+    "encode",
+    "image_processor",
+    "processor",
+    "tokenizer",
+]
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
+PAD, BOS, EOS, UNKNOWN, IMAGE = range(5)
+#: Token id of every word.
+IDS = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+#: Rows of the embedding table, some of them free.
+SIZE = -(-len(IDS) // 16) * 16
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text whose words are all known (``KeyError`` otherwise); no special tokens are added."""
+    return [IDS[word] for word in text.split()]
+
+
+def tokenizer() -> Any:
+    """A ``PreTrainedTokenizerFast``: lower case, one token per word, "?" ignored, ``<bos>`` put in front."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(dict(IDS), unk_token="<unk>"))
+    words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", " ")])
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def image_processor() -> Any:
+    """A ``CLIPImageProcessor`` that does what :class:`~tokenreduce.zoo.world_vit.WorldTransform` does."""
+    from transformers import CLIPImageProcessor
+
+    from tokenreduce.zoo.world_vit import MEAN, SIDE, STD
+
+    return CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=[MEAN] * 3,
+        image_std=[STD] * 3, do_convert_rgb=True,
+    )  # fmt: skip
+
+
+def processor() -> Any:
+    """The ``LlavaProcessor`` of ``world-llava``: "<image> what color is the star" and a picture."""
+    from transformers import LlavaProcessor
+
+    from tokenreduce.zoo.world_vit import PATCH
+
+    return LlavaProcessor(
+        image_processor(), tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
