@@ -15,7 +15,7 @@ BASE = 1000
 class FakeTask:
     name = "fake"
     metric = "top1"
-    stage = "encoder"
+    stages: tuple[str, ...] = ("encoder",)
 
     def __init__(
         self, known: Sequence[str] = ("pitome", "random", "resize", "tome", "uniform"), **settings: Any

@@ -22,6 +22,9 @@ def encodes_before() -> bool:
     return hasattr(GenerationMixin, "_expand_multimodal_outputs")
 
 
+def skip_static_windows(name: str, settings: dict[str, Any]) -> None:
+    if name == "gemma3" and settings.get("cache_implementation") == "static" and not encodes_before():
+        pytest.skip("this transformers' own static cache fails with sliding windows")
 
 
 def skip_beams_of_several(settings: dict[str, Any]) -> None:

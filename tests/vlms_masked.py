@@ -76,6 +76,19 @@ def dropped_by(trace, inputs):
     return dropped
 
 
+#: What families and releases call the pixels of images and videos.
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+
+
+def features_of(model, inputs, kind):
+    """The output of ``get_image_features`` or ``get_video_features`` on a batch of inputs, None without such inputs."""
+    pixels = next((inputs[k] for k in PIXELS[kind] if k in inputs), None)
+    if pixels is None:
+        return None
+    more = {k: inputs[k] for k in ("image_sizes", "pixel_attention_mask") if k in inputs and kind == "image"}
+    return getattr(model.model, f"get_{kind}_features")(pixels, **more)
+
+
 def shortened(vlm, inputs, gone):
     """The same prompts without the dropped placeholders, and the image features that are left, as a user would give
     them to the unpatched model."""
@@ -88,9 +101,8 @@ def shortened(vlm, inputs, gone):
             for i, row in enumerate(inputs[key]):
                 left = row[real[i]]
                 out[key][i, width - len(left) :] = left
-    pixels = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
     with torch.no_grad():
-        features = vlm.model.model.get_image_features(**pixels).pooler_output
+        features = features_of(vlm.model, inputs, "image").pooler_output
     listed = isinstance(features, list | tuple)
     flat = (torch.cat(list(features)) if listed else features.flatten(0, -2))[~gone[ids == IMAGE]]
     out["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=[flat] if listed else flat[None])}

@@ -9,8 +9,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from vlms import IMAGE, VIDEO, VLMS, prompts
-from vlms_masked import CASES, FILMS, FLAT, close, generate, hidden, layers_of, shortened
+from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
+from vlms_masked import (
+    CASES,
+    FILMS,
+    FLAT,
+    PIXELS,
+    close,
+    features_of,
+    generate,
+    hidden,
+    layers_of,
+    shortened,
+)
 
 import tokenreduce as tr
 from tokenreduce.adapters.encoder import Reduced
@@ -122,9 +133,8 @@ def made_of(model, inputs, kind):
         return output
 
     hooks = [t.register_forward_hook(watch) for t in towers_of(model)]
-    keys = ("pixel_values", "image_sizes", "pixel_attention_mask") if kind == "image" else ("pixel_values_videos",)
     try:
-        got = getattr(model.model, f"get_{kind}_features")(**{k: inputs[k] for k in keys if k in inputs}).pooler_output
+        got = features_of(model, inputs, kind).pooler_output
     finally:
         for hook in hooks:
             hook.remove()
@@ -142,13 +152,12 @@ def made_of(model, inputs, kind):
 def columns_gone(model, inputs, method):
     """(B,L) bool: visual tokens none of whose patches is the place of a token that ``method`` left in the tower."""
     gone = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    for kind, token, key in (("image", IMAGE, "pixel_values"), ("video", VIDEO, "pixel_values_videos")):
-        if key not in inputs:
+    for kind, token in (("image", IMAGE), ("video", VIDEO)):
+        if not any(key in inputs for key in PIXELS[kind]):
             continue
         parts = made_of(model, inputs, kind)
         with by_hand(model, method) as alone, torch.no_grad():
-            names = {"image": ("pixel_values", "image_sizes", "pixel_attention_mask"), "video": (key,)}[kind]
-            getattr(model.model, f"get_{kind}_features")(**{k: inputs[k] for k in names if k in inputs})
+            features_of(model, inputs, kind)
             (left,) = [a.left for a in alone if a.left is not None]
         gone[inputs["input_ids"] == token] = parts.any((1, 2)) & ~(parts & left).any((1, 2))
     return gone
@@ -185,6 +194,8 @@ def test_keep_all_and_unpatch_are_bit_identical(name, spec):
     [(*c, MERGE) for c in cases(NAMES)] + [(*c, m) for m in (DROP, RAGGED) for c in cases(NAMES, "unequal", "video")],
 )
 def test_generation_is_what_the_tower_alone_and_masking_would_give(name, case, method):
+    if (name, case) == ("llava_onevision", "video") and not encodes_before():
+        pytest.skip("this transformers adds the row end behind get_video_features, where this reference does not look")
     vlm, method = VLMS[name], merging(name, method)
     inputs, beams = prompts(vlm, CASES[case]), 3 if case == "beams" else 1
     settings = {"num_beams": beams} if beams > 1 else {}
@@ -201,6 +212,7 @@ def test_generation_is_what_the_tower_alone_and_masking_would_give(name, case, m
     close(logits, want)
 
 
+@pytest.mark.skipif(not encodes_before(), reason="this transformers takes no mm_encoder_outputs")
 @pytest.mark.parametrize(("name", "case"), cases(COMPACT, "unequal", "two images"))
 def test_compact_positions_are_a_shorter_prompt(name, case):
     """The default: the language model gets the visual tokens that are left, as if there were no others."""

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 import torch.utils.checkpoint
-from vlms import VLMS, prompts
+from vlms import VLMS, encodes_before, prompts, skip_static_windows
 from vlms_masked import CASES, FILMS, close, dropped_by, flash, generate, hidden, layers_of
 
 import tokenreduce as tr
@@ -78,6 +78,8 @@ def test_every_family_is_here():
 @pytest.mark.parametrize("name", VLMS)
 def test_scores_are_the_attention_of_the_layer_before(name):
     """Windows and prefixes included: eager attention, which shows its weights, ranks the tokens the same."""
+    if name == "paligemma2" and not encodes_before():
+        pytest.skip("this transformers leaves the softcap out under sdpa, so eager is another model")
     vlm = VLMS[name]
     inputs = prompts(vlm, CASES["unequal"])
     for layer in (1, 2):
@@ -115,6 +117,7 @@ def test_two_cuts(name, implementation):
 @pytest.mark.parametrize("name", ["llava_next_window", "qwen2_vl", "qwen3_vl", "idefics3", "paligemma", "gemma3"])
 def test_static_cache(name):
     vlm = VLMS[name]
+    skip_static_windows(name, {"cache_implementation": "static"})
     inputs = prompts(vlm, CASES["unequal"])
     with tr.patched(vlm.model, tr.FastV(layer=1, keep=0.3)):
         want = generate(vlm.model, inputs)

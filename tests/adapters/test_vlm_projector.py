@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
+from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts, skip_static_windows
 from vlms_masked import CASES, FILMS, FLAT, close, dropped_by, flash, generate, hidden, layers_of, shortened
 
 import tokenreduce as tr
@@ -169,6 +169,7 @@ def test_keep_all_and_unpatch_are_bit_identical(name):
 @pytest.mark.parametrize("name", ["llava", "llava_next_window", "qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3"])
 @pytest.mark.parametrize("settings", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 def test_other_caches(name, settings):
+    skip_static_windows(name, settings)
     vlm = VLMS[name]
     inputs = prompts(vlm, CASES["unequal"])
     with tr.patched(vlm.model, tr.DivPrune(keep=0.3)):
