@@ -10,6 +10,7 @@ from typing import Any
 from tokenreduce.bench.picture import metric_label, percent
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import TOLERANCE, UNREDUCED
+from tokenreduce.bench.task import FLOPS, Axis
 
 __all__ = ["COLUMNS", "Column", "again", "cell", "columns", "compact", "failure", "label", "misses", "notes", "ordered"]
 
@@ -39,6 +40,18 @@ def compact(tokens: Sequence[int], whole: bool = False) -> str:
     return ">".join(shown if len(shown) <= 4 else [*shown[:2], "..", shown[-1]])
 
 
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:,.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1000
+    return f"{value:,.2f} GB"
+
+
 @dataclass(frozen=True)
 class Column:
     """How one key of a row is shown. ``drop`` orders what a narrow terminal leaves out (0: never, high: first)."""
@@ -55,18 +68,31 @@ COLUMNS: tuple[Column, ...] = (
     Column("tokens", "tokens", compact, "tokens after each layer, prefix tokens included", 3),
     Column("final_tokens", "end", _count, "tokens after the last layer", 5),
     Column("mean_tokens", "mean", _count, "mean tokens over the layers", 8),
+    Column("encoder_tokens", "patches", _count, "patches that leave the vision encoder, per question", 8),
+    Column("visual_tokens", "entry", _count, "visual tokens that enter the language model, per question", 3),
+    Column("layer_tokens", "by layer", compact, "visual tokens in each layer of the language model", 7),
+    Column("mean_visual_tokens", "mean visual", _count,
+           "visual tokens of a question, mean over the layers of the language model", 6),
     Column("gmacs", "GMACs", lambda v: f"{v:.2f}" if v >= 1 else f"{v:.4f}", "giga multiply-adds per input", 4),
     Column("flops", "FLOPs", lambda v: f"{v / 1e9:.3f} G", "operations per input, two per multiply-add", 9),
+    Column("visual_share", "visual %", _share,
+           "visual tokens, mean over the layers of the language model, in percent of the unreduced model's"),
     Column("share", "FLOPs %", _share, "FLOPs in percent of the unreduced model"),
+    Column("accuracy", "accuracy %", _share, "share of right answers in percent, with its standard error"),
     Column("top1", "top-1 %", _share, "top-1 accuracy in percent, with its standard error"),
     Column("top5", "top-5 %", _share, "top-5 accuracy in percent", 6),
     Column("agreement", "agree %", _share, "share of inputs with the unreduced model's answer", 2),
     Column("speedup", "speed-up", lambda v: f"{v:.2f}x",
            "clock time of the stock model over this one: interleaved, median of per-round ratios"),
+    Column("first_token_s", "first token", _seconds,
+           "time to the first token of one question: vision encoder and prefill, median", 4),
+    Column("cache_bytes", "KV", _bytes, "bytes of keys and values after the prefill of one question, all layers", 3),
     Column("images_per_s", "img/s", _count, "images per second", 3),
     Column("peak_mb", "peak MB", _count, "peak memory of one forward above what was held before it", 4),
     Column("reduction_share", "own %", _share, "share of the forward spent on making and applying plans", 7),
 )  # fmt: skip
+#: Of a task that has question types, one column each behind the others: ``accuracy_<type>``.
+BY_TYPE = "accuracy_"
 KNOWN = {c.key: c for c in COLUMNS}
 #: Keys of a row that are not results.
 INTERNAL = ("id", "method", "budget", "spec", "settings", "notes", "problems", "error", "traceback", "wall_s")
@@ -83,7 +109,7 @@ def ordered(run: Run) -> list[dict[str, Any]]:
         value = row.get(run.metric)
         budget = row.get("budget")
         group = (first, budget is None, -(budget or 0))
-        return (*group, bool(row.get("error")), misses(row), value is None, -(value or 0), row["id"])
+        return (*group, bool(row.get("error")), misses(row, run.axis), value is None, -(value or 0), row["id"])
 
     return sorted(run.rows, key=place)
 
@@ -98,21 +124,26 @@ def columns(runs: Sequence[Run]) -> list[Column]:
             label = metric_label(metric) + (" %" if percent(metric) else "")
             at = next((i + 1 for i, c in enumerate(out) if c.key == "share"), len(out))
             out.insert(at, Column(metric, label, text, metric_label(metric)))
+    kinds = dict.fromkeys(k for run in runs for row in run.good for k in row if k.startswith(BY_TYPE))
+    for key in kinds:
+        if not key.endswith("_stderr") and key in keys:
+            name = key.removeprefix(BY_TYPE)
+            out.append(Column(key, f"{name} %", _share, f"accuracy on questions of type {name} in percent", 20))
     return out
 
 
-def misses(row: dict[str, Any]) -> bool:
+def misses(row: dict[str, Any], axis: Axis = FLOPS) -> bool:
     """Whether a row costs something else than its budget, so that it cannot be compared with the others there."""
-    budget, share = row.get("budget"), row.get("share")
+    budget, share = row.get("budget"), row.get(axis.key)
     return budget is not None and share is not None and abs(share - budget) > TOLERANCE
 
 
-def cell(row: dict[str, Any], column: Column) -> str:
+def cell(row: dict[str, Any], column: Column, axis: Axis = FLOPS) -> str:
     """The text of one cell, "-" where there is no value; a metric brings its standard error, a missed budget a star."""
     value = row.get(column.key)
     if value is None:
         return "-"
-    if column.key == "share" and misses(row):
+    if column.key == axis.key and misses(row, axis):
         return f"*{column.text(value)}"
     error = row.get(f"{column.key}_stderr")
     return column.text(value) + (f" ±{column.text(error)}" if error is not None else "")

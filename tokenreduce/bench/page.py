@@ -10,7 +10,8 @@ from typing import Any
 from tokenreduce.bench.columns import INTERNAL, Column, again, cell, columns, compact, failure, label, notes, ordered
 from tokenreduce.bench.picture import curves, metric_label, need, percent, style
 from tokenreduce.bench.runs import Run
-from tokenreduce.bench.sweep import BASELINES, UNREDUCED
+from tokenreduce.bench.sweep import UNREDUCED, is_baseline
+from tokenreduce.bench.task import Axis
 
 __all__ = ["write_html"]
 
@@ -104,7 +105,7 @@ def _figures(run: Run) -> list[Any]:
     lines = curves(run)
     if not lines:
         return []
-    out = [_figure(run, lines, "share", 100.0, "FLOPs, % of the unreduced model")]
+    out = [_figure(run, lines, run.axis.key, 100.0, run.axis.title)]
     if any(row.get("speedup") is not None for rows in lines.values() for row in rows):
         out.append(_figure(run, lines, "speedup", 1.0, "speed-up by clock against the stock model"))
     return out
@@ -116,13 +117,15 @@ def _figure(run: Run, lines: dict[str, list[dict[str, Any]]], key: str, scale: f
     by = 100.0 if percent(run.metric) else 1.0
     styles = style(lines)
     shown = columns([run])
-    symbols = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "x": "x"}
+    symbols = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down",
+               "x": "x", "+": "cross", "1": "y-down-open"}  # fmt: skip
     figure = go.Figure()
-    for name in sorted(lines, key=lambda n: (n != UNREDUCED, n in BASELINES, n)):
+    for name in sorted(lines, key=lambda n: (n != UNREDUCED, is_baseline(n), n)):
         rows = [r for r in lines[name] if r.get(key) is not None]
         colour, dash, marker = styles.get(name, ("#202020", "solid", "star"))
         hover = [
-            "<br>".join([f"<b>{_e(label(r))}</b>", *(f"{c.label}: {_e(cell(r, c))}" for c in shown)]) for r in rows
+            "<br>".join([f"<b>{_e(label(r))}</b>", *(f"{c.label}: {_e(cell(r, c, run.axis))}" for c in shown)])
+            for r in rows
         ]
         figure.add_trace(
             go.Scatter(
@@ -148,7 +151,7 @@ def _html_rows(run: Run) -> str:
     extra = sorted(
         {k for r in run.good for k, v in r.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         - {c.key for c in shown}
-        - {*INTERNAL, f"{run.metric}_stderr"}
+        - {*INTERNAL, *(f"{c.key}_stderr" for c in shown)}
     )
     head = '<th class="l">budget</th><th class="l">method</th>'
     head += "".join(f'<th title="{_e(c.help)}">{_e(c.label)}</th>' for c in shown)
@@ -158,7 +161,7 @@ def _html_rows(run: Run) -> str:
     for row in ordered(run):
         budget = row.get("budget")
         kinds = ["first"] if budget != before else []
-        kinds += ["top"] if row["id"] == UNREDUCED else ["base"] if row.get("method") in BASELINES else []
+        kinds += ["top"] if row["id"] == UNREDUCED else ["base"] if is_baseline(row["method"]) else []
         before = budget
         share = "" if row["id"] == UNREDUCED or budget is None else f"{100 * budget:.4g} %"
         cells = [_td(share, budget, "l"), _td(label(row), label(row), "l")]
@@ -166,7 +169,7 @@ def _html_rows(run: Run) -> str:
             kinds.append("error")
             cells.append(f'<td class="l w" data-v="" colspan="{len(shown) + len(extra)}">{_e(failure(row))}</td>')
         else:
-            cells += [_td(_full(row, c), _key(row.get(c.key))) for c in shown]
+            cells += [_td(_full(row, c, run.axis), _key(row.get(c.key))) for c in shown]
             cells += [_td("-" if row.get(k) is None else f"{row[k]:.6g}", row.get(k)) for k in extra]
         body.append(f'<tr class="{" ".join(kinds)}">{"".join(cells)}</tr>')
     rows = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
@@ -178,9 +181,9 @@ def _td(text: str, key: Any, kind: str = "") -> str:
     return f'<td class="{kind}" data-v="{"" if key is None else _e(key)}">{_e(text)}</td>'
 
 
-def _full(row: dict[str, Any], column: Column) -> str:
+def _full(row: dict[str, Any], column: Column, axis: Axis) -> str:
     value = row.get(column.key)
-    return compact(value, whole=True) if column.text is compact and value is not None else cell(row, column)
+    return compact(value, whole=True) if column.text is compact and value is not None else cell(row, column, axis)
 
 
 def _key(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The Pareto picture: what a method costs (share of FLOPs) against what it keeps (the task's metric)."""
+"""The Pareto picture: what a method costs (a share of FLOPs or visual tokens) against what it keeps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenreduce.bench.runs import Run
-from tokenreduce.bench.sweep import BASELINES, UNREDUCED
+from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 
 __all__ = ["COLOURS", "curves", "metric_label", "pareto", "percent", "style"]
 
@@ -19,7 +19,14 @@ COLOURS = (
     "#5aa02c", "#1b3a6b", "#e7298a", "#8c6d31",
 )  # fmt: skip
 MARKERS = "osD^v"
-GREYS = {"random": ("#707070", "dash"), "uniform": ("#909090", "dot"), "resize": ("#505050", "dashdot")}
+GREYS = {
+    "random": ("#707070", "dash"),
+    "uniform": ("#909090", "dot"),
+    "resize": ("#505050", "dashdot"),
+    "pool": ("#808080", "dashdot"),
+}
+#: By the stage in a full name, where several stages have the baseline.
+BASELINE_MARKERS = {"projector": "+", "language": "1"}
 METRICS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
 
 
@@ -47,9 +54,9 @@ def curves(run: Run) -> dict[str, list[dict[str, Any]]]:
     """Rows with both axes per line of the picture: one line per swept method, explicit specs by their method."""
     out: dict[str, list[dict[str, Any]]] = {}
     for row in run.good:
-        if row.get(run.metric) is not None and row.get("share") is not None:
+        if row.get(run.metric) is not None and row.get(run.axis.key) is not None:
             out.setdefault(row["method"], []).append(row)
-    return {name: sorted(rows, key=lambda r: r["share"]) for name, rows in out.items()}
+    return {name: sorted(rows, key=lambda r: r[run.axis.key]) for name, rows in out.items()}
 
 
 def style(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
@@ -57,8 +64,9 @@ def style(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     out: dict[str, tuple[str, str, str]] = {}
     place = 0
     for name in sorted(set(names) - {UNREDUCED}):
-        if name in BASELINES:
-            out[name] = (*GREYS[name], "x")
+        if is_baseline(name):
+            base, _, stage = name.partition("@")
+            out[name] = (*GREYS[base], BASELINE_MARKERS.get(stage, "x"))
         else:
             out[name] = (COLOURS[place % len(COLOURS)], "solid", MARKERS[place // len(COLOURS) % len(MARKERS)])
             place += 1
@@ -121,6 +129,7 @@ def pareto(runs: Sequence[Run], path: str | Path) -> Path:
 def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: dict[str, Any]) -> None:
     from matplotlib.patheffects import withStroke
 
+    cost = run.axis.key
     dashes = {"solid": "-", "dash": (0, (5, 3)), "dot": (0, (1, 1.6)), "dashdot": (0, (5, 2, 1, 2))}
     by = 100.0 if percent(run.metric) else 1.0
     top = lines[UNREDUCED][0] if UNREDUCED in lines else None
@@ -130,17 +139,17 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
             continue
         colour, dash, marker = styles[name]
         swept = [r for r in rows if r["id"] != r["spec"]]
-        xs, ys = [100 * r["share"] for r in swept], [by * r[run.metric] for r in swept]
+        xs, ys = [100 * r[cost] for r in swept], [by * r[run.metric] for r in swept]
         if top is not None and swept:
             xs, ys = [*xs, 100.0], [*ys, by * top[run.metric]]
-        grey = name in BASELINES
+        grey = is_baseline(name)
         axes.plot(xs, ys, color=colour, linestyle=dashes[dash], linewidth=1.4 if grey else 1.6, zorder=2 if grey else 3,
                   marker=marker, markersize=4.5, markevery=list(range(len(swept))))  # fmt: skip
         single = [r for r in rows if r["id"] == r["spec"]]
-        axes.plot([100 * r["share"] for r in single], [by * r[run.metric] for r in single], color=colour, marker="P",
+        axes.plot([100 * r[cost] for r in single], [by * r[run.metric] for r in single], color=colour, marker="P",
                   linestyle="none", markersize=7, zorder=4)  # fmt: skip
         for row in single:
-            axes.annotate(row["spec"], (100 * row["share"], by * row[run.metric]), xytext=(6, -9),
+            axes.annotate(row["spec"], (100 * row[cost], by * row[run.metric]), xytext=(6, -9),
                           textcoords="offset points", fontsize=7, color=colour, zorder=6,
                           path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
         if swept:
@@ -148,8 +157,8 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
     if top is not None:
         value = by * top[run.metric]
         axes.axhline(value, color="#202020", linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-        axes.plot([100 * top["share"]], [value], marker="*", markersize=13, color="#202020", linestyle="none", zorder=5)
-        axes.annotate(f"unreduced {value:.1f}{' %' if by == 100 else ''}", (100 * top["share"], value), xytext=(2, 8),
+        axes.plot([100 * top[cost]], [value], marker="*", markersize=13, color="#202020", linestyle="none", zorder=5)
+        axes.annotate(f"unreduced {value:.1f}{' %' if by == 100 else ''}", (100 * top[cost], value), xytext=(2, 8),
                       textcoords="offset points", ha="right", fontsize=8, color="#202020")  # fmt: skip
     values = [by * r[run.metric] for rows in lines.values() for r in rows]
     compressed = _scale(axes, values, None if top is None else by * top[run.metric])
@@ -157,7 +166,7 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
     settings = run.info.get("settings", {})
     axes.set_title(" · ".join(str(settings[k]) for k in ("model", "data") if settings.get(k)) or run.folder.name,
                    fontsize=10, loc="left")  # fmt: skip
-    axes.set_xlabel("FLOPs, % of the unreduced model (cheaper to the left)", fontsize=9)
+    axes.set_xlabel(f"{run.axis.title} (cheaper to the left)", fontsize=9)
     unit = ", %" if by == 100 else ""
     axes.set_ylabel(metric_label(run.metric) + unit + (" (log scale of the drop)" if compressed else ""), fontsize=9)
     axes.tick_params(labelsize=8)
@@ -202,7 +211,8 @@ def _label(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
         return
     left = min(x for _, x, _, _ in ends)
     room = 0.17 * (100 - left + 1)
-    axes.set_xlim(left - 1.25 * room, 100 + 0.15 * room)
+    names = max(0.8, 0.062 * max(len(name) for name, *_ in ends))  # full names need more than short ones
+    axes.set_xlim(left - (0.45 + names) * room, 100 + 0.15 * room)
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform((x, y))[1]) for _, x, y, _ in ends]
     for (name, x, y, colour), place in zip(ends, spread(heights, 0.037, 0.02, 0.98), strict=True):

@@ -18,7 +18,7 @@ from tokenreduce.bench.columns import COLUMNS, Column, cell, columns, label, mis
 from tokenreduce.bench.page import write_html
 from tokenreduce.bench.picture import pareto
 from tokenreduce.bench.runs import Run, load_run
-from tokenreduce.bench.sweep import BASELINES, UNREDUCED
+from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 
 __all__ = ["rebuild", "table", "write_csv"]
 
@@ -29,7 +29,7 @@ OWN = ("id", "method", "spec", "budget", "notes", "error")
 def table(runs: Sequence[Run], width: int = 120) -> Table:
     """A rich table of the rows that fits ``width``; the caption names the columns that had to go.
 
-    Baselines (random, uniform, resize) are dim and marked with a degree sign.
+    Baselines (random, uniform, resize, pool) are dim and marked with a degree sign.
     """
     shown = columns(runs)
     dropped: list[Column] = []
@@ -61,20 +61,21 @@ def _table(runs: Sequence[Run], shown: Sequence[Column], dropped: Sequence[Colum
             if new:
                 before = budget
                 out.add_section()
-            baseline = row.get("method") in BASELINES
+            baseline = is_baseline(row["method"])
             if row.get("error"):
                 # The message stands below the table, whole.
                 cells, look = ["error"] + [""] * (len(shown) - 1), "red"
             else:
-                cells, look = [cell(row, c) for c in shown], "dim" if baseline else ""
+                cells, look = [cell(row, c, run.axis) for c in shown], "dim" if baseline else ""
             if row["id"] == UNREDUCED:
                 look = "bold"
             line = [*([run.folder.name] if len(runs) > 1 else []), text, label(row) + ("°" if baseline else ""), *cells]
             out.add_row(*(Text(t) for t in line), style=look)
         out.add_section()
     caption = "° baseline"
-    if any(misses(row) for run in runs for row in run.good):
-        caption += "; * other FLOPs than the budget"
+    off = dict.fromkeys(run.axis.label for run in runs if any(misses(row, run.axis) for row in run.good))
+    if off:
+        caption += f"; * other {' or '.join(off)} than the budget"
     if dropped:
         caption += f"; not shown here for want of width, but in rows.csv: {', '.join(c.label for c in dropped)}"
     out.caption = Text(caption)

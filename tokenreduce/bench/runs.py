@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenreduce.bench.task import plain
+from tokenreduce.bench.task import FLOPS, Axis, plain
 
 __all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "versions"]
 
@@ -39,6 +39,11 @@ class Run:
     @property
     def metric(self) -> str:
         return str(self.info.get("metric", "top1"))
+
+    @property
+    def axis(self) -> Axis:
+        """What budgets are shares of."""
+        return Axis(**self.info["axis"]) if self.info.get("axis") else FLOPS
 
     @property
     def good(self) -> list[dict[str, Any]]:

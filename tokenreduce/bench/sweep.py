@@ -1,7 +1,8 @@
 """The sweep: every method at every budget on one task, row by row, able to continue where it stopped.
 
-A budget is a share of the unreduced model's FLOPs. Each method's ``keep`` is solved for it, so that the rows of one
-budget cost the same and differ in what they keep. ``random``, ``uniform`` and ``resize`` stand in every sweep.
+A budget is a share of what the unreduced model spends, in FLOPs unless the task has another axis. Each method's
+``keep`` is solved for it, so that the rows of one budget cost the same and differ in what they keep. Baselines such as
+``random``, ``uniform`` and ``resize`` stand in every sweep.
 """
 
 from __future__ import annotations
@@ -9,22 +10,29 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.runs import Run, hardware, open_run, versions
-from tokenreduce.bench.task import Task
+from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
 from tokenreduce.reducer import Reducer, build, format_spec, parse_spec
 from tokenreduce.registry import get_class, list_methods, parse
 
-__all__ = ["BASELINES", "BUDGETS", "UNREDUCED", "Point", "Solver", "Watch", "points", "split_methods", "sweep"]
+__all__ = [
+    "BASELINES", "BUDGETS", "UNREDUCED", "Point", "Solver", "Watch", "is_baseline", "points", "split_methods", "sweep",
+]  # fmt: skip
 
 UNREDUCED = "unreduced"
 BASELINES = ("random", "uniform", "resize")
 BUDGETS = (0.75, 0.5, 0.35)
-#: A row may miss its budget by this share of the unreduced FLOPs before its notes say so.
+#: A row may miss its budget by this share of what the unreduced model spends before its notes say so.
 TOLERANCE = 0.03
+
+
+def is_baseline(method: str) -> bool:
+    """Whether a row's method is a baseline, at whatever stage: ``random`` and ``random@projector``."""
+    return method.partition("@")[0] in (*BASELINES, "pool")
 
 
 @dataclass(frozen=True)
@@ -59,33 +67,40 @@ class Watch:
 
 
 class Solver:
-    """Finds the ``keep`` at which a method costs a given share of the unreduced FLOPs. Evaluations are remembered."""
+    """Finds the ``keep`` at which a method spends a given share of what the unreduced model does, on the task's axis.
+    Evaluations are remembered."""
 
     LEAST, FINE, STEPS = 0.001, 0.002, 18
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._base: int | None = None
+        self._base: float | None = None
         self._seen: dict[str, dict[tuple[str, float], float]] = {}
 
     @property
-    def base(self) -> int:
-        """FLOPs of the unreduced model."""
+    def base(self) -> float:
+        """What the unreduced model spends."""
         if self._base is None:
-            self._base = int(self.task.flops(()))
+            self._base = spent(self.task, ())
             if self._base <= 0:
-                raise ValueError(f"the unreduced model counts {self._base} FLOPs; shares of it have no meaning")
+                what = axis_of(self.task).label
+                raise ValueError(f"the unreduced model counts {self._base:g} {what}; shares of it have no meaning")
         return self._base
 
+    @property
+    def flops(self) -> float:
+        """FLOPs of the unreduced model."""
+        return self.base if axis_of(self.task) == FLOPS else float(self.task.flops(()))
+
     def share(self, reducers: Sequence[Reducer]) -> float:
-        """FLOPs with ``reducers`` as a share of the unreduced ones."""
-        return self.task.flops(tuple(reducers)) / self.base
+        """What is spent with ``reducers`` as a share of what the unreduced model does."""
+        return spent(self.task, reducers) / self.base
 
     def solve(self, spec: str, budget: float) -> tuple[Reducer, float]:
         """The reducer nearest to ``budget`` and the share that it reaches.
 
         Bisection with secant steps on ``keep``; methods that act in whole steps (or not monotonically) give the
-        nearest point seen. Equal steps down to one token still leave half of the FLOPs, so a method that also has the
+        nearest point seen. Equal steps down to one token still leave half of the cost, so a method that also has the
         number ``r`` of tokens to remove per layer is solved for ``r`` where ``keep`` does not reach far enough.
         Raises ``ValueError`` for a method without ``keep``, or with ``keep`` given in its spec.
         """
@@ -116,6 +131,8 @@ class Solver:
     def _bisect(self, seen: dict[tuple[str, float], float], at: Callable[[str, float], float], budget: float) -> None:
         # Start from the nearest points that earlier budgets evaluated on either side.
         at("keep", self.LEAST), at("keep", 1.0)
+        if axis_of(self.task) != FLOPS:  # of a share of tokens, keep itself is likely the answer
+            at("keep", round(budget, 4))
         found = {value: share for (knob, value), share in seen.items() if knob == "keep"}
         low = max((k for k, s in found.items() if s <= budget), default=self.LEAST)
         high = min((k for k, s in found.items() if s >= budget and k >= low), default=1.0)
@@ -154,29 +171,72 @@ def split_methods(text: str) -> list[str]:
     return out
 
 
-def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
+def check_budgets(budgets: Sequence[float], what: str = "FLOPs") -> tuple[float, ...]:
     """Sorted from mild to strong. Raises ``ValueError`` for a share outside (0, 1]."""
     for budget in budgets:
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
-            raise ValueError(f"a budget is a share of the unreduced FLOPs in (0, 1], for example 0.5, not {budget!r}")
+            raise ValueError(f"a budget is a share of the unreduced {what} in (0, 1], for example 0.5, not {budget!r}")
     return tuple(sorted({float(b) for b in budgets}, reverse=True))
 
 
-def check_methods(methods: Sequence[str], stage: str) -> list[str]:
-    """Names, wildcards and specs to specs. Raises ``ValueError`` for an unknown one or one of another stage."""
+def full_name(kind: type[Reducer], stages: Sequence[str]) -> str:
+    """The name of a method that means it at any of ``stages``: ``random@encoder`` where another has a ``random``."""
+    if "@" in kind.name or not any(list_methods(kind.name, stage=s) for s in stages if s != kind.stage):
+        return kind.name
+    return f"{kind.name}@{kind.stage}"
+
+
+def spec_of(reducers: Sequence[Reducer], stages: Sequence[str]) -> str:
+    """``reducers`` as text with full names."""
+    return "+".join(full_name(type(r), stages) + r.spec().removeprefix(r.name) for r in reducers)
+
+
+def check_methods(
+    methods: Sequence[str],
+    stages: Sequence[str],
+    served: Sequence[str] | None = None,
+    among: Sequence[str] | None = None,
+) -> list[str]:
+    """Names, wildcards and specs to specs with full names; a name that several of ``stages`` have means all of them.
+
+    Where a text means several methods, only those of ``served`` are taken, if that is given. Names are full ``among``
+    stages, ``stages`` by default.
+
+    Raises ``ValueError`` for an unknown one or one of another stage.
+    """
     out: list[str] = []
+    among = among or stages
+    swept = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(stages)}"
     for text in methods:
         name, settings = parse_spec(text)
-        found = list_methods(name, stage=stage) if any(c in name for c in "*?[") else [name]
+        short, _, own = name.partition("@")
+        where = [s for s in stages if own in ("", s)]
+        found = [full_name(get_class(n, s), among) for s in where for n in list_methods(short, stage=s)]
+        if not found and any(c in name for c in "*?["):
+            known = ", ".join(full_name(get_class(n, s), among) for s in stages for n in list_methods(stage=s))
+            raise ValueError(f"no {' or '.join(stages)} method matches {name!r}; known: {known}")
         if not found:
-            raise ValueError(f"no {stage} method matches {name!r}; known: {', '.join(list_methods(stage=stage))}")
+            raise ValueError(f"{name} acts at stage {get_class(name).stage}, this benchmark sweeps {swept}")
+        if served is not None and (len(found) > 1 or any(c in name for c in "*?[")):
+            found = [f for f in found if f in served]
         for each in found:
-            kind = get_class(each, stage)
-            if kind.stage != stage:
-                raise ValueError(f"{each} acts at stage {kind.stage}, this benchmark sweeps stage {stage}")
-            build(kind, settings)
+            build(get_class(each), settings)
             out.append(format_spec(each, settings))
     return list(dict.fromkeys(out))
+
+
+def _baselines(task: Task) -> list[str]:
+    """Full names of the baselines that stand in every table of ``task``."""
+    given: Sequence[str] | None = getattr(task, "baselines", None)
+    if given is not None:
+        return list(given)
+    stage = task.stages[0]
+    return [get_class(b, stage).name for b in BASELINES if b in list_methods(stage=stage)]
+
+
+def _stages(task: Task) -> tuple[str, ...]:
+    """Stages of all methods that may stand in a table of ``task``."""
+    return tuple(dict.fromkeys((*task.stages, *(get_class(b).stage for b in _baselines(task)))))
 
 
 def points(
@@ -191,24 +251,23 @@ def points(
     ``methods`` None takes all that the model can serve, unless ``reduce`` names specs: then only those are measured.
     Every explicit spec is put into the budget that it happens to hit, or gets baselines at its own FLOPs.
     """
-    stage = task.stage
-    known = list_methods(stage=stage)
-    baselines = [b for b in BASELINES if b in known]
+    baselines, stages = _baselines(task), _stages(task)
     if methods is None:
-        chosen = [] if reduce else [m for m in task.methods() if m not in BASELINES]
+        chosen = [] if reduce else [m for m in task.methods() if m not in baselines]
     else:
-        chosen = [m for m in check_methods(methods, stage) if m not in BASELINES]
+        chosen = [m for m in check_methods(methods, task.stages, task.methods(), stages) if m not in baselines]
     shares = check_budgets(budgets) if chosen or not reduce else ()
     out = [Point(UNREDUCED, UNREDUCED, "", 1.0)]
     for budget in shares:
         out += [Point.at(spec, budget) for spec in (*baselines, *chosen)]
     hit = list(shares)
     for text in reduce:
-        reducers = parse(text)
+        reducers = parse(text, stage=task.stages[0])
         if not reducers:
-            raise ValueError(f"--reduce {text!r} names no method; choose from {', '.join(known)}")
-        spec = "+".join(r.spec() for r in reducers)
-        label = "+".join(r.name for r in reducers)
+            known = ", ".join(full_name(get_class(n, s), stages) for s in task.stages for n in list_methods(stage=s))
+            raise ValueError(f"--reduce {text!r} names no method; choose from {known}")
+        spec = spec_of(reducers, stages)
+        label = "+".join(full_name(type(r), stages) for r in reducers)
         try:
             share = solver.share(reducers)
         except Exception:  # measuring it gives the same error, and its row keeps it
@@ -226,6 +285,7 @@ def points(
 def _measure(task: Task, solver: Solver, point: Point, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of a point; one that solves to the settings of an earlier row takes over its results."""
     notes: list[str] = []
+    axis = axis_of(task)
     if point.id == UNREDUCED:
         reducers: tuple[Reducer, ...] = ()
     elif point.solved:
@@ -234,10 +294,10 @@ def _measure(task: Task, solver: Solver, point: Point, rows: Sequence[dict[str, 
         reducers = (one,)
         if abs(reached - point.budget) > TOLERANCE:
             wanted, got = f"{100 * point.budget:.4g} %", f"{100 * reached:.1f} %"
-            notes.append(f"cannot reach {wanted} of the FLOPs; {got} is the nearest that its settings allow")
+            notes.append(f"cannot reach {wanted} of the {axis.label}; {got} is the nearest that its settings allow")
     else:
-        reducers = parse(point.spec)
-    spec = "+".join(r.spec() for r in reducers)
+        reducers = parse(point.spec, stage=task.stages[0])
+    spec = spec_of(reducers, _stages(task))
     twin = next((r for r in rows if reducers and r["spec"] == spec), None)
     if twin is not None:
         same = {k: v for k, v in twin.items() if k not in ("id", "method", "budget", "wall_s", "same_as")}
@@ -246,7 +306,10 @@ def _measure(task: Task, solver: Solver, point: Point, rows: Sequence[dict[str, 
     row = dict(task.measure(reducers))
     row["spec"] = spec
     row["settings"] = [r.to_json() for r in reducers]
-    row["share"] = row.get("flops", solver.base) / solver.base
+    if "flops" in row:
+        row["share"] = row["flops"] / solver.flops
+    if axis.key not in row:
+        row[axis.key] = solver.share(reducers)
     row["notes"] = [*notes, *row.get("notes", [])]
     return row
 
@@ -270,14 +333,16 @@ def sweep(
     computing, and whatever the unreduced model raises: without it there is nothing to compare with.
     """
     watch = watch or Watch()
-    check_budgets(budgets)
+    axis = axis_of(task)
+    check_budgets(budgets, axis.label)
     for text in reduce:
-        parse(text)
+        parse(text, stage=task.stages[0])
     if methods is not None:
-        check_methods(methods, task.stage)
+        check_methods(methods, task.stages)
     info = {
         "task": task.name,
         "metric": task.metric,
+        "axis": asdict(axis),
         "settings": task.settings(),
         "versions": versions(),
         "hardware": hardware(device),

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from tokenreduce.reducer import Reducer
 
-__all__ = ["Task", "plain"]
+__all__ = ["FLOPS", "Axis", "Task", "axis_of", "plain", "spent"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What budgets are shares of. ``key`` is the key of a row that holds the share reached, ``label`` what it is a
+    share of, and ``title`` stands below a picture."""
+
+    key: str
+    label: str
+    title: str
+
+
+FLOPS = Axis("share", "FLOPs", "FLOPs, % of the unreduced model")
 
 
 @runtime_checkable
@@ -16,8 +30,11 @@ class Task(Protocol):
     """One model on one data set.
 
     ``name`` is the word behind ``tokenreduce bench``; ``metric`` the key of a measured row that ranks methods (a
-    fraction, higher is better), whose standard error may stand under ``<metric>_stderr``. ``stage`` says which
-    methods the sweep tries by default.
+    fraction, higher is better), whose standard error may stand under ``<metric>_stderr``. ``stages`` says of which
+    stages the methods are; a name that several have means the first of them in ``--reduce``.
+
+    Optional: ``axis`` (:class:`Axis`) and ``spent(reducers)`` where budgets are shares of something else than FLOPs;
+    ``baselines``, full names of the methods that stand in every table, where these are others than the sweep's own.
     """
 
     @property
@@ -27,7 +44,7 @@ class Task(Protocol):
     def metric(self) -> str: ...
 
     @property
-    def stage(self) -> str: ...
+    def stages(self) -> tuple[str, ...]: ...
 
     @property
     def problems(self) -> list[dict[str, str]]:
@@ -43,7 +60,7 @@ class Task(Protocol):
         ...
 
     def methods(self) -> list[str]:
-        """Names of the methods that the model can serve."""
+        """Full names of the methods that the model can serve."""
         ...
 
     def flops(self, reducers: Sequence[Reducer]) -> int:
@@ -53,6 +70,17 @@ class Task(Protocol):
     def measure(self, reducers: Sequence[Reducer]) -> dict[str, Any]:
         """One row: ``flops`` (per input), the metric, and any further numbers, lists and ``notes``."""
         ...
+
+
+def axis_of(task: Task) -> Axis:
+    """What the budgets of ``task`` are shares of."""
+    axis: Axis = getattr(task, "axis", FLOPS)
+    return axis
+
+
+def spent(task: Task, reducers: Sequence[Reducer]) -> float:
+    """What ``reducers`` cost on the axis of ``task``; () for the unreduced model."""
+    return float(getattr(task, "spent", task.flops)(tuple(reducers)))
 
 
 def plain(value: Any) -> Any:

@@ -98,7 +98,7 @@ class VisionTask:
 
     name: ClassVar[str] = "vision"
     metric: ClassVar[str] = "top1"
-    stage: ClassVar[str] = "encoder"
+    stages: ClassVar[tuple[str, ...]] = ("encoder",)
 
     _state: _Ready | None = field(default=None, init=False, repr=False)
     _costs: dict[tuple[Reducer, ...], _Cost] = field(default_factory=dict, init=False, repr=False)
@@ -155,7 +155,7 @@ class VisionTask:
 
     def methods(self) -> list[str]:
         """Names of the encoder methods that the model can serve."""
-        return describe(self._ready.loaded.model).methods(self.stage)
+        return describe(self._ready.loaded.model).methods(self.stages[0])
 
     @property
     def _ready(self) -> _Ready:

@@ -22,6 +22,8 @@ REPEATS, FULL_REPEATS = 5, 15
 #: Images per row where --limit and --full say nothing: the embedded digits whole, other data in part.
 QUICK = {"digits": None}
 QUICK_ELSEWHERE = 1000
+#: Questions that `bench vlm` asks where --limit and --full say nothing.
+QUICK_QUESTIONS = 400
 
 
 @app.command("vision")
@@ -93,6 +95,86 @@ def vision(
         classes=classes,
     )
     run(ctx, task, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=device)
+
+
+@app.command("vlm")
+def vlm(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Option(help="world-llava, a Hub id, or a folder with model and processor.")] = (
+        "world-llava"
+    ),
+    data: Annotated[
+        str | None,
+        typer.Option(help='world, or a JSONL file: {"image": path, "question": ..., "answer": ..., "type": ...}.'),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of the world to ask about.")] = "test",
+    stage: Annotated[
+        str, typer.Option(help="Where methods act: before (projector), inside (language), in the tower (encoder).")
+    ] = "projector,language,encoder",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods and wildcards, 'divprune,vis*,random@language' or '*'; a few by default."),
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Shares of the visual tokens that stay, averaged over the language model's layers.")
+    ] = "0.5,0.25,0.1",
+    reduce: Annotated[
+        list[str] | None,
+        typer.Option(help="Methods with explicit settings, 'divprune:keep=64+fastv:keep=0.5'; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask; 400 by default.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer; the world is answered with one word.")
+    ] = 16,
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as the weights are stored), fp32, bf16 or fp16.")] = "auto",
+    repeats: Annotated[
+        int | None, typer.Option(min=0, help="Timed rounds per row; 5 by default, 15 with --full.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an earlier run in it is continued.")] = Path(
+        "runs/vlm"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All methods and questions, and more timed rounds.")] = False,
+) -> None:
+    """Image language models: accuracy by question type, visual tokens, FLOPs, time to first token and KV cache.
+
+    Budgets are shares of the visual tokens, averaged over the language model's layers. A killed run continues where it
+    stopped when the same command is given again.
+    """
+    if data is None:
+        if model != "world-llava":
+            raise ValueError(f"--data is needed for {model}: a JSONL file with questions (world for world-llava)")
+        data = "world"
+    if full and limit is not None:
+        raise ValueError("give --full or --limit, not both")
+    from tokenreduce.bench.vlm import VlmTask
+    from tokenreduce.bench.vlms import pick_device
+    from tokenreduce.cli.generate import _quiet_bars
+
+    place = str(pick_device(device))
+    task = VlmTask(
+        model=model,
+        data=data,
+        split=split,
+        limit=limit if limit is not None or full else QUICK_QUESTIONS,
+        batch=batch,
+        device=place,
+        dtype=dtype,
+        repeats=repeats if repeats is not None else FULL_REPEATS if full else REPEATS,
+        max_new_tokens=max_new_tokens,
+        stages=tuple(s.strip() for s in stage.split(",") if s.strip()),
+        few=not full and methods is None,
+    )
+    if not full:
+        said = [] if limit is not None else [f"asking at most {QUICK_QUESTIONS} questions (--limit changes that)"]
+        if methods is None and not reduce:
+            said.append("sweeping a few methods of each stage (--methods '*' takes all)")
+        if said:
+            console().print(f"{'; '.join(said)}; --full takes everything", soft_wrap=True)
+    _quiet_bars()
+    run(ctx, task, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=place)
 
 
 def run(
@@ -167,9 +249,11 @@ def run(
 def _watch(progress: Any, task: Task) -> Any:
     from tokenreduce.bench.columns import COLUMNS, cell, failure, label
     from tokenreduce.bench.sweep import Watch
+    from tokenreduce.bench.task import axis_of
 
     bar = progress.add_task("loading model and data", total=None)
     known = {c.key: c for c in COLUMNS}
+    axis = axis_of(task)
 
     class Screen(Watch):
         def say(self, message: str) -> None:
@@ -187,8 +271,8 @@ def _watch(progress: Any, task: Task) -> Any:
                 self.say(f"{point.id} failed: {failure(row)}")
                 return
             parts = [
-                f"{known[key].label} {cell(row, known[key])}"
-                for key in dict.fromkeys(("share", task.metric, "speedup"))
+                f"{known[key].label} {cell(row, known[key], axis)}"
+                for key in dict.fromkeys((axis.key, task.metric, "speedup"))
                 if key in known and row.get(key) is not None
             ]
             self.say(f"{label(row)}: {', '.join(parts)}, {row['wall_s']:.1f} s")
