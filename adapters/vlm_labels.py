@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,8 +20,20 @@ FORWARD: ContextVar[Run | None] = ContextVar("tokenreduce_forward", default=None
 
 def attach_labels(generator: nn.Module, undo: Undo) -> None:
     """Let ``model(**inputs, labels=...)`` take the labels of the whole prompt; those of dropped tokens do not count."""
+    if "self.loss_function" not in inspect.getsource(type(generator).forward):  # Gemma3 in early releases
+        undo.pre_hook(generator, refuse_labels)
+        return
     stock: Any = generator.loss_function
     undo.set(generator, "_loss_function", functools.partial(reduced_loss, stock))
+
+
+def refuse_labels(generator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on a model that computes its loss in a way of its own. Raises ``ValueError`` for labels."""
+    if kwargs.get("labels") is not None:
+        raise ValueError(
+            f"{type(generator).__name__} of this transformers release computes its loss itself, for all columns of the "
+            f"prompt; compute the loss from the logits, or use a newer release"
+        )
 
 
 def reduced_loss(stock: Any, logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any) -> Any:

@@ -409,12 +409,6 @@ class VlmTask:
     def _depth(self) -> int:
         return len(describe(self._ready.stock).language.layers)
 
-    @property
-    def _feature(self) -> int:
-        """The block of the vision encoder that the projector reads; those behind it may run, too."""
-        vision = describe(self._ready.stock).language.vision
-        return int(vision.feature) if vision is not None else 1 << 30
-
     def _prefill(self, model: Any, question: Question) -> Any:
         """The cache behind the prompt, when the logits of the first new token are there, as ``generate`` does it."""
         with torch.inference_mode():
@@ -439,8 +433,7 @@ class VlmTask:
                 flops.append(trace.flops)
                 cache.append(cache_bytes(made))
                 layers.append(layers_of(trace.steps, visual, depth)[1])
-                read = [s for s in trace.steps if s.stage != "encoder" or s.layer <= self._feature]
-                encoders.append(patches_left(model, question, patches_of(model, question), read))
+                encoders.append(patches_left(model, question, patches_of(model, question), trace.steps))
                 notes += trace.notes
         n = len(layers)
         if (

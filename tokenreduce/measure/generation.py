@@ -298,9 +298,13 @@ def patches_of(model: Any, question: Question) -> int | None:
 
 
 def patches_left(model: Any, question: Question, patches: int | None, steps: Sequence[Step]) -> int | None:
-    """Those of ``patches`` that leave the vision encoder after the ``steps`` of a trace."""
-    inside = [s for s in steps if s.stage == "encoder"]
-    views, towers = _views(question), describe(model).towers
+    """Those of ``patches`` that leave the block which the projector reads (later ones may run, too), after the
+    ``steps`` of a trace."""
+    found = describe(model)
+    vision = None if found.language is None else found.language.vision
+    last = 1 << 30 if vision is None else int(vision.feature)
+    inside = [s for s in steps if s.stage == "encoder" and s.layer <= last]
+    views, towers = _views(question), found.towers
     if not inside:
         return patches
     return None if views is None or len(towers) != 1 else len(views) * (inside[-1].tokens - towers[0].prefix)
