@@ -12,7 +12,10 @@ from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import TOLERANCE, UNREDUCED
 from tokenreduce.bench.task import FLOPS, Axis
 
-__all__ = ["COLUMNS", "Column", "again", "cell", "columns", "compact", "failure", "label", "misses", "notes", "ordered"]
+__all__ = [
+    "COLUMNS", "Column", "again", "cell", "columns", "compact", "failure", "in_bytes", "label", "misses", "notes",
+    "ordered", "seconds",
+]  # fmt: skip
 
 
 def _share(value: Any) -> str:
@@ -40,11 +43,19 @@ def compact(tokens: Sequence[int], whole: bool = False) -> str:
     return ">".join(shown if len(shown) <= 4 else [*shown[:2], "..", shown[-1]])
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """
+    >>> seconds(0.0123), seconds(2.5)
+    ('12.3 ms', '2.50 s')
+    """
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
 
 
-def _bytes(value: float) -> str:
+def in_bytes(value: float) -> str:
+    """
+    >>> in_bytes(512), in_bytes(21_500), in_bytes(3e9)
+    ('512 B', '21.5 kB', '3.00 GB')
+    """
     for unit in ("B", "kB", "MB"):
         if value < 1000:
             return f"{value:,.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
@@ -84,9 +95,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("agreement", "agree %", _share, "share of inputs with the unreduced model's answer", 2),
     Column("speedup", "speed-up", lambda v: f"{v:.2f}x",
            "clock time of the stock model over this one: interleaved, median of per-round ratios"),
-    Column("first_token_s", "first token", _seconds,
+    Column("first_token_s", "first token", seconds,
            "time to the first token of one question: vision encoder and prefill, median", 4),
-    Column("cache_bytes", "KV", _bytes, "bytes of keys and values after the prefill of one question, all layers", 3),
+    Column("cache_bytes", "KV", in_bytes, "bytes of keys and values after the prefill of one question, all layers", 3),
     Column("images_per_s", "img/s", _count, "images per second", 3),
     Column("peak_mb", "peak MB", _count, "peak memory of one forward above what was held before it", 4),
     Column("reduction_share", "own %", _share, "share of the forward spent on making and applying plans", 7),

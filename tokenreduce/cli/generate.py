@@ -116,6 +116,8 @@ def _agreement(result: Comparison) -> str:
 
 
 def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
+    from tokenreduce.bench.columns import in_bytes, seconds
+
     a, b, ratio = result.stock, result.reduced, result.ratios()
 
     def times(key: str) -> str:
@@ -135,22 +137,10 @@ def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
     layers = f"visual tokens, mean over {len(a.layers)} layers"
     rows += [
         (layers, f"{a.mean_tokens:,.1f}", f"{b.mean_tokens:,.1f}", times("mean_layer_tokens")),
-        ("time to first token", _seconds(a.first.median), _seconds(b.first.median), times("first_token_s")),
+        ("time to first token", seconds(a.first.median), seconds(b.first.median), times("first_token_s")),
     ]
     if a.step is not None and b.step is not None:
         rates = (f"{1 / s.step.median:,.1f} tokens/s" for s in (a, b) if s.step is not None)
         rows.append(("decoding", *rates, times("tokens_per_s")))  # type: ignore[arg-type]
-    rows.append(("KV cache after prefill", _bytes(a.cache), _bytes(b.cache), times("cache_bytes")))
+    rows.append(("KV cache after prefill", in_bytes(a.cache), in_bytes(b.cache), times("cache_bytes")))
     return rows
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:,.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1000
-    return f"{value:,.2f} GB"
