@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from vlms import VLMS, prompts, skip_beams_of_several
+from vlms_masked import close, generate, layers_of
 
 import tokenreduce as tr
 from tokenreduce.plan import Identity
@@ -28,10 +29,6 @@ SPECS = (
     "sparsevlm:scale=0.8",
 )
 MODELS = ("llava", "qwen2_5_vl")
-
-
-def layers_of(name, model):
-    return model.model.get_submodule(VLMS[name].text).layers
 
 
 class masked:  # noqa: N801 - used like open()
@@ -92,20 +89,8 @@ class masked:  # noqa: N801 - used like open()
             hook.remove()
 
 
-def generate(model, inputs, **settings):
-    with torch.no_grad(), tr.record(model, flops=False) as trace:
-        out = model.generate(
-            **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True, **settings
-        )
-    return out.sequences, torch.stack(out.logits, 1), trace
-
-
 def acting(trace):
     return [step for step in trace.steps if step.plan is not None]
-
-
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.detach().abs().max()))
 
 
 @pytest.mark.parametrize("rows", ROWS)
