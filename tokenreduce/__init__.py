@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenreduce.evidence import Evidence
 from tokenreduce.patching import describe, patch, patched, reduce_tokens, unpatch
-from tokenreduce.plan import Merge, Plan, Pool, Prune
+from tokenreduce.plan import Merge, Mix, Plan, Pool, Prune
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import get_method, list_methods, parse
 from tokenreduce.trace import record
@@ -70,7 +70,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AIM", "AIMMerge", "ATS", "CDPruner", "DART", "DPCKNN", "DiffRate", "DivPrune", "EViT", "Evidence", "FastV",
     "FasterVLM", "FoPru", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge",
-    "MustDrop", "MustDropMerge", "PiToMe", "Plan", "Pool", "PoolTokens", "PruMerge", "PruMergePlus", "Prune",
+    "Mix", "MustDrop", "MustDropMerge", "PiToMe", "Plan", "Pool", "PoolTokens", "PruMerge", "PruMergePlus", "Prune",
     "PyramidDrop", "Random", "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens",
     "SCOPE", "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "Uniform",
     "UniformTokens", "VScan", "VScanLLM", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method",

@@ -201,6 +201,11 @@ class Evidence:
         return torch.zeros(self.n - self.prefix, dtype=torch.long, device=self.x.device)
 
     @property
+    def frames(self) -> int:
+        """Number of frames, which have as many tokens each: T of a grid (T,rows,columns), 1 without one."""
+        return self.grid[0] if self.grid is not None and len(self.grid) == 3 else 1
+
+    @property
     def clip(self) -> tuple[Tensor, Tensor]:
         """Patches (B,N,E) and question (B,M,E) in the joint space of a CLIP model."""
         if self._clip is None:

@@ -50,6 +50,8 @@ class Projector(Reducer, stage="projector"):
     """
 
     whole: ClassVar[bool] = False
+    #: Whether the method looks across the frames of a video, see :class:`tokenreduce.temporal.Temporal`.
+    temporal: ClassVar[bool] = False
     space: ClassVar[str] = "language"
     #: Whether ``keep`` may be None; :meth:`choose` is then asked for as many as there are, and leaves what it finds.
     adaptive: ClassVar[bool] = False

@@ -264,6 +264,10 @@ class Visual(Evidence):
     def view(self) -> Tensor:
         return self.origin.view
 
+    @property
+    def frames(self) -> int:
+        return self.origin.views
+
     def tower(self, look: Look = None) -> Evidence:
         if not self.blocks:
             return self

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tokenreduce.budget import check_count, check_keep
+from tokenreduce.clustering import peaks
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.reducer import Reducer
@@ -16,8 +16,6 @@ from tokenreduce.schedule import check_layers, stage_layers, staged
 from tokenreduce.scoring import descending, distances, excluded, finite
 
 __all__ = ["DPCKNN"]
-
-_LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
     def _cluster(self, left: int, evidence: Evidence) -> Plan:
         n, p, out = evidence.n, evidence.prefix, excluded(evidence)
         d = distances(evidence.x[:, p:]) / math.sqrt(evidence.x.shape[-1])
-        scores = finite(self._scores(d, out), evidence)
+        scores = finite(peaks(d, self.k, out), evidence)
         if out is not None:
             d = d.masked_fill(out[:, None], float("inf"))
             if (fixed := evidence.fixed()) is not None:
@@ -102,19 +100,3 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
         real = None if evidence.valid is None else evidence.valid.float()
         keep, dst = torch.cat([lead, p + centres], 1), p + assign.gather(1, members)
         return Merge(n, keep, p + members, dst, weights=real, by_size=self.weighted)
-
-    def _scores(self, d: Tensor, out: Tensor | None) -> Tensor:
-        """(B,T) log of density times isolation, from distances (B,T,T)."""
-        if out is not None:
-            d = d.masked_fill(out[:, :, None] | out[:, None], float("inf"))
-        nearest = d.topk(min(self.k, d.shape[1]), largest=False).values
-        there = ~nearest.isinf()
-        squares = torch.where(there, nearest.square(), 0.0).sum(-1)
-        density = -squares / there.sum(-1).clamp(min=1)
-        rank = descending(density).argsort(dim=-1)
-        denser = rank[:, None] < rank[:, :, None]
-        # The densest token has none denser: infinity instead of the largest distance, it comes first either way.
-        isolation = d.masked_fill(~denser, float("inf")).amin(-1)
-        # A duplicate of a denser token scores zero: below every other token, above those that are not there.
-        scores = torch.where(isolation == 0, _LOWEST, density + isolation.log())
-        return scores if out is None else scores.masked_fill(out, float("-inf"))

@@ -1,0 +1,1 @@
+"""Methods for videos, encoder stage; one file each."""

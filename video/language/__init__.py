@@ -1,0 +1,1 @@
+"""Methods for videos, language stage; one file each."""

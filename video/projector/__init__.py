@@ -1,0 +1,1 @@
+"""Methods for videos, projector stage; one file each."""
