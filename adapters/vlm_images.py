@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.clip_text import JointSpace, joint_space, question_texts
 from tokenreduce.adapters.generation import Step
+from tokenreduce.adapters.vlm_films import Image, films
 from tokenreduce.adapters.vlm_seen import Encoded
 from tokenreduce.projector import Projector
 from tokenreduce.sequence import question
@@ -43,20 +44,6 @@ def runs(visual: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor, 
     return row, start, end - start + 1
 
 
-@dataclass
-class _Image:
-    row: int
-    start: int
-    origin: Origin
-    views: tuple[int, ...]
-    kind: str
-    rows: Tensor | None = None
-    key: tuple[object, ...] = ()
-    #: (n,) bool of the tokens that only repeat one that a method in the tower merged them into, None when none does.
-    gone: Tensor | None = None
-    size: Tensor | None = None
-
-
 def groups(step: Step, x: Tensor, reducer: Projector, source: str = "") -> list[Group]:
     """The images of a prompt, alike ones together. ``x`` (B,L,D) are the embeddings; ``source`` is where the language
     model's tokenizer can be loaded from, for methods that show the question to a CLIP model.
@@ -74,9 +61,10 @@ def groups(step: Step, x: Tensor, reducer: Projector, source: str = "") -> list[
     return out
 
 
-def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[_Image]:
+def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[Image]:
     run = step.run
     needy = bool(reducer.looks()) or reducer.space == "vision"
+    joined = films if reducer.temporal else _as_they_are
     seen_columns = torch.zeros_like(run.visual)
     for kind, encoded in step.encoded.items():
         here = step.kinds.get(kind)
@@ -84,7 +72,7 @@ def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[_Image]:
             continue
         here = here & run.visual
         seen_columns |= here
-        yield from _encoded(here, encoded, kind)
+        yield from joined(_encoded(here, encoded, kind), kind, encoded.vision)
     rest = run.visual & ~seen_columns
     if not bool(rest.any()):
         return
@@ -93,10 +81,16 @@ def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[_Image]:
             f"{reducer.name} looks at what the vision tower saw, but the image features of this call were made "
             f"elsewhere; pass pixel_values, or make the features with the patched model's get_image_features"
         )
-    yield from _plain(rest, x, step, reducer)
+    for kind, here in step.kinds.items():
+        if bool((mine := here & rest).any()):
+            yield from joined(_plain(mine, x, step, reducer), kind, None)
 
 
-def _plain(visual: Tensor, x: Tensor, step: Step, reducer: Projector) -> Iterator[_Image]:
+def _as_they_are(found: Iterator[Image], kind: str, vision: Any) -> Iterator[Image]:
+    return found
+
+
+def _plain(visual: Tensor, x: Tensor, step: Step, reducer: Projector) -> Iterator[Image]:
     """Images of which only the embeddings are known."""
     ends = None
     if step.newline is not None and reducer.newlines != "rank":
@@ -108,10 +102,10 @@ def _plain(visual: Tensor, x: Tensor, step: Step, reducer: Projector) -> Iterato
         at = torch.arange(n, device=visual.device)
         place = torch.stack([torch.zeros_like(at), at], 1)
         origin = Origin(at[:, None], None, n, view, place, (1, n), count=1)
-        yield _Image(r, s, origin, (0,), "", None, ("", n))
+        yield Image(r, s + at, origin, (0,), "", None, ("", n))
 
 
-def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[_Image]:
+def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[Image]:
     """Images of one call of the tower: their tokens fill the columns ``here`` (B,L) in order, once for every beam."""
     total, columns = encoded.tokens, int(here.sum())
     if total == 0 or columns % total:
@@ -143,7 +137,7 @@ def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[_Image]:
         gone, size = _merged(encoded, origin, views)
         if gone is not None:
             key = (*key, r, s)  # other tokens are left in every image
-        yield _Image(r, s, origin, views, kind, rows, key, gone, size)
+        yield Image(r, s + torch.arange(n, device=here.device), origin, views, kind, rows, key, gone, size, e)
 
 
 def _merged(encoded: Encoded, origin: Origin, views: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
@@ -161,7 +155,7 @@ def _merged(encoded: Encoded, origin: Origin, views: tuple[int, ...]) -> tuple[T
 
 
 def _group(
-    alike: list[_Image],
+    alike: list[Image],
     step: Step,
     x: Tensor,
     reducer: Projector,
@@ -176,13 +170,13 @@ def _group(
         seen = seen[~first.gone[seen]]
         size = None if first.size is None else first.size[seen][None]
     r = torch.tensor([i.row for i in alike], device=device)[:, None]
-    start = torch.tensor([i.start for i in alike], device=device)[:, None]
+    places = torch.stack([i.columns for i in alike])
     gone = torch.zeros(origin.n, dtype=torch.bool, device=device) if first.gone is None else first.gone
     if reducer.newlines == "drop":
         gone = gone | (origin.view < 0)
     if bool(gone.any()):
-        step.dropped.append((r, start + gone.nonzero().flatten()))
-    columns = start + seen
+        step.dropped.append((r, places[:, gone]))
+    columns = places[:, seen]
     own = origin if len(seen) == origin.n else origin.take(seen)
     encoded = step.encoded.get(first.kind)
     blocks, features, class_features, feature, depth, plans = {}, None, None, -1, 0, {}
@@ -217,7 +211,7 @@ def _group(
     )  # fmt: skip
 
 
-def _rows_of(image: _Image) -> Tensor:
+def _rows_of(image: Image) -> Tensor:
     """(N,) rows of an image's tokens among what entered the projector."""
     assert image.rows is not None
     return image.rows.clamp(min=0)

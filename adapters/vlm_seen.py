@@ -38,6 +38,8 @@ class Vision:
     cls: bool
     #: Block whose output enters the projector.
     feature: int
+    #: Whether the family takes videos as such, and not as several images.
+    films: bool = False
 
     @property
     def depth(self) -> int:

@@ -67,7 +67,7 @@ def vision_of(inner: Any) -> Vision | None:
     depth = len(blocks[0])
     return Vision(
         towers, tuple(blocks), None if projector is None else inner.get_submodule(projector), kind, cls,
-        _feature_block(inner.config, depth),
+        _feature_block(inner.config, depth), hasattr(inner, "get_video_features"),
     )  # fmt: skip
 
 

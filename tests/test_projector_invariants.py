@@ -8,23 +8,58 @@ import pickle
 
 import pytest
 import torch
-from visual import ORIGINS, visual
+from visual import ORIGINS, frames, visual
 
 import tokenreduce as tr
 from tokenreduce.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.plan import Chain, Plan
 from tokenreduce.projector import Projector
 from tokenreduce.registry import get_class
 
 METHODS = tr.list_methods(stage="projector")
 #: What they keep depends on places alone.
-BLIND = ("pool", "resize", "uniform")
+BLIND = ("pool", "resize", "uniform", "uniform-frames", "token-shuffle", "pool-frames")
+TEMPORAL = [n for n in METHODS if get_class(n, "projector").temporal]
+CASES = [
+    (name, origin)
+    for name in METHODS
+    for origin in ("square", "wide", *(("frames", "film", "ticks") if name in TEMPORAL else ("large", "units")))
+]
 every = pytest.mark.parametrize("name", METHODS)
-origins = pytest.mark.parametrize("origin", ["square", "wide", "large", "units"])
+origins = pytest.mark.parametrize(("name", "origin"), CASES)
 
 
 def with_keep(name, keep) -> Projector:
     return get_class(name, "projector")(keep=keep)
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 17])
+@pytest.mark.parametrize("keep", [0.5, 0.2, 3])
+def test_any_number_of_frames(name, count, keep):
+    """Fewer frames than a method's window, odd numbers, one: all defined."""
+    reducer = with_keep(name, keep)
+    for n in ((3, 3), (1, 1)):
+        evidence = given(reducer, visual(frames(count, *n)))
+        if not serves(reducer, evidence):
+            pytest.skip(f"{name} needs {reducer.gathers()}")
+        plan = reducer.plan(evidence)
+        valid = plan.validity()
+        there = torch.ones(plan.batch, plan.k, dtype=torch.bool) if valid is None else valid
+        assert (there.sum(1) == min(reducer.total(evidence.n), evidence.n)).all()
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_plans_of_videos_are_sparse(name):
+    """No K x N numbers: a plan grows with its video and not with the square of it."""
+    reducer = with_keep(name, 0.25)
+
+    def numbers(count):
+        plan = reducer.plan(given(reducer, visual(frames(count, 3, 3), batch=1)))
+        parts = plan.plans if isinstance(plan, Chain) else (plan,)
+        return sum(t.numel() for part in parts for t in part._tensors().values())
+
+    assert numbers(96) <= 2.5 * numbers(48) <= 2.5 * 40 * 48 * 9
 
 
 def plain(origin, **more) -> tr.Evidence:
@@ -50,7 +85,6 @@ def fitting(name, keep, origin, **more):
     return reducer, evidence
 
 
-@every
 @origins
 @pytest.mark.parametrize("keep", [0.5, 0.3, 5, 1, 2])
 @pytest.mark.parametrize("cls", [True, False])
@@ -71,7 +105,6 @@ def test_keep_is_what_is_left(name, origin, keep, cls):
     assert torch.equal(out[same], plan.gather(evidence.x)[same]), "what was not mixed is bit-identical"
 
 
-@every
 @origins
 def test_keep_everything_is_the_identity(name, origin):
     for keep in (1.0, 1000):
@@ -79,7 +112,6 @@ def test_keep_everything_is_the_identity(name, origin):
         assert reducer.plan(evidence).is_identity
 
 
-@every
 @origins
 def test_a_sample_is_treated_alone_and_in_a_batch_alike(name, origin):
     reducer, together = fitting(name, 0.4, origin, batch=3)
@@ -168,7 +200,6 @@ def test_nan_is_an_error_and_not_a_silent_choice(name):
         reducer.plan(evidence)
 
 
-@every
 @origins
 def test_identical_tokens_and_zero_tokens_still_give_a_plan(name, origin):
     """Flat images: every score ties, and no similarity divides by zero."""
@@ -186,5 +217,5 @@ def test_documented(name):
     assert kind.__doc__
     assert not kind.__doc__.startswith(kind.__name__ + "(")
     assert kind.title
-    assert kind.paper or name in ("random", "uniform", "pool", "resize")
+    assert kind.paper or name in ("random", "uniform", "pool", "resize", "uniform-frames", "pool-frames")
     assert "Raises ``ValueError``" in kind.__doc__

@@ -13,7 +13,8 @@ from vlms_masked import close, generate
 import tokenreduce as tr
 from tokenreduce.registry import get_class
 
-METHODS = tr.list_methods(stage="projector")
+#: Temporal methods have a table of their own, with videos.
+METHODS = [n for n in tr.list_methods(stage="projector") if not get_class(n, "projector").temporal]
 every = pytest.mark.parametrize("name", METHODS)
 models = pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl"])
 

@@ -67,7 +67,7 @@ def frames(count: int = 3, rows: int = 4, cols: int = 4) -> Origin:
 
 ORIGINS = {
     "square": grid(4, 4), "wide": grid(3, 7), "large": grid(12, 12), "units": units(4, 5), "anyres": anyres(),
-    "crops": anyres(4, (2, 2), 0), "frames": frames(),
+    "crops": anyres(4, (2, 2), 0), "frames": frames(), "film": frames(9, 3, 5), "ticks": frames(11, 1, 1),
 }  # fmt: skip
 
 
