@@ -52,6 +52,8 @@ def supported() -> dict[str, tuple[str, ...]]:
             "SigLIP2",
             "DINOv2",
             "DINOv3",
+            "VideoMAE",
+            "ViViT",
             "LLaVA-1.5",
             "LLaVA-NeXT",
             "LLaVA-NeXT-Video",
@@ -104,11 +106,39 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
                 f"{reducer.name} acts at stage {reducer.stage}, which is not available on {type(model).__name__} "
                 f"(stages there: {', '.join(stages)}); tr.list_methods(stage='{stages[0]}') lists what fits"
             )
+    _check_frames(model, reducers, towers, language)
     if language is not None:
         importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo, towers)
         return
     for adapter, tower in towers:
         adapter.attach(tower, reducers, undo)
+
+
+def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:
+    """Raise ``ValueError`` for methods across frames where frames of a video do not run through one tower."""
+    across = [r for r in reducers if r.stage == "encoder" and getattr(r, "frames", 1) > 1]
+    if not across:
+        return
+    why = None
+    if language is None:
+        why = f"{type(model).__name__} does not see videos frame by frame"
+    elif any(getattr(adapter, "EXPANDS", False) for adapter, _ in towers):
+        why = f"the tower of {language.family} packs its frames"
+    elif not hasattr(language.inner, "get_video_features"):
+        why = f"{language.family} takes a video as single images"
+    elif any(tower.rope for _, tower in towers):
+        why = "its tower has rotary positions"
+    if why is not None:
+        raise ValueError(
+            f"{across[0].spec()}: frames is for vision towers that see the frames of a video one by one "
+            f"(LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA), and {why}; leave frames out"
+        )
+    looking = [r for r in reducers if r.stage == "projector" and "tower" in r.gathers()]
+    if looking:
+        raise ValueError(
+            f"{looking[0].spec()} looks at what the tower saw of every frame, of which {across[0].spec()} makes one; "
+            "choose a method on embeddings, or leave frames out"
+        )
 
 
 def default_stage(model: nn.Module) -> str:
@@ -164,7 +194,8 @@ class Description:
         lines = [self.model]
         for t in self.towers:
             where = t.name or "(the model itself)"
-            grid = "set by the image" if t.grid is None else f"{t.prefix} + {t.grid[0]}x{t.grid[1]} = {t.tokens}"
+            sides = "x".join(str(side) for side in t.grid or ())
+            grid = "set by the image" if t.grid is None else f"{t.prefix} + {sides} = {t.tokens}"
             lines += [
                 f"  encoder  {where}: {t.family}, {len(t.blocks)} layers, tokens {grid}",
                 f"           class token: {'yes' if t.cls else 'no'}; evidence: {', '.join(t.evidence)}"

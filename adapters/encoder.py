@@ -116,7 +116,7 @@ class Site:
     prefix: int
     cls: bool
     reducer: Reducer | None = None
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     rope: str | None = None
     label: str = ""
 
@@ -329,7 +329,7 @@ class Tower:
     classes: dict[type, type]  # block class -> patched class
     prefix: int
     cls: bool
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None  # (rows, columns), or (frames, rows, columns) of a video encoder
     evidence: tuple[str, ...]
     rope: str | None = None
     resizes: bool = True  # whether the model takes smaller images, for methods that act on the input
@@ -337,7 +337,7 @@ class Tower:
     @property
     def tokens(self) -> int | None:
         """Tokens at the entry for the model's own image size, prefix included."""
-        return None if self.grid is None else self.prefix + self.grid[0] * self.grid[1]
+        return None if self.grid is None else self.prefix + math.prod(self.grid)
 
 
 def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:

@@ -74,6 +74,8 @@ class Run:
     shift: Tensor | None = None
     #: (B,L,C) features before layer 0, while a method still needs them.
     entered: Tensor | None = None
+    #: (B,L,4) video, first and last frame, and place of every column, see :attr:`tokenreduce.evidence.Evidence.films`.
+    films: Tensor | None = None
 
     def columns(self, cached: int) -> int:
         """Tokens that the caller gave when layer 0 has ``cached`` of them: more, where tokens went before it."""
@@ -123,6 +125,14 @@ class Run:
             return self.visual
         visual = self.visual.gather(1, cut.index)
         return visual if cut.valid is None else visual & cut.valid
+
+    def films_at(self, layer: int) -> Tensor | None:
+        """(B,K,4) :attr:`films` of the slots that ``layer`` sees in prefill."""
+        cut = self.cut_at(layer)
+        if cut is None or self.films is None:
+            return self.films
+        films = self.films.gather(1, cut.index.unsqueeze(-1).expand(-1, -1, 4))
+        return films if cut.valid is None else films.masked_fill(~cut.valid.unsqueeze(-1), -1)
 
     def decode_mask(
         self, layer: int, past: int, queries: int, slots: int, offset: int = 0, window: int | None = None

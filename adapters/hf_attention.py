@@ -10,6 +10,7 @@ a patched model.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tokenreduce.adapters.joint import Windows
 from tokenreduce.patching import Undo
 
 __all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "listen"]
@@ -41,7 +43,8 @@ class Call:
     It travels as the module's ``attention_mask`` (which every module hands on untouched) or as keyword :data:`CALL`.
 
     Args:
-        mask: the mask to use: the stock one, or a bias (B,1,1,N) to add to the logits.
+        mask: the mask to use: the stock one, or a bias (B,1,1,N) to add to the logits, or
+            :class:`~tokenreduce.adapters.joint.Windows` where frames share tokens.
         bias: whether ``mask`` is such a bias. It is cast to the queries' dtype, and implementations that take no
             additive mask (flash, flex) are replaced by sdpa for this call.
         record: keep queries, keys and values.
@@ -104,13 +107,17 @@ def attend(
             query, key = turn(query, key, cos, sin)
             call.rotated = (query, key)
         if call.bias and attention_mask is not None:
-            attention_mask = attention_mask.to(query.dtype)
+            if not isinstance(attention_mask, Windows):
+                attention_mask = attention_mask.to(query.dtype)
             if name not in ("sdpa", "eager"):
                 name = "sdpa"
     stock_function = ALL_ATTENTION_FUNCTIONS.get_interface(name, stock.eager)
     if "flash" in name:
         module = _Unpatched(module, stock.config)  # type: ignore[assignment]
-    return stock_function(module, query, key, value, attention_mask, **kwargs)
+    compute = functools.partial(stock_function, module, **kwargs)
+    if isinstance(attention_mask, Windows):
+        return attention_mask.attend(compute, query, key, value), None
+    return compute(query, key, value, attention_mask)
 
 
 def implementation(module: Any) -> str:

@@ -1,8 +1,8 @@
-"""transformers vision encoders: ViT, CLIP, SigLIP, SigLIP2, DINOv2 (also with registers), DINOv3, and the towers of
-InternVL, Idefics3 and SmolVLM.
+"""transformers vision encoders: ViT, CLIP, SigLIP, SigLIP2, DINOv2 (also with registers), DINOv3, the towers of
+InternVL, Idefics3 and SmolVLM, and the video encoders VideoMAE and ViViT.
 
-The layers are in :mod:`tokenreduce.adapters.hf_layers`, what stands behind a tower is served by the hooks in
-:mod:`tokenreduce.adapters.hf_outputs`, and methods that shrink the image by those in
+The layers are in :mod:`tokenreduce.adapters.hf_layers` and :mod:`tokenreduce.adapters.hf_video`, what stands behind a
+tower is served by the hooks in :mod:`tokenreduce.adapters.hf_outputs`, and methods that shrink the image by those in
 :mod:`tokenreduce.adapters.hf_resize`.
 """
 
@@ -23,9 +23,11 @@ from transformers.models.internvl import modeling_internvl as internvl
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
+from transformers.models.videomae import modeling_videomae as videomae
 from transformers.models.vit import modeling_vit as vit
+from transformers.models.vivit import modeling_vivit as vivit
 
-from tokenreduce.adapters import hf_layers
+from tokenreduce.adapters import hf_layers, hf_video
 from tokenreduce.adapters.encoder import Tower, attach_tower, carry_state
 from tokenreduce.adapters.hf_attention import listen
 from tokenreduce.adapters.hf_layers import EVIDENCE
@@ -49,6 +51,7 @@ class Family:
     attention: type
     cls: bool = True
     flag: bool = True  # whether the embeddings take interpolate_pos_encoding
+    core: tuple[type, type] | None = None  # attention inside the attention that takes no mask, and its subclass
 
     def prefix(self, config: Any) -> int:
         return getattr(config, "num_register_tokens", 0) + 1 if self.cls else 0
@@ -86,6 +89,14 @@ FAMILIES: dict[type, Family] = {
         "SmolVLM vision", "encoder.layers", "post_layernorm", smolvlm.SmolVLMEncoderLayer,
         hf_layers.ReducedSmolVLMLayer, smolvlm.SmolVLMVisionAttention, cls=False, flag=False,
     ),
+    videomae.VideoMAEModel: Family(
+        "VideoMAE", "encoder.layer", "layernorm", videomae.VideoMAELayer, hf_video.ReducedVideoMAELayer,
+        videomae.VideoMAEAttention, cls=False, flag=False,
+        core=(videomae.VideoMAESelfAttention, hf_video.ListeningVideoMAESelfAttention),
+    ),
+    vivit.VivitModel: Family(
+        "ViViT", "layers", "layernorm", vivit.VivitLayer, hf_video.ReducedVivitLayer, vivit.VivitAttention, flag=False
+    ),
     dinov2.Dinov2Model: _DINO2,
     dinov2.Dinov2Backbone: _DINO2,
     dinov2_registers.Dinov2WithRegistersModel: _DINO2R,
@@ -102,6 +113,8 @@ READERS: dict[type, tuple[str, str]] = {
     dinov2.Dinov2ForImageClassification: ("dinov2", "mean"),
     dinov2_registers.Dinov2WithRegistersForImageClassification: ("dinov2_with_registers", "mean"),
     vit.ViTForMaskedImageModeling: ("vit", "dense"),
+    videomae.VideoMAEForVideoClassification: ("videomae", "mean"),
+    videomae.VideoMAEForPreTraining: ("videomae", "dense"),
 }
 
 
@@ -115,24 +128,33 @@ class HFTower(Tower):
 
 
 def towers(model: nn.Module) -> Iterator[Tower]:
-    """transformers vision towers inside ``model``, found by class (text towers share their layer classes)."""
+    """transformers vision towers inside ``model``, found by class (text towers share their layer classes).
+
+    Raises ``TypeError`` for video models that cannot be reduced, with the reason.
+    """
     readers: dict[int, tuple[nn.Module, str]] = {}
     for module in model.modules():
         for kind, (name, how) in READERS.items():
             if isinstance(module, kind):
                 readers[id(getattr(module, name))] = (module, how)
     for name, module in model.named_modules():
+        if reason := hf_video.REFUSED.get(type(module).__name__):
+            raise TypeError(f"{type(module).__name__} is not supported: {reason}")
         family = next((f for kind, f in FAMILIES.items() if isinstance(module, kind)), None)
         if family is None:
             continue
         config: Any = module.config
-        grid = None
+        grid: tuple[int, ...] | None = None
         if hasattr(config, "image_size"):
-            size, patch = pair(config.image_size), pair(config.patch_size)
-            grid = (size[0] // patch[0], size[1] // patch[1])
+            size = pair(config.image_size)
+            grid = hf_video.clip_grid(config, size)
+            if grid is None:
+                patch = pair(config.patch_size)
+                grid = (size[0] // patch[0], size[1] // patch[1])
         reader, how = readers.get(id(module), (None, ""))
         rope = "pre" if family is _DINO3 else None
-        resizes = grid is not None and how != "dense" and not isinstance(module, BACKBONES)
+        # Video encoders have fixed position tables.
+        resizes = grid is not None and len(grid) == 2 and how != "dense" and not isinstance(module, BACKBONES)
         layers = tuple(module.get_submodule(family.layers).children())
         yield HFTower(
             name, module, f"transformers {family.title}", layers, {family.layer: family.patched},
@@ -144,7 +166,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """Put ``reducers`` into a transformers tower.
 
     Raises ``TypeError`` for layer or attention classes that are not known, ``ValueError`` for ``resize`` in a model
-    that cannot take smaller images.
+    that cannot take smaller images, or for a classifier that reads a single patch.
     """
     assert isinstance(tower, HFTower)
     assert tower.layout is not None
@@ -157,14 +179,24 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
                 f"{tower.family}: attention class {type(attn).__name__} is not supported; "
                 f"supported: {layout.attention.__name__}"
             )
+    if tower.reader is not None:
+        hf_video.check_head(tower.reader)
     attach_tower(tower, reducers, undo)
     copies: dict[int, Any] = {}
     for attn in attentions:
-        listen(getattr(attn, "attention", attn), undo, copies)
+        core = getattr(attn, "attention", attn)
+        listen(core, undo, copies)
+        if layout.core is not None:
+            if type(core) is not layout.core[0]:
+                raise TypeError(
+                    f"{tower.family}: attention class {type(core).__name__} is not supported; "
+                    f"supported: {layout.core[0].__name__}"
+                )
+            undo.swap_class(core, layout.core[1])
     undo.pre_hook(module, check_inputs)
     if isinstance(module, BACKBONES):
         _attach_backbone(module, layout, prefix, undo)
-    elif layout.norm is not None:
+    elif layout.norm is not None and getattr(module, layout.norm) is not None:
         undo.hook(getattr(module, layout.norm), carry_state)
     head = getattr(module, "head", None)
     if head is not None:

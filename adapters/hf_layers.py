@@ -27,6 +27,9 @@ from transformers.models.vit import modeling_vit as vit
 
 from tokenreduce.adapters.encoder import Attended, Reduced, Site, State, set_state
 from tokenreduce.adapters.hf_attention import CALL, Call
+from tokenreduce.adapters.joint import JointState
+from tokenreduce.evidence import Evidence
+from tokenreduce.reducer import Reducer
 
 __all__ = [
     "EVIDENCE", "Context", "ReducedCLIPLayer", "ReducedDINOv3Layer", "ReducedDinov2Layer",
@@ -69,6 +72,26 @@ class _Layer(Reduced):
 
     def _context(self, context: Any, state: State) -> Any:
         return context if not state.plans else context._replace(plain=False)
+
+    # -- several frames in a row
+    def _reduce(
+        self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
+    ) -> tuple[Tensor, State]:
+        if not isinstance(state, JointState):
+            return super()._reduce(site, reducer, x, state, got, before)
+        frames = x
+        if not state.plans:
+            x, got = state.row(x), state.seen(got)
+            before = None if before is None else state.row(before)
+        x, left = super()._reduce(state.site(site), reducer, x, state, got, before)
+        return (frames, state) if left is state else (x, left)
+
+    def _evidence(self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None) -> Evidence:
+        evidence = super()._evidence(site, x, state, got, before)
+        if not isinstance(state, JointState):
+            return evidence
+        needs = () if site.reducer is None else site.reducer.gathers()
+        return state.dress(evidence, site, attention="attention" in needs or "queries" in needs)
 
     # -- attention half
     def _normed(self, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from tokenreduce.trace import active
 
 __all__ = ["FAMILIES", "Language", "attach", "find"]
 
-EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "prompt", "norm")
+EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "prompt", "norm", "films", "history")
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,9 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         attach_encoder(towers, inside, undo)
         before = before or [Everything()]
     reducers = tuple(r for r in reducers if r.stage == "language")
+    films = any("films" in r.gathers() for r in reducers)
+    if films:  # which frame a token is of shows where it enters
+        before = before or [Everything()]
     if len(before) > 1:
         raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")
     acting: list[Reducer | None] = []
@@ -149,7 +152,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
         attach_labels(found.generator, undo)
     if before:
-        attach_projector(found, before[0], windows, undo)
+        attach_projector(found, before[0], windows, undo, films)
     if FAMILIES[found.family].deep:
         _check_deep(found, depth)
         undo.pre_hook(found.text, functools.partial(take_deep, first=first))
@@ -333,7 +336,7 @@ def _reduce(
     with nullcontext() if trace is None else trace.clock():
         # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
         with torch.no_grad():
-            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm))
+            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, reducer.gathers()))
             run.decided.add(index)
             if not plan.is_identity:
                 acted, made = plan, run.cut(index, plan)
@@ -359,7 +362,14 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 
 def _evidence(
-    x: Tensor, run: Run, index: int, depth: int, layer: Any, call: Call | None, norm: nn.Module | None
+    x: Tensor,
+    run: Run,
+    index: int,
+    depth: int,
+    layer: Any,
+    call: Call | None,
+    norm: nn.Module | None,
+    asked: tuple[str, ...],
 ) -> Evidence:
     seen: dict[str, Any] = {}
     if call is not None and call.keys is not None and call.values is not None:
@@ -371,6 +381,10 @@ def _evidence(
             seen["softcap"] = getattr(layer.self_attn, "attn_logit_softcapping", None)
         # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
         call.record, call.queries, call.keys, call.values = False, None, None, None
+    if "films" in asked:
+        seen["films"] = run.films_at(index)
+    if "history" in asked:
+        seen["history"] = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)
     return Evidence(
         x,
         **seen,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.encoder import State, Tower, full_plan, state_of
+from tokenreduce.adapters.joint import JointState, join_frames
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Identity, Plan
 from tokenreduce.projector import Projector
@@ -47,8 +48,16 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
                 f"{reducer.name} gives the tower a smaller image, but the prompt has placeholders for all its patches; "
                 f"use {reducer.name}@projector, or a smaller image size in the processor"
             )
+    together = {getattr(r, "frames", 1) for r in reducers}
+    if len(together) > 1:
+        raise ValueError(
+            f"{' and '.join(r.spec() for r in reducers)} act on different numbers of frames; give both the same frames"
+        )
     for adapter, tower in towers:
         adapter.attach(tower, reducers, undo)
+        if max(together) > 1:
+            hook = functools.partial(join_frames, frames=max(together), prefix=tower.prefix)
+            undo.pre_hook(tower.blocks[0], hook)
         if not getattr(adapter, "EXPANDS", False):
             undo.hook(tower.module, functools.partial(expand_output, prefix=tower.prefix))
 
@@ -70,15 +79,17 @@ def expand_states(x: Tensor, prefix: int) -> Tensor:
     if plan is None or plan.is_identity:
         return x
     assert state is not None
+    lead = state.count * prefix if isinstance(state, JointState) else prefix
     # Dropped patches have no column of their own later; their value only matters where tokens are made of several
     # patches, and zero is nothing that a projector has seen.
-    body = x[:, prefix:]
+    body = x[:, lead:]
     if state.valid is None:
         mean = body.mean(1, keepdim=True)
     else:
-        there = state.valid[:, prefix:, None].to(x.dtype)
+        there = state.valid[:, lead:, None].to(x.dtype)
         mean = (body * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
-    return plan.expand(x, mean)
+    full = plan.expand(x, mean)
+    return state.apart(full) if isinstance(state, JointState) else full
 
 
 def remaining(state: State | None, prefix: int) -> Tensor | None:
@@ -90,7 +101,12 @@ def remaining(state: State | None, prefix: int) -> Tensor | None:
     if valid is not None:
         at = torch.where(valid, at, plan.n)
     marks = torch.zeros(plan.batch, plan.n + 1, dtype=torch.bool, device=at.device).scatter(1, at, True)
-    return marks[:, prefix:-1]
+    return _apart(marks[:, :-1], state)[:, prefix:]
+
+
+def _apart(t: Tensor, state: State | None) -> Tensor:
+    """Rows of several frames (G,count*n) to those of single ones (V,n)."""
+    return state.apart(t) if isinstance(state, JointState) else t
 
 
 def sizes(state: State | None, prefix: int) -> Tensor | None:
@@ -98,4 +114,4 @@ def sizes(state: State | None, prefix: int) -> Tensor | None:
     plan = None if state is None else full_plan(state)
     if plan is None or state is None or state.size is None:
         return None
-    return plan.expand(state.size.unsqueeze(-1)).squeeze(-1)[:, prefix:]
+    return _apart(plan.expand(state.size.unsqueeze(-1)).squeeze(-1), state)[:, prefix:]

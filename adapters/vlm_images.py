@@ -16,9 +16,11 @@ from tokenreduce.adapters.vlm_films import Image, films
 from tokenreduce.adapters.vlm_seen import Encoded
 from tokenreduce.projector import Projector
 from tokenreduce.sequence import question
+from tokenreduce.temporal import Temporal
+from tokenreduce.views import ranks
 from tokenreduce.visual import Origin, Visual
 
-__all__ = ["Group", "groups", "runs", "tokenizer_of"]
+__all__ = ["Group", "film_places", "groups", "runs", "tokenizer_of"]
 
 
 @dataclass
@@ -58,6 +60,24 @@ def groups(step: Step, x: Tensor, reducer: Projector, source: str = "") -> list[
         alike = [i for i in found if i.key == found[0].key and i.origin.same(found[0].origin)]
         found = [i for i in found if not any(i is a for a in alike)]
         out.append(_group(alike, step, x, reducer, text, said))
+    return out
+
+
+class _Frames(Temporal):
+    """Stands for a method that wants to know frames and nothing else."""
+
+
+def film_places(step: Step, x: Tensor) -> Tensor:
+    """(B,L,4) for every column of the prompt the number of the video in its row, its frame (twice, the first and the
+    last that it stands for), and its place within the frame; -1 for what is of no video."""
+    out = torch.full((*x.shape[:2], 4), -1, dtype=torch.long, device=x.device)
+    number = dict.fromkeys(range(len(x)), 0)
+    for film in _images(step, x, _Frames()):
+        view = film.origin.view.to(x.device)
+        place = ranks(torch.zeros(1, len(view), device=x.device), view)[0]
+        what = torch.stack([torch.full_like(view, number[film.row]), view, view, place], 1)
+        number[film.row] += 1
+        out[film.row, film.columns] = torch.where(view.unsqueeze(1) < 0, -1, what)
     return out
 
 

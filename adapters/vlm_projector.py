@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.clip_text import joint_space
 from tokenreduce.adapters.generation import KEYWORD, Step
-from tokenreduce.adapters.vlm_images import Group, groups, tokenizer_of
+from tokenreduce.adapters.vlm_images import Group, film_places, groups, tokenizer_of
 from tokenreduce.adapters.vlm_seen import ARRIVING
 from tokenreduce.adapters.vlm_tower import attach_tower_evidence
 from tokenreduce.patching import Undo
@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 __all__ = ["attach_projector"]
 
 
-def attach_projector(found: Language, reducer: Reducer, windows: list[int | None], undo: Undo) -> None:
-    """Put ``reducer`` before the language model.
+def attach_projector(
+    found: Language, reducer: Reducer, windows: list[int | None], undo: Undo, films: bool = False
+) -> None:
+    """Put ``reducer`` before the language model; with ``films``, note which frames its tokens come from.
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
@@ -76,6 +78,7 @@ def attach_projector(found: Language, reducer: Reducer, windows: list[int | None
             compact=compact,
             projector=None if found.vision is None else found.vision.projector,
             source=source,
+            films=films,
         ),
     )
     if reducer.spec():
@@ -134,6 +137,7 @@ def choose(
     compact: bool,
     projector: nn.Module | None,
     source: str = "",
+    films: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the language model: make the plan in prefill, keep the count of positions in decode."""
     step: Step | None = kwargs.get(KEYWORD)
@@ -152,6 +156,10 @@ def choose(
             made += _place(stay, group, reducer, compact)
         for rows, columns in step.dropped:
             stay[rows, columns] = False
+        if films:
+            run.films = film_places(step, x)
+            for part in made:
+                part.note_frames(run.films)
         plan = None if bool(stay.all()) else Prune.from_mask(stay)
         for part in made:
             x = part.write(x, projector)
@@ -188,6 +196,23 @@ class Part:
     evidence: Visual
     host: Tensor
     there: Tensor
+
+    def note_frames(self, films: Tensor) -> None:
+        """Let ``films`` (B,L,4) tell of every output the frames that it stands for; in place."""
+        p, k = self.evidence.prefix, self.host.shape[1]
+        to = self.plan.sources()[:, p:]
+        here = films[self.rows, self.columns]
+        slot = torch.where(to < 0, k, to)
+        first = here.new_full((len(to), k + 1), torch.iinfo(here.dtype).max)
+        first = first.scatter_reduce(1, slot, here[..., 1], "amin")[:, :k]
+        last = here.new_full((len(to), k + 1), -1).scatter_reduce(1, slot, here[..., 2], "amax")[:, :k]
+        own = (self.plan.representatives() - p).clamp(min=0)
+        mine = here.gather(1, own.unsqueeze(-1).expand(-1, -1, 4))
+        alone = last < 0  # what stands for no frame of a video
+        said = torch.stack([mine[..., 0], first, last, mine[..., 3]], -1)
+        said = torch.where(alone.unsqueeze(-1), mine, said)
+        where = self.there.nonzero(as_tuple=True)
+        films[self.rows.expand_as(self.host)[where], self.host[where]] = said[where]
 
     def write(self, x: Tensor, projector: nn.Module | None) -> Tensor:
         """``x`` (B,L,D) with outputs that are not their column's token already put there."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.encoder import collect_states
 from tokenreduce.adapters.hf_attention import CALL, Call, listen
+from tokenreduce.adapters.joint import FRAMES
 from tokenreduce.adapters.vlm_entries import entries
 from tokenreduce.adapters.vlm_seen import ARRIVING, WATCHING, Encoded, PackedCall, Vision, encoded_in, put_on
 from tokenreduce.evidence import Look
@@ -128,10 +129,12 @@ def encode(inner: Any, kind: str, blocks: tuple[int, ...], *args: Any, **kwargs:
     assert vision is not None
     seen = Encoded(vision, blocks)
     token = WATCHING.set(seen)
+    clip = FRAMES.set(_frames(args, kwargs) if kind == "video" else 1)
     try:
         with collect_states() as seen.states:
             output = stock(inner, *args, **kwargs)
     finally:
+        FRAMES.reset(clip)
         WATCHING.reset(token)
     given = inspect.signature(stock).bind(inner, *args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
@@ -144,6 +147,11 @@ def encode(inner: Any, kind: str, blocks: tuple[int, ...], *args: Any, **kwargs:
     if arriving is not None:
         arriving[kind] = seen
     return output
+
+
+def _frames(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Frames of every video in pixels (videos,frames,channels,rows,columns); 1 for pixels of another layout."""
+    return next((t.shape[1] for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 5), 1)
 
 
 def before_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

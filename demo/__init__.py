@@ -1,1 +1,1 @@
-"""The Gradio page."""
+"""The Gradio page: look at the trade on the embedded models or on your own (``tokenreduce demo``)."""

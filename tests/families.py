@@ -123,3 +123,26 @@ FAMILIES["transformers internvl"] = _internvl
 FAMILIES["transformers idefics3"] = _idefics3()
 FAMILIES["transformers idefics3, padded"] = _idefics3(padded=True)
 FAMILIES["transformers smolvlm"] = _idefics3("SmolVLM")
+
+
+def _clip(model: str, config: str, **changes):
+    """Two clips of 8 frames of 48x48: 4 x 3 x 3 tubelets of 2x16x16."""
+
+    def build():
+        import transformers
+
+        settings = dict(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=48,
+            num_frames=8,
+        )  # fmt: skip
+        kind: type[nn.Module] = getattr(transformers, model)
+        clips = torch.randn(2, 8, 3, 48, 48, generator=torch.Generator().manual_seed(7))
+        return kind(getattr(transformers, config)(**(settings | changes))), {"pixel_values": clips}
+
+    return build
+
+
+_MAE = dict(config="VideoMAEConfig", patch_size=16, tubelet_size=2, num_labels=7)
+FAMILIES["transformers videomae"] = _clip("VideoMAEForVideoClassification", **_MAE)
+FAMILIES["transformers videomae, tokens"] = _clip("VideoMAEModel", use_mean_pooling=False, **_MAE)
+FAMILIES["transformers vivit"] = _clip("VivitModel", "VivitConfig", tubelet_size=[2, 16, 16])

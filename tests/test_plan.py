@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenreduce.plan import Chain, Identity, Merge, Plan, Pool, Prune
+from tokenreduce.plan import Chain, Identity, Merge, Mix, Plan, Pool, Prune
 
 FEW = settings(max_examples=40, deadline=None)
 
@@ -182,6 +182,7 @@ def test_reduce_attention_sums_columns_and_averages_rows():
         Prune(5, torch.tensor([[0, 3], [4, 1]]), torch.tensor([[True, True], [True, False]])),
         random_merge(6, 3, 5, norm="max", by_size=False)[0],
         Pool(3, torch.rand(2, 2, 3)),
+        Mix.from_samples(3, [(torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([0, 0]), torch.rand(2))] * 2),
         Identity(4, 2),
         random_merge(6, 3, 5)[0].then(Prune(3, torch.tensor([[0], [2]]))),
     ],
@@ -232,3 +233,41 @@ def test_slots_that_are_not_there_may_name_any_token():
             valid=torch.tensor([[True, True, True], [False, True, True]]),
         )  # fmt: skip
         assert plan.sources().tolist() == [[0, 1, 1, 2], [1, -1, 1, 2]]
+
+
+def mix():
+    """Two samples: one with three outputs, one with two; token 1 of the first feeds two outputs."""
+    one = (torch.tensor([0, 3, 4]), torch.tensor([0, 1, 3, 1, 4]), torch.tensor([0, 0, 1, 1, 2]))
+    two = (torch.tensor([2, 1]), torch.tensor([2, 1, 0]), torch.tensor([0, 1, 1]))
+    weights = torch.tensor([0.5, 0.5, 0.75, 0.25, 1.0]), torch.tensor([1.0, 0.5, 0.5])
+    return Mix.from_samples(5, [(*one, weights[0]), (*two, weights[1])])
+
+
+def test_a_mix_is_its_weights():
+    plan, x = mix(), torch.randn(2, 5, 3)
+    assert plan.validity().tolist() == [[True, True, True], [False, True, True]]
+    out = plan.reduce(x)
+    want = [0.5 * x[0, 0] + 0.5 * x[0, 1], 0.75 * x[0, 3] + 0.25 * x[0, 1], x[0, 4]]
+    torch.testing.assert_close(out[0], torch.stack(want))
+    torch.testing.assert_close(out[1, 1:], torch.stack([x[1, 2], 0.5 * x[1, 1] + 0.5 * x[1, 0]]))
+    assert plan.untouched().tolist() == [[False, False, True], [True, True, False]]
+    assert torch.equal(out[0, 2], x[0, 4])
+    assert torch.equal(out[1, 1], x[1, 2])
+    assert plan.sources().tolist() == [[0, 0, -1, 1, 2], [2, 2, 1, -1, -1]]
+
+
+def test_a_mix_shares_sizes_out():
+    plan = mix()
+    size = torch.tensor([[1.0, 3.0, 9.0, 1.0, 1.0], [1.0, 1.0, 4.0, 9.0, 9.0]])
+    out = plan.reduce_size(size)
+    torch.testing.assert_close(out, torch.tensor([[1 + 2.0, 1 + 1.0, 1.0], [0.0, 4.0, 2.0]]))
+    torch.testing.assert_close(plan.reduce_size(None), torch.tensor([[1 + 2 / 3, 1 + 1 / 3, 1.0], [0.0, 1.0, 2.0]]))
+
+
+def test_a_mix_has_gradients_and_half_precision():
+    plan, x = mix(), torch.randn(2, 5, 3, requires_grad=True)
+    plan.reduce(x).sum().backward()
+    torch.testing.assert_close(x.grad[0, :, 0], torch.tensor([0.5, 0.75, 0.0, 0.75, 1.0]))
+    half = plan.reduce(x.detach().half())
+    assert half.dtype == torch.float16
+    assert torch.equal(half[0, 2], x.detach().half()[0, 4])

@@ -19,6 +19,22 @@ from tokenreduce.registry import get_method, list_methods, parse
 from tokenreduce.trace import record
 
 if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
+    from tokenreduce.video.encoder.vidtldr import VidTLDR
+    from tokenreduce.video.language.framefusion import FrameFusion
+    from tokenreduce.video.language.holitom_merge import HoliTomMerge
+    from tokenreduce.video.language.prunevid_prune import PruneVidPrune
+    from tokenreduce.video.projector.dycoke import DyCoke
+    from tokenreduce.video.projector.evs import EVS
+    from tokenreduce.video.projector.fastvid import FastVID
+    from tokenreduce.video.projector.flashvid import FlashVID
+    from tokenreduce.video.projector.frame_merge import FrameMerge
+    from tokenreduce.video.projector.holitom import HoliTom
+    from tokenreduce.video.projector.pool_frames import PoolFrames
+    from tokenreduce.video.projector.ppllava import PPLLaVA
+    from tokenreduce.video.projector.prunevid import PruneVid
+    from tokenreduce.video.projector.timesuite import TokenShuffle
+    from tokenreduce.video.projector.uniform_frames import UniformFrames
+    from tokenreduce.video.projector.vidcom2 import VidCom2
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
     from tokenreduce.vision.encoder.dpcknn import DPCKNN
@@ -68,12 +84,14 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
 
 __version__ = "0.1.0"
 __all__ = [
-    "AIM", "AIMMerge", "ATS", "CDPruner", "DART", "DPCKNN", "DiffRate", "DivPrune", "EViT", "Evidence", "FastV",
-    "FasterVLM", "FoPru", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge",
-    "Mix", "MustDrop", "MustDropMerge", "PiToMe", "Plan", "Pool", "PoolTokens", "PruMerge", "PruMergePlus", "Prune",
-    "PyramidDrop", "Random", "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens",
-    "SCOPE", "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "Uniform",
-    "UniformTokens", "VScan", "VScanLLM", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method",
+    "AIM", "AIMMerge", "ATS", "CDPruner", "DART", "DPCKNN", "DiffRate", "DivPrune", "DyCoke", "EVS", "EViT",
+    "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2",
+    "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix",
+    "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge",
+    "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens", "RandomVisual",
+    "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SparseVLM", "SpatialAugmented", "TRIM",
+    "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "VScan",
+    "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method",
     "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
 ]  # fmt: skip
 

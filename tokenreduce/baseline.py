@@ -11,9 +11,10 @@ from torch import Tensor
 from tokenreduce.evidence import Evidence
 from tokenreduce.projector import share
 from tokenreduce.scoring import finite
+from tokenreduce.temporal import frames_of
 from tokenreduce.visual import Visual
 
-__all__ = ["cells", "draw", "evenly", "full_grid", "resampling", "spread", "sub_grid"]
+__all__ = ["cells", "draw", "evenly", "full_grid", "regular", "resampling", "spread", "sub_grid"]
 
 _BITS = 0xFFFFFFFF
 #: Channels whose means identify a sample, and quantisation steps per root mean square of its features.
@@ -93,15 +94,20 @@ def spread(evidence: Evidence, k: int, grid: tuple[int, ...] | None) -> Tensor:
         rank = may_go.long().cumsum(1) - 1
         return (evenly(rank, k, may_go.sum(1, keepdim=True)) & may_go).float()
     p, free = evidence.prefix, evidence.free()
-    small = None if grid is None else sub_grid(grid, k)
-    if small is None or grid is None or math.prod(grid) != free:
-        chosen = evenly(torch.arange(free, device=device), k, free)
-    else:
-        rows, cols = (
-            evenly(torch.arange(side, device=device), part, side) for side, part in zip(grid[-2:], small, strict=True)
-        )
-        chosen = (rows.unsqueeze(1) & cols).flatten()
+    chosen = regular(free, k, grid, device)
     return torch.cat([torch.zeros(p, device=device), chosen.float()]).expand(evidence.batch, -1)
+
+
+def regular(n: int, k: int, grid: tuple[int, ...] | None, device: torch.device) -> Tensor:
+    """(n,) bool of ``k`` among ``n`` tokens at equal distances, as :func:`spread` has them; ``grid`` counts where it
+    has ``n`` places."""
+    small = None if grid is None or math.prod(grid) != n else sub_grid(grid, k)
+    if small is None or grid is None:
+        return evenly(torch.arange(n, device=device), k, n)
+    rows, cols = (
+        evenly(torch.arange(side, device=device), part, side) for side, part in zip(grid[-2:], small, strict=True)
+    )
+    return (rows.unsqueeze(1) & cols).flatten()
 
 
 def evenly(rank: Tensor, k: int, total: int | Tensor) -> Tensor:
@@ -177,6 +183,49 @@ def cells(rows: Sequence[Sequence[int]], k: int, aspect: float = 1.0) -> list[tu
         if sum(room) >= k:
             return list(zip(cut, columns, share(k, room), strict=True))
     raise ValueError(f"{sum(map(len, rows))} tokens cannot be cut into {k} cells")
+
+
+def cells_of(places: list[tuple[int, int]], k: int, aspect: float = 1.0) -> list[tuple[int, int]]:
+    """Band and column of the cell of :func:`cells` that each token at ``places`` (row, column) lies in; ``k`` different
+    pairs."""
+    rows: dict[int, list[int]] = {}
+    for r, c in sorted(places):
+        rows.setdefault(r, []).append(c)
+    at: dict[tuple[int, int], tuple[int, int]] = {}
+    names = list(rows)
+    for b, (band, columns, parts) in enumerate(cells(list(rows.values()), k, aspect)):
+        column = {c: i * parts // len(columns) for i, c in enumerate(columns)}
+        at.update({(names[i], c): (b, column[c]) for i in band for c in rows[names[i]]})
+    return [at[place] for place in places]
+
+
+def windows(evidence: Evidence, k: int, bands: int, aspect: float = 1.0) -> Tensor:
+    """(N,) 0-based window of every token behind the prefix when a video is cut into exactly ``k`` windows of time, rows
+    and columns, numbered by their first tokens.
+
+    Frames are shared out evenly among ``bands`` of time, windows too (the first bands take the rest, none more than a
+    frame has tokens), and the grid of a frame is cut into :func:`cells` in every band. Raises ``ValueError`` for bands
+    that have no room for ``k`` windows, and frames whose tokens share a place.
+    """
+    t, n = frames_of(evidence)
+    places = [(r, c) for r, c in evidence.place[:n].tolist()]
+    if len(set(places)) < n:
+        raise ValueError(
+            "windows need one token in a place of every frame: give Evidence(grid=(frames, rows, columns))"
+        )
+    if not 1 <= bands <= min(t, k) or k > bands * n:
+        raise ValueError(f"{t} frames of {n} tokens cannot be cut into {k} windows in {bands} bands of time")
+    sizes = share(k, [n] * bands)
+    labels = {}
+    for size in set(sizes):
+        names = cells_of(places, size, aspect)
+        number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        labels[size] = torch.tensor([number[name] for name in names], device=evidence.x.device)
+    out, first = [], 0
+    for i, size in enumerate(sizes):
+        out.append((labels[size] + first).repeat((i + 1) * t // bands - i * t // bands))
+        first += size
+    return torch.cat(out)
 
 
 def resampling(n: int, k: int, device: torch.device) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
-    "check_count", "check_keep", "count", "describe_keep", "geometric", "layer_schedule", "linear", "quarters",
+    "check_count", "check_keep", "count", "describe_keep", "geometric", "layer_schedule", "linear", "proportional",
+    "quarters",
 ]  # fmt: skip
 
 Keep = int | float
@@ -90,3 +91,18 @@ def geometric(keep: Keep, n: int, step: int, steps: int) -> int:
     """
     last = count(keep, n)
     return last if step == steps - 1 else max(last, count((last / max(n, 1)) ** ((step + 1) / steps), n))
+
+
+def proportional(total: int, sizes: Sequence[int]) -> list[int]:
+    """``total``, at most their sum, shared out among groups of ``sizes`` in proportion: rounded down, then one more to
+    the largest remainders, ties to the first.
+
+    >>> proportional(5, [4, 4, 2]), proportional(2, [1, 1, 1]), proportional(0, [])
+    ([2, 2, 1], [1, 1, 0], [])
+    """
+    whole = max(1, sum(sizes))
+    out = [total * size // whole for size in sizes]
+    first = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for i in first[: total - sum(out)]:
+        out[i] += 1
+    return out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from tokenreduce.scoring import descending
+from tokenreduce.scoring import descending, distances
 
-__all__ = ["nearest", "peaks"]
+__all__ = ["clusters", "leaders", "nearest", "peaks"]
 
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -40,3 +42,21 @@ def nearest(d: Tensor, centres: Tensor) -> Tensor:
     b, t, k = len(d), d.shape[1], centres.shape[1]
     group = d.gather(2, centres.unsqueeze(1).expand(-1, t, -1)).argmin(-1)
     return group.scatter(1, centres, torch.arange(k, device=d.device).expand(b, -1))
+
+
+def clusters(x: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
+    """DPC-KNN of points ``x`` (B,T,C), by Euclidean distances over sqrt(C): the ``count`` centres (B,count) of the
+    highest score, best first, and the place among them (B,T) of every point's nearest; see :func:`peaks`."""
+    d = distances(x) / math.sqrt(x.shape[-1])
+    centres = descending(peaks(d, k))[:, :count]
+    return centres, nearest(d, centres)
+
+
+def leaders(x: Tensor, count: int, k: int) -> Tensor:
+    """(M,) index of the centre that every point of ``x`` (M,C) joins in ``count`` >= 1 clusters as of :func:`clusters`;
+    its own where there are no more points. Of centres at the same distance the lower index counts."""
+    if count >= len(x):
+        return torch.arange(len(x), device=x.device)
+    d = distances(x[None]) / math.sqrt(x.shape[-1])
+    centres = descending(peaks(d, k))[:, :count].sort(1).values
+    return centres[0][nearest(d, centres)[0]]

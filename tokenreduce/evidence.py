@@ -59,6 +59,9 @@ class Evidence:
         entry: number of tokens at the entry of the model, protected ones included; N by default.
         prompt: the sequence at the entry of a language model, before any layer dropped something.
         norm: the final norm of a language model, for methods that compare normed features.
+        films: (B,N,4) for tokens of a mixed sequence: number of the video that a token comes from, first and last frame
+            that it stands for, and its place within a frame; -1 for text and pictures.
+        history: (B,layer+1) visual tokens that were there before each layer up to this one made its choice.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class Evidence:
         entry: int | None = None,
         prompt: Prompt | None = None,
         norm: Callable[[Tensor], Tensor] | None = None,
+        films: Tensor | None = None,
+        history: Tensor | None = None,
     ) -> None:
         if x.dim() != 3:
             raise ValueError(f"x has shape (batch, tokens, channels), not {tuple(x.shape)}")
@@ -104,6 +109,7 @@ class Evidence:
         self._rotated = rotated
         self._softcap, self.causal, self.mask = softcap, causal, mask
         self.prompt, self._norm = prompt, norm
+        self._films, self.history = films, history
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
@@ -277,6 +283,10 @@ class Evidence:
     @property
     def before(self) -> Tensor:
         return self._need(self._before, "before")
+
+    @property
+    def films(self) -> Tensor:
+        return self._need(self._films, "films")
 
     @property
     def normed(self) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-__all__ = ["cover"]
+__all__ = ["cover", "farthest"]
 
 #: Candidates that are looked at again in every step before the others; more cost time, fewer miss the best too often.
 _BLOCK = 16
@@ -93,3 +93,23 @@ def _lazy(worth: Tensor, keep: int, weight: Tensor | None, combination: str, lea
         bound[best] = float("-inf")
         chosen.append(best)
     return chosen
+
+
+def farthest(d: Tensor, keep: int) -> Tensor:
+    """(B,K) greedy max-min choice from ``d`` (B,N,N) >= 0, the distance of candidate j from i at [i, j], in order.
+
+    The first is the candidate whose nearest other one is farthest; every further one is farthest from the nearest of
+    the chosen. Ties go to the lower index; nothing is chosen twice. ``keep`` is at most N.
+    """
+    n = d.shape[1]
+    if keep < 1:
+        return d.new_empty(len(d), 0, dtype=torch.long)
+    own = torch.eye(n, dtype=torch.bool, device=d.device)
+    chosen = [d.masked_fill(own, float("inf")).amin(1).argmax(1, keepdim=True)]
+    far = torch.full_like(d[:, 0], float("inf"))
+    for _ in range(keep - 1):
+        last = chosen[-1]
+        row = d.gather(1, last.unsqueeze(-1).expand(-1, 1, n)).squeeze(1)
+        far = torch.minimum(far, row).scatter(1, last, float("-inf"))
+        chosen.append(far.argmax(1, keepdim=True))
+    return torch.cat(chosen, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.scoring import descending, finite, inner, unit
 
-__all__ = ["bipartite", "cap", "clamp_r"]
+__all__ = ["bipartite", "cap", "clamp_r", "halvings"]
 
 
 def cap(evidence: Evidence) -> int:
@@ -34,12 +36,13 @@ def clamp_r(r: int, evidence: Evidence, name: str) -> int:
     return min(r, most)
 
 
-def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) -> Plan:
+def bipartite(metric: Tensor, r: int, evidence: Evidence, *, ascending: bool = False, **settings: object) -> Plan:
     """Merge ``r`` tokens as in ToMe (arXiv 2210.09461): even positions look for their best match among odd ones.
 
     ``metric`` (B,N,d) is compared by cosine in float32. Protected tokens neither move nor absorb. The output order is
     the published one: protected tokens, unmerged even positions (ascending; by descending similarity when nothing is
-    protected, as the official code has it), odd positions. ``settings`` go to :class:`~tokenreduce.plan.Merge`.
+    protected, as the official code has it, unless ``ascending``), odd positions. ``settings`` go to
+    :class:`~tokenreduce.plan.Merge`.
     """
     if r <= 0:
         return Identity.like(evidence.x)
@@ -57,7 +60,9 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
         best = best.masked_fill(fixed[:, ::2], float("-inf"))
     order = descending(best)
     source, rest = order[:, :r], order[:, r:]
-    if protected is not None:  # not for padding: a sample's order must not depend on what others of its batch lack
+    if (
+        protected is not None or ascending
+    ):  # not for padding: a sample's order must not depend on what others of its batch lack
         rest = rest.sort(dim=-1).values
     # Protected tokens lead: their even positions stand first in `rest`, their odd ones first among the partners.
     even, odd = (p + 1) // 2, p // 2
@@ -69,3 +74,18 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, **settings: object) ->
         # Sizes of empty slots are 0 and give them no weight; a plain mean has to be told.
         settings = {**settings, "weights": evidence.valid.float()}
     return Merge(n, keep, 2 * source, dst, **settings)  # type: ignore[arg-type]
+
+
+def halvings(x: Tensor, keep: int, layer: int = 0) -> list[Merge]:
+    """The merges, one after the other, that leave ``keep`` of the tokens ``x`` (B,N,C) by bipartite matching on the
+    tokens themselves: each merges half of what is left, the last one as many as are needed.
+
+    A target is the plain mean of itself and its sources in this step; sizes do not count, so that several steps are a
+    mean of means. ``layer`` is named in errors.
+    """
+    x, steps = x.detach().float(), []
+    while x.shape[1] > keep:
+        r = min(x.shape[1] // 2, x.shape[1] - keep)
+        steps.append(cast(Merge, bipartite(x, r, Evidence(x, layer=layer), by_size=False)))
+        x = steps[-1].reduce(x)
+    return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
@@ -13,7 +14,7 @@ from torch import nn
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import list_methods, parse
 
-__all__ = ["Undo", "describe", "patch", "patched", "reduce_tokens", "reducers_of", "unpatch"]
+__all__ = ["Undo", "describe", "patch", "patched", "reduce_tokens", "reducers_of", "twin", "unpatch"]
 
 MARK = "_tokenreduce"
 M = TypeVar("M", bound=nn.Module)
@@ -145,6 +146,12 @@ class patched(ContextDecorator):  # noqa: N801 - a verb, used like open()
 
     def __exit__(self, *error: object) -> None:
         unpatch(self.model)
+
+
+def twin(model: M) -> M:
+    """A copy that can be patched, or kept unpatched, on its own; weights are shared, so that it costs no memory."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:

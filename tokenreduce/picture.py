@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import parse
+from tokenreduce.trace import Step
 
-__all__ = ["draw", "draw_regions", "show", "view"]
+__all__ = ["Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "show", "view"]
 
 MARGIN, INK, PAPER = 12, (28, 28, 28), (255, 255, 255)
 
@@ -62,6 +64,12 @@ def draw_regions(
     rows, cols = region.shape
     before = np.asarray(_enlarged(image.convert("RGB"), (rows, cols), side))
     return _beside(before, _painted(before, region), _caption(region, prefix, title))
+
+
+def overlay(image: Image.Image, region: np.ndarray, *, side: int = 448) -> Image.Image:
+    """The right half of :func:`draw_regions`: ``image`` with what became of its tokens drawn over it."""
+    rows, cols = region.shape
+    return Image.fromarray(_painted(np.asarray(_enlarged(image.convert("RGB"), (rows, cols), side)), region))
 
 
 def _regions(plan: Plan | None, grid: tuple[int, int], prefix: int, sample: int) -> np.ndarray:
@@ -186,6 +194,108 @@ def view(transform: Callable[[Image.Image], torch.Tensor], image: Image.Image) -
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
+@dataclass(frozen=True)
+class Look:
+    """What became of one image's tokens, layer by layer; :func:`look` makes it.
+
+    Attributes:
+        image: the pixels that the model saw.
+        grid, prefix: rows and columns of patches at the entry, and the tokens in front that have no place in them.
+        depth: layers of the encoder.
+        steps: the encoder's steps of the trace.
+        title: what acted.
+    """
+
+    image: Image.Image = field(repr=False)
+    grid: tuple[int, int]
+    prefix: int
+    depth: int
+    steps: tuple[Step, ...] = field(repr=False)
+    title: str
+
+    def plan(self, layer: int | None = None) -> Plan | None:
+        """From the entry to the tokens behind 0-based ``layer`` (the last one by default), None if nothing acted.
+
+        Raises ``ValueError`` for a layer that the model does not have.
+        """
+        _check_layer(layer, self.depth)
+        plan: Plan | None = None
+        for step in self.steps:
+            if step.plan is not None and (layer is None or step.layer <= layer):
+                plan = step.plan if plan is None else plan.then(step.plan)
+        return plan
+
+    def draw(self, layer: int | None = None, *, side: int = 448) -> Image.Image:
+        """The image, and beside it what is left behind ``layer``; see :func:`draw`."""
+        title = self.title + ("" if layer is None else f", after layer {layer}")
+        return draw(self.image, self.plan(layer), self.grid, self.prefix, title=title, side=side)
+
+    def overlay(self, layer: int | None = None, *, side: int = 448) -> Image.Image:
+        """Only the right half of :meth:`draw`, without its line of text."""
+        return overlay(self.image, _regions(self.plan(layer), self.grid, self.prefix, 0), side=side)
+
+    def caption(self, layer: int | None = None) -> str:
+        """How many tokens were merged and dropped up to ``layer``."""
+        return _caption(_regions(self.plan(layer), self.grid, self.prefix, 0), self.prefix, "")
+
+
+def look(loaded: Any, image: Image.Image, reducers: Reducer | str | Sequence[Reducer | str]) -> Look:
+    """Run one image through a model with ``reducers`` and keep what became of its tokens in every layer.
+
+    Args:
+        loaded: what ``tokenreduce.bench.models.load_model`` returns: ``model``, ``transform`` and ``forward``.
+        image: any PIL image; the pictures show the part of it that the transform leaves.
+        reducers: reducers or their text.
+
+    Raises ``ValueError`` for a model without a token grid, or one with several vision towers, and whatever
+    :func:`tokenreduce.patch` raises.
+    """
+    from tokenreduce.patching import patched
+    from tokenreduce.trace import record
+
+    chosen = parse(*((reducers,) if isinstance(reducers, Reducer | str) else reducers))
+    only_tower(loaded.model)
+    x = loaded.transform(image)
+    device = next(loaded.model.parameters()).device
+    with torch.no_grad(), patched(loaded.model, *chosen), record(loaded.model, flops=False) as trace:
+        loaded.forward(loaded.model, x.unsqueeze(0).to(device))
+    return looked(loaded, image, chosen, trace.steps)
+
+
+def _check_layer(layer: int | None, depth: int) -> None:
+    if layer is not None and not 0 <= layer < depth:
+        raise ValueError(f"layer is 0 to {depth - 1} for a model with {depth} layers, not {layer}")
+
+
+def only_tower(model: Any) -> Any:
+    """The vision tower of ``model``. Raises ``ValueError`` where there are several."""
+    from tokenreduce.patching import describe
+
+    towers = describe(model).towers
+    if len(towers) != 1:
+        raise ValueError(
+            f"the model has {len(towers)} vision towers ({', '.join(t.name for t in towers)}); load one of them"
+        )
+    return towers[0]
+
+
+def looked(loaded: Any, image: Image.Image, chosen: Sequence[Reducer], steps: Sequence[Step]) -> Look:
+    """A :class:`Look` at the ``steps`` that ``chosen`` took on ``image``. Raises ``ValueError`` as :func:`look`."""
+    tower = only_tower(loaded.model)
+    full = grid = tower.grid
+    if full is None or grid is None:
+        raise ValueError(f"{tower.family} takes images of any size and says no grid; load it with a fixed image size")
+    seen = view(loaded.transform, image)
+    title = "+".join(r.spec() for r in chosen)
+    for reducer in chosen:
+        if reducer.site() == "input":  # the model saw a smaller image, so the picture shows that one
+            grid = getattr(reducer, "grid")(grid)  # noqa: B009 - only these reducers have it
+            size = max(1, seen.width * grid[1] // full[1]), max(1, seen.height * grid[0] // full[0])
+            title += f", image of {seen.width}x{seen.height} resized to {size[0]}x{size[1]}"
+            seen = seen.resize(size, Image.Resampling.BILINEAR)
+    return Look(seen, grid, tower.prefix, len(tower.blocks), tuple(steps), title)
+
+
 def show(
     loaded: Any,
     image: Image.Image,
@@ -196,45 +306,8 @@ def show(
 ) -> Image.Image:
     """Run one image through a model with ``reducers`` and draw what became of its tokens; see :func:`draw`.
 
-    Args:
-        loaded: what ``tokenreduce.bench.models.load_model`` returns: ``model``, ``transform`` and ``forward``.
-        image: any PIL image; the picture shows the part of it that the transform leaves.
-        reducers: reducers or their text.
-        layer: 0-based layer after which to look; the last one by default.
-
-    Raises ``ValueError`` for a layer that the model does not have, a model without a token grid, or one with several
-    vision towers, and whatever :func:`tokenreduce.patch` raises.
+    ``layer`` (0-based) says after which layer to look, the last one by default. Raises ``ValueError`` for a layer that
+    the model does not have, and what :func:`look` raises.
     """
-    from tokenreduce.patching import describe, patched
-    from tokenreduce.trace import record
-
-    chosen = parse(*((reducers,) if isinstance(reducers, Reducer | str) else reducers))
-    towers = describe(loaded.model).towers
-    if len(towers) != 1:
-        raise ValueError(
-            f"the model has {len(towers)} vision towers ({', '.join(t.name for t in towers)}); load one of them"
-        )
-    tower = towers[0]
-    depth = len(tower.blocks)
-    if layer is not None and not 0 <= layer < depth:
-        raise ValueError(f"layer is 0 to {depth - 1} for a model with {depth} layers, not {layer}")
-    x = loaded.transform(image)
-    device = next(loaded.model.parameters()).device
-    with torch.no_grad(), patched(loaded.model, *chosen), record(loaded.model, flops=False) as trace:
-        loaded.forward(loaded.model, x.unsqueeze(0).to(device))
-    plan: Plan | None = None
-    for step in trace.steps:
-        if step.plan is not None and (layer is None or step.layer <= layer):
-            plan = step.plan if plan is None else plan.then(step.plan)
-    full = grid = tower.grid
-    if full is None or grid is None:
-        raise ValueError(f"{tower.family} takes images of any size and says no grid; load it with a fixed image size")
-    seen = view(loaded.transform, image)
-    title = "+".join(r.spec() for r in chosen) + ("" if layer is None else f", after layer {layer}")
-    for reducer in chosen:
-        if reducer.site() == "input":  # the model saw a smaller image, so the picture shows that one
-            grid = getattr(reducer, "grid")(grid)  # noqa: B009 - only these reducers have it
-            size = max(1, seen.width * grid[1] // full[1]), max(1, seen.height * grid[0] // full[0])
-            title += f", image of {seen.width}x{seen.height} resized to {size[0]}x{size[1]}"
-            seen = seen.resize(size, Image.Resampling.BILINEAR)
-    return draw(seen, plan, grid, tower.prefix, title=title, side=side)
+    _check_layer(layer, len(only_tower(loaded.model).blocks))
+    return look(loaded, image, reducers).draw(layer, side=side)

@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 
 __all__ = ["Chain", "Identity", "Merge", "Mix", "Plan", "Pool", "Prune"]
 
+#: Entries of a :class:`Mix` that are added at once.
+_CHUNK = 1 << 15
+
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` (B,N,...) at ``index`` (B,K) along the token axis."""
@@ -281,7 +284,8 @@ class Merge(Plan):
     - ``mode="max"``: the element-wise maximum; a source of weight 0 takes no part.
 
     ``norm="max"`` rescales a merged output to the largest norm among its members (MLERP). ``size_scale`` (B,R) damps
-    the sizes that sources bring along. An output without sources keeps its token's value bit for bit in mode mean.
+    the sizes that sources bring along; a source that brings neither value nor size (weight 0, size_scale 0) is dropped.
+    An output without sources keeps its token's value bit for bit in mode mean.
     """
 
     keep: Tensor
@@ -322,7 +326,10 @@ class Merge(Plan):
     def sources(self) -> Tensor:
         b, k = self.keep.shape
         out = torch.full((b, self.n + 1), -1, dtype=torch.long, device=self.keep.device)
-        out = out.scatter(1, self.src, self.dst)
+        dst = self.dst
+        if self.weights is not None and self.size_scale is not None:
+            dst = dst.masked_fill((self.weights.gather(1, self.src) == 0) & (self.size_scale == 0), -1)
+        out = out.scatter(1, self.src, dst)
         # Slots that are not there may name any token, also one that went elsewhere.
         at = self.keep if self.valid is None else torch.where(self.valid, self.keep, self.n)
         out = out.scatter(1, at, torch.arange(k, device=out.device).expand(b, k))[:, : self.n]
@@ -487,10 +494,13 @@ class Mix(Plan):
         if bool(same.all()):
             return out
         wide = same.view(*same.shape, *([1] * (x.dim() - 2)))
-        weight = self.weight.masked_fill(same.gather(1, self.dst), 0.0)
-        rows = take(x, self.src)
-        rows = rows * weight.view(*weight.shape, *([1] * (x.dim() - 2))).to(x.dtype)
-        return _add_rows(torch.where(wide, out, torch.zeros_like(out)), self.dst, rows)
+        # Sums of hundreds of small weights would be lost in half precision, and E rows at once would fill the memory.
+        mixed = torch.zeros_like(out, dtype=torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+        sample, entry = ((self.weight != 0) & ~same.gather(1, self.dst)).nonzero(as_tuple=True)
+        for b, e in zip(sample.split(_CHUNK), entry.split(_CHUNK), strict=True):
+            weight = self.weight[b, e].view(-1, *([1] * (x.dim() - 2))).to(mixed.dtype)
+            mixed = mixed.index_add(0, b * self.keep.shape[1] + self.dst[b, e], x[b, self.src[b, e]] * weight)
+        return torch.where(wide, out, mixed.view(out.shape).to(x.dtype))
 
     def reduce_size(self, size: Tensor | None) -> Tensor | None:
         # A token that feeds several outputs is shared out, so that the mass of sizes is conserved.

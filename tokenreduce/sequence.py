@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tokenreduce.budget import Keep, check_count, check_keep
 from tokenreduce.evidence import Evidence
-from tokenreduce.plan import Identity, Plan, Prune
+from tokenreduce.plan import Identity, Mix, Plan, Prune
 from tokenreduce.scoring import descending, finite
 
 __all__ = [
-    "best", "check_stages", "keep_best", "keep_chosen", "packed", "question", "shrink", "stages_of", "visual_counts",
-    "visual_of",
+    "best", "check_stages", "keep_best", "keep_chosen", "keep_mixed", "packed", "question", "shrink", "stages_of",
+    "visual_counts", "visual_of",
 ]  # fmt: skip
 
 
@@ -60,6 +60,23 @@ def keep_chosen(chosen: Tensor, evidence: Evidence) -> Plan:
     """Keep the visual tokens in ``chosen`` (B,N) bool and all other tokens, in order."""
     stay = chosen | ~visual_of(evidence)
     return Identity.like(evidence.x) if bool(stay.all()) else Prune.from_mask(stay)
+
+
+def keep_mixed(stay: Tensor, joined: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], evidence: Evidence) -> Plan:
+    """Keep the tokens in ``stay`` (B,N) bool, in order, some of them mixed with others that go.
+
+    ``joined`` has for every sample ``(src (R,), into (R,), weight (R,), own (N,))``: token ``src`` comes with its
+    weight to the kept token ``into``, which counts ``own`` itself (1 where nothing comes).
+    """
+    if bool(stay.all()):
+        return Identity.like(evidence.x)
+    samples = []
+    for b, (src, into, weight, own) in enumerate(joined):
+        keep = stay[b].nonzero().flatten()
+        place = stay[b].long().cumsum(0) - 1
+        to = torch.cat([torch.arange(len(keep), device=keep.device), place[into]])
+        samples.append((keep, torch.cat([keep, src]), to, torch.cat([own[keep], weight])))
+    return Mix.from_samples(stay.shape[1], samples)
 
 
 def best(scores: Tensor, among: Tensor, wanted: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
 IMAGE = dict(image_size=32, patch_size=8)
 MLP = dict(intermediate_size=48)
 LABELS = dict(num_labels=5)
+CLIP = dict(image_size=16, num_frames=8)  # with tubelets of 2x8x8, a clip is 4 x 2 x 2 of them
 TEXT = dict(**SMALL, **MLP, vocab_size=50, max_position_embeddings=12)
 
 
@@ -52,6 +53,15 @@ def _dino(kind: str, **more: Any) -> Any:
 
 def _internvl(**more: Any) -> nn.Module:
     return transformers.InternVLVisionModel(transformers.InternVLVisionConfig(**SMALL, **MLP, **IMAGE, **more))
+
+
+def _videomae(kind: str = "VideoMAEModel", **more: Any) -> nn.Module:
+    config = transformers.VideoMAEConfig(**SMALL, **MLP, **CLIP, patch_size=8, tubelet_size=2, **more)
+    return getattr(transformers, kind)(config)
+
+
+def _vivit(kind: str = "VivitModel", **more: Any) -> nn.Module:
+    return getattr(transformers, kind)(transformers.VivitConfig(**SMALL, **MLP, **CLIP, tubelet_size=[2, 8, 8], **more))
 
 
 #: family -> a function that builds it; keyed by what the tests print
@@ -83,14 +93,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "internvl qk norm": lambda: _internvl(use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False),
     "idefics3": lambda: idefics3.Idefics3VisionTransformer(idefics3.Idefics3VisionConfig(**SMALL, **MLP, **IMAGE)),
     "smolvlm": lambda: smolvlm.SmolVLMVisionTransformer(smolvlm.SmolVLMVisionConfig(**SMALL, **MLP, **IMAGE)),
+    "videomae": lambda: _videomae(),
+    "videomae normed": lambda: _videomae(use_mean_pooling=False),
+    "videomae classifier": lambda: _videomae("VideoMAEForVideoClassification", **LABELS),
+    "vivit": lambda: _vivit(),
+    "vivit classifier": lambda: _vivit("VivitForVideoClassification", **LABELS),
 }
+VIDEO = ("videomae", "vivit")
 TOWERS = (
     "vit", "clip", "siglip", "siglip2", "dinov2", "dinov2 registers", "dinov3", "internvl", "internvl qk norm",
-    "idefics3", "smolvlm",
+    "idefics3", "smolvlm", "videomae", "vivit",
 )  # fmt: skip
 PREFIX = {
     "vit": 1, "clip": 1, "siglip": 0, "siglip2": 0, "dinov2": 1, "dinov2 registers": 3, "dinov3": 3, "internvl": 1,
-    "internvl qk norm": 1, "idefics3": 0, "smolvlm": 0,
+    "internvl qk norm": 1, "idefics3": 0, "smolvlm": 0, "videomae": 0, "vivit": 1,
 }  # fmt: skip
 
 
@@ -116,6 +132,8 @@ def build(name: str, attention: str = "sdpa") -> nn.Module:
 
 def inputs(name: str, batch: int = 2, seed: int = 1, padded: bool = True) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    if name.startswith(VIDEO):
+        return {"pixel_values": torch.randn(batch, 8, 3, 16, 16, generator=generator)}
     if not name.startswith("siglip2"):
         return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator)}
     shapes = [(4, 4), (3, 4)] if padded else [(4, 4), (2, 8)]
@@ -140,7 +158,7 @@ def feature(output: Any) -> Tensor:
 
 
 def tower_of(model: nn.Module) -> Any:
-    for name in ("vit", "vision_model", "dinov2", "dinov2_with_registers"):
+    for name in ("vit", "vision_model", "dinov2", "dinov2_with_registers", "videomae", "vivit"):
         if hasattr(model, name):
             return getattr(model, name)
     return model
@@ -271,6 +289,8 @@ def scaled(layer: Any, half: int, out: Tensor) -> Tensor:
 def feed(layer: Any, x: Tensor) -> Tensor:
     """A stock layer's MLP half, residual included (evaluation mode)."""
     norm = next(getattr(layer, n) for n in ("layer_norm2", "layernorm_after", "norm2") if hasattr(layer, n))
+    if hasattr(layer, "intermediate"):
+        return x + layer.output.dense(layer.intermediate(norm(x)))
     return x + scaled(layer, 2, layer.mlp(norm(x)))
 
 
@@ -441,7 +461,7 @@ def test_attention_pooling_sees_only_kept_tokens(name: str) -> None:
             torch.testing.assert_close(got.pooler_output[row : row + 1], alone, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n.endswith("classifier") and n != "vit classifier"])
+@pytest.mark.parametrize("name", [n for n in MODELS if n.endswith("classifier") and n[:3] not in ("vit", "viv")])
 def test_mean_pooling_counts_only_kept_tokens(name: str) -> None:
     model, given, p = build(name), inputs(name), prefix_of(name)
     plain, tower = copy.deepcopy(model), tower_of(model)
@@ -456,6 +476,7 @@ def test_mean_pooling_counts_only_kept_tokens(name: str) -> None:
                 there = there[given["pixel_attention_mask"][row, there].bool()]
             mean = full[row, there].mean(0)
             features = torch.cat([full[row, 0], mean]) if "dinov2" in name else mean
+            features = plain.fc_norm(features) if name.startswith("videomae") else features
             torch.testing.assert_close(got[row], plain.classifier(features), rtol=2e-4, atol=2e-4)
     assert direct.shape[1] == p + 6  # the tower on its own returns what is left
 
@@ -566,12 +587,14 @@ def test_evidence_is_what_the_layer_computed(name: str, place: str) -> None:
         assert torch.equal(evidence.keys, keys)
         assert torch.equal(evidence.values, values)
         assert evidence.prefix == PREFIX[name]
-        assert evidence.grid == (None if name == "siglip2" else (4, 4))
+        assert evidence.grid == (None if name == "siglip2" else (4, 2, 2) if name in VIDEO else (4, 4))
         if weights is not None and weights:
             torch.testing.assert_close(evidence.attention("all"), weights[i], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip", "dinov2 registers", "dinov3", "internvl qk norm", "idefics3"])
+@pytest.mark.parametrize(
+    "name", ["vit", "siglip", "dinov2 registers", "dinov3", "internvl qk norm", "idefics3", *VIDEO]
+)
 def test_given_attention_map(name: str) -> None:
     """A method before the layer may hand its reduced map on: the layer then uses it instead of computing one."""
     model, given = build(name, "eager"), inputs(name)
@@ -691,21 +714,39 @@ def test_masked_image_modelling_gets_its_grid_back() -> None:
     torch.testing.assert_close(got.loss, want.loss, rtol=2e-4, atol=2e-4)
 
 
+def test_masked_video_modelling_gets_its_visible_tubelets_back() -> None:
+    """The decoder needs a token at the place of every visible tubelet, and the tower sees those alone."""
+    model, given = spread(_videomae("VideoMAEForPreTraining", decoder_num_attention_heads=4)), inputs("videomae")
+    plain = copy.deepcopy(model)
+    given["bool_masked_pos"] = torch.arange(16).expand(2, -1) % 4 == 1
+    with torch.no_grad():
+        want = model(**given).logits
+        with tr.patched(model, ToMe(r=3)), tr.record(model, flops=False) as trace:
+            got = model(**given)
+        assert trace.tokens == [9, 6, 3]
+        assert not torch.equal(got.logits, want)
+        assert torch.equal(model(**given).logits, want)
+        want = reference(plain, trace.steps, 0)(**given)
+    torch.testing.assert_close(got.logits, want.logits, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(got.loss, want.loss, rtol=2e-4, atol=2e-4)
+
+
 def test_recorded_hidden_states_become_ragged() -> None:
-    for name in ("clip", "vit", "dinov2"):
-        model, given = build(name), inputs(name)
+    for name in ("clip", "vit", "dinov2", "videomae", "vivit"):
+        model, given, p = build(name), inputs(name), PREFIX[name]
         tr.patch(model, ToMe(r=3))
         with torch.no_grad():
             states = model(**given, output_hidden_states=True).hidden_states
-        assert [h.shape[1] for h in states] == [17, 14, 11, 8]
+        assert [h.shape[1] for h in states] == [p + n for n in (16, 13, 10, 7)]
 
 
-def test_attention_weights_are_recorded_under_eager() -> None:
-    model, given = build("vit", "eager"), inputs("vit")
+@pytest.mark.parametrize("name", ["vit", "videomae"])
+def test_attention_weights_are_recorded_under_eager(name: str) -> None:
+    model, given, p = build(name, "eager"), inputs(name), PREFIX[name]
     tr.patch(model, ToMe(r=3))
     with torch.no_grad():
         weights = model(**given, output_attentions=True).attentions
-    assert [w.shape[-2:] for w in weights] == [(17, 17), (14, 14), (11, 11)]
+    assert [w.shape[-2:] for w in weights] == [(p + n, p + n) for n in (16, 13, 10)]
 
 
 # -- attention implementations -----------------------------------------------------------------------------------------
@@ -816,7 +857,7 @@ def test_threads(name: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip2 classifier", "dinov2 classifier", "dinov3", "internvl"])
+@pytest.mark.parametrize("name", ["clip", "siglip2 classifier", "dinov2 classifier", "dinov3", "internvl", *VIDEO])
 def test_compile(name: str) -> None:
     model, given = build(name), inputs(name)
     layers_of(model).pop(-1)  # two layers are enough, and compile faster
@@ -855,7 +896,7 @@ class Shrink(Reducer, position="input"):
         return (min(self.side, grid[0]), min(2, grid[1])) if self.side < 4 else grid
 
 
-@pytest.mark.parametrize("name", [t for t in TOWERS if t != "siglip2"])
+@pytest.mark.parametrize("name", [t for t in TOWERS if t != "siglip2" and t not in VIDEO])
 def test_resize_equals_a_smaller_image(name: str) -> None:
     model, given = build(name), inputs(name)
     small = torch.nn.functional.interpolate(
@@ -897,6 +938,9 @@ def test_resize_refuses_what_cannot_shrink() -> None:
     model = spread(transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SMALL, **MLP, **IMAGE)))
     with pytest.raises(ValueError, match="full grid"):
         tr.patch(model, Shrink())
+    for name in VIDEO:
+        with pytest.raises(ValueError, match="full grid"):
+            tr.patch(build(name), Shrink())
     model = transformers.Dinov2Model(_dino("Dinov2")).eval()
     tr.patch(model, Shrink())
     with pytest.raises(ValueError, match="bool_masked_pos"):
@@ -913,6 +957,18 @@ def test_unknown_attention_classes_are_refused() -> None:
     layers_of(model)[1].attention.__class__ = Other
     before = snapshot(model)
     with pytest.raises(TypeError, match="Other is not supported"):
+        tr.patch(model, ToMe(r=1))
+    assert snapshot(model) == before
+
+
+def test_video_models_that_cannot_lose_tokens_are_refused() -> None:
+    config = transformers.TimesformerConfig(**SMALL, **MLP, **CLIP, patch_size=8)
+    for act in (tr.describe, lambda m: tr.patch(m, ToMe(r=1))):
+        with pytest.raises(TypeError, match="time and over space"):
+            act(transformers.TimesformerForVideoClassification(config))
+    model = _videomae("VideoMAEForVideoClassification", use_mean_pooling=False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="use_mean_pooling"):
         tr.patch(model, ToMe(r=1))
     assert snapshot(model) == before
 
@@ -939,5 +995,8 @@ def test_description() -> None:
     assert about.rope == "pre"
     about = tr.describe(build("siglip2 classifier")).towers[0]
     assert (about.name, about.prefix, about.cls, about.grid, about.tokens) == ("vision_model", 0, False, None, None)
+    about = tr.describe(build("vivit classifier"))
+    assert about.towers[0].grid == (4, 2, 2)
+    assert "1 + 4x2x2 = 17" in str(about)
     assert "resize" in tr.describe(build("clip")).methods()
     assert "resize" not in tr.describe(build("siglip2")).methods()

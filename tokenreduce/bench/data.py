@@ -1,7 +1,8 @@
-"""Labelled images by name: the embedded digits, class folders, Hugging Face data sets on disk, webdataset shards.
+"""Labelled images by name: embedded digits, generated scenes, class folders, saved Hugging Face data sets, webdataset.
 
 =====================================  =====================================================================
 ``digits``                             the MNIST digits of the zoo, 4,000 train and 1,000 test
+``world``                              1,000 generated scenes with 3 to 6 things, labelled with all their kinds
 ``FOLDER`` or ``folder:FOLDER``        ``FOLDER/class/*.jpg`` or ``FOLDER/<split>/class/*.jpg``
 ``hf:FOLDER``                          what ``datasets.Dataset.save_to_disk`` wrote
 ``wds:PATTERN`` or ``*.tar``           webdataset shards, ``shard-{000..009}.tar`` or ``shard-*.tar``
@@ -30,11 +31,14 @@ from tokenreduce.bench.sources import READERS, Problem, Source, kind_of
 
 __all__ = ["Batch", "Images", "Problem", "balanced", "load_data"]
 
-Row = tuple[int, "Tensor | Problem", int]
+Row = tuple[int, "Tensor | Problem", Any]
 
 
 class Batch(NamedTuple):
-    """``ids`` (B,) positions in the data set, ``x`` (B,C,H,W), ``y`` (B,) labels, all of the readable images."""
+    """``ids`` (B,) positions in the data set, ``x`` (B,C,H,W), ``y`` labels, all of the readable images.
+
+    ``y`` is (B,), or (B,m) where images have several labels, -1 where one has fewer than m.
+    """
 
     ids: Tensor
     x: Tensor
@@ -52,7 +56,7 @@ class Images(Dataset):  # type: ignore[type-arg]
     name: str
     source: Source
     items: list[Any]
-    labels: list[int]
+    labels: list[Any]
     classes: tuple[str, ...]
     transform: Callable[[Image.Image], Tensor]
     notes: list[str] = field(default_factory=list)
@@ -83,7 +87,7 @@ class Images(Dataset):  # type: ignore[type-arg]
     def _list(self, problems: Sequence[Problem]) -> None:
         self.problems.extend(p for p in problems if p not in self.problems)
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Any]]:
         for index in range(len(self)):
             value = self.read(index)
             if isinstance(value, Problem):
@@ -149,10 +153,10 @@ def load_data(
     return Images(name, read.source, items, labels, read.classes, loaded.transform, read.notes, read.problems)
 
 
-def balanced(labels: Sequence[int], limit: int, seed: int) -> list[int]:
+def balanced(labels: Sequence[Any], limit: int, seed: int) -> list[int]:
     """Sorted positions of ``limit`` items: one of every class in turn, at random within a class and among classes."""
     generator = torch.Generator().manual_seed(seed)
-    turns: dict[int, int] = {}
+    turns: dict[Any, int] = {}
     ranked = []
     for place, i in enumerate(torch.randperm(len(labels), generator=generator).tolist()):
         turn = turns.get(labels[i], 0)

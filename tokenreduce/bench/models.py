@@ -1,7 +1,7 @@
 """Models by name, with the transform and the class names that belong to them.
 
 ========================================  ==================================================================
-``digits-vit``                            the embedded ViT for handwritten digits
+``digits-vit``, ``world-vit``             the embedded ViTs for handwritten digits and for generated scenes
 ``timm:NAME``                             ``timm.create_model``; ``NAME@FILE`` a local checkpoint, ``NAME@FOLDER``
                                           a folder with ``config.json`` and weights
 ``open_clip:NAME/TAG``                    zero-shot classification; TAG as open_clip has it (also a file)
@@ -34,9 +34,11 @@ from tokenreduce.bench import zeroshot
 __all__ = ["KINDS", "Loaded", "load_model"]
 
 Transform = Callable[[Image.Image], Tensor]
+#: Embedded classifiers and the size of their input.
+EMBEDDED = {"digits-vit": (1, 28, 28), "world-vit": (3, 112, 112)}
 #: What a model name may start with, for messages.
 KINDS = (
-    "digits-vit",
+    *EMBEDDED,
     "timm:NAME[@CHECKPOINT]",
     "open_clip:NAME/TAG",
     "hf:ID_OR_FOLDER",
@@ -117,8 +119,8 @@ def load_model(
     """
     kind, colon, body = name.partition(":")
     loaders = {"timm": _timm, "open_clip": _open_clip, "hf": _hf}
-    if name == "digits-vit":
-        loaded = _digits(device)
+    if name in EMBEDDED:
+        loaded = _embedded(name, device)
     elif not colon or kind not in loaders or not body:
         raise ValueError(f"unknown model {name!r}; write one of: {', '.join(KINDS)}{_hint(name)}")
     else:
@@ -131,7 +133,7 @@ def load_model(
 def _hint(name: str) -> str:
     if Path(name).expanduser().is_dir():
         return f" (for a transformers folder: hf:{name})"
-    kind = difflib.get_close_matches(name.partition(":")[0], ["digits-vit", "timm", "open_clip", "hf"], 1)
+    kind = difflib.get_close_matches(name.partition(":")[0], [*EMBEDDED, "timm", "open_clip", "hf"], 1)
     return f" (did you mean {kind[0]}?)" if kind and kind[0] != name else ""
 
 
@@ -202,11 +204,11 @@ def _input_size(transform: Transform) -> tuple[int, int, int]:
 
 
 # -- embedded ----------------------------------------------------------------------------------------------------------
-def _digits(device: torch.device | str) -> Loaded:
+def _embedded(name: str, device: torch.device | str) -> Loaded:
     from tokenreduce import zoo
 
-    z = zoo.load("digits-vit", device=device)
-    return Loaded(z.model, "digits-vit", "classifier", z.transform, (1, 28, 28), len(z.labels), z.labels)
+    z = zoo.load(name, device=device)
+    return Loaded(z.model, name, "classifier", z.transform, EMBEDDED[name], len(z.labels), z.labels)
 
 
 # -- timm --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.columns import INTERNAL, Column, again, cell, columns, compact, failure, label, notes, ordered
-from tokenreduce.bench.picture import curves, metric_label, need, percent, style
+from tokenreduce.bench.picture import need
+from tokenreduce.bench.plot import trade_axes, trade_plot
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.bench.task import Axis
@@ -102,48 +103,7 @@ def _e(value: Any) -> str:
 
 
 def _figures(run: Run) -> list[Any]:
-    lines = curves(run)
-    if not lines:
-        return []
-    out = [_figure(run, lines, run.axis.key, 100.0, run.axis.title)]
-    if any(row.get("speedup") is not None for rows in lines.values() for row in rows):
-        out.append(_figure(run, lines, "speedup", 1.0, "speed-up by clock against the stock model"))
-    return out
-
-
-def _figure(run: Run, lines: dict[str, list[dict[str, Any]]], key: str, scale: float, axis: str) -> Any:
-    import plotly.graph_objects as go
-
-    by = 100.0 if percent(run.metric) else 1.0
-    styles = style(lines)
-    shown = columns([run])
-    symbols = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down",
-               "x": "x", "+": "cross", "1": "y-down-open"}  # fmt: skip
-    figure = go.Figure()
-    for name in sorted(lines, key=lambda n: (n != UNREDUCED, is_baseline(n), n)):
-        rows = [r for r in lines[name] if r.get(key) is not None]
-        colour, dash, marker = styles.get(name, ("#202020", "solid", "star"))
-        hover = [
-            "<br>".join([f"<b>{_e(label(r))}</b>", *(f"{c.label}: {_e(cell(r, c, run.axis))}" for c in shown)])
-            for r in rows
-        ]
-        figure.add_trace(
-            go.Scatter(
-                x=[scale * r[key] for r in rows],
-                y=[by * r[run.metric] for r in rows],
-                name=name,
-                mode="markers" if name == UNREDUCED else "lines+markers",
-                line={"color": colour, "dash": dash, "width": 2},
-                marker={"symbol": symbols.get(marker, "star"), "size": 14 if name == UNREDUCED else 8, "color": colour},
-                hovertext=hover,
-                hoverinfo="text",
-            )
-        )
-    figure.update_layout(
-        template="plotly_white", height=520, margin={"l": 60, "r": 20, "t": 30, "b": 55},
-        xaxis_title=axis, yaxis_title=metric_label(run.metric) + (", %" if by == 100 else ""),
-    )  # fmt: skip
-    return figure
+    return [trade_plot(run, axis) for axis in trade_axes(run) if axis in ("cost", "speedup")]
 
 
 def _html_rows(run: Run) -> str:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from tokenreduce.bench.task import FLOPS, Axis, plain
 
-__all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "versions"]
+__all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "read_run", "versions"]
 
 INFO, ROWS = "run.json", "rows.jsonl"
 #: What --fresh removes; nothing else in a folder is ever touched.
@@ -108,14 +108,47 @@ def load_run(folder: str | Path) -> Run:
     return Run(folder, info, _latest(rows, info.get("points", [])), wrong)
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
+def _read_info(folder: Path, name: str = INFO) -> dict[str, Any]:
     try:
-        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        info = json.loads((folder / name).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / INFO} cannot be read ({error}); start again with --fresh") from error
+        raise ValueError(f"{folder / name} cannot be read ({error}); start again with --fresh") from error
     if not isinstance(info, dict):
-        raise ValueError(f"{folder / INFO} holds no run; start again with --fresh")
+        raise ValueError(f"{folder / name} holds no run; start again with --fresh")
     return info
+
+
+def read_run(rows: str | Path, info: str | Path | None = None) -> Run:
+    """A run from its ``rows.jsonl`` alone, or with its ``run.json``, wherever the two lie and whoever wrote them.
+
+    Without ``run.json`` the metric and the axis are those whose keys the rows have. Raises ``ValueError`` for a file
+    without rows or with others than a benchmark writes, and ``OSError`` for one that cannot be read.
+    """
+    rows = Path(rows)
+    found, _, wrong = _read_rows(rows)
+    if not found:
+        raise ValueError(f"{rows.name} holds no row of a benchmark")
+    for number, row in enumerate(found, 1):
+        if bad := [k for k in ("id", "method", "spec") if not isinstance(row.get(k), str)]:
+            raise ValueError(f"line {number} of {rows.name} is no row of a benchmark: {', '.join(bad)} is missing")
+    if info is not None:
+        told = _read_info(Path(info).parent, Path(info).name)
+    else:
+        keys = {key for row in found for key, value in row.items() if value is not None}
+        metric = next((m for m in ("accuracy", "top1") if m in keys), None)
+        if metric is None:
+            raise ValueError(f"no row of {rows.name} has an accuracy (accuracy or top1)")
+        told = {"metric": metric}
+        if "visual_share" in keys:
+            title = "visual tokens, mean over the language model's layers, % of the unreduced ones"
+            told["axis"] = {"key": "visual_share", "label": "visual tokens", "title": title}
+    run = Run(rows.parent, told, _latest(found, told.get("points", [])), wrong)
+    numbers = (run.metric, run.axis.key, "speedup", "mean_tokens", "mean_visual_tokens", "share", "budget")
+    for row in run.rows:
+        for key in numbers:
+            if row.get(key) is not None and not isinstance(row[key], int | float):
+                raise ValueError(f"{rows.name}: {key} of {row['id']} is no number: {_short(row[key])}")
+    return run
 
 
 class RunWriter:

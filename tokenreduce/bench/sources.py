@@ -21,7 +21,7 @@ from tokenreduce.bench.models import Loaded
 __all__ = ["EXTENSIONS", "READERS", "Problem", "Read", "Source", "kind_of"]
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
-KINDS = "digits, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
+KINDS = "digits, world, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
 #: Other names under which the split that was asked for may lie.
 SPLITS = {
     "test": ("test", "val", "validation", "valid"),
@@ -51,11 +51,14 @@ class Source:
 
 @dataclass
 class Read:
-    """What a reader found: items of a source with their labels, and what it could not use or had to assume."""
+    """What a reader found: items of a source with their labels, and what it could not use or had to assume.
+
+    A label is a number, or several numbers (as many for every item, -1 for none).
+    """
 
     source: Source
     items: list[Any]
-    labels: list[int]
+    labels: list[Any]
     classes: tuple[str, ...]
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -64,8 +67,8 @@ class Read:
 def kind_of(name: str) -> tuple[str, str]:
     """The reader for a data set's name, and the place behind a prefix. Raises ``ValueError`` for anything else."""
     prefix, colon, place = name.partition(":")
-    if name == "digits":
-        return "digits", ""
+    if name in ("digits", "world"):
+        return name, ""
     if colon and prefix in ("folder", "hf", "wds"):
         if not place:
             raise ValueError(f"{name!r} names no place; write {prefix}:PATH")
@@ -108,6 +111,36 @@ def _read_digits(place: str, split: str, loaded: Loaded, classes: Classes) -> Re
     pixels = ((x * digits.STD + digits.MEAN) * 255).round().to(torch.uint8)[:, 0]
     index, names = match_names(digits_of(10), loaded, classes, "digits")
     return Read(_Digits(pixels), list(range(len(y))), [index[i] for i in y.tolist()], names)
+
+
+# -- the generated world -----------------------------------------------------------------------------------------------
+#: Things in a scene, and scenes in the data set. One or two things are too easy: every method keeps them.
+WORLD_OBJECTS, WORLD_SCENES = (3, 6), 1000
+
+
+class _World(Source):
+    def open(self, item: Any) -> Image.Image:
+        from tokenreduce.zoo.world import scene
+
+        return Image.fromarray(scene(item, objects=WORLD_OBJECTS).image)
+
+    def where(self, item: Any) -> str:
+        return f"scene of seed {item}"
+
+
+def _read_world(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    """Scenes with the kinds of their things as labels: as many as things may be there, -1 for none."""
+    from tokenreduce.zoo.world import KINDS, scene
+    from tokenreduce.zoo.world import SPLITS as SEEDS
+
+    found, notes = _find_split(split, list(SEEDS), "world")
+    index, names = match_names(KINDS, loaded, classes, "world")
+    label = dict(zip(KINDS, index, strict=True))
+    seeds, labels = list(SEEDS[found][:WORLD_SCENES]), []
+    for seed in seeds:
+        there = sorted({label[t.kind] for t in scene(seed, objects=WORLD_OBJECTS).objects})
+        labels.append((*there, *[-1] * (WORLD_OBJECTS[1] - len(there))))
+    return Read(_World(), seeds, labels, names, notes)
 
 
 # -- class folders -----------------------------------------------------------------------------------------------------
@@ -338,6 +371,7 @@ def _samples(shard: str, problems: list[Problem]) -> Iterator[tuple[str, dict[st
 
 READERS: dict[str, Callable[[str, str, Loaded, Classes], Read]] = {
     "digits": _read_digits,
+    "world": _read_world,
     "folder": _read_folder,
     "hf": _read_hf,
     "wds": _read_wds,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenreduce.bench.data import Batch, Images, load_data
+from tokenreduce.bench.hits import Answers, agreement, ranks, scores
 from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.memory import peak_bytes
@@ -32,6 +33,8 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CACHE = 1 << 30
 #: Images over which FLOPs and tokens are averaged where they depend on the image.
 FLOP_IMAGES = 8
+#: Well-known methods, merging and pruning, for a sweep that takes a minute.
+WELL_KNOWN = ("tome", "pitome", "evit", "tofu")
 #: Neighbours and temperature of the k-nn classifier for models without a head (DINO, 2104.14294).
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
@@ -41,15 +44,6 @@ class _Cost(NamedTuple):
     tokens: list[float]
     entry: float
     notes: list[str]
-
-
-class _Answers(NamedTuple):
-    """Evaluated images: positions ``ids``, labels ``y`` (n,), best classes ``top`` (n, up to 5) with -1 for none."""
-
-    ids: Tensor
-    y: Tensor
-    top: Tensor
-    broken: int
 
 
 @dataclass
@@ -62,7 +56,7 @@ class _Ready:
     keep: bool
     kept: list[Batch] | None = None
     probe: Tensor = field(default_factory=lambda: torch.empty(0))
-    baseline: _Answers | None = None
+    baseline: Answers | None = None
 
 
 @dataclass
@@ -78,9 +72,10 @@ class VisionTask:
         amp: ``bf16`` or ``fp16`` autocast.
         repeats: timed rounds; 0 leaves out clock time, memory and the reduction's share.
         threads: CPU threads while measuring; None leaves torch's setting.
+        few: sweep :data:`WELL_KNOWN` methods only, besides the baselines, where no methods are named.
 
-    A model without a head is evaluated by the nearest neighbours of its features (:func:`neighbours`). Bad settings
-    raise ``ValueError``.
+    A model without a head is evaluated by the nearest neighbours of its features (:func:`neighbours`). The scenes of
+    ``world`` have several labels each, see :func:`~tokenreduce.bench.hits.scores`. Bad settings raise ``ValueError``.
     """
 
     model: str = "digits-vit"
@@ -95,9 +90,9 @@ class VisionTask:
     threads: int | None = None
     seed: int = 0
     classes: str | Path | Sequence[str] | None = None
+    few: bool = False
 
     name: ClassVar[str] = "vision"
-    metric: ClassVar[str] = "top1"
     stages: ClassVar[tuple[str, ...]] = ("encoder",)
 
     _state: _Ready | None = field(default=None, init=False, repr=False)
@@ -146,6 +141,8 @@ class VisionTask:
         images = load_data(self.data, self.split, loaded, self.limit, self.seed, self.classes)
         if loaded.kind == "zero-shot":
             loaded = loaded.with_classes(images.classes)
+        if loaded.kind == "features" and self.data == "world":
+            raise ValueError(f"{self.model} has no head; scenes with several labels need a classifier (world-vit)")
         if loaded.kind == "features" and len(images) < 2:
             raise ValueError(f"{self.model} has no head and is evaluated by nearest neighbours; give at least 2 images")
         ready = _Ready(loaded, images, _twin(loaded.model), 4 * math.prod(loaded.input_size) * len(images) <= CACHE)
@@ -155,7 +152,13 @@ class VisionTask:
 
     def methods(self) -> list[str]:
         """Names of the encoder methods that the model can serve."""
-        return describe(self._ready.loaded.model).methods(self.stages[0])
+        served = describe(self._ready.loaded.model).methods(self.stages[0])
+        return [name for name in served if not self.few or name in WELL_KNOWN]
+
+    @property
+    def metric(self) -> str:
+        """``accuracy`` where images have several labels, else ``top1``."""
+        return "accuracy" if self.data == "world" else "top1"
 
     @property
     def _ready(self) -> _Ready:
@@ -207,8 +210,6 @@ class VisionTask:
                 answers = self._answer(ready, model) if reducers else ready.baseline
             clock = self._clock(ready, model, bool(reducers)) if self.repeats else {}
         n = len(answers.y)
-        hits = answers.top == answers.y[:, None]
-        top1 = int(hits[:, 0].sum()) / n
         classes = ready.loaded.num_classes or len(ready.images.classes)
         return {
             "tokens": cost.tokens,
@@ -217,17 +218,15 @@ class VisionTask:
             "mean_tokens": sum(cost.tokens) / len(cost.tokens),
             "flops": cost.flops,
             "gmacs": gmacs(cost.flops),
-            "top1": top1,
-            "top1_stderr": math.sqrt(top1 * (1 - top1) / n),
-            "top5": int(hits.any(1).sum()) / n if classes > 5 else None,
-            "agreement": _agreement(answers, ready.baseline),
+            **scores(answers, classes),
+            "agreement": agreement(answers, ready.baseline),
             "images": n,
             "problems": len(ready.images.problems),
             **clock,
             "notes": self._notes(ready, reducers, answers, [*cost.notes, *trace.notes]),
         }
 
-    def _notes(self, ready: _Ready, reducers: tuple[Reducer, ...], answers: _Answers, said: list[str]) -> list[str]:
+    def _notes(self, ready: _Ready, reducers: tuple[Reducer, ...], answers: Answers, said: list[str]) -> list[str]:
         notes = list(dict.fromkeys(said))
         if answers.broken:
             notes.append(f"{answers.broken} images gave NaN or infinite outputs; they count as wrong")
@@ -236,6 +235,11 @@ class VisionTask:
         if ready.loaded.kind == "features":
             k = min(NEIGHBOURS, len(answers.y) - 1)
             notes.append(f"the model has no head: top-1 is the leave-one-out accuracy of {k} nearest neighbours")
+        if self.metric == "accuracy":
+            notes.append(
+                "a scene counts as right when its kinds are the highest logits, as many as it has; "
+                "found is the share of the kinds that are among them"
+            )
         if self.repeats and len(ready.probe) < self.batch:
             notes.append(f"time and memory are of {len(ready.probe)} images, fewer than the batch of {self.batch}")
         return [*ready.loaded.notes, *ready.images.notes, *notes]
@@ -265,7 +269,7 @@ class VisionTask:
             yield batch
         ready.kept = seen if ready.keep else None
 
-    def _answer(self, ready: _Ready, model: nn.Module) -> _Answers:
+    def _answer(self, ready: _Ready, model: nn.Module) -> Answers:
         loaded = ready.loaded
         ids, labels, outputs, finite = [], [], [], []
         for batch in self._batches(ready):
@@ -274,7 +278,7 @@ class VisionTask:
                 out = loaded.predict(x, model).float()
                 finite.append(out.isfinite().all(-1).cpu())
                 if loaded.kind != "features":
-                    out = out.topk(min(5, out.shape[-1]), dim=-1).indices
+                    out = out.topk(ranks(batch.y, out.shape[-1]), dim=-1).indices
             ids.append(batch.ids)
             labels.append(batch.y)
             outputs.append(out.cpu())
@@ -285,7 +289,7 @@ class VisionTask:
         if loaded.kind == "features":
             got = neighbours(got.nan_to_num(0, 0, 0), y, len(ready.images.classes))
         got = got.masked_fill(~good[:, None], -1)
-        return _Answers(torch.cat(ids), y, got, int((~good).sum()))
+        return Answers(torch.cat(ids), y, got, int((~good).sum()))
 
     def _cost(self, reducers: tuple[Reducer, ...]) -> _Cost:
         if reducers not in self._costs:
@@ -378,13 +382,6 @@ def neighbours(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         best = votes.topk(min(5, classes), dim=-1)
         out.append(best.indices.masked_fill(best.values == 0, -1))
     return torch.cat(out)
-
-
-def _agreement(answers: _Answers, baseline: _Answers) -> float:
-    """Share of the images of ``answers`` on which the first answer is the baseline's."""
-    place = torch.full((int(max(baseline.ids.max(), answers.ids.max())) + 1,), -2)
-    place[baseline.ids] = baseline.top[:, 0]
-    return int((place[answers.ids] == answers.top[:, 0]).sum()) / len(answers.ids)
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -152,8 +152,8 @@ class VlmTask:
     def prepare(self) -> None:
         """Load model and questions and answer all without reduction; a second call does nothing.
 
-        Raises what :func:`load_vlm`, :func:`tokenreduce.zoo.load` and :func:`load_questions` raise, ``TypeError`` for a
-        model without adapter and ``ValueError`` when no question can be used.
+        Raises what :func:`load_vlm` and :func:`load_questions` raise, ``TypeError`` for a model without adapter and
+        ``ValueError`` when no question can be used.
         """
         if self._state is not None:
             return
@@ -176,17 +176,7 @@ class VlmTask:
         self._state = ready
 
     def _load(self) -> LoadedVlm:
-        from tokenreduce import zoo
-
-        if self.model not in zoo.names():
-            return load_vlm(self.model, self.device, self.dtype)
-        if self.model != "world-llava":
-            raise ValueError(
-                f"{self.model} classifies images; the embedded model that answers questions is world-llava"
-            )
-        made = zoo.load(self.model, device=self.device)
-        kind = DTYPES[self.dtype]
-        return LoadedVlm(self.model, made.model if kind == "auto" else made.model.to(kind), made.processor)
+        return load_vlm(self.model, self.device, self.dtype)
 
     def methods(self) -> list[str]:
         """Full names of the methods that the model can serve, stage by stage."""

@@ -21,6 +21,10 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: The model that ships with the package.
+EMBEDDED = "world-llava"
+
+
 @dataclass(frozen=True)
 class LoadedVlm:
     """A model in eval mode on its device, and the processor that makes its inputs."""
@@ -39,8 +43,10 @@ class LoadedVlm:
 
 
 def is_vlm(name: str) -> bool:
-    """Whether ``name`` (a Hub id or a folder, ``hf:`` may stand in front) is a model that answers questions about
-    images; False also for what is no transformers model at all."""
+    """Whether ``name`` (``world-llava``, a Hub id or a folder, ``hf:`` may stand in front) is a model that answers
+    questions about images; False also for what is no transformers model at all."""
+    if name == EMBEDDED:
+        return True
     if not name.startswith("hf:") and not Path(name).is_dir():
         return False
     try:
@@ -56,15 +62,23 @@ def load_vlm(name: str, device: torch.device | str = "auto", dtype: str = "auto"
     """An image language model of transformers with its processor.
 
     Args:
-        name: a Hub id, or a folder that ``save_pretrained`` of model and processor wrote (never the network then);
-            ``hf:`` may stand in front, as in the other commands.
+        name: ``world-llava``, the embedded model; a Hub id; or a folder that ``save_pretrained`` of model and processor
+            wrote (never the network then). ``hf:`` may stand in front of the last two, as in the other commands.
         device: "auto" is CUDA where there is one and the CPU otherwise.
         dtype: "auto" is what the weights are stored in; or fp32, bf16, fp16.
 
     Raises ``ValueError`` for a model of another kind, a processor without image or text part, a bad device or dtype;
-    ``OSError`` for a folder, weights or a processor that are not there; ``ImportError`` without transformers.
+    ``OSError`` for a folder, weights or a processor that are not there (or damaged embedded weights);
+    ``ImportError`` without transformers.
     """
     place, kind = pick_device(device), _dtype(dtype)
+    from tokenreduce import zoo
+
+    if name == EMBEDDED:
+        made = zoo.load(name, device=place)
+        return LoadedVlm(name, made.model if kind == "auto" else made.model.to(kind), made.processor)
+    if name in zoo.names():
+        raise ValueError(f"{name} classifies images; the embedded model that answers questions is {EMBEDDED}")
     transformers = _library("transformers", "hf")
     source, local = _source(name)
 

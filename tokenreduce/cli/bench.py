@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,42 +19,60 @@ __all__ = ["app", "run"]
 app = typer.Typer(help="Measure methods at several budgets on real input.", no_args_is_help=True)
 
 #: Timed rounds per row; --full takes more, so that the medians of small speed-ups settle.
-REPEATS, FULL_REPEATS = 5, 15
+REPEATS, FULL_REPEATS = 3, 15
+#: Budgets where --budgets says nothing, without and with --full.
+BUDGETS = {"vision": ("0.5,0.35", "0.75,0.5,0.35"), "vlm": ("0.25,0.1", "0.5,0.25,0.1")}
+#: Images per forward where --batch says nothing.
+BATCH, BATCHES = 64, {"world": 32}
+#: Embedded classifiers and their data; `bench vision` measures both when no model is named.
+EMBEDDED = {"digits-vit": "digits", "world-vit": "world"}
 #: Images per row where --limit and --full say nothing: the embedded digits whole, other data in part.
-QUICK = {"digits": None}
+QUICK = {"digits": None, "world": 200}
 QUICK_ELSEWHERE = 1000
 #: Questions that `bench vlm` asks where --limit and --full say nothing.
-QUICK_QUESTIONS = 400
+QUICK_QUESTIONS = 240
 
 
 @app.command("vision")
 def vision(
     ctx: typer.Context,
     model: Annotated[
-        str, typer.Option(help="digits-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER.")
-    ] = "digits-vit",
+        str | None,
+        typer.Option(
+            help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER; both embedded ones by "
+            "default, each in a folder of its own."
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or webdataset shards (*.tar)."
+            help="digits, world, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or webdataset shards "
+            "(*.tar); an embedded model has its own."
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Part of the data to evaluate.")] = "test",
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods and wildcards, for example 'tome,pi*'; all that fit the model by default."),
+        typer.Option(help="Methods and wildcards, 'tome,pi*' or '*'; a few by default."),
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Shares of the unreduced FLOPs.")] = "0.75,0.5,0.35",
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Shares of the unreduced FLOPs; 0.5,0.35 by default, 0.75,0.5,0.35 with --full."),
+    ] = None,
     reduce: Annotated[
         list[str] | None, typer.Option(help="Methods with explicit settings, 'tome:r=4' or 'a+b'; may be repeated.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Images to evaluate; 1,000 by default, digits all.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 64,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Images to evaluate; 1,000 by default, 200 scenes of the world.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per forward; 64 by default, 32 scenes of the world.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     amp: Annotated[str | None, typer.Option(help="bf16 or fp16 autocast.")] = None,
     repeats: Annotated[
-        int | None, typer.Option(min=0, help="Timed rounds per row; 5 by default, 15 with --full.")
+        int | None, typer.Option(min=0, help="Timed rounds per row; 3 by default, 15 with --full.")
     ] = None,
     classes: Annotated[
         str | None, typer.Option(help="Class names: a text file with one per line, or 'imagenet'.")
@@ -62,39 +81,59 @@ def vision(
         "runs/vision"
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="All images, and more timed rounds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All methods and images, and more timed rounds.")] = False,
 ) -> None:
     """Image classification: accuracy, FLOPs, clock speed-up and memory of every method at equal FLOPs.
 
-    A killed run continues where it stopped when the same command is given again.
+    Without --model on both embedded models: digits-vit, and world-vit on scenes with 3 to 6 things. A killed run
+    continues where it stopped when the same command is given again.
     """
-    if data is None:
-        if model != "digits-vit":
-            raise ValueError(
-                f"--data is needed for {model}: an image folder, hf:FOLDER or *.tar shards (digits for digits-vit)"
-            )
-        data = "digits"
     if full and limit is not None:
         raise ValueError("give --full or --limit, not both")
+    models = _models(model, data)
+    few = not full and methods is None
     from tokenreduce.bench.vision import VisionTask
 
-    if limit is None and not full:
-        limit = QUICK.get(data, QUICK_ELSEWHERE)
-        if limit is not None:
-            console().print(f"evaluating at most {limit:,} images; --limit changes that, --full takes all")
-    task = VisionTask(
-        model=model,
-        data=data,
-        split=split,
-        limit=limit,
-        batch=batch,
-        workers=workers,
-        device=device,
-        amp=amp,
-        repeats=repeats if repeats is not None else FULL_REPEATS if full else REPEATS,
-        classes=classes,
-    )
-    run(ctx, task, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=device)
+    jobs: dict[Path, Task] = {}
+    said = []
+    for name, source in models.items():
+        most = limit if limit is not None or full else QUICK.get(source, QUICK_ELSEWHERE)
+        if most is not None and limit is None:
+            said.append(f"evaluating at most {most:,} images of {source} (--limit changes that)")
+        jobs[out / name if len(models) > 1 else out] = VisionTask(
+            model=name,
+            data=source,
+            split=split,
+            limit=most,
+            batch=batch or BATCHES.get(source, BATCH),
+            workers=workers,
+            device=device,
+            amp=amp,
+            repeats=repeats if repeats is not None else FULL_REPEATS if full else REPEATS,
+            classes=classes,
+            few=few,
+        )
+    if few and not reduce:
+        said.append("sweeping a few methods (--methods '*' takes all)")
+    if said:
+        console().print(f"{'; '.join(said)}; --full takes everything", soft_wrap=True)
+    budgets = budgets or BUDGETS["vision"][full]
+    run(ctx, jobs, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=device)
+
+
+def _models(model: str | None, data: str | None) -> dict[str, str]:
+    """Models to measure, and the data of each."""
+    if model is None and data is None:
+        return dict(EMBEDDED)
+    if model is None:
+        own = [name for name, source in EMBEDDED.items() if source == data]
+        if not own:
+            raise ValueError(f"--model is needed for {data}: timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER")
+        return {own[0]: str(data)}
+    if data is None and model not in EMBEDDED:
+        needed = ", ".join(f"{source} for {name}" for name, source in EMBEDDED.items())
+        raise ValueError(f"--data is needed for {model}: an image folder, hf:FOLDER or *.tar shards ({needed})")
+    return {model: data or EMBEDDED[model]}
 
 
 @app.command("vlm")
@@ -116,13 +155,17 @@ def vlm(
         typer.Option(help="Methods and wildcards, 'divprune,vis*,random@language' or '*'; a few by default."),
     ] = None,
     budgets: Annotated[
-        str, typer.Option(help="Shares of the visual tokens that stay, averaged over the language model's layers.")
-    ] = "0.5,0.25,0.1",
+        str | None,
+        typer.Option(
+            help="Shares of the visual tokens that stay, averaged over the language model's layers; 0.25,0.1 by "
+            "default, 0.5,0.25,0.1 with --full."
+        ),
+    ] = None,
     reduce: Annotated[
         list[str] | None,
         typer.Option(help="Methods with explicit settings, 'divprune:keep=64+fastv:keep=0.5'; may be repeated."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask; 400 by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask; 240 by default.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 32,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer; the world is answered with one word.")
@@ -130,7 +173,7 @@ def vlm(
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as the weights are stored), fp32, bf16 or fp16.")] = "auto",
     repeats: Annotated[
-        int | None, typer.Option(min=0, help="Timed rounds per row; 5 by default, 15 with --full.")
+        int | None, typer.Option(min=0, help="Timed rounds per row; 3 by default, 15 with --full.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an earlier run in it is continued.")] = Path(
         "runs/vlm"
@@ -174,12 +217,13 @@ def vlm(
         if said:
             console().print(f"{'; '.join(said)}; --full takes everything", soft_wrap=True)
     _quiet_bars()
-    run(ctx, task, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=place)
+    budgets = budgets or BUDGETS["vlm"][full]
+    run(ctx, {out: task}, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=place)
 
 
 def run(
     ctx: typer.Context,
-    task: Task,
+    jobs: Mapping[Path, Task],
     out: Path,
     *,
     methods: str | None,
@@ -188,7 +232,8 @@ def run(
     fresh: bool,
     device: str,
 ) -> None:
-    """Sweep ``task`` into ``out`` with a progress bar, then print the table and write the report.
+    """Sweep every task of ``jobs`` into its folder with a progress bar, then print the tables and write one report
+    into ``out``.
 
     Every ``bench`` command ends here. Exit status 1 when a row failed, 130 after Ctrl-C.
     """
@@ -220,28 +265,33 @@ def run(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*shown, console=screen) as progress:
-        watch = _watch(progress, task)
-        try:
-            result = sweep(
-                task,
-                out,
-                methods=split_methods(methods) if methods is not None else None,
-                budgets=numbers(budgets, "--budgets"),
-                reduce=reduce,
-                fresh=fresh,
-                device=device,
-                command=command,
-                watch=watch,
-            )
-        except KeyboardInterrupt:
-            progress.stop()
-            complain(f"stopped; every finished row is in {out}. The same command continues there.")
-            raise typer.Exit(130) from None
-    runs, files = rebuild([out])
-    present(runs, files)
-    if result.errors:
-        many = "1 row" if len(result.errors) == 1 else f"{len(result.errors)} rows"
+    failed = 0
+    for folder, task in jobs.items():
+        if len(jobs) > 1:
+            screen.print(folder.name, markup=False, style="bold")
+        with Progress(*shown, console=screen) as progress:
+            watch = _watch(progress, task)
+            try:
+                result = sweep(
+                    task,
+                    folder,
+                    methods=split_methods(methods) if methods is not None else None,
+                    budgets=numbers(budgets, "--budgets"),
+                    reduce=reduce,
+                    fresh=fresh,
+                    device=device,
+                    command=command,
+                    watch=watch,
+                )
+            except KeyboardInterrupt:
+                progress.stop()
+                complain(f"stopped; every finished row is in {folder}. The same command continues there.")
+                raise typer.Exit(130) from None
+            failed += len(result.errors)
+    runs, files = rebuild(list(jobs), None if len(jobs) == 1 else out)
+    present(runs, files, apart=True)
+    if failed:
+        many = "1 row" if failed == 1 else f"{failed} rows"
         complain(f"{many} failed, see above; the same command tries again")
         raise typer.Exit(1)
 

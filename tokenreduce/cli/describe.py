@@ -13,7 +13,7 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="digits-vit, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder.")
+        str, typer.Argument(help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder.")
     ],
     reduce: Annotated[str | None, typer.Option(help="Methods to try, for example 'tome:r=13'.")] = None,
 ) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import console, open_image, picture_format, save_picture
+from tokenreduce.cli.shared import complain, console, open_image, picture_format, save_picture
 
 if TYPE_CHECKING:
     from tokenreduce.measure.generation import Comparison
+    from tokenreduce.measure.question import Question
 
 __all__ = ["command"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A Hub id, or a folder with a saved model and processor.")],
+    model: Annotated[str, typer.Argument(help="world-llava, a Hub id, or a folder with model and processor.")],
     image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the image.")],
     reduce: Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")],
@@ -53,6 +54,7 @@ def command(
     _quiet_bars()
     loaded = load_vlm(model, device, dtype)
     question = ask(loaded.processor, pictures, prompt)
+    _check_words(loaded.processor.tokenizer, question)
     where = None if show is None else places(loaded.model, loaded.processor, question)
     result = compare(loaded.model, loaded.processor, question, reduce, max_new_tokens=max_new_tokens, rounds=rounds)
     if show is not None and where is not None:
@@ -65,6 +67,15 @@ def command(
     _present(result, about)
     if show is not None:
         console().print(f"wrote {show}", markup=False, soft_wrap=True)
+
+
+def _check_words(tokenizer: Any, question: Question) -> None:
+    """Say so when the prompt has words that the tokenizer cannot tell from each other: the answer is a guess then."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not bool((question.inputs["input_ids"] == unknown).any()):
+        return
+    strange = [w for w in question.prompt.split() if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
+    complain(f"the model does not know: {', '.join(strange) or 'some characters of the prompt'}")
 
 
 def _quiet_bars() -> None:

@@ -28,18 +28,20 @@ def command(
     present(loaded, files)
 
 
-def present(runs: Any, files: Any) -> None:
-    """Table, notes and the names of the files."""
+def present(runs: Any, files: Any, apart: bool = False) -> None:
+    """Table, notes and the names of the files; with ``apart`` a table for each run."""
     from tokenreduce.bench.columns import notes
     from tokenreduce.bench.report import table
 
     screen = console()
-    screen.print()
-    screen.print(table(runs, screen.width))
-    for run in runs:
-        for line in notes(run, brief=True):
-            screen.print(
-                ("" if len(runs) == 1 else f"{run.folder.name}: ") + line, markup=False, style="dim", soft_wrap=True
-            )
+    for together in [[run] for run in runs] if apart else [runs]:
+        screen.print()
+        if len(together) < len(runs):
+            screen.print(together[0].folder.name, markup=False, style="bold")
+        screen.print(table(together, screen.width))
+        for run in together:
+            name = "" if len(together) == 1 else f"{run.folder.name}: "
+            for line in notes(run, brief=True):
+                screen.print(name + line, markup=False, style="dim", soft_wrap=True)
     for path in files.values():
         screen.print(f"wrote {path}", markup=False, soft_wrap=True)

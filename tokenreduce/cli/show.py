@@ -13,7 +13,9 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="digits-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER.")],
+    model: Annotated[
+        str, typer.Argument(help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER.")
+    ],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     reduce: Annotated[str, typer.Option(help="Methods, for example 'tome:r=13' or 'evit:keep=0.5'.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the picture goes.")] = Path("show.png"),

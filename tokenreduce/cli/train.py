@@ -12,6 +12,17 @@ from tokenreduce.cli.shared import again, console
 __all__ = ["command"]
 
 
+def _recorded(name: str) -> dict[int, str]:
+    """By step, what the card of the embedded weights says of their own training."""
+    from tokenreduce.zoo import weights
+
+    made = weights.read_card(name).get("curve") if name in weights.stored() else None
+    if not made:
+        return {}
+    points = zip(made["step"], made["loss"], made["accuracy"], strict=True)
+    return {step: f"  (recorded: {loss:.4f}, {100 * accuracy:.2f} %)" for step, loss, accuracy in points}
+
+
 def command(
     name: Annotated[str, typer.Argument(help="The model to train: digits-vit, world-vit or world-llava.")],
     out: Annotated[
@@ -55,6 +66,7 @@ def command(
         raise ValueError(f"--minutes is a positive number, not {minutes:g}")
     import importlib
 
+    from tokenreduce.zoo.training import curve
     from tokenreduce.zoo.training import progress as saved
 
     more: dict[str, Any] = {"workers": workers, "compiled": compiled or None, "encoder": encoder}
@@ -78,6 +90,7 @@ def command(
     stages = getattr(module, "STAGES", None)
     steps = module.SCHEDULE.steps if stages is None else sum(s.schedule.steps for s in stages)
     last: dict[str, Any] = {}
+    recorded = _recorded(name)
     if found := sorted(folder.glob("checkpoint*.pt")):
         screen.print(f"continuing from {found[-1]}", markup=False)
     columns = (
@@ -95,7 +108,7 @@ def command(
             progress.update(bar, completed=row["step"])
             screen.print(
                 f"step {row['step']:>6}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  "
-                f"{row['minutes']:.1f} min",
+                f"{row['minutes']:.1f} min{recorded.get(row['step'], '')}",
                 markup=False,
             )
 
@@ -117,6 +130,7 @@ def command(
             "command": again(["train", name], given, {"device": "cpu", "compile": False}),
             "steps": done,
             "minutes": round(spent, 1),
+            **({"curve": made} if (made := curve(folder)) else {}),
         }
         facts = zoo.export(model.cpu(), name, card, folder=folder)
         screen.print(f"wrote {folder / name}.safetensors, accuracy {100 * facts['accuracy']:.2f} %", markup=False)

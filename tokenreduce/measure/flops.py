@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_flops", "flop_counter", "gmacs"]
+__all__ = ["count_flops", "flop_counter", "flops_by_layer", "gmacs"]
 
 
 class _Total:
@@ -47,6 +50,29 @@ def count_flops(function: Any, *args: Any, **kwargs: Any) -> int:
     with torch.no_grad(), counter:
         function(*args, **kwargs)
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def flops_by_layer(blocks: Sequence[nn.Module], total: Callable[[], int]) -> Iterator[list[int]]:
+    """Inside, the list gets the FLOPs of every call of one of ``blocks``, in the order in which they end.
+
+    ``total`` says what was counted so far, of a counter that is running (``lambda: trace.flops`` of a trace).
+    """
+    began: list[int] = []
+    out: list[int] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        began.append(total())
+
+    def behind(module: nn.Module, args: Any, result: Any) -> None:
+        out.append(total() - began.pop())
+
+    handles = [h for b in blocks for h in (b.register_forward_pre_hook(before), b.register_forward_hook(behind))]
+    try:
+        yield out
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def gmacs(flops: float) -> float:

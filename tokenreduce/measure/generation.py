@@ -16,12 +16,14 @@ from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched, reducers_of
 from tokenreduce.reducer import Reducer
-from tokenreduce.trace import Step, record
+from tokenreduce.trace import Step, Trace, record
 
 __all__ = [
-    "Comparison", "Side", "Site", "cache_bytes", "compare", "follow", "layers_of", "patches_left", "patches_of",
-    "visual_columns",
+    "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layers_of", "patches_left",
+    "patches_of", "visual_columns",
 ]  # fmt: skip
+
+STOCK = "stock"
 
 
 @dataclass(frozen=True)
@@ -149,56 +151,82 @@ def compare(
     Raises ``ValueError`` for numbers below 1, a patched model, a prompt without visual tokens and whatever
     :func:`tokenreduce.patch` refuses, and ``TypeError`` for a model without adapter.
     """
+    given = (reducers,) if isinstance(reducers, Reducer | str) else tuple(reducers)
+    return compare_several(model, processor, question, [given], max_new_tokens=max_new_tokens, rounds=rounds)[0]
+
+
+def compare_several(
+    model: nn.Module,
+    processor: Any,
+    question: Question,
+    several: Sequence[Sequence[Reducer | str]],
+    *,
+    max_new_tokens: int = 32,
+    rounds: int = 3,
+) -> list[Comparison]:
+    """:func:`compare` for each of ``several`` patches, all against one answer of the unreduced model and timed in the
+    same rounds. Raises what :func:`compare` raises."""
     for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name} is an int >= 1, not {value!r}")
     if reducers_of(model):
-        raise ValueError("the model is patched already; call tr.unpatch(model) first, both variants are measured here")
-    given = (reducers,) if isinstance(reducers, Reducer | str) else tuple(reducers)
-    with patched(model, *given):  # what does not fit fails here, before the work
-        chosen = reducers_of(model)
+        raise ValueError("the model is patched already; call tr.unpatch(model) first, all variants are measured here")
+    variants: dict[str, tuple[Reducer, ...]] = {STOCK: ()}
+    for i, given in enumerate(several):
+        with patched(model, *given):  # what does not fit fails here, before the work
+            variants[f"reduced {i}"] = reducers_of(model)
     visual = visual_columns(model, question)
     depth = len(describe(model).language.layers)
-    inputs = _on_device(model, question)
-    variants: dict[str, tuple[Reducer, ...]] = {"stock": (), "reduced": chosen}
-    answers: dict[str, tuple[int, ...]] = {}
-    caches: dict[str, int] = {}
+    patches = patches_of(model, question)
+    made = {name: _answer(model, question, some, len(visual), max_new_tokens) for name, some in variants.items()}
+    first: dict[str, list[float]] = {name: [] for name in variants}
+    step: dict[str, list[float]] = {name: [] for name in variants}
+    placed = _inputs(model, question) if question.remake is None else None
     with torch.inference_mode():
-        for name, some in variants.items():
-            with _patched(model, some):
-                with record(model, flops=False) as trace:
-                    out = _generate(model, inputs, 1, return_dict_in_generate=True)
-                caches[name] = cache_bytes(out.past_key_values)
-                del out
-                made = _generate(model, inputs, max_new_tokens)
-                answers[name] = tuple(made[0, len(visual) :].tolist())
-        first: dict[str, list[float]] = {"stock": [], "reduced": []}
-        total: dict[str, list[float]] = {"stock": [], "reduced": []}
         for _, name in turns(variants, rounds):
             with _patched(model, variants[name]):
                 clock = _Clock(next(model.parameters()).device)
+                inputs = placed or _inputs(model, question)  # the tower runs inside the clock, wherever that is
                 _generate(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
                 clock.stop()
             first[name].append(clock.first)
-            total[name].append((clock.total - clock.first) / max(max_new_tokens - 1, 1))
-    steps = tuple(trace.steps)
-    sites, layers = layers_of(steps, visual, depth)
-    patches = patches_of(model, question)
-    sides = {
-        name: Side(
-            processor.batch_decode([list(answers[name])], skip_special_tokens=True)[0].strip(),
-            answers[name],
-            patches if name == "stock" else patches_left(model, question, patches, steps),
-            layers if name == "reduced" else (int(visual.sum()),) * depth,
+            step[name].append((clock.total - clock.first) / max(max_new_tokens - 1, 1))
+    sides: dict[str, Side] = {}
+    sites: dict[str, tuple[Site, ...]] = {}
+    for name, (ids, cache, trace) in made.items():
+        steps = tuple(trace.steps)
+        sites[name], layers = layers_of(steps, visual, depth)
+        sides[name] = Side(
+            processor.batch_decode([list(ids)], skip_special_tokens=True)[0].strip(),
+            ids,
+            patches if name == STOCK else patches_left(model, question, patches, steps),
+            layers if name != STOCK else (int(visual.sum()),) * depth,
             Timing(name, tuple(first[name])),
-            Timing(name, tuple(total[name])) if max_new_tokens > 1 else None,
-            caches[name],
+            Timing(name, tuple(step[name])) if max_new_tokens > 1 else None,
+            cache,
         )
-        for name in variants
-    }
-    return Comparison(
-        question, chosen, sides["stock"], sides["reduced"], sites, rounds, tuple(trace.notes), steps, visual
-    )
+    return [
+        Comparison(question, some, sides[STOCK], sides[name], sites[name], rounds, *_told(made[name][2]), visual)
+        for name, some in variants.items()
+        if name != STOCK
+    ]
+
+
+def _told(trace: Trace) -> tuple[tuple[str, ...], tuple[Step, ...]]:
+    return tuple(trace.notes), tuple(trace.steps)
+
+
+def _answer(
+    model: nn.Module, question: Question, some: tuple[Reducer, ...], prompt: int, tokens: int
+) -> tuple[tuple[int, ...], int, Trace]:
+    """Greedy token ids behind the ``prompt`` columns, bytes of the cache behind them, and the trace of a prefill."""
+    with torch.inference_mode(), _patched(model, some):
+        with record(model, flops=False) as trace:
+            out = _generate(model, _inputs(model, question), 1, return_dict_in_generate=True)
+        cache = cache_bytes(out.past_key_values)
+        del out
+        made = _generate(model, _inputs(model, question), tokens)
+    return tuple(made[0, prompt:].tolist()), cache, trace
 
 
 def visual_columns(model: nn.Module, question: Question) -> Tensor:
@@ -314,7 +342,10 @@ def _patched(model: nn.Module, reducers: tuple[Reducer, ...]) -> Any:
     return patched(model, *reducers) if reducers else contextlib.nullcontext()
 
 
-def _on_device(model: nn.Module, question: Question) -> dict[str, Any]:
+def _inputs(model: nn.Module, question: Question) -> dict[str, Any]:
+    """The inputs of ``question`` on the model's device, made anew where they depend on what is patched into it."""
+    if question.remake is not None:
+        return question.remake(model)
     like = next(model.parameters())
     return {
         k: v.to(like.device, like.dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v

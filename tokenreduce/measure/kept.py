@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tokenreduce.measure.generation import Comparison, follow, visual_columns
 from tokenreduce.measure.question import Question
 from tokenreduce.patching import patched
-from tokenreduce.picture import PAPER, draw_regions, view
+from tokenreduce.picture import PAPER, draw_regions, overlay, view
 
-__all__ = ["Place", "draw_kept", "places"]
+__all__ = ["Place", "draw_kept", "frame_places", "kept_views", "places"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,34 @@ def draw_kept(comparison: Comparison, where: Sequence[Place], *, side: int = 448
             region = left[place.columns].view(place.grid).numpy()
             drawn.append(draw_regions(place.seen, region, title=title, side=side))
     return _stacked(drawn)
+
+
+def kept_views(comparison: Comparison, where: Sequence[Place], *, side: int = 224) -> list[tuple[Image.Image, str]]:
+    """Every image with what is left of its tokens behind the last place where a method acted, and a line that counts
+    them. Where no method acted before or inside the language model, all tokens are left."""
+    assert comparison.visual is not None
+    behind = follow(comparison.steps, len(comparison.visual))
+    left = behind[-1][1] if behind else torch.arange(len(comparison.visual))
+    out = []
+    for place in where:
+        region = left[place.columns].view(place.grid).numpy()
+        stay = len(set(region[region >= 0].tolist()))
+        out.append((overlay(place.seen, region, side=side), f"{stay} of {region.size} tokens"))
+    return out
+
+
+def frame_places(processor: Any, question: Question, grid: tuple[int, int], columns: Tensor) -> list[Place]:
+    """:class:`Place` of every image of ``question`` where each has one ``grid`` of tokens, in order, in ``columns``.
+
+    Raises ``ValueError`` where that is not so.
+    """
+    each = grid[0] * grid[1]
+    if len(columns) != each * len(question.images):
+        raise ValueError(f"{len(columns)} visual tokens are not {len(question.images)} grids of {grid[0]}x{grid[1]}")
+    return [
+        Place(mine, grid, _seen(processor, question, image, grid))
+        for image, mine in zip(question.images, columns.split(each), strict=True)
+    ]
 
 
 def _merged_grids(model: Any, question: Question) -> list[tuple[int, int, int]]:

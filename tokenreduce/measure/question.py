@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,16 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Question:
-    """``text`` is what the tokenizer got, one placeholder per image; ``inputs`` are the model's, a batch of one."""
+    """``text`` is what the tokenizer got, one placeholder per image; ``inputs`` are the model's, a batch of one.
+
+    ``remake(model)`` makes inputs again that hold features of the vision tower, which must be those of the patched one.
+    """
 
     prompt: str
     images: tuple[Image.Image, ...] = field(repr=False)
     text: str
     inputs: dict[str, Any] = field(repr=False)
+    remake: Callable[[Any], dict[str, Any]] | None = field(default=None, repr=False)
 
 
 def ask(processor: Any, images: Sequence[Image.Image], prompt: str) -> Question:

@@ -6,6 +6,7 @@ last checkpoint with the same random numbers, because every batch is drawn from 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["Schedule", "fit", "progress"]
+__all__ = ["Schedule", "curve", "fit", "progress"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ def progress(folder: Path) -> tuple[int, float]:
     """Steps and minutes that the checkpoints in ``folder`` (one per stage) hold, (0, 0.0) when there are none."""
     states = [torch.load(f, map_location="cpu", weights_only=True) for f in folder.glob("checkpoint*.pt")]
     return sum(s["step"] for s in states), sum(s["minutes"] for s in states)
+
+
+def curve(folder: Path) -> dict[str, list[float]]:
+    """Steps, losses and held-out accuracies in ``folder/curve.jsonl`` as lists, {} when there is none.
+
+    A model's card keeps them, so that whoever trains again can compare. Of rows with one step the last counts.
+    """
+    file = folder / "curve.jsonl"
+    if not file.exists():
+        return {}
+    rows = {row["step"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    return {key: [rows[step][key] for step in sorted(rows)] for key in ("step", "loss", "accuracy")}
 
 
 def fit(

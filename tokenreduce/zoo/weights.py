@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def save(model: nn.Module, name: str, card: Mapping[str, Any], folder: Path = FO
         "sha256": _checksum(partial),
     }
     os.replace(partial, file)
-    file.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    # A list of numbers stands on one line.
+    text = re.sub(r"\[[^][{}\"]*\]", lambda m: " ".join(m[0].split()), json.dumps(facts, indent=2))
+    file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return file
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "IMAGE",
     "PAD",
     "SIZE",
+    "TEMPLATE",
     "UNKNOWN",
     "encode",
     "image_processor",
@@ -20,6 +21,12 @@ __all__ = [
     "tokenizer",
 ]
 
+#: Turns of a chat as the model was trained to read them, images first: no role, no mark of an answer.
+TEMPLATE = (
+    "{% for turn in messages %}{% if turn.content is string %}{{ turn.content }}{% else %}"
+    "{% for part in turn.content %}{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 PAD, BOS, EOS, UNKNOWN, IMAGE = range(5)
 #: Token id of every word.
@@ -62,12 +69,15 @@ def image_processor() -> Any:
 
 
 def processor() -> Any:
-    """The ``LlavaProcessor`` of ``world-llava``: "<image> what color is the star" and a picture."""
+    """The ``LlavaProcessor`` of ``world-llava``: "<image> what color is the star" and a picture.
+
+    Its chat template writes just that: a placeholder for each picture of a turn, and the question.
+    """
     from transformers import LlavaProcessor
 
     from tokenreduce.zoo.world_vit import PATCH
 
     return LlavaProcessor(
         image_processor(), tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=1, chat_template=TEMPLATE,
     )  # fmt: skip

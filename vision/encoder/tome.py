@@ -25,11 +25,18 @@ class ToMe(Scheduled, name="tome", needs=("keys",), paper="2210.09461", title="T
         r, inflect, keep: see :class:`Scheduled`. ``r`` above half of the free tokens is clamped and reported.
         prop_attn: attention logits get log(size) (the paper's proportional attention; the authors switch it off for
             MAE weights).
+        frames: in the vision tower of a video language model, so many consecutive frames of a video are merged as one
+            image, across frames too; 1 leaves every frame alone. ``r`` and ``keep`` then count over these frames.
 
-    Raises ``ValueError`` for a negative ``r``, a bad ``keep`` or a list longer than the model.
+    Raises ``ValueError`` for a negative ``r``, a bad ``keep`` or ``frames``, or a list longer than the model.
     """
 
     prop_attn: bool = True
+    frames: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.frames, "frames", 1)
 
     def plan(self, evidence: Evidence) -> Plan:
         return bipartite(key_metric(evidence), clamp_r(self.amount(evidence), evidence, self.name), evidence)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 
 from tokenreduce.evidence import Evidence
-from tokenreduce.matching import bipartite
+from tokenreduce.matching import halvings
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.projector import Projector
 
@@ -40,12 +39,9 @@ class AIMMerge(Projector, name="aim-merge", paper="2412.03248", title="AIM, merg
     keep: int | float = 0.25
 
     def choose(self, evidence: Evidence, keep: int) -> Plan:
-        x = evidence.x[:, evidence.prefix :].detach().float()
         plan: Plan = Identity.like(evidence.x)
-        while x.shape[1] > keep:
-            r = min(x.shape[1] // 2, x.shape[1] - keep)
-            step = cast(Merge, bipartite(x, r, Evidence(x, layer=evidence.layer), by_size=False))
-            plan, x = plan.then(_behind(step, evidence.prefix)), step.reduce(x)
+        for step in halvings(evidence.x[:, evidence.prefix :], keep, evidence.layer):
+            plan = plan.then(_behind(step, evidence.prefix))
         return plan
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.baseline import cells
+from tokenreduce.baseline import cells_of
 from tokenreduce.budget import check_count
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Merge, Plan
@@ -61,22 +61,9 @@ class PoolTokens(Projector, name="pool", title="Average pooling before the langu
         if len(set(places)) < len(places):
             raise ValueError(f"{self.name} needs one token in a place: give every frame as a view of its own")
         rows, cols = self._sides()
-        cell = _cells_of(places, keep, rows / cols)
+        cell = cells_of(places, keep, rows / cols)
         p = evidence.prefix
         # Outputs are numbered by their first tokens, which is what they stand for.
         number = {c: p + i for i, c in enumerate(dict.fromkeys(cell))}
         assign = torch.tensor([*range(p), *(number[c] for c in cell)], device=evidence.x.device)
         return Merge.from_assignment(assign.expand(evidence.batch, -1), p + keep, by_size=False)
-
-
-def _cells_of(places: list[tuple[int, int]], k: int, aspect: float) -> list[tuple[int, int]]:
-    """Band and column of the cell of every token, ``k`` different ones."""
-    rows: dict[int, list[int]] = {}
-    for r, c in sorted(places):
-        rows.setdefault(r, []).append(c)
-    at: dict[tuple[int, int], tuple[int, int]] = {}
-    names = list(rows)
-    for b, (band, columns, parts) in enumerate(cells(list(rows.values()), k, aspect)):
-        column = {c: i * parts // len(columns) for i, c in enumerate(columns)}
-        at.update({(names[i], c): (b, column[c]) for i in band for c in rows[names[i]]})
-    return [at[place] for place in places]

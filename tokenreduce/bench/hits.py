@@ -1,0 +1,68 @@
+"""What counts as right: one label per image, or several of which every one must be found."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Answers", "agreement", "ranks", "scores"]
+
+
+class Answers(NamedTuple):
+    """Evaluated images: positions ``ids``, labels ``y`` and best classes ``top`` (n,k) with -1 for none.
+
+    ``y`` is (n,), or (n,m) of images with several labels, -1 where there are fewer than m. ``broken`` counts outputs
+    that are not finite.
+    """
+
+    ids: Tensor
+    y: Tensor
+    top: Tensor
+    broken: int
+
+
+def ranks(y: Tensor, classes: int) -> int:
+    """How many of the best classes are looked at: five, or as many as an image may have labels."""
+    return min(classes, max(5, y.shape[1]) if y.ndim == 2 else 5)
+
+
+def scores(answers: Answers, classes: int) -> dict[str, float | None]:
+    """The accuracies of a row.
+
+    With one label per image ``top1`` and ``top5`` (None with five classes or fewer). With several, ``accuracy`` is the
+    share of images whose n labels are the n best classes, and ``found`` the share of the labels that are among them,
+    averaged over images. The first of each comes with its standard error.
+    """
+    n = len(answers.y)
+    if answers.y.ndim == 1:
+        hits = answers.top == answers.y[:, None]
+        first, first_key = int(hits[:, 0].sum()) / n, "top1"
+        more = {"top5": int(hits.any(1).sum()) / n if classes > 5 else None}
+    else:
+        counted = _first(answers)
+        found = (answers.y[:, :, None] == counted[:, None, :]).any(2) & (answers.y >= 0)
+        share = found.sum(1) / (answers.y >= 0).sum(1)
+        first, first_key = int((share == 1).sum()) / n, "accuracy"
+        more = {"found": float(share.double().mean())}
+    return {first_key: first, f"{first_key}_stderr": math.sqrt(first * (1 - first) / n), **more}
+
+
+def agreement(answers: Answers, baseline: Answers) -> float:
+    """Share of the images of ``answers`` on which the answer is the baseline's: the best class, or the set of the n
+    best for n labels."""
+    place = torch.full((int(max(baseline.ids.max(), answers.ids.max())) + 1,), -1)
+    place[baseline.ids] = torch.arange(len(baseline.ids))
+    at = place[answers.ids]
+    mine, theirs = (_first(a).sort(1).values for a in (answers, baseline))
+    return int(((mine == theirs[at]).all(1) & (at >= 0)).sum()) / len(at)
+
+
+def _first(answers: Answers) -> Tensor:
+    """The best classes that count, (n,1), or (n,k) with -2 behind the n-th for n labels."""
+    if answers.y.ndim == 1:
+        return answers.top[:, :1]
+    rank = torch.arange(answers.top.shape[1])
+    return answers.top.masked_fill(rank >= (answers.y >= 0).sum(1, keepdim=True), -2)

@@ -1,0 +1,66 @@
+"""Plots to point at (plotly): tokens and FLOPs layer by layer, without and with a reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenreduce.measure.image import ImageComparison
+
+__all__ = ["image_layers_plot", "visual_layers_plot"]
+
+STOCK, COLOURS = "#8a8a8a", ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+
+
+def _graph() -> Any:
+    try:
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise ImportError("the plot needs plotly: pip install 'tokenreduce[demo]'") from error
+    return go
+
+
+def image_layers_plot(comparison: ImageComparison, *, height: int = 320) -> Any:
+    """Tokens behind every layer and FLOPs in it as a plotly figure, unreduced (grey) and reduced.
+
+    Raises ``ImportError`` without plotly.
+    """
+    go = _graph()
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("tokens after each layer", "MFLOPs of each layer"))
+    sides = ("unreduced", comparison.stock, STOCK), ("reduced", comparison.reduced, COLOURS[0])
+    for name, side, colour in sides:
+        layers = list(range(1, len(side.tokens) + 1))
+        figure.add_trace(
+            go.Bar(x=layers, y=list(side.tokens), name=name, marker_color=colour, legendgroup=name,
+                   hovertemplate="layer %{x}: %{y} tokens"), 1, 1,
+        )  # fmt: skip
+        figure.add_trace(
+            go.Bar(x=layers, y=[f / 1e6 for f in side.layer_flops], name=name, marker_color=colour, legendgroup=name,
+                   showlegend=False, hovertemplate="layer %{x}: %{y:.2f} MFLOPs"), 1, 2,
+        )  # fmt: skip
+    return _dressed(figure, height, "layer", "group")
+
+
+def visual_layers_plot(sides: Mapping[str, Sequence[int]], *, height: int = 300) -> Any:
+    """Visual tokens in every layer of a language model as a plotly figure; ``sides`` are names with their counts, the
+    first one grey. Raises ``ImportError`` without plotly."""
+    go = _graph()
+    figure = go.Figure()
+    for i, (name, counts) in enumerate(sides.items()):
+        figure.add_trace(
+            go.Bar(x=list(range(1, len(counts) + 1)), y=list(counts), name=name, hovertemplate="layer %{x}: %{y}",
+                   marker_color=STOCK if i == 0 else COLOURS[(i - 1) % len(COLOURS)])
+        )  # fmt: skip
+    figure.update_yaxes(title_text="visual tokens")
+    return _dressed(figure, height, "layer of the language model", "group")
+
+
+def _dressed(figure: Any, height: int, below: str, mode: str) -> Any:
+    figure.update_xaxes(title_text=below, dtick=1)
+    figure.update_layout(
+        template="plotly_white", height=height, margin={"l": 45, "r": 10, "t": 50, "b": 45}, barmode=mode,
+        legend={"orientation": "h", "y": 1.18, "x": 0},
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,167 @@
+"""FastVID (arXiv 2503.11187): salient tokens of every frame, and context tokens merged from whole segments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenreduce.budget import check_count
+from tokenreduce.clustering import peaks
+from tokenreduce.evidence import Evidence
+from tokenreduce.plan import Mix, Plan
+from tokenreduce.projector import Salient, share, top
+from tokenreduce.scoring import distances, inner, unit
+from tokenreduce.temporal import Temporal, adjacent, best_of_frames, by_frame, cut_by_similarity
+
+__all__ = ["FastVID"]
+
+#: Neighbours in the density of a token, itself included, as published.
+_NEIGHBOURS = 4
+
+
+@dataclass(frozen=True)
+class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.11187", title="FastVID"):
+    """FastVID: segments of similar frames; every frame keeps its salient tokens, a few anchor frames of a segment
+    also context tokens, into which the rest of the segment is merged.
+
+    The video is cut where adjacent frames are less similar than ``dyseg_tau``, and further at the least similar ones
+    until there are ``dyseg_c`` segments. A segment's part of ``keep`` is that of its frames. ``stprune_d`` of it are
+    context tokens, as many in each anchor: the last frame of the segment and every ``dtm_p``-th before it. Salient
+    tokens are those of highest attention in the vision tower. Context tokens (targets) are the density peaks (DPC-KNN
+    scores) among an anchor's other tokens. For every anchor anew, each token of the segment that is not salient joins
+    the anchor's target with the highest cosine; of n that joined with mean m, a target x becomes w x + (1 - w) m, with
+    w = max(1 / (n + 1), dtm_beta). Outputs are in the order of the prompt, at the place of their token.
+
+    Frames are compared by the mean of their embeddings, and saliency is that of ``layer`` and ``score``; published code
+    takes both from SigLIP's pooling head where there is one, which language models do not load. A token feeds one
+    target of every anchor, so plans grow with the square of a segment's length.
+
+    Different from the official code: the number of outputs is ``keep`` (there rounding loses some). Frame t of T
+    answers for floor((t+1) keep / T) - floor(t keep / T) of it, so that fewer than one per frame are spread evenly.
+    What division among anchors leaves, and context tokens that an anchor beside its salient ones has no room for,
+    become salient tokens; these are shared out evenly in a segment, the first frames take the rest. ``dyseg_c`` is at
+    most T; ties go to the lower index (there noise); an all-zero token is similar to none.
+
+    Args:
+        keep: visual tokens of a whole video that stay, a count or a ratio.
+        dyseg_c: least number of segments.
+        dyseg_tau: cosine of adjacent frames below which a segment ends (0.9 for LLaVA, 0.84 for Qwen2.5-VL).
+        dyseg_ignore: frames of a segment at least this similar form a group of which only the last frame keeps tokens,
+            as long as it has room (0.95 for Qwen2.5-VL); None for none, as for LLaVA.
+        stprune_d: share of context tokens.
+        dtm_p: step between anchors.
+        dtm_beta: least weight of a target's own value.
+        pool: tokens that join targets: "all" that are not salient, targets of this and other anchors too (as in the
+            code for LLaVA-OneVision), or "others", without this anchor's targets (for LLaVA-Video and Qwen2.5-VL).
+        layer, score: see :class:`~tokenreduce.projector.Salient`.
+        positions: "original" by default, as published: gaps tell the time. See
+            :class:`~tokenreduce.projector.Projector`, also for ``newlines``.
+
+    Raises ``ValueError`` for values other than these.
+    """
+
+    keep: int | float = 0.10
+    dyseg_c: int = 8
+    dyseg_tau: float = 0.9
+    dyseg_ignore: float | None = None
+    stprune_d: float = 0.4
+    dtm_p: int = 4
+    dtm_beta: float = 0.6
+    pool: str = "all"
+    positions: str | None = field(default="original", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.dyseg_c, "dyseg_c", 1)
+        check_count(self.dtm_p, "dtm_p", 1)
+        for name, low in (("dyseg_tau", -1), ("dyseg_ignore", -1), ("stprune_d", 0), ("dtm_beta", 0)):
+            value = getattr(self, name)
+            if name == "dyseg_ignore" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1:
+                raise ValueError(f"{name} is a number in [{low}, 1], not {value!r}")
+        if self.pool not in ("all", "others"):
+            raise ValueError(f"pool is 'all' or 'others', not {self.pool!r}")
+
+    def choose(self, evidence: Evidence, keep: int) -> Plan:
+        x, p = by_frame(evidence), evidence.prefix
+        scores = self.saliency(evidence).reshape(x.shape[:3])
+        alike = adjacent(x.mean(2, keepdim=True)).squeeze(-1)
+        return Mix.from_samples(
+            evidence.n, [self._sample(*rows, keep, p) for rows in zip(x, scores, alike, strict=True)]
+        )
+
+    def quotas(self, alike: Tensor, frames: int, n: int, budget: int) -> tuple[list[int], list[int]]:
+        """Salient and context tokens of ``frames`` frames of n tokens, a segment with ``budget`` outputs; ``alike``
+        (frames-1,) are cosines of adjacent frames."""
+        grouped = self.dyseg_ignore is not None
+        ends = (alike < self.dyseg_ignore).nonzero().flatten().tolist() if grouped else list(range(frames - 1))
+        ends.append(frames - 1)
+        anchors = set(ends[:: -self.dtm_p])
+        # The share of one frame is rounded down, as published, but not for the rounding of the product.
+        context = frames * int(budget * self.stprune_d / frames + 1e-6)
+        salient = min(n, -(-(budget - context) // len(ends)))
+        each = min(context // len(anchors), n - salient)
+        contexts = [each if t in anchors else 0 for t in range(frames)]
+        salients = [0] * frames
+        left = budget - each * len(anchors)
+        for mine in (ends, [t for t in range(frames) if t not in ends]):
+            for t, count in zip(mine, share(left, [n - contexts[t] for t in mine]), strict=True):
+                salients[t] = count
+            left = budget - sum(contexts) - sum(salients)
+        return salients, contexts
+
+    def _sample(
+        self, x: Tensor, scores: Tensor, alike: Tensor, keep: int, p: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The entries of one video ``x`` (T,n,C), see :meth:`Mix.from_samples`, behind ``p`` protected tokens."""
+        t, n = scores.shape
+        lead = torch.arange(p, device=x.device)
+        kept, src, to, weight = [lead], [lead], [lead], [x.new_ones(p)]
+        for first, last in cut_by_similarity(alike, self.dyseg_tau, self.dyseg_c):
+            budget = last * keep // t - first * keep // t
+            salients, contexts = self.quotas(alike[first : last - 1], last - first, n, budget)
+            salient = best_of_frames(scores[None, first:last], torch.tensor(salients, device=x.device))[0]
+            own = p + first * n + salient.flatten().nonzero().flatten()
+            for entries in (kept, src, to):
+                entries.append(own)
+            weight.append(x.new_ones(len(own)))
+            block = x[first:last]
+            free = (~salient.flatten()).nonzero().flatten()
+            pool = unit(block.flatten(0, 1)[free])
+            for i, count in enumerate(contexts):
+                if count:
+                    d = distances(block[i : i + 1]) / math.sqrt(x.shape[-1])
+                    score = peaks(d, _NEIGHBOURS, salient[i : i + 1])
+                    targets = i * n + top(score, count)[0].sort().values
+                    source, target, share_of = self._merge(free, pool, targets)
+                    kept.append(p + first * n + targets)
+                    src.append(p + first * n + source)
+                    to.append(p + first * n + target)
+                    weight.append(share_of)
+        keeps = torch.cat(kept).sort().values
+        return keeps, torch.cat(src), torch.searchsorted(keeps, torch.cat(to)), torch.cat(weight)
+
+    def _merge(self, free: Tensor, pool: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(source, target, weight) for the tokens ``free`` (M,) with directions ``pool`` (M,C), ``targets`` (K,) among
+        them."""
+        at = torch.searchsorted(free, targets)
+        group = inner(pool[None], pool[at][None])[0].argmax(1)
+        joins = torch.ones_like(free, dtype=torch.bool)
+        if self.pool == "others":
+            joins[at] = False
+        count = torch.zeros_like(targets, dtype=torch.float32).scatter_add(0, group, joins.float())
+        own = (1 / (count + 1)).clamp(min=self.dtm_beta)
+        rest = (1 - own) / count.clamp(min=1)
+        # One entry for a target that joined itself: alone it has weight 1 and keeps its value.
+        mine = joins[at] & (group[at] == torch.arange(len(at), device=at.device))
+        weight = rest[group].scatter_add(0, at[mine], own[mine])
+        far = ~mine
+        return (
+            torch.cat([free[joins], targets[far]]),
+            torch.cat([targets[group[joins]], targets[far]]),
+            torch.cat([weight[joins], own[far]]),
+        )
