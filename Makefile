@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench test test-slow test-all test-oldest lint typecheck wheel performance performance-vlm clean
+.PHONY: bench results test test-slow test-all test-oldest lint typecheck wheel performance performance-vlm clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -23,8 +23,18 @@ $(VENV)/hf.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[hf]'
 	@touch $@
 
-bench: $(VENV)/bench.stamp  ## the main job on the embedded default: table, picture and report
+bench: $(VENV)/bench.stamp  ## the main job on the embedded models: tables, pictures and reports
 	$(BIN)/tokenreduce bench vision
+	@if [ -f tokenreduce/zoo/weights/world-llava.safetensors ]; then $(BIN)/tokenreduce bench vlm; else \
+		echo "bench vlm is left out: the weights of world-llava are not in tokenreduce/zoo/weights yet"; fi
+
+# A method that does not fit the model is a row with its error on the page, no reason to stop.
+results: $(VENV)/bench.stamp  ## every method of every stage at three budgets: docs/results.md
+	-$(BIN)/tokenreduce bench vision --model world-vit --methods '*' --budgets 0.75,0.5,0.35 --limit 500 \
+		--out runs/results/world-vit
+	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.5,0.25,0.1 --limit 960 --out runs/results/world-llava
+	$(BIN)/tokenreduce report runs/results/world-vit runs/results/world-llava --out runs/results \
+		--markdown docs/results.md
 
 test: $(VENV)/dev.stamp  ## fast tests
 	$(PYTEST) -m "not slow and not gpu"

@@ -133,7 +133,7 @@ def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, 
             f"{across[0].spec()}: frames is for vision towers that see the frames of a video one by one "
             f"(LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA), and {why}; leave frames out"
         )
-    looking = [r for r in reducers if r.stage == "projector" and "tower" in r.gathers()]
+    looking = [r for r in reducers if r.stage != "encoder" and "tower" in r.gathers()]
     if looking:
         raise ValueError(
             f"{looking[0].spec()} looks at what the tower saw of every frame, of which {across[0].spec()} makes one; "

@@ -76,6 +76,8 @@ class Run:
     entered: Tensor | None = None
     #: (B,L,4) video, first and last frame, and place of every column, see :attr:`tokenreduce.evidence.Evidence.films`.
     films: Tensor | None = None
+    #: Method -> (B,L) what it marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`.
+    marks: dict[Any, Tensor] = field(default_factory=dict)
 
     def columns(self, cached: int) -> int:
         """Tokens that the caller gave when layer 0 has ``cached`` of them: more, where tokens went before it."""
@@ -133,6 +135,14 @@ class Run:
             return self.films
         films = self.films.gather(1, cut.index.unsqueeze(-1).expand(-1, -1, 4))
         return films if cut.valid is None else films.masked_fill(~cut.valid.unsqueeze(-1), -1)
+
+    def marks_at(self, layer: int, method: Any) -> Tensor:
+        """(B,K) :attr:`marks` of a method on the slots that ``layer`` sees in prefill."""
+        cut, marks = self.cut_at(layer), self.marks[method]
+        if cut is None:
+            return marks
+        marks = marks.gather(1, cut.index)
+        return marks if cut.valid is None else marks.masked_fill(~cut.valid, 0)
 
     def decode_mask(
         self, layer: int, past: int, queries: int, slots: int, offset: int = 0, window: int | None = None

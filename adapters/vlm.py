@@ -25,6 +25,7 @@ from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
 from tokenreduce.adapters.vlm_labels import attach_labels
+from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
 from tokenreduce.adapters.vlm_projector import attach_projector
 from tokenreduce.adapters.vlm_prompt import start, whole_prefill
 from tokenreduce.adapters.vlm_seen import Vision
@@ -81,8 +82,12 @@ class Language:
     layers: tuple[nn.Module, ...]
     ids: tuple[int, ...]
     generator: nn.Module | None = None
-    evidence: tuple[str, ...] = EVIDENCE
     vision: Vision | None = None
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """Evidence inside the language model; what the tower saw comes there as marks."""
+        return (*EVIDENCE, *(e for e in self.projector if e in TOWER))
 
     @property
     def projector(self) -> tuple[str, ...]:
@@ -130,7 +135,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         before = before or [Everything()]
     reducers = tuple(r for r in reducers if r.stage == "language")
     films = any("films" in r.gathers() for r in reducers)
-    if films:  # which frame a token is of shows where it enters
+    marking = tuple(dict.fromkeys(r for r in reducers if needs_marks(r)))
+    if films or marking:  # which frame a token is of, and what the tower saw of it, shows where it enters
         before = before or [Everything()]
     if len(before) > 1:
         raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")
@@ -152,7 +158,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
         attach_labels(found.generator, undo)
     if before:
-        attach_projector(found, before[0], windows, undo, films)
+        attach_projector(found, before[0], windows, undo, films, marking)
     if FAMILIES[found.family].deep:
         _check_deep(found, depth)
         undo.pre_hook(found.text, functools.partial(take_deep, first=first))
@@ -336,7 +342,7 @@ def _reduce(
     with nullcontext() if trace is None else trace.clock():
         # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
         with torch.no_grad():
-            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, reducer.gathers()))
+            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, reducer))
             run.decided.add(index)
             if not plan.is_identity:
                 acted, made = plan, run.cut(index, plan)
@@ -369,9 +375,10 @@ def _evidence(
     layer: Any,
     call: Call | None,
     norm: nn.Module | None,
-    asked: tuple[str, ...],
+    reducer: Reducer,
 ) -> Evidence:
     seen: dict[str, Any] = {}
+    asked = reducer.gathers()
     if call is not None and call.keys is not None and call.values is not None:
         n = x.shape[1]
         seen = {"keys": call.keys[:, :, :n], "queries": call.queries, "values": call.values[:, :, :n]}
@@ -383,6 +390,8 @@ def _evidence(
         call.record, call.queries, call.keys, call.values = False, None, None, None
     if "films" in asked:
         seen["films"] = run.films_at(index)
+    if needs_marks(reducer):
+        seen["marks"] = run.marks_at(index, reducer)
     if "history" in asked:
         seen["history"] = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)
     return Evidence(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.clip_text import joint_space
 from tokenreduce.adapters.generation import KEYWORD, Step
 from tokenreduce.adapters.vlm_images import Group, film_places, groups, tokenizer_of
+from tokenreduce.adapters.vlm_marks import TOWER, marks_of
 from tokenreduce.adapters.vlm_seen import ARRIVING
 from tokenreduce.adapters.vlm_tower import attach_tower_evidence
 from tokenreduce.patching import Undo
@@ -45,16 +46,24 @@ __all__ = ["attach_projector"]
 
 
 def attach_projector(
-    found: Language, reducer: Reducer, windows: list[int | None], undo: Undo, films: bool = False
+    found: Language,
+    reducer: Reducer,
+    windows: list[int | None],
+    undo: Undo,
+    films: bool = False,
+    marking: tuple[Reducer, ...] = (),
 ) -> None:
-    """Put ``reducer`` before the language model; with ``films``, note which frames its tokens come from.
+    """Put ``reducer`` before the language model; with ``films``, note which frames its tokens come from. ``marking``
+    are the language-stage methods that look at the tower.
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
     assert isinstance(reducer, Projector)
-    missing = [need for need in reducer.gathers() if need not in found.projector]
-    if missing:
-        raise ValueError(_cannot(found, reducer, missing))
+    for one in (reducer, *marking):
+        asked = [need for need in one.gathers() if one is reducer or need in TOWER]
+        missing = [need for need in asked if need not in found.projector]
+        if missing:
+            raise ValueError(_cannot(found, one, missing))
     if reducer.newlines == "rank" and reducer.gathers():
         raise ValueError(
             f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
@@ -68,7 +77,7 @@ def attach_projector(
         tokenizer_of(source)
     compact = _compact(found, reducer, windows)
     if found.vision is not None:
-        attach_tower_evidence(found, reducer.looks(), undo)
+        attach_tower_evidence(found, tuple(look for r in (reducer, *marking) for look in r.looks()), undo)
     undo.pre_hook(found.inner, _expect)
     undo.pre_hook(
         found.text,
@@ -79,6 +88,7 @@ def attach_projector(
             projector=None if found.vision is None else found.vision.projector,
             source=source,
             films=films,
+            marking=marking,
         ),
     )
     if reducer.spec():
@@ -89,9 +99,10 @@ def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
     from tokenreduce.registry import get_class, list_methods
 
     names = {"cls": "the class token", "crops": "tiles", "tower": "attention", "clip": "CLIP features"}
+    given = found.projector if reducer.stage == "projector" else found.evidence
     able = [
-        n for n in list_methods(stage="projector")
-        if all(need in found.projector for need in get_class(n, "projector").needs)
+        n for n in list_methods(stage=reducer.stage)
+        if all(need in given for need in get_class(n, reducer.stage).needs)
     ]  # fmt: skip
     tower = "vision tower" if found.vision is None else type(found.vision.towers[0]).__name__
     hint = "; score='received' ranks by the attention that tokens receive" if hasattr(reducer, "score") else ""
@@ -138,6 +149,7 @@ def choose(
     projector: nn.Module | None,
     source: str = "",
     films: bool = False,
+    marking: tuple[Reducer, ...] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the language model: make the plan in prefill, keep the count of positions in decode."""
     step: Step | None = kwargs.get(KEYWORD)
@@ -151,6 +163,7 @@ def choose(
     with nullcontext() if trace is None else trace.clock():
         with torch.no_grad():
             found = groups(step, x, reducer, source)
+            run.marks = {r: marks_of(step, x, r) for r in marking}
         stay, made = torch.ones_like(run.visual), []
         for group in found:
             made += _place(stay, group, reducer, compact)
@@ -160,6 +173,9 @@ def choose(
             run.films = film_places(step, x)
             for part in made:
                 part.note_frames(run.films)
+        for marks in run.marks.values():
+            for part in made:
+                part.note_marks(marks)
         plan = None if bool(stay.all()) else Prune.from_mask(stay)
         for part in made:
             x = part.write(x, projector)
@@ -213,6 +229,19 @@ class Part:
         said = torch.where(alone.unsqueeze(-1), mine, said)
         where = self.there.nonzero(as_tuple=True)
         films[self.rows.expand_as(self.host)[where], self.host[where]] = said[where]
+
+    def note_marks(self, marks: Tensor) -> None:
+        """Let ``marks`` (B,L) have for every output the highest of the tokens that it stands for; in place."""
+        p, k = self.evidence.prefix, self.host.shape[1]
+        to = self.plan.sources()[:, p:]
+        here = marks[self.rows, self.columns]
+        most = here.new_full((len(to), k + 1), float("-inf"))
+        most = most.scatter_reduce(1, torch.where(to < 0, k, to), here, "amax")[:, :k]
+        own = self.plan.representatives() - p
+        alone = torch.where(own < 0, 0.0, here.gather(1, own.clamp(min=0)))  # what is made of no token's largest share
+        where = self.there.nonzero(as_tuple=True)
+        said = torch.where(most == float("-inf"), alone, most)
+        marks[self.rows.expand_as(self.host)[where], self.host[where]] = said[where]
 
     def write(self, x: Tensor, projector: nn.Module | None) -> Tensor:
         """``x`` (B,L,D) with outputs that are not their column's token already put there."""

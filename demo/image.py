@@ -92,7 +92,7 @@ def add(store: Store, page: gr.Blocks) -> None:
                 [1, 8, 32], value=8, label="Images per timed forward", elem_id="image-batch", filterable=False
             )
             gallery = gr.Gallery(
-                _thumbnails(first), label="Examples (held out)", columns=4, height=150, allow_preview=False,
+                _thumbnails(first), label="Examples (held out)", columns=4, height="auto", allow_preview=False,
                 object_fit="contain", elem_id="image-examples", buttons=[], interactive=False,
             )  # fmt: skip
             upload = gr.UploadButton(
@@ -103,25 +103,26 @@ def add(store: Store, page: gr.Blocks) -> None:
             with gr.Row():
                 with gr.Column(min_width=230):
                     before = gr.Image(label="What the model sees", elem_id="image-before", **_look())
-                    label_a = gr.Label(label="Prediction, unreduced", elem_id="image-stock")
                 with gr.Column(min_width=230):
                     after = gr.Image(label="Tokens that are left", elem_id="image-after", **_look())
-                    label_b = gr.Label(label="Prediction, reduced", elem_id="image-reduced")
             layer = gr.Slider(1, 6, value=6, step=1, label="Picture after layer", elem_id="image-layer")
             caption = gr.Markdown(elem_id="image-caption")
             gr.Markdown(
                 "A patch alone in its token keeps its pixels; merged patches show their mean colour with a line of one "
                 "colour around them; dropped patches are dark.", elem_classes="hint",
             )  # fmt: skip
+            with gr.Row():
+                label_a = gr.Label(label="Prediction, unreduced", elem_id="image-stock", min_width=200)
+                label_b = gr.Label(label="Prediction, reduced", elem_id="image-reduced", min_width=200)
             table = gr.Markdown(elem_id="image-facts")
-            plot = gr.Plot(label="Layer by layer", elem_id="image-plot")
+            plot = gr.Plot(show_label=False, elem_id="image-plot")
 
     controls = [model, picture, truth, method, keep, layer, batch]
     shown = [warning, picture, truth, seen, before, after, label_a, label_b, layer, caption, table, plot]
 
     def draw(made: ImageComparison | None, at: float, right: str) -> dict[Any, Any]:
         if made is None:
-            return {}
+            return {caption: "Nothing was computed yet."}
         at = min(int(at), made.look.depth)
         said = f"After layer {at}: {made.look.caption(at - 1)}." + (f" In the picture: {right}." if right else "")
         return {after: made.look.overlay(at - 1, side=320), caption: said}
@@ -142,8 +143,7 @@ def add(store: Store, page: gr.Blocks) -> None:
         classes = [probabilities(loaded, side.outputs) for side in (made.stock, made.reduced)]
         yield {
             warning: "", picture: image, truth: right, seen: made, before: _enlarged(made.look.image),
-            label_a: gr.Label(classes[0], visible=classes[0] is not None),
-            label_b: gr.Label(classes[1], visible=classes[1] is not None),
+            label_a: _label(classes[0], name), label_b: _label(classes[1], name),
             layer: gr.Slider(maximum=depth, value=at), table: facts(made, None, int(n)),
             plot: image_layers_plot(made), **draw(made, at, right),
         }  # fmt: skip
@@ -185,6 +185,11 @@ def add(store: Store, page: gr.Blocks) -> None:
     gallery.select(picked, controls, shown, **HEAVY, show_progress="hidden")
     model.input(switched, controls, [*shown, method, gallery], **HEAVY)
     layer.input(draw, [seen, layer, truth], [after, caption], show_progress="hidden", trigger_mode="always_last")
+
+
+def _label(shares: dict[str, float] | None, model: str) -> gr.Label:
+    """The best class stands in large letters, unless there may be several."""
+    return gr.Label(shares, visible=shares is not None, show_heading=model not in SEVERAL)
 
 
 def _look() -> dict[str, Any]:

@@ -121,7 +121,7 @@ def add(store: Store, page: gr.Blocks, folder: Path) -> None:
                 [(text, key) for key, text in AXES.items() if key != "cost"], value="flops", label="Accuracy against",
                 elem_id="trade-against",
             )  # fmt: skip
-            plot = gr.Plot(label="Trade-off", elem_id="trade-plot")
+            plot = gr.Plot(show_label=False, elem_id="trade-plot")
             with gr.Row():
                 as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="trade-csv", size="sm")
                 as_html = gr.DownloadButton("Download HTML report", interactive=False, elem_id="trade-html", size="sm")

@@ -31,9 +31,10 @@ def mixed(layouts=LAYOUTS, *, layer=2, depth=4, seed=0, rows=slice(None), prompt
     number = (marks(layouts, "v").long().cumsum(1) - 1)[rows]  # a video of frames of three tokens
     films = torch.stack([torch.zeros_like(number), number // 3, number // 3, number % 3], -1)
     films = films.masked_fill(~marks(layouts, "v")[rows].unsqueeze(-1), -1)
+    key = ((number % 5 == 3) & visual).float()
     settings = dict(
         keys=k[rows], queries=q[rows], values=v[rows], visual=visual, valid=None if there.all() else there, cls=False,
-        causal=True, films=films, layer=layer, depth=depth,
+        causal=True, films=films, marks=key, layer=layer, depth=depth,
         prompt=Prompt(marks(entry, "v")[rows], marks(entry, "tv")[rows], e),
         norm=lambda h: h / h.square().mean(-1, keepdim=True).sqrt() * weight,
     )  # fmt: skip

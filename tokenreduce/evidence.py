@@ -62,6 +62,8 @@ class Evidence:
         films: (B,N,4) for tokens of a mixed sequence: number of the video that a token comes from, first and last frame
             that it stands for, and its place within a frame; -1 for text and pictures.
         history: (B,layer+1) visual tokens that were there before each layer up to this one made its choice.
+        marks: (B,N) what the method marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`; a token
+            that stands for several has the highest of theirs, text has 0.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Evidence:
         norm: Callable[[Tensor], Tensor] | None = None,
         films: Tensor | None = None,
         history: Tensor | None = None,
+        marks: Tensor | None = None,
     ) -> None:
         if x.dim() != 3:
             raise ValueError(f"x has shape (batch, tokens, channels), not {tuple(x.shape)}")
@@ -109,7 +112,7 @@ class Evidence:
         self._rotated = rotated
         self._softcap, self.causal, self.mask = softcap, causal, mask
         self.prompt, self._norm = prompt, norm
-        self._films, self.history = films, history
+        self._films, self.history, self._marks = films, history, marks
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
@@ -287,6 +290,10 @@ class Evidence:
     @property
     def films(self) -> Tensor:
         return self._need(self._films, "films")
+
+    @property
+    def marks(self) -> Tensor:
+        return self._need(self._marks, "marks")
 
     @property
     def normed(self) -> Tensor:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
-from tokenreduce.evidence import Evidence
+from torch import Tensor
+
+from tokenreduce.evidence import Evidence, Look
 from tokenreduce.plan import Plan
 
 __all__ = ["STAGES", "Reducer", "format_spec", "parse_spec", "split_specs"]
@@ -23,6 +25,7 @@ POSITIONS = ("input", "before", "middle", "after")
 #: ``films`` says which frames of a video the tokens come from, ``history`` how many visual tokens there were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``text`` the question in the language model's space, ``clip`` patches and question in a CLIP model's.
+#: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "prompt", "norm", "tower", "cls",
     "clip", "crops", "films", "history",
@@ -100,6 +103,16 @@ class Reducer:
     def site(self) -> str:
         """Where in the block these settings act; :attr:`position` unless a method overrides it."""
         return self.position
+
+    def looks(self) -> tuple[Look, ...]:
+        """Blocks of a vision tower in front of a language model whose queries and keys the method reads."""
+        return ()
+
+    def mark(self, evidence: Evidence) -> Tensor:
+        """(B,N) numbers for the visual tokens of one view of an image, from what the vision tower saw of them: a pure
+        function of ``evidence`` (a :class:`~tokenreduce.visual.Visual`). For language-stage methods that need
+        ``tower``: it is asked once, at the entry of the language model, and :attr:`Evidence.marks` has the answer."""
+        raise NotImplementedError("abstract")
 
     @property
     def proportional(self) -> bool:

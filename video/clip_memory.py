@@ -62,6 +62,11 @@ class ClipMemory(StreamingMemory):
     Raises ``ValueError`` for settings other than these.
     """
 
+    _clips: list[_Clip]
+    #: Room for the frames of the clip that is open, and the times of those that are there.
+    _open: Tensor | None
+    _seconds: list[float]
+
     def __init__(
         self,
         reducer: Temporal | str,
@@ -100,7 +105,7 @@ class ClipMemory(StreamingMemory):
         """Tokens of the clips for ``question`` (E,) or (M,E), or of clips at equal distances without one. Raises
         ``ValueError`` before the first frame and for a question of another length than the indicators."""
         _ = self.shape
-        clips = [*self._clips, *([self._compress()] if self._pending else [])]
+        clips = [*self._clips, *([self._compress()] if self._seconds else [])]
         held = [clips[i] for i in self._choose(clips, question)]
         return Recalled(
             torch.cat([c.x for c in held]), torch.cat([c.frames for c in held]), torch.cat([c.times for c in held]),
@@ -113,7 +118,9 @@ class ClipMemory(StreamingMemory):
 
     @property
     def stored(self) -> int:
-        return sum(c.x.numel() + c.about.numel() for c in self._clips) + sum(f.numel() for f, _ in self._pending)
+        return sum(c.x.numel() + c.about.numel() for c in self._clips) + (
+            0 if self._open is None else self._open.numel()
+        )
 
     def _room(self, frames: int) -> int:
         """Tokens of a clip of ``frames`` frames."""
@@ -141,10 +148,11 @@ class ClipMemory(StreamingMemory):
 
     @torch.no_grad()
     def _compress(self) -> _Clip:
-        maps = torch.stack([f for f, _ in self._pending])
+        assert self._open is not None
+        maps = self._open[: len(self._seconds)]
         t, h, w, c = maps.shape
         x = maps.reshape(1, t * h * w, c)
-        seconds = torch.tensor([s for _, s in self._pending], dtype=torch.float64)
+        seconds = torch.tensor(self._seconds, dtype=torch.float64)
         first = self.seen // self.clip * self.clip  # numbers start at 0, and only whole clips are taken out
         at = torch.arange(t).repeat_interleave(h * w)
         times = seconds[at].float().to(x.device)[None]
@@ -159,11 +167,14 @@ class ClipMemory(StreamingMemory):
         return _Clip(plan.reduce(x)[0][there].clone(), mine + first, seconds[mine], about.clone(), span)
 
     def _add(self, frame: Tensor, number: int, time: float) -> None:
-        self._pending.append((frame, time))
-        if len(self._pending) < self.clip:
+        if self._open is None:
+            self._open = frame.new_empty(self.clip, *frame.shape)
+        self._open[len(self._seconds)] = frame
+        self._seconds.append(time)
+        if len(self._seconds) < self.clip:
             return
         self._clips.append(self._compress())
-        self._pending.clear()
+        self._seconds.clear()
         if len(self._clips) > self.capacity:
             about = unit(torch.stack([c.about for c in self._clips]))
             i = int((about[1:] * about[:-1]).sum(-1).argmax())
@@ -172,8 +183,7 @@ class ClipMemory(StreamingMemory):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     def _clear(self) -> None:
-        self._clips: list[_Clip] = []
-        self._pending: list[tuple[Tensor, float]] = []
+        self._clips, self._open, self._seconds = [], None, []
 
     def _state(self) -> dict[str, Tensor]:
         out = {}
@@ -181,9 +191,9 @@ class ClipMemory(StreamingMemory):
             for name in ("x", "frames", "times", "about"):
                 out[f"clips.{name}"] = torch.stack([getattr(c, name) for c in self._clips])
             out["clips.span"] = torch.tensor([c.span for c in self._clips], dtype=torch.float64)
-        if self._pending:
-            out["pending.maps"] = torch.stack([f for f, _ in self._pending])
-            out["pending.times"] = torch.tensor([s for _, s in self._pending], dtype=torch.float64)
+        if self._open is not None and self._seconds:
+            out["open.maps"] = self._open[: len(self._seconds)].clone()
+            out["open.times"] = torch.tensor(self._seconds, dtype=torch.float64)
         return out
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
@@ -194,8 +204,9 @@ class ClipMemory(StreamingMemory):
             x, frames, times, about = (state[f"clips.{name}"].clone() for name in ("x", "frames", "times", "about"))
             for *row, (first, last) in zip(x, frames, times, about, state["clips.span"].tolist(), strict=True):
                 self._clips.append(_Clip(row[0], row[1], row[2], row[3], (first, last)))
-        if "pending.maps" in state:
-            maps, times = state["pending.maps"], state["pending.times"].tolist()
-            if len(maps) >= self.clip:
-                raise ValueError(f"{len(maps)} frames wait for a clip of {self.clip}")
-            self._pending = [(m.clone(), s) for m, s in zip(maps, times, strict=True)]
+        if "open.maps" in state:
+            maps, self._seconds = state["open.maps"], state["open.times"].tolist()
+            if len(maps) >= self.clip or len(maps) != len(self._seconds):
+                raise ValueError(f"{len(maps)} frames of an open clip of {self.clip}, at {len(self._seconds)} times")
+            self._open = maps.new_empty(self.clip, *maps.shape[1:])
+            self._open[: len(maps)] = maps

@@ -228,9 +228,7 @@ def _warnings(container: Any, stream: Any, packets: list[tuple[Any, ...]], end: 
     stated = _stated_end(container, stream)
     # Stated lengths are rounded, and count the sound that ends a little later.
     if stated is not None and stated - end > max(3 * step, 0.02 * stated):
-        out.append(
-            f"the file says that it lasts until {stated:.2f} s, but its frames end at {end:.2f} s: it is cut off"
-        )
+        out.append(f"the file says that it lasts until {stated:.2f} s, but its frames end at {end:.2f} s (cut off)")
     return tuple(out)
 
 

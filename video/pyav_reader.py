@@ -71,7 +71,8 @@ def _by_time(
         stream.thread_type = "AUTO"
         packets, reached = flow(av, container, stream), -1
         while todo:
-            start = _start(index, todo[-1], back)
+            aim = todo[-1]
+            start = _start(index, aim, back)
             if seek and start > reached + 1:
                 found = _seek(av, container, stream, index, start)
                 if found is None:
@@ -87,7 +88,7 @@ def _by_time(
                         todo.pop()
                     if todo and todo[-1] == i:
                         yield todo.pop(), frame
-                if not todo or _start(index, todo[-1], back) > reached:
+                if not todo or (todo[-1] != aim and _start(index, todo[-1], back) > reached):
                     break
             else:
                 return

@@ -127,7 +127,9 @@ class PyramidMemory(StreamingMemory):
     def _add(self, frame: Tensor, number: int, time: float) -> None:
         level = next(i for i, p in enumerate(self.pattern) if number % p == 0)
         self._make_room(level)
-        self._levels[level].append(_Frame.of(number, time, self._resized(frame, level, adaptive_avg_pool2d)))
+        map = self._resized(frame, level, adaptive_avg_pool2d)
+        own = map.clone(memory_format=torch.contiguous_format) if map is frame else map
+        self._levels[level].append(_Frame.of(number, time, own))
 
     def _make_room(self, level: int, *, drop: bool = False) -> None:
         held = self._levels[level]

@@ -1,7 +1,7 @@
 """Which frames of a video: pure functions of numbers, with sorted indices out.
 
-Sources: the spacing of LLaVA's code; Adaptive Keyframe Sampling, arXiv 2502.21271; farthest-point (max-min) diversity as
-used on tokens by arXiv 2503.02175. ``pairs=True`` is for models whose temporal patches hold two frames (Qwen-VL):
+Sources: the spacing of LLaVA's code; Adaptive Keyframe Sampling, arXiv 2502.21271; farthest-point (max-min) diversity
+as used on tokens by arXiv 2503.02175. ``pairs=True`` is for models whose temporal patches hold two frames (Qwen-VL):
 candidates 2j and 2j+1 are chosen together, so that no patch mixes frames that lie far apart; the last of an odd number
 is paired with itself.
 """

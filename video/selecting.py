@@ -1,8 +1,8 @@
 """Choose frames of a video by what they show: relevance to a question, or diversity, on candidates at one per second.
 
-An encoder is any object with ``images(frames) -> (T, E)`` for (T,H,W,3) uint8 and ``texts(list of str) -> (M, E)``, both
-in one space, as arrays or tensors; :func:`tokenreduce.adapters.frame_scores.frame_encoder` makes one of a CLIP or SigLIP
-model. For long videos the encoder is the cost: one pass per candidate.
+An encoder is any object with ``images(frames) -> (T, E)`` for (T,H,W,3) uint8 and ``texts(list of str) -> (M, E)``,
+both in one space, as arrays or tensors; :func:`tokenreduce.adapters.frame_scores.frame_encoder` makes one of a CLIP or
+SigLIP model. For long videos the encoder is the cost: one pass per candidate.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def select_frames(
     if queries:
         texts = _unit(_array(encoder.texts(queries)))
         if texts.ndim != 2 or texts.shape[1] != features.shape[1]:
-            raise ValueError(
-                f"encoder gives texts of shape {texts.shape} and images of {features.shape}: not one space"
-            )
+            raise ValueError(f"encoder gives texts {texts.shape} and images {features.shape}: that is not one space")
         scores = (features @ texts.T).max(1).astype(np.float64)
     if method == "aks" and (scores is None or scores.max() == scores.min()):
         notes.append("chosen by diverse: " + ("there is no query" if scores is None else "all are equally relevant"))

@@ -46,6 +46,34 @@ def test_digits_do_not_fit_a_model_with_other_outputs(imagenet):
         load_data("digits", "test", imagenet)
 
 
+# -- the generated world -----------------------------------------------------------------------------------------------
+def test_scenes_carry_all_their_kinds(monkeypatch):
+    from tokenreduce.bench import sources
+    from tokenreduce.zoo.world import KINDS, SPLITS, scene
+
+    monkeypatch.setattr(sources, "WORLD_SCENES", 40)
+    model = load_model("world-vit")
+    data = load_data("world", "test", model)
+    assert (len(data), data.classes, data.notes) == (40, KINDS, [])
+    for (_, x, label), seed in zip(data, SPLITS["test"], strict=False):
+        made = scene(seed, objects=(3, 6))
+        assert torch.equal(x, model.transform(Image.fromarray(made.image)))
+        assert 3 <= len(made.objects) <= 6
+        assert {KINDS[k] for k in label if k >= 0} == {t.kind for t in made.objects}
+        assert len(label) == 6
+    batch = next(data.batches(16))
+    assert batch.y.shape == (16, 6)
+    some = load_data("world", "test", model, limit=10)
+    assert len(some) == 10
+    assert set(some.items) < set(data.items)
+    other = load_data("world", "val", model)
+    assert other.items[0] == SPLITS["validation"][0]
+    with pytest.raises(ValueError, match=r"world has no split 'exam'.*train, validation, test"):
+        load_data("world", "exam", model)
+    with pytest.raises(ValueError, match="18 classes"):
+        load_data("world", "test", load_model("digits-vit"))
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 def test_limit_is_balanced_seeded_and_in_order():
     labels = [0] * 50 + [1] * 5 + [2] * 20
@@ -170,7 +198,9 @@ def test_what_is_left_out_is_noted(tmp_path, four):
 
 
 def test_unknown_places_list_the_kinds(tmp_path, four):
-    with pytest.raises(ValueError, match=r"unknown data set 'imagnet': there is no such folder. Data sets are: digits"):
+    with pytest.raises(
+        ValueError, match=r"unknown data set 'imagnet': there is no such folder. Data sets are: digits, world"
+    ):
         load_data("imagnet", "test", four)
     (tmp_path / "f.zip").write_bytes(b"")
     with pytest.raises(ValueError, match=r"it is a file"):

@@ -47,7 +47,7 @@ def without(monkeypatch):
 # -- names -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["", "resnet50", "tim:vit", "timm:", "hf:", "open_clip:"])
 def test_unknown_names_list_the_valid_prefixes(name):
-    with pytest.raises(ValueError, match=r"digits-vit, timm:NAME.*open_clip:NAME/TAG, hf:ID_OR_FOLDER"):
+    with pytest.raises(ValueError, match=r"digits-vit, world-vit, timm:NAME.*open_clip:NAME/TAG, hf:ID_OR_FOLDER"):
         load_model(name)
 
 
@@ -283,6 +283,9 @@ def test_the_classifier_is_the_mean_of_normalised_prompt_features():
 
 
 def test_the_embedded_model_needs_no_library_name():
-    m = load_model("digits-vit")
-    assert (m.kind, m.num_classes, m.input_size, m.labels) == ("classifier", 10, (1, 28, 28), tuple("0123456789"))
-    assert m.predict(m.transform(Image.new("L", (28, 28)))[None]).shape == (1, 10)
+    for name, classes, size in (("digits-vit", 10, (1, 28, 28)), ("world-vit", 18, (3, 112, 112))):
+        m = load_model(name)
+        assert (m.kind, m.num_classes, m.input_size, len(m.labels)) == ("classifier", classes, size, classes)
+        x = m.transform(Image.new("L", (28, 28)))
+        assert x.shape == size
+        assert m.predict(x[None]).shape == (1, classes)

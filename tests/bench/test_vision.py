@@ -13,6 +13,7 @@ from torch import nn
 
 import tokenreduce as tr
 from tokenreduce.bench import vision
+from tokenreduce.bench.hits import Answers, agreement, scores
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.vision import VisionTask, neighbours
 from tokenreduce.patching import reducers_of
@@ -192,6 +193,45 @@ def test_threads_are_set_while_measuring_and_restored(monkeypatch):
     task.measure(tr.parse("tome:r=1"))
     assert seen == [before + 1] * 2
     assert torch.get_num_threads() == before
+
+
+# -- several labels ----------------------------------------------------------------------------------------------------
+def test_a_scene_is_right_when_all_its_kinds_are_on_top():
+    task = VisionTask("world-vit", "world", limit=40, batch=16, repeats=0, few=True)
+    assert task.metric == "accuracy"
+    assert set(task.methods()) == {"tome", "pitome", "evit", "tofu"}
+    rows = [task.measure(tr.parse(spec) if spec else ()) for spec in ("", "uniform:keep=0.4")]
+    assert rows[0]["accuracy"] > 0.9
+    assert rows[0]["agreement"] == 1
+    assert any("as many as it has" in note for note in rows[0]["notes"])
+    model = task.loaded.model
+    with tr.patched(model, "uniform:keep=0.4"), torch.no_grad():
+        right, found = [], []
+        for _, x, label in task.images:
+            true = {k for k in label if k >= 0}
+            best = set(model(x[None])[0].topk(len(true)).indices.tolist())
+            right.append(best == true)
+            found.append(len(best & true) / len(true))
+    assert 0.05 < rows[1]["accuracy"] < 0.95
+    assert rows[1]["accuracy"] == sum(right) / 40
+    assert rows[1]["found"] == pytest.approx(sum(found) / 40)
+    assert rows[1]["accuracy_stderr"] == pytest.approx(math.sqrt(sum(right) / 40 * (1 - sum(right) / 40) / 40))
+
+
+def test_agreement_of_sets_knows_no_order_and_no_missing_images():
+    y = torch.tensor([[3, 5, -1], [1, -1, -1], [2, 4, 6]])
+    stock = Answers(torch.tensor([7, 8, 9]), y, torch.tensor([[3, 5, 1], [1, 2, 3], [2, 4, 6]]), 0)
+    mine = Answers(torch.tensor([7, 9]), y[[0, 2]], torch.tensor([[5, 3, 6], [2, 4, 5]]), 0)
+    assert agreement(mine, stock) == 0.5
+    got = scores(mine, 9)
+    assert (got["accuracy"], got["found"]) == (0.5, pytest.approx((1 + 2 / 3) / 2))
+    broken = mine._replace(top=torch.full((2, 3), -1))
+    assert (scores(broken, 9)["accuracy"], scores(broken, 9)["found"]) == (0, 0)
+
+
+def test_scenes_need_a_classifier(tmp_path):
+    with pytest.raises(ValueError, match=r"has no head.*world-vit"):
+        VisionTask(f"hf:{hf_backbone(tmp_path)}", "world", repeats=0).prepare()
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tokenreduce.cli.shared import again, numbers
 
 VIT = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64&depth=3"
 TESTS = Path(__file__).parents[1]
+DIGITS = ("bench", "vision", "--model", "digits-vit")
 
 
 def call(*words: object) -> Result:
@@ -142,7 +143,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[FakeTask]:
 
 def test_bench_measures_reports_and_continues(tmp_path: Path, fake: list[FakeTask]) -> None:
     out = tmp_path / "run"
-    first = call("bench", "vision", "--out", out, "--budgets", "0.5,0.8", "--methods", "tome,pi*", "--repeats", 2)
+    first = call(*DIGITS, "--out", out, "--budgets", "0.5,0.8", "--methods", "tome,pi*", "--repeats", 2)
     assert first.exit_code == 0, first.output
     assert (fake[0].given["limit"], fake[0].given["repeats"], fake[0].given["data"]) == (None, 2, "digits")
     for word in ("unreduced", "random", "uniform", "resize", "tome:keep=", "pitome:keep=", "80 %", "report.html"):
@@ -150,19 +151,42 @@ def test_bench_measures_reports_and_continues(tmp_path: Path, fake: list[FakeTas
     assert {p.name for p in out.iterdir()} == {"run.json", "rows.jsonl", "rows.csv", "pareto.png", "report.html"}
     info = json.loads((out / "run.json").read_text())
     assert info["command"] == (
-        f"tokenreduce bench vision --out {out} --budgets 0.5,0.8 --methods 'tome,pi*' --repeats 2"
+        f"tokenreduce bench vision --model digits-vit --out {out} --budgets 0.5,0.8 --methods 'tome,pi*' --repeats 2"
     )
-    again = call("bench", "vision", "--out", out, "--budgets", "0.5,0.8", "--methods", "tome,pi*", "--repeats", 2)
+    again = call(*DIGITS, "--out", out, "--budgets", "0.5,0.8", "--methods", "tome,pi*", "--repeats", 2)
     assert again.exit_code == 0
     assert f"11 of 11 rows are there already in {out}" in again.stdout
     assert fake[1].measured == []
-    other = call("bench", "vision", "--out", out, "--budgets", "0.5,0.8", "--methods", "tome,pi*", "--repeats", 3)
+    other = call(*DIGITS, "--out", out, "--budgets", "0.5,0.8", "--methods", "tome,pi*", "--repeats", 3)
     fails(other, "repeats: 2 there, 3 now", "--fresh", "--out")
-    fresh = call(
-        "bench", "vision", "--out", out, "--reduce", "tome:r=4", "--reduce", "tome:r=2+pitome:keep=0.5", "--fresh"
-    )
+    fresh = call(*DIGITS, "--out", out, "--reduce", "tome:r=4", "--reduce", "tome:r=2+pitome:keep=0.5", "--fresh")
     assert fresh.exit_code == 0, fresh.output
     assert len(fake[3].measured) == 1 + 2 * 4
+
+
+def test_bench_vision_measures_both_embedded_models_into_folders_of_their_own(
+    tmp_path: Path, fake: list[FakeTask]
+) -> None:
+    first = call("bench", "vision", "--out", tmp_path, "--budgets", "0.5")
+    assert first.exit_code == 0, first.output
+    assert [(t.given["model"], t.given["data"], t.given["few"]) for t in fake] == [
+        ("digits-vit", "digits", True), ("world-vit", "world", True),
+    ]  # fmt: skip
+    assert first.stdout.count("unreduced  ") == 2  # two tables
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "digits-vit", "world-vit", "rows.csv", "pareto.png", "report.html",
+    }  # fmt: skip
+    # A killed run: the second folder lost its last row, and only that is measured again.
+    rows = tmp_path / "world-vit" / "rows.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    again = call("bench", "vision", "--out", tmp_path, "--budgets", "0.5")
+    assert "6 of 6 rows are there already" in again.stdout
+    assert [len(t.measured) for t in fake[2:]] == [0, 1]
+    only = call("bench", "vision", "--data", "world", "--out", tmp_path / "world-vit", "--budgets", "0.5")
+    assert only.exit_code == 0, only.output
+    assert (fake[4].given["model"], fake[4].measured) == ("world-vit", [])
+    assert not call("bench", "vision", "--full", "--out", tmp_path / "full").exit_code
+    assert [(t.given["few"], t.given["limit"]) for t in fake[5:]] == [(False, None)] * 2
 
 
 def test_a_failing_row_is_listed_and_the_status_is_1(tmp_path: Path, fake: list[FakeTask], monkeypatch) -> None:
@@ -173,7 +197,7 @@ def test_a_failing_row_is_listed_and_the_status_is_1(tmp_path: Path, fake: list[
         self.fail = ("pitome",)
 
     monkeypatch.setattr(FakeTask, "__init__", broken)
-    result = call("bench", "vision", "--out", tmp_path, "--budgets", "0.5")
+    result = call(*DIGITS, "--out", tmp_path, "--budgets", "0.5")
     assert result.exit_code == 1
     assert "pitome@0.5 failed: RuntimeError: pitome went wrong" in result.stdout
     assert "1 row failed" in result.stderr
@@ -189,11 +213,11 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path, fake: list[FakeTask], monke
         return original(self, reducers)
 
     monkeypatch.setattr(FakeTask, "measure", measure)
-    result = call("bench", "vision", "--out", tmp_path, "--budgets", "0.5")
+    result = call(*DIGITS, "--out", tmp_path, "--budgets", "0.5")
     assert result.exit_code == 130
     assert "The same command continues" in result.stderr
     monkeypatch.setattr(FakeTask, "measure", original)
-    assert "2 of 6 rows are there already" in call("bench", "vision", "--out", tmp_path, "--budgets", "0.5").stdout
+    assert "2 of 6 rows are there already" in call(*DIGITS, "--out", tmp_path, "--budgets", "0.5").stdout
 
 
 def test_bench_bad_input(tmp_path: Path, fake: list[FakeTask]) -> None:
@@ -204,7 +228,8 @@ def test_bench_bad_input(tmp_path: Path, fake: list[FakeTask]) -> None:
     fails(bench("--budgets", "half"), "--budgets lists numbers", "half")
     fails(bench("--methods", "tomee"), "unknown method 'tomee'")
     fails(bench("--reduce", "tome:r=-1"), "r")
-    fails(bench("--model", VIT), "--data is needed")
+    fails(bench("--model", VIT), "--data is needed", "world for world-vit")
+    fails(bench("--data", "somewhere"), "--model is needed for somewhere")
     fails(bench("--full", "--limit", 5), "--full or --limit")
     (tmp_path / "file").write_text("")
     fails(call("bench", "vision", "--out", tmp_path / "file" / "x"), "cannot write to", "--out")
@@ -223,7 +248,7 @@ def test_other_data_is_limited_unless_full(tmp_path: Path, fake: list[FakeTask])
 
 def test_report_of_several_runs(tmp_path: Path, fake: list[FakeTask]) -> None:
     for name in ("a", "b"):
-        call("bench", "vision", "--out", tmp_path / name, "--budgets", "0.5", "--batch", 8 if name == "a" else 16)
+        call(*DIGITS, "--out", tmp_path / name, "--budgets", "0.5", "--batch", 8 if name == "a" else 16)
     (tmp_path / "a" / "report.html").unlink()
     one = call("report", tmp_path / "a")
     assert one.exit_code == 0, one.output
@@ -232,7 +257,48 @@ def test_report_of_several_runs(tmp_path: Path, fake: list[FakeTask]) -> None:
     assert both.exit_code == 0, both.output
     assert {p.name for p in (tmp_path / "both").iterdir()} == {"rows.csv", "pareto.png", "report.html"}
     fails(call("report", tmp_path), "is no run folder", "a, b")
+    page = tmp_path / "docs" / "results.md"
+    words = ("report", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both", "--markdown", page)
+    made = call(*words)
+    assert made.exit_code == 0, made.output
+    tables = page.read_text()
+    assert tables.startswith("# Results\n\n<!-- tables")
+    assert tables.count("### 50 % of the FLOPs") == 2
+    head, rule, *rows = (line for line in tables.splitlines() if line.startswith("|"))
+    assert {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
+    assert sum(line.startswith("| `tome:keep=") for line in rows) == 2
+    assert "(baseline)" in tables
+    assert f"--markdown {page}" in tables
+    page.write_text(tables.replace("# Results\n", "# Results\n\nResize surprised us.\n").replace("tome", "gone"))
+    call(*words)
+    assert page.read_text() == tables.replace("# Results\n", "# Results\n\nResize surprised us.\n")
+    fails(call(*words[:-1], tmp_path), "cannot write", "--markdown")
     fails(call("report"), "Missing argument")
+
+
+# -- scene -------------------------------------------------------------------------------------------------------------
+def test_a_scene_comes_with_questions_that_are_about_it(tmp_path: Path) -> None:
+    from tokenreduce.zoo.world import SPLITS, scene
+
+    out = tmp_path / "scene.png"
+    result = call("scene", out)
+    assert result.exit_code == 0, result.output
+    made = scene(SPLITS["test"][7], objects=(3, 6))
+    with Image.open(out) as picture:
+        assert np.array_equal(np.asarray(picture), made.image)
+    for thing in made.objects:
+        assert f"{thing.colour} {thing.kind}" in result.stdout
+    assert [t.kind for t in made.objects].count("star") == 1  # the README asks for its colour
+    assert result.stdout.count("what ") >= 3
+    assert "how many" not in call("scene", out, "--objects", 2, "--questions", 0).stdout
+
+
+def test_scene_errors(tmp_path: Path) -> None:
+    fails(call("scene", tmp_path / "a.xyz"), "picture format")
+    fails(call("scene", tmp_path / "a.png", "--objects", "few"), "--objects is a number or a range")
+    fails(call("scene", tmp_path / "a.png", "--objects", "99"), "only 25 fit")
+    fails(call("scene", tmp_path / "a.png", "--seed", 10**6), "--seed is 0 to 99999")
+    fails(call("scene", tmp_path / "a.png", "--objects", 1, "--questions", 10**4), "different questions")
 
 
 # -- train -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``tokenreduce generate``: one question about images, answered without and with fewer visual tokens."""
+"""``tokenreduce generate``: one question about images or a video, answered without and with fewer visual tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[str, typer.Argument(help="world-llava, a Hub id, or a folder with model and processor.")],
-    image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the image.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the images or the video.")],
     reduce: Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", "-v", help="A video file, in place of images.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video, spread evenly; 8 by default.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the video, in place of --frames.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, and what every timed round decodes.")
     ] = 32,
@@ -32,12 +35,15 @@ def command(
     show: Annotated[Path | None, typer.Option(help="Draw the visual tokens that stay over the images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Answer a question about images without and with a reduction: text, visual tokens, speed and KV cache.
+    """Answer a question about images or a video without and with a reduction: text, tokens, speed and KV cache.
 
     The prompt goes through the processor's chat template, images first. Without one it becomes USER: <image> ...
     ASSISTANT: for LLaVA and image tokens above the prompt otherwise; a prompt that has image tokens is taken as it is.
     """
+    from PIL import Image
+
     from tokenreduce.bench.vlms import load_vlm
+    from tokenreduce.measure.frames import ask_frames
     from tokenreduce.measure.generation import compare
     from tokenreduce.measure.kept import draw_kept, places
     from tokenreduce.measure.question import ask
@@ -50,15 +56,29 @@ def command(
         raise ValueError("--prompt is empty; ask something about the image")
     if show is not None:
         picture_format(show, "--show")
-    pictures = [open_image(path) for path in image]
+    if bool(image) == (video is not None):
+        raise ValueError("give --image (it may be repeated) or --video, and not both")
+    if video is None and (frames is not None or fps is not None):
+        raise ValueError("--frames and --fps are for --video")
+    pictures = [open_image(path) for path in image or []]
+    film = None if video is None else _film(video, frames, fps)
     _quiet_bars()
     loaded = load_vlm(model, device, dtype)
-    question = ask(loaded.processor, pictures, prompt)
+    if film is None:
+        question = ask(loaded.processor, pictures, prompt)
+        where = None if show is None else places(loaded.model, loaded.processor, question)
+    else:
+        question, where = ask_frames(loaded, [Image.fromarray(f) for f in film.frames], prompt, times=film.times)
+        if show is not None and not where:
+            raise ValueError(f"--show cannot tell where the tokens of this {type(loaded.model).__name__}'s frames lie")
     _check_words(loaded.processor.tokenizer, question)
-    where = None if show is None else places(loaded.model, loaded.processor, question)
     result = compare(loaded.model, loaded.processor, question, reduce, max_new_tokens=max_new_tokens, rounds=rounds)
     if show is not None and where is not None:
         save_picture(draw_kept(result, where), show, "--show")
+    if film is not None:
+        shown = f"{len(film)} of {film.count} frames, {film.times[0]:.1f} to {film.times[-1]:.1f} s, by {film.reader}"
+        for line in (f"{video}: {shown}", *film.warnings):
+            complain(line)
     about = {"model": model, "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
     if as_json:
         shown = {} if show is None else {"show": str(show)}
@@ -67,6 +87,14 @@ def command(
     _present(result, about)
     if show is not None:
         console().print(f"wrote {show}", markup=False, soft_wrap=True)
+
+
+def _film(path: Path, frames: int | None, fps: float | None) -> Any:
+    from tokenreduce.video import read_frames
+
+    if frames is not None and fps is not None:
+        raise ValueError("give --frames or --fps, not both")
+    return read_frames(path, fps=fps) if fps is not None else read_frames(path, n=frames or 8)
 
 
 def _check_words(tokenizer: Any, question: Question) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import console
+from tokenreduce.cli.shared import again, console
 
 __all__ = ["command", "present"]
 
@@ -20,11 +20,19 @@ def command(
             "--out", "-o", help="Folder for the files; a single run's own folder, or 'report' beside the first."
         ),
     ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="Write the tables as a Markdown page too; what was written by hand above them stays."),
+    ] = None,
 ) -> None:
     """Print the table of one or several runs and write rows.csv, pareto.png and report.html again."""
+    from tokenreduce.bench.markdown import write_markdown
     from tokenreduce.bench.report import rebuild
 
     loaded, files = rebuild(runs, out)
+    if markdown is not None:
+        given = {"out": out, "markdown": markdown}
+        files["markdown"] = write_markdown(loaded, markdown, again(["report", *map(str, runs)], given, {}))
     present(loaded, files)
 
 

@@ -306,7 +306,7 @@ def cache_bytes(cache: Any) -> int:
 
 def _views(question: Question) -> Tensor | None:
     """(V,C,H,W) images and crops; those that are all zeros fill rows up and are left out."""
-    pixels = question.inputs.get("pixel_values")
+    pixels = question.inputs.get("pixel_values", question.inputs.get("pixel_values_videos"))
     if not isinstance(pixels, Tensor) or pixels.dim() < 4:
         return None
     views = pixels.flatten(0, -4)
@@ -314,8 +314,8 @@ def _views(question: Question) -> Tensor | None:
 
 
 def patches_of(model: Any, question: Question) -> int | None:
-    """Patches of all images and crops of ``question``, None where they cannot be told."""
-    grids = question.inputs.get("image_grid_thw")
+    """Patches of all images, crops and frames of ``question``, None where they cannot be told."""
+    grids = question.inputs.get("image_grid_thw", question.inputs.get("video_grid_thw"))
     if isinstance(grids, Tensor):
         return int(grids.prod(1).sum())
     views, patch = _views(question), getattr(getattr(model.config, "vision_config", None), "patch_size", None)

@@ -63,23 +63,25 @@ def ask(processor: Any, images: Sequence[Image.Image], prompt: str) -> Question:
     return Question(prompt, pictures, text, made)
 
 
-def prompt_text(processor: Any, count: int, prompt: str) -> str:
-    """What the tokenizer gets for ``prompt`` with ``count`` images; see :func:`ask`."""
-    token = getattr(processor, "image_token", None)
+def prompt_text(processor: Any, count: int, prompt: str, kind: str = "image") -> str:
+    """What the tokenizer gets for ``prompt`` with ``count`` images, or of another ``kind`` "video"; see :func:`ask`."""
+    token = getattr(processor, f"{kind}_token", None)
     if token and token in prompt:
         if prompt.count(token) != count:
-            raise ValueError(f"the prompt has {prompt.count(token)} {token} for {count} images; write one for each")
+            raise ValueError(f"the prompt has {prompt.count(token)} {token} for {count} {kind}s; write one for each")
         return prompt
     if getattr(processor, "chat_template", None) is not None:
-        content = [{"type": "image"}] * count + [{"type": "text", "text": prompt}]
+        content = [{"type": kind}] * count + [{"type": "text", "text": prompt}]
         turn = [{"role": "user", "content": content}]
         text = str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
         if token and token not in text:
-            raise ValueError(f"the processor's chat template writes no {token} for an image; correct it or take it out")
+            raise ValueError(
+                f"the processor's chat template writes no {token} for the {kind}; correct or delete it"
+            )
         return text
     if not token:
         raise ValueError(
-            f"{type(processor).__name__} has neither a chat template nor an image_token; save one with a chat template"
+            f"{type(processor).__name__} has neither a chat template nor an {kind}_token; save one with a chat template"
         )
     form = FORMS.get(type(processor).__name__, "{images}\n{prompt}")
     between = "" if "\n" not in form else "\n"

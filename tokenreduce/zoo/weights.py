@@ -61,7 +61,7 @@ def save(model: nn.Module, name: str, card: Mapping[str, Any], folder: Path = FO
     }
     os.replace(partial, file)
     # A list of numbers stands on one line.
-    text = re.sub(r"\[[^][{}\"]*\]", lambda m: " ".join(m[0].split()), json.dumps(facts, indent=2))
+    text = re.sub(r"\[[^][{}\"]*\]", lambda m: f"[{' '.join(m[0][1:-1].split())}]", json.dumps(facts, indent=2))
     file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return file
 

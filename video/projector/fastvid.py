@@ -97,8 +97,9 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
     def quotas(self, alike: Tensor, frames: int, n: int, budget: int) -> tuple[list[int], list[int]]:
         """Salient and context tokens of ``frames`` frames of n tokens, a segment with ``budget`` outputs; ``alike``
         (frames-1,) are cosines of adjacent frames."""
-        grouped = self.dyseg_ignore is not None
-        ends = (alike < self.dyseg_ignore).nonzero().flatten().tolist() if grouped else list(range(frames - 1))
+        ends = list(range(frames - 1))
+        if self.dyseg_ignore is not None:
+            ends = (alike < self.dyseg_ignore).nonzero().flatten().tolist()
         ends.append(frames - 1)
         anchors = set(ends[:: -self.dtm_p])
         # The share of one frame is rounded down, as published, but not for the rounding of the product.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 
 from tokenreduce.budget import check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.evidence import Evidence, Look
 from tokenreduce.plan import Plan
+from tokenreduce.projector import saliency, top
 from tokenreduce.reducer import Reducer
 from tokenreduce.scoring import finite
 from tokenreduce.sequence import (
     best,
     check_stages,
-    keep_best,
     keep_chosen,
     packed,
     question,
@@ -30,17 +31,20 @@ __all__ = ["MustDrop"]
 
 @dataclass(frozen=True)
 class MustDrop(
-    Reducer, name="mustdrop", stage="language", needs=("attention",), paper="2411.10803", title="MustDrop, prefill"
-):
-    """MustDrop in prefill: in a few layers, visual tokens leave that no text token attends to.
+    Reducer, name="mustdrop", stage="language", needs=("attention", "tower"), paper="2411.10803",
+    title="MustDrop, prefill",
+):  # fmt: skip
+    """MustDrop in prefill: in a few layers, visual tokens leave that no text token attends to, except key tokens.
 
     P is the softmaxed attention of the question (the real tokens behind a sample's last visual one) on the visual
     tokens, averaged over heads. Token j leaves when its share of all of P is below ``global_thr`` and its largest
     entry in P is below ``individual_thr``. Layers are those whose attention is read; the next one sees fewer tokens.
+    Tokens of the key set never leave: in every view of an image, the ``ceil(keep_rate * tokens)`` to which the class
+    token attends most in the last block of the vision encoder, averaged over heads.
 
-    It is the method's second phase. The first, merging windows in the vision encoder, is ``mustdrop-merge``. Not part
-    of it: the key set (8 % of the tokens by the encoder's class token, which phase two never drops), since what the
-    encoder saw is not known here; and the third phase, which thins the caches of earlier layers after prefill.
+    It is the method's second phase with the key set of its first, whose merging of windows is ``mustdrop-merge``; the
+    key set is then of the tokens that it left. Not part of it: the third phase, which thins the caches of the layers
+    before the last cut after prefill. Here each layer's cache keeps the tokens that the layer saw.
 
     Args:
         pruning_layers: 0-based layers; (2, 6, 10, 14) of 32 and the same places in other depths, fewer where those
@@ -49,11 +53,15 @@ class MustDrop(
             (0.0012 and 0.001 for 128, 0.011 and 0.01 for 64); the command line's (1.0 and 0.0) drop nothing. They
             compare probabilities whose scale depends on the length of the prompt, so that the number of tokens left
             differs between images and between models.
+        keep_rate: share of the tokens in the key set, in [0, 1]. At 0 there is none, and no vision encoder is needed.
         keep: visual tokens left behind the last of these layers, a count or a ratio of those at the entry of the
             language model, reached by equal ratios. Exact: both thresholds are multiplied by the one factor that
-            leaves so many, which ranks tokens by the larger of share / global_thr and maximum / individual_thr.
+            leaves so many, which ranks tokens by the larger of share / global_thr and maximum / individual_thr. Key
+            tokens come first, and in this order where ``keep`` is less than their number.
 
-    Decisions: at least one visual token stays (with an empty key set all may go in the published code); without a
+    Decisions: encoders without class token rank by the attention that a token receives (and tokens made of several
+    patches by the mean of theirs); behind a method before the language model, a token is a key token if one that it
+    stands for is; at least one visual token stays (with an empty key set all may go in the published code); without a
     question the last real token stands for it; samples decide for themselves (batch 1 there); ties go to the lower
     index; kept tokens keep their original positions (renumbered there).
 
@@ -64,6 +72,7 @@ class MustDrop(
     pruning_layers: tuple[int, ...] | None = None
     global_thr: float = 0.001
     individual_thr: float = 0.001
+    keep_rate: float = 0.08
     keep: int | float | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +83,23 @@ class MustDrop(
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"{name} is a threshold in (0, 1] (at 0 nothing is ever dropped), not {value!r}")
+        rate = self.keep_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            raise ValueError(f"keep_rate is a share of the tokens in [0, 1], not {rate!r}")
         check_keep(self.keep)
+
+    def gathers(self) -> tuple[str, ...]:
+        return self.needs if self.keep_rate else ("attention",)
+
+    def looks(self) -> tuple[Look, ...]:
+        return (-1,) if self.keep_rate else ()
+
+    def mark(self, evidence: Evidence) -> Tensor:
+        """(B,N): 1 for key tokens."""
+        scores = saliency(evidence, -1)
+        # Less a hair, so that 0.07 of 100 is 7 and not 8.
+        key = top(scores, math.ceil(self.keep_rate * scores.shape[1] - 1e-9))
+        return torch.zeros_like(scores).scatter(1, key, 1.0)
 
     def _layers(self, depth: int) -> tuple[int, ...]:
         """The layers before which plans are applied: those behind the pruning layers."""
@@ -92,11 +117,14 @@ class MustDrop(
         total, largest = _seen(evidence)
         share = total / (total * visual).sum(1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
         scores = finite(torch.maximum(share / self.global_thr, largest / self.individual_thr), evidence)
+        key = visual & (evidence.marks > 0) if self.keep_rate else torch.zeros_like(visual)
         if self.keep is not None:
             wanted = shrink(self.keep, evidence.visual_entry(), layers.index(evidence.layer), len(layers))
-            return keep_best(scores, wanted, evidence)
-        one = torch.ones_like(visual[:, :1], dtype=torch.long)
-        return keep_chosen((visual & (scores >= 1)) | best(scores, visual, one), evidence)
+            chosen = best(scores, key, wanted)
+            return keep_chosen(chosen | best(scores, visual & ~key, wanted - chosen.sum(1, keepdim=True)), evidence)
+        chosen = visual & ((scores >= 1) | key)
+        one = (~chosen.any(1, keepdim=True)).long()
+        return keep_chosen(chosen | best(scores, visual, one), evidence)
 
 
 def _seen(evidence: Evidence, chunk: int = 64) -> tuple[Tensor, Tensor]:

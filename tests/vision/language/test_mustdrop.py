@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mixed import LAYOUTS, RIGHT, kept_of, last_of, mixed, seen_by
+from visual import ORIGINS, class_row, grid, received, visual
 
 import tokenreduce as tr
 from tokenreduce.vision.language.mustdrop import MustDrop, _seen
@@ -19,10 +20,12 @@ def both(evidence, layout, b):
     return {j: (sum(float(p[j]) for p in seen) / total, max(float(p[j]) for p in seen)) for j in places}
 
 
-def reference(evidence, layouts, b, share, largest):
+def reference(evidence, layouts, b, share, largest, protected=True):
     layout = layouts[b]
     seen = both(evidence, layout, b)
     stay = [j for j, (s, m) in seen.items() if not (s < share and m < largest)]
+    if protected:
+        stay += [j for j in seen if evidence.marks[b, j] > 0]
     if seen and not stay:
         stay = [max(seen, key=lambda j: (max(seen[j][0] / share, seen[j][1] / largest), -j))]
     return [i for i, c in enumerate(layout) if c != "v" or i in stay]
@@ -35,9 +38,10 @@ def reference(evidence, layouts, b, share, largest):
 def test_worked_example(layouts, share, largest):
     for layer in (1, 2, 3):
         evidence = mixed(layouts, layer=layer, seed=layer)
-        plan = MustDrop(global_thr=share, individual_thr=largest).plan(evidence)
-        for b in range(len(layouts)):
-            assert kept_of(plan, b) == reference(evidence, layouts, b, share, largest)
+        for rate in (0.08, 0.0):
+            plan = MustDrop(global_thr=share, individual_thr=largest, keep_rate=rate).plan(evidence)
+            for b in range(len(layouts)):
+                assert kept_of(plan, b) == reference(evidence, layouts, b, share, largest, rate > 0)
 
 
 def test_both_conditions_matter():
@@ -46,7 +50,8 @@ def test_both_conditions_matter():
     evidence = mixed(("vvvttt",), attention=torch.cat([rows, torch.zeros(3, 2)], 1).view(1, 1, 3, 6))
 
     def kept(share, largest):
-        return [i for i in kept_of(MustDrop(global_thr=share, individual_thr=largest).plan(evidence), 0) if i < 3]
+        method = MustDrop(global_thr=share, individual_thr=largest, keep_rate=0)
+        return [i for i in kept_of(method.plan(evidence), 0) if i < 3]
 
     # Shares: 0.30, 0.29 and 0.03 of 0.62 in all, largest 0.1, 0.25, 0.01.
     assert kept(0.475, 0.2) == [0, 1]
@@ -60,20 +65,22 @@ def test_keep_is_the_thresholds_times_one_factor():
     layouts = ("ttvvvvvvvvvvtttt",)
     for seed in range(4):
         evidence = mixed(layouts, layer=3, seed=seed)
-        for keep in range(1, 10):
+        for rate, keep in [(0.0, k) for k in range(1, 10)] + [(0.08, k) for k in range(2, 10)]:  # 2 are key tokens
             want = None
             low, high = 1e-6, 8.0  # bisection over the factor
             for _ in range(60):
                 factor = (low * high) ** 0.5
-                plan = MustDrop(global_thr=0.1 * factor, individual_thr=0.05 * factor).plan(evidence)
+                plan = MustDrop(global_thr=0.1 * factor, individual_thr=0.05 * factor, keep_rate=rate).plan(evidence)
                 left = plan.k - 6
                 if left == keep:
                     want = kept_of(plan, 0)
                     break
                 low, high = (factor, high) if left > keep else (low, factor)
-            got = MustDrop(global_thr=0.1, individual_thr=0.05, keep=keep).plan(evidence)
+            got = MustDrop(global_thr=0.1, individual_thr=0.05, keep_rate=rate, keep=keep).plan(evidence)
             assert kept_of(got, 0) == want
-    one, other = (MustDrop(global_thr=g, individual_thr=t, keep=3).plan(mixed()) for g, t in ((1, 1e-4), (1e-4, 1)))
+    one, other = (
+        MustDrop(global_thr=g, individual_thr=t, keep_rate=0, keep=3).plan(mixed()) for g, t in ((1, 1e-4), (1e-4, 1))
+    )
     assert one != other, "the ratio of the thresholds decides"
 
 
@@ -92,8 +99,58 @@ def test_long_questions_in_pieces():
 def test_ties_go_to_the_lower_index():
     evidence = mixed(("tvvvvt", "vvvvtt"))
     evidence.keys.zero_()
-    plan = MustDrop(pruning_layers=(1,), keep=2).plan(evidence)
+    plan = MustDrop(pruning_layers=(1,), keep_rate=0, keep=2).plan(evidence)
     assert plan.representatives().tolist() == [[0, 1, 2, 5], [0, 1, 4, 5]]
+    plan = MustDrop(pruning_layers=(1,), keep=2).plan(evidence)
+    assert plan.representatives().tolist() == [[0, 1, 4, 5], [0, 3, 4, 5]], "the fourth is a key token"
+
+
+# -- the key set -------------------------------------------------------------------------------------------------------
+def test_fewer_than_the_key_tokens_are_the_best_of_them():
+    evidence = mixed(("t" + "v" * 20 + "tt",), layer=3)  # 4 key tokens
+    seen = both(evidence, "t" + "v" * 20 + "tt", 0)
+    key = [j for j in seen if evidence.marks[0, j] > 0]
+    assert len(key) == 4
+    ranked = sorted(key, key=lambda j: -max(seen[j][0] / 0.1, seen[j][1] / 0.05))
+    for keep in (1, 2, 3, 4):
+        plan = MustDrop(global_thr=0.1, individual_thr=0.05, keep=keep).plan(evidence)
+        assert kept_of(plan, 0) == [0, *sorted(ranked[:keep]), 21, 22]
+
+
+@pytest.mark.parametrize(("rate", "want"), [(0.08, 2), (0.0625, 1), (0.5, 8), (0.51, 9), (1.0, 16), (1e-6, 1)])
+def test_the_key_set_is_what_the_class_token_looks_at_in_the_last_block(rate, want):
+    evidence = visual(batch=3)
+    got = MustDrop(keep_rate=rate).mark(evidence)
+    assert got.shape == (3, 16)
+    for b in range(3):
+        row = class_row(evidence, -1, b).tolist()
+        assert got[b].nonzero().flatten().tolist() == sorted(sorted(range(16), key=lambda j: -row[j])[:want])
+    assert set(got.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_no_rounding_up_of_what_is_whole():
+    assert int(MustDrop(keep_rate=0.07).mark(visual(grid(10, 10))).sum(1)[0]) == 7
+
+
+def test_encoders_without_class_token():
+    """By what a token receives; of 2x2 patches, on average."""
+    evidence = visual(cls=False)
+    best = received(evidence, -1).topk(2).indices.sort().values
+    assert torch.equal(MustDrop().mark(evidence)[0].nonzero().flatten(), best)
+    evidence = visual(ORIGINS["units"], cls=False)
+    best = received(evidence, -1)[ORIGINS["units"].index].mean(1).topk(2).indices.sort().values
+    assert torch.equal(MustDrop().mark(evidence)[0].nonzero().flatten(), best)
+
+
+def test_without_key_set_no_tower_is_needed():
+    assert MustDrop().gathers() == ("attention", "tower")
+    assert MustDrop().looks() == (-1,)
+    assert MustDrop(keep_rate=0).gathers() == ("attention",)
+    assert MustDrop(keep_rate=0).looks() == ()
+    evidence = mixed(marks=None)
+    assert not MustDrop(keep_rate=0, keep=2).plan(evidence).is_identity
+    with pytest.raises(ValueError, match="needs marks, which the evidence lacks"):
+        MustDrop(keep=2).plan(evidence)
 
 
 def test_where_it_acts():
@@ -116,6 +173,9 @@ def test_where_it_acts():
         (dict(global_thr=0), r"global_thr is a threshold in \(0, 1\]"),
         (dict(individual_thr=0.0), r"individual_thr is a threshold in \(0, 1\]"),
         (dict(individual_thr=True), "individual_thr"),
+        (dict(keep_rate=1.01), r"keep_rate is a share of the tokens in \[0, 1\]"),
+        (dict(keep_rate=-0.1), "keep_rate"),
+        (dict(keep_rate=True), "keep_rate"),
     ],
 )
 def test_bad_settings(settings, message):

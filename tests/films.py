@@ -16,7 +16,7 @@ BITS = 8  # of an index, painted as black and white blocks, 4 to a row, the lowe
 PLACES = ("/usr/share/doc/opencv-doc/examples/data", "/usr/share/opencv4/samples/data")
 
 
-def painted(index: int, width: int, height: int, shade: float = 0.0) -> np.ndarray:
+def painted(index: int, width: int, height: int, shade: float = 0.3) -> np.ndarray:
     """(height, width, 3) uint8: ``index`` in binary above, a red block below to the left, ``shade`` of 0..1 elsewhere.
 
     The picture is a grid of 4 columns and 3 rows: two rows of bits, one of marks.
@@ -69,17 +69,21 @@ def film(
     b_frames: int = 2,
     shades: Sequence[float] | None = None,
     options: dict[str, str] | None = None,
+    turned: int = 0,
+    muxer: dict[str, str] | None = None,
 ) -> Path:
     """Write ``count`` frames of ``size`` (width, height), one keyframe every ``gop`` frames.
 
     Frames lie ``1/rate`` seconds apart, or at ``ticks`` (in units of ``tick`` seconds) for a variable rate. H.264 where
-    there is an encoder for it and the size is even, else MPEG-4.
+    there is an encoder for it and the size is even, else MPEG-4. ``options`` are the encoder's, ``muxer`` those of the
+    container. With ``turned``, an MP4 file holds pictures that lie ``turned`` degrees away from upright, and says by how
+    many degrees clockwise they must be turned back; ``size`` is that of upright ones.
     """
     import av
 
-    width, height = size
+    width, height = size if turned % 180 == 0 else size[::-1]
     codec = codec or ("libx264" if has_codec("libx264") and width % 2 == height % 2 == 0 else "mpeg4")
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=muxer or {}) as container:
         stream: Any = container.add_stream(
             codec, rate=rate, options={"g": str(gop), "bf": str(b_frames)} | (options or {})
         )
@@ -89,13 +93,17 @@ def film(
         stream.codec_context.time_base = base
         if codec != "libx264":
             stream.bit_rate = 2_000_000
+        container.start_encoding()
         for i in range(count):
             shade = shades[i] if shades is not None else 0.3
-            frame = av.VideoFrame.from_ndarray(painted(i % (1 << BITS), width, height, shade), format="rgb24")
+            picture = np.rot90(painted(i % (1 << BITS), *size, shade), turned // 90)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts = i if ticks is None else ticks[i]
             frame.time_base = base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if turned:
+        _ask_turn(Path(path), turned)
     return Path(path)
 
 
@@ -126,17 +134,16 @@ def sound(path: Path | str, seconds: float = 1.0) -> Path:
     return Path(path)
 
 
-def turn(path: Path | str, clockwise: int) -> Path:
+def _ask_turn(path: Path, clockwise: int) -> None:
     """Write into an MP4 file's track header that players must turn it ``clockwise`` by 90, 180 or 270 degrees."""
-    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
-    data = bytearray(Path(path).read_bytes())
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
+    data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4
     assert data[at] == 0, "a track header of version 0"
     one = 1 << 16
     matrix = (cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
     struct.pack_into(">9i", data, at + 40, *matrix)
-    Path(path).write_bytes(data)
-    return Path(path)
+    path.write_bytes(data)
 
 
 def cut(path: Path | str, share: float) -> Path:
