@@ -61,6 +61,11 @@ class Part:
     state: State
     where: Tensor
 
+    @property
+    def units(self) -> int:
+        """How many are left, over all views."""
+        return self.where.numel() if self.state.valid is None else int(self.state.valid.sum())
+
     def take(self, t: Tensor) -> Tensor:
         """(n,...) of the units in the row to (G,K,...)."""
         return t[self.where]

@@ -33,10 +33,11 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from tokenreduce.adapters.encoder import Attended, Reduced, Site, Tower, _collected, attach_tower, set_state, state_of
 from tokenreduce.adapters.hf_attention import CALL, Call
-from tokenreduce.adapters.packed import Layout, Packed
+from tokenreduce.adapters.packed import Layout, Packed, Part
 from tokenreduce.patching import Undo
+from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
-from tokenreduce.trace import Step, active
+from tokenreduce.trace import Step, Trace, active
 
 __all__ = ["attach", "towers"]
 
@@ -187,7 +188,7 @@ class _Block(Reduced):
         trace = active()
         if trace is not None and where in (None, "input"):
             for part in packed.parts:
-                trace.add(self, Step("encoder", site.layer, part.where.shape[1]))  # type: ignore[arg-type]
+                self._tell(trace, site, part, packed)
         collected = _collected()
         if collected is not None:
             collected.append(packed)  # type: ignore[arg-type]
@@ -248,8 +249,16 @@ class _Block(Reduced):
                 x, packed = packed.after(x, plans, reducer.proportional)
         if trace is not None:
             for plan, part in zip(plans, packed.parts, strict=True):
-                self._note(trace, site, reducer, part.where, plan)
+                self._tell(trace, site, part, packed, None if plan.is_identity else plan, reducer.spec())
         return x, packed
+
+    def _tell(
+        self, trace: Trace, site: Site, part: Part, packed: Packed, plan: Plan | None = None, method: str = ""
+    ) -> None:
+        patches = part.units * packed.layout.unit
+        trace.add(  # type: ignore[arg-type]
+            self, Step("encoder", site.layer, part.where.shape[1], plan, method, patches=patches)
+        )
 
 
 class ReducedQwen2Block(_Block, qwen2.Qwen2VLVisionBlock):

@@ -235,13 +235,13 @@ class Part:
         p, k = self.evidence.prefix, self.host.shape[1]
         to = self.plan.sources()[:, p:]
         here = marks[self.rows, self.columns]
-        most = here.new_full((len(to), k + 1), float("-inf"))
-        most = most.scatter_reduce(1, torch.where(to < 0, k, to), here, "amax")[:, :k]
+        none = here.new_full((len(to), k + 1), float("-inf"))
+        most = none.scatter_reduce(1, torch.where(to < 0, k, to), here, "amax")[:, :k]
         own = self.plan.representatives() - p
-        alone = torch.where(own < 0, 0.0, here.gather(1, own.clamp(min=0)))  # what is made of no token's largest share
+        most = torch.maximum(most, torch.where(own < 0, none[:, :k], here.gather(1, own.clamp(min=0))))
+        most = torch.where(most == float("-inf"), 0.0, most)  # a class token
         where = self.there.nonzero(as_tuple=True)
-        said = torch.where(most == float("-inf"), alone, most)
-        marks[self.rows.expand_as(self.host)[where], self.host[where]] = said[where]
+        marks[self.rows.expand_as(self.host)[where], self.host[where]] = most[where]
 
     def write(self, x: Tensor, projector: nn.Module | None) -> Tensor:
         """``x`` (B,L,D) with outputs that are not their column's token already put there."""

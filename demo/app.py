@@ -21,6 +21,11 @@ CSS = """
 .hint p { color: #666; font-size: .85rem; margin: 0; }
 footer { display: none !important; }
 .gradio-container { max-width: 1320px !important; }
+.wide { overflow-x: auto; }
+.answers td, .answers th { padding: 4px 10px !important; text-align: left; }
+.answers td:first-child { min-width: 11rem; }
+.answers tr.r0 td { font-weight: 600; }
+.small { color: #666; font-size: .85rem; }
 table { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """

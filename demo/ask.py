@@ -21,7 +21,7 @@ from tokenreduce.demo.common import (
 )
 from tokenreduce.demo.store import Store
 from tokenreduce.measure.generation import compare_several
-from tokenreduce.measure.kept import kept_views
+from tokenreduce.measure.kept import kept_views, sheet
 from tokenreduce.measure.plots import visual_layers_plot
 from tokenreduce.registry import list_methods
 from tokenreduce.uploads import IMAGES, VIDEOS, image_from, is_video, video_from
@@ -51,7 +51,7 @@ def missing() -> str:
 
 def examples_of() -> tuple[Example, ...]:
     """Scenes and, behind them, clips."""
-    return (*scene_examples(6), *clip_examples(2))
+    return (*scene_examples(6)[:4], *clip_examples(2))
 
 
 def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
@@ -66,9 +66,10 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             model = gr.Dropdown(store.languages, value=first, label="Model", elem_id="ask-model", filterable=False)
+            gr.Markdown("Examples, held out from training:", elem_classes="hint")
             gallery = gr.Gallery(
-                [(e.image, "clip" if e.frames else "") for e in examples_of()], columns=4, height="auto",
-                label="Examples: pictures and clips (held out)", allow_preview=False, object_fit="contain",
+                [(e.image, "clip" if e.frames else "") for e in examples_of()], columns=3, height=215,
+                show_label=False, allow_preview=False, object_fit="contain",
                 elem_id="ask-examples", buttons=[], interactive=False,
             )  # fmt: skip
             upload = gr.UploadButton(
@@ -78,9 +79,9 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
                 type="filepath",
                 size="sm",
             )
-            shown = gr.Gallery(
-                label="The model is asked about", columns=4, height=170, allow_preview=False, object_fit="contain",
-                elem_id="ask-shown", buttons=[], interactive=False,
+            shown = gr.Image(
+                label="The model is asked about", interactive=False, buttons=["fullscreen"], height=220,
+                elem_id="ask-shown", format="png",
             )  # fmt: skip
         with gr.Column(scale=5, min_width=300):
             warning = message("ask-message")
@@ -102,9 +103,9 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
             table = gr.HTML(elem_id="ask-answers")
             with gr.Row():
                 kept = [
-                    gr.Gallery(
-                        label=f"{name}: tokens left at the end", columns=2, height=330, object_fit="contain",
-                        elem_id=f"ask-kept-{name}", buttons=["fullscreen"], interactive=False, format="png",
+                    gr.Image(
+                        label=f"{name}: tokens left at the end", interactive=False, buttons=["fullscreen", "download"],
+                        elem_id=f"ask-kept-{name}", height=340, format="png", min_width=240,
                     )
                     for name in NAMES
                 ]  # fmt: skip
@@ -128,9 +129,11 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
                 )
             sides = {"unreduced": made[0].stock.layers}
             sides |= {f"{n}: {r.spec}": r.reduced.layers for n, r in zip(NAMES, made, strict=True)}
+            drawn = [sheet([view for view, _ in kept_views(r, where)]) for r in made]
+            right_one = known.get(" ".join(text.split()), "")
             return {
-                warning: "", table: answers(made, known.get(" ".join(text.split()), "")),
-                **{g: kept_views(r, where) for g, r in zip(kept, made, strict=True)}, plot: visual_layers_plot(sides),
+                warning: "", table: answers(made, right_one), **dict(zip(kept, drawn, strict=True)),
+                plot: visual_layers_plot(sides),
             }  # fmt: skip
         except Exception as error:
             return {warning: explain(error)}
@@ -142,7 +145,7 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
     def take(images: list[Image.Image], is_clip: bool, known: dict[str, str]) -> dict[Any, Any]:
         texts = list(known)
         return {
-            warning: "", frames: images, video: is_clip, right: known, shown: images,
+            warning: "", frames: images, video: is_clip, right: known, shown: sheet(images),
             suggested: gr.Dropdown(texts, value=texts[0] if texts else None),
             **({question: texts[0]} if texts else {}),
         }  # fmt: skip

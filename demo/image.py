@@ -35,7 +35,7 @@ START = "tome", 35
 
 def examples_of(model: str) -> tuple[Example, ...]:
     """Pictures to try ``model`` on."""
-    return digit_examples() if model == "digits-vit" else scene_examples()
+    return digit_examples(6) if model == "digits-vit" else scene_examples(6)
 
 
 def probabilities(loaded: Loaded, outputs: Any, most: int = 5) -> dict[str, float] | None:
@@ -91,9 +91,10 @@ def add(store: Store, page: gr.Blocks) -> None:
             batch = gr.Dropdown(
                 [1, 8, 32], value=8, label="Images per timed forward", elem_id="image-batch", filterable=False
             )
+            gr.Markdown("Examples, held out from training:", elem_classes="hint")
             gallery = gr.Gallery(
-                _thumbnails(first), label="Examples (held out)", columns=4, height="auto", allow_preview=False,
-                object_fit="contain", elem_id="image-examples", buttons=[], interactive=False,
+                _thumbnails(first), show_label=False, columns=3, height=215, allow_preview=False, object_fit="contain",
+                elem_id="image-examples", buttons=[], interactive=False,
             )  # fmt: skip
             upload = gr.UploadButton(
                 "Upload an image", file_types=list(IMAGES), elem_id="image-upload", type="filepath", size="sm"

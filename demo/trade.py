@@ -32,7 +32,7 @@ __all__ = ["add", "benchmarks", "methods_of", "rows_of", "task_of"]
 BUDGETS = ("75 %", "50 %", "35 %", "25 %", "10 %")
 AXES = {"cost": "cost", "flops": "FLOPs", "tokens": "tokens", "clock": "measured time"}
 START = ("tome", "evit", "visionzip", "fastv")
-BATCH, REPEATS = 32, 3
+BATCH, REPEATS = 16, 3
 
 
 def benchmarks(store: Store) -> dict[str, str]:

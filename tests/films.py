@@ -74,10 +74,10 @@ def film(
 ) -> Path:
     """Write ``count`` frames of ``size`` (width, height), one keyframe every ``gop`` frames.
 
-    Frames lie ``1/rate`` seconds apart, or at ``ticks`` (in units of ``tick`` seconds) for a variable rate. H.264 where
-    there is an encoder for it and the size is even, else MPEG-4. ``options`` are the encoder's, ``muxer`` those of the
-    container. With ``turned``, an MP4 file holds pictures that lie ``turned`` degrees away from upright, and says by how
-    many degrees clockwise they must be turned back; ``size`` is that of upright ones.
+    Frames lie ``1/rate`` seconds apart, or at ``ticks`` (in units of ``tick`` seconds) for a variable rate. H.264
+    where there is an encoder for it and the size is even, else MPEG-4. ``options`` are the encoder's, ``muxer`` the
+    container's. With ``turned``, an MP4 file holds pictures that lie ``turned`` degrees away from upright, and says by
+    how many degrees clockwise they must be turned back; ``size`` is that of upright ones.
     """
     import av
 

@@ -219,3 +219,16 @@ def test_documented(name):
     assert kind.title
     assert kind.paper or name in ("random", "uniform", "pool", "resize", "uniform-frames", "pool-frames")
     assert "Raises ``ValueError``" in kind.__doc__
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_temporal_methods_refuse_masks_of_single_tokens(name):
+    """They would tear frames apart."""
+    reducer = with_keep(name, 0.5)
+    x = torch.randn(1, 12, 4)
+    mask = torch.zeros(1, 12, dtype=torch.bool)
+    mask[0, 3] = True
+    with pytest.raises(ValueError, match="whole frames"):
+        reducer.plan(tr.Evidence(x, grid=(3, 2, 2), protected=mask))
+    with pytest.raises(ValueError, match="whole frames"):
+        reducer.plan(tr.Evidence(x, grid=(3, 2, 2), valid=~mask))

@@ -115,6 +115,42 @@ def test_dropping_is_hiding(family, settings):
 
 
 @every
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+def test_masking_oracle(name, family):
+    """Every method on original positions: the unpatched model with what the plan mixed written into its embeddings and
+    what it dropped hidden as keys."""
+    model = model_for(family, name)
+    inputs, _, _ = film(family)
+    vlm, length = VLMS[family], inputs["input_ids"].shape[1]
+    if family == "llava" and get_class(name, "projector").space == "vision":
+        pytest.skip("mixes before the projector, as tests/adapters/test_vlm_projector.py checks for all of that kind")
+    reducer = get_class(name, "projector")(keep=0.4, positions="original")
+    with tr.patched(model, reducer):
+        got, logits, trace = generate(model, inputs)
+    (step,) = [s for s in trace.steps if s.stage == "projector"]
+
+    def write(module, args, kwargs):
+        x = kwargs["inputs_embeds"].clone()
+        if x.shape[1] != length:
+            return None
+        for (rows, columns, plan), hosts in zip(step.parts, step.hosts, strict=True):
+            for b, (row, mine, host) in enumerate(zip(rows[:, 0], columns, hosts, strict=True)):
+                made = plan.matrix(dtype=torch.float32)[b] @ kwargs["inputs_embeds"][row, mine]
+                x[row, host[host >= 0]] = made[host >= 0]
+        return args, {**kwargs, "inputs_embeds": x}
+
+    text = model.model.get_submodule(vlm.text)
+    hook = text.register_forward_pre_hook(write, with_kwargs=True)
+    try:
+        with hidden(layers_of(family, model), dropped_by(trace, inputs), 0):
+            want, stock, _ = generate(model, inputs)
+    finally:
+        hook.remove()
+    assert torch.equal(got, want)
+    close(logits, stock)
+
+
+@every
 @families
 def test_a_padded_batch_generates_what_its_rows_do(name, family):
     model = model_for(family, name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
-from tokenreduce.plan import Mix
+from tokenreduce.plan import Mix, Plan
 from tokenreduce.projector import Projector
 from tokenreduce.scoring import clean, descending, unit
 from tokenreduce.visual import Visual
@@ -46,6 +46,14 @@ class Temporal(Projector):
         super().__post_init__()
         if self.newlines == "rank":
             raise ValueError(f"{self.name}: newlines='rank' is for methods without frames; use 'keep' or 'drop'")
+
+    def plan(self, evidence: Evidence) -> Plan:
+        if evidence._masks() or evidence.valid is not None:
+            raise ValueError(
+                f"{self.name} takes whole frames of one size: protect leading tokens by their number, give no mask of "
+                f"single ones, and give samples of different length one by one"
+            )
+        return super().plan(evidence)
 
 
 def frames_of(evidence: Evidence) -> tuple[int, int]:

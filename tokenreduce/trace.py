@@ -41,6 +41,9 @@ class Step:
     parts: tuple[tuple[Tensor, Tensor, Plan], ...] = ()
     #: For each of ``parts``: (P,K) the column that each output of its plan takes, -1 where there is none.
     hosts: tuple[Tensor, ...] = ()
+    #: Encoder stage: patches of all views together that leave it, where views of one size come as one step of several
+    #: (Qwen's towers); ``tokens`` is then of one view.
+    patches: int | None = None
 
 
 @dataclass

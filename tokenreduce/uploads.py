@@ -65,7 +65,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def video_from(
-    path: str | Path, n: int, *, most_bytes: int = MOST_BYTES, seconds: float = 40.0, side: int = 448
+    path: str | Path, n: int, *, most_bytes: int = MOST_BYTES, seconds: float = 60.0, side: int = 448
 ) -> tuple[list[Image.Image], list[float]]:
     """``n`` frames at equal distances of a video, no side longer than ``side``, and their times in seconds.
 

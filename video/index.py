@@ -255,6 +255,8 @@ def _unreadable(path: Path, error: Exception) -> VideoError:
             path, "an MP4 file whose index (moov) is missing or damaged: it was cut off or never finished",
             "copy or download it again, or rebuild the index from a sound file of the same camera (untrunc)",
         )  # fmt: skip
+    if isinstance(error, EOFError):
+        return VideoError(path, "the file ends before its first frame", "the recording failed; make the file again")
     text = all(b in (9, 10, 13) or 32 <= b < 127 for b in head)
     what = "this is a text file" if text else f"not a video that FFmpeg knows ({str(error).split(':')[0]})"
     return VideoError(path, f"{what}, or its header is damaged", "check that it plays, copy or download it again")

@@ -95,7 +95,9 @@ def test_marks_follow_the_tokens_through_the_layers(cut):
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("spec", ["divprune:keep=0.4", "aim-merge:keep=0.5", "prumerge:keep=5", "visionzip:keep=5"])
+@pytest.mark.parametrize(
+    "spec", ["divprune:keep=0.4", "aim-merge:keep=0.5", "prumerge:keep=5", "visionzip:contextual=2,dominant=3"]
+)
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_what_stands_for_several_has_the_highest_mark(name, spec, positions):
     vlm = VLMS[name]
@@ -109,9 +111,10 @@ def test_what_stands_for_several_has_the_highest_mark(name, spec, positions):
         to = plan.sources()[:, -columns.shape[1] :]
         for b in range(len(hosts)):
             for k, host in enumerate(hosts[b].tolist()):
-                mine = columns[b, to[b] == k]
-                if host >= 0 and len(mine):
-                    want[rows[b, 0], host] = full[rows[b, 0], mine].max()
+                own = int(plan.representatives()[b, k]) - (plan.n - columns.shape[1])
+                mine = {*columns[b, to[b] == k].tolist(), *columns[b, own : own + 1].tolist()}
+                if host >= 0:
+                    want[rows[b, 0], host] = full[rows[b, 0], list(mine)].max() if mine else 0.0  # a class token
                     several += len(mine) > 1
     assert bool(several) == ("divprune" not in spec)
     place = step.plan.representatives()
@@ -126,9 +129,9 @@ def test_behind_a_method_in_the_tower(name):
     """Copies of what was merged have no marks, and go, as they do without anybody looking."""
     vlm = VLMS[name]
     inputs = prompts(vlm, CASES["unequal"])
-    with tr.patched(vlm.model, "tome:r=6"):
+    with tr.patched(vlm.model, "tome:keep=0.4"):
         want = generate(vlm.model, inputs)
-    with tr.patched(vlm.model, "tome:r=6", Marker()):
+    with tr.patched(vlm.model, "tome:keep=0.4", Marker()):
         got = generate(vlm.model, inputs)
     assert got[2].plans[-1] == want[2].plans[-1]
     assert torch.equal(got[1], want[1])
@@ -145,7 +148,7 @@ def test_methods_have_marks_of_their_own():
     close(seen[-3.0], seen[1.0] * -3)
 
 
-# -- MustDrop's key set --------------------------------------------------------------------------------------------------
+# -- MustDrop's key set ------------------------------------------------------------------------------------------------
 def test_the_key_set_stays_and_nothing_else():
     """Against the tower's own attention, eager: two of 16 tokens of every image."""
     vlm = VLMS["llava"]
@@ -216,8 +219,8 @@ def test_behind_other_stages(spec):
 def test_refused_with_the_reason(monkeypatch):
     model = VLMS["llava"].model
     assert "mustdrop" in tr.describe(model).methods("language")
-    with pytest.raises(ValueError, match=r"mustdrop@encoder|frames"):
-        tr.patch(VLMS["llava_onevision"].model, tr.VidTLDR(frames=4), tr.MustDrop())
+    with pytest.raises(ValueError, match="mustdrop looks at what the tower saw of every frame, of which tome:r=2"):
+        tr.patch(VLMS["llava_onevision"].model, tr.ToMe(r=2, frames=4), tr.MustDrop())
     monkeypatch.setattr(vlm_adapter, "vision_of", lambda inner: None)
     assert "mustdrop" not in tr.describe(model).methods("language")
     with pytest.raises(
@@ -242,7 +245,7 @@ def test_features_from_elsewhere():
             close(vlm.model(**inputs, mm_encoder_outputs={"image": mine}).logits, want)
             for other in (strange, SimpleNamespace(pooler_output=strange.pooler_output)):
                 with pytest.raises(
-                    ValueError, match="mustdrop looks at what the vision tower saw, but .* made elsewhere"
+                    ValueError, match=r"mustdrop looks at what the vision tower saw, but .* made elsewhere"
                 ):
                     vlm.model(**inputs, mm_encoder_outputs={"image": other})
         with tr.patched(vlm.model, tr.MustDrop(keep_rate=0, keep=4)):

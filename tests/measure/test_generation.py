@@ -183,6 +183,28 @@ def test_merging_inside_the_vision_encoder(loaded: dict[str, LoadedVlm]) -> None
     draw_kept(result, places(vlm.model, vlm.processor, question), side=64)
 
 
+@pytest.mark.parametrize("spec", ["tome:r=2", "mustdrop-merge:threshold=0.0,window=2", "tome:r=2+divprune:keep=3"])
+def test_merging_inside_a_packed_encoder(spec: str, loaded: dict[str, LoadedVlm]) -> None:
+    """Two images of one size and one of another, which may keep different numbers of 2x2 units."""
+    vlm = loaded["qwen2_5_vl"]
+    question = ask(vlm.processor, [photo(), photo(seed=1), photo(60, 90, 2)], "what?")
+    result = compare(vlm.model, vlm.processor, question, spec, max_new_tokens=1, rounds=1)
+    assert result.stock.encoder == 4 * result.stock.layers[0] > result.reduced.encoder
+    if "mustdrop" not in spec:
+        assert result.stock.encoder - result.reduced.encoder == 3 * 2 * 2 * 4  # images, blocks, r, patches
+    if "divprune" not in spec:  # a unit that is left is a visual token
+        assert result.reduced.encoder == 4 * result.reduced.layers[0]
+
+
+def test_looking_at_the_tower_is_no_site(loaded: dict[str, LoadedVlm]) -> None:
+    vlm = loaded["llava"]
+    question = ask(vlm.processor, [photo()], "what?")
+    result = compare(vlm.model, vlm.processor, question, "mustdrop:keep=4", max_new_tokens=1, rounds=1)
+    assert {s.method for s in result.sites} == {"mustdrop:keep=4"}
+    assert result.reduced.layers[0] == 64
+    assert result.reduced.layers[-1] == result.sites[-1].after == 4
+
+
 def test_encoder_steps_count_the_patches_that_are_left(loaded: dict[str, LoadedVlm]) -> None:
     vlm = loaded["llava"]
     question = ask(vlm.processor, [photo(), photo(seed=1)], "what?")

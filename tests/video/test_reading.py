@@ -284,8 +284,9 @@ def test_files_that_are_none(tmp_path):
 
 def test_files_without_pictures(tmp_path):
     assert "sound but no picture" in wrong(sound(tmp_path / "sound.mp4"))
-    assert "no frames" in wrong(film(tmp_path / "none.mkv", 0))
-    wrong(film(tmp_path / "none.mp4", 0))
+    assert "no frames" in wrong(film(tmp_path / "none.avi", 0, codec="mpeg4"))
+    assert "before its first frame" in wrong(film(tmp_path / "none.mkv", 0, codec="mpeg4"))
+    assert "no stream" in wrong(film(tmp_path / "none.mp4", 0, codec="mpeg4"))
 
 
 @needs_h264
@@ -432,5 +433,7 @@ def test_real_films_agree_with_plain_decoding(name, count, fps, size):
     with av.open(str(path)) as container:
         for i, frame in enumerate(container.decode(video=0)):
             if i in wanted:
-                np.testing.assert_array_equal(read.frames[wanted.pop(i)], frame.to_ndarray(format="rgb24"))
+                given, plain = read.frames[wanted.pop(i)], frame.to_ndarray(format="rgb24")
+                # Two builds of FFmpeg round inverse transforms differently; another frame differs by far more.
+                assert np.abs(given.astype(int) - plain.astype(int)).mean() < 0.1
     assert not wanted

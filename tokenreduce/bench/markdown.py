@@ -21,21 +21,18 @@ LEFT_OUT = ("tokens", "layer_tokens", "flops", "images_per_s", "peak_mb", "reduc
 def write_markdown(runs: Sequence[Run], path: str | Path, command: str = "") -> Path:
     """Write the page of ``runs``; text above :data:`MARKER` in an earlier page at ``path`` stays.
 
-    Raises ``OSError`` when the file cannot be written.
+    Raises ``OSError`` when the file cannot be read or written.
     """
-    path = Path(path)
-    head = "# Results\n\n"
-    if path.exists():
-        before, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
-        head = before if marker else head
-    parts = [f"{head.rstrip()}\n\n{MARKER}\n"]
-    for run in runs:
-        parts += _run(run)
+    path, head = Path(path), "# Results"
+    parts = [part for run in runs for part in _run(run)]
     if command:
         parts.append(f"The page again, from the rows: `{command}`\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(parts), encoding="utf-8")
+        if path.exists():
+            before, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
+            head = before.rstrip() if marker else head
+        path.write_text("\n".join([f"{head}\n\n{MARKER}\n", *parts]), encoding="utf-8")
     except OSError as error:
         raise OSError(
             f"cannot write {path}: {error.strerror or error}; choose another place with --markdown"

@@ -30,7 +30,7 @@ EMBEDDED = {"digits-vit": "digits", "world-vit": "world"}
 QUICK = {"digits": None, "world": 200}
 QUICK_ELSEWHERE = 1000
 #: Questions that `bench vlm` asks where --limit and --full say nothing.
-QUICK_QUESTIONS = 240
+QUICK_QUESTIONS = 180
 
 
 @app.command("vision")
@@ -165,7 +165,7 @@ def vlm(
         list[str] | None,
         typer.Option(help="Methods with explicit settings, 'divprune:keep=64+fastv:keep=0.5'; may be repeated."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask; 240 by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask; 180 by default.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 32,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer; the world is answered with one word.")

@@ -292,8 +292,10 @@ def layers_of(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[
         layers += [now] * ((layer or 0) - len(layers))
         # All text stays. Tokens are counted, not patches: a class token has none.
         left = step.tokens - text
-        # What the tower merged goes before the language model, where no method of its own may act.
-        sites.append(Site(step.stage, layer, step.method or inside, now, left))
+        # What the tower merged goes before the language model, where no method of its own may act. Where nothing has a
+        # name, a method inside the language model only had a look at what enters.
+        if step.method or inside:
+            sites.append(Site(step.stage, layer, step.method or inside, now, left))
         now = left
     return tuple(sites), tuple(layers + [now] * (depth - len(layers)))
 
@@ -332,9 +334,12 @@ def patches_left(model: Any, question: Question, patches: int | None, steps: Seq
     vision = None if found.language is None else found.language.vision
     last = 1 << 30 if vision is None else int(vision.feature)
     inside = [s for s in steps if s.stage == "encoder" and s.layer <= last]
-    views, towers = _views(question), found.towers
     if not inside:
         return patches
+    ends = [s.patches for s in inside if s.layer == inside[-1].layer]
+    if None not in ends:
+        return sum(n for n in ends if n is not None)
+    views, towers = _views(question), found.towers
     return None if views is None or len(towers) != 1 else len(views) * (inside[-1].tokens - towers[0].prefix)
 
 

@@ -16,7 +16,7 @@ from tokenreduce.measure.question import Question
 from tokenreduce.patching import patched
 from tokenreduce.picture import PAPER, draw_regions, overlay, view
 
-__all__ = ["Place", "draw_kept", "frame_places", "kept_views", "places"]
+__all__ = ["Place", "draw_kept", "frame_places", "kept_views", "places", "sheet"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,20 @@ def kept_views(comparison: Comparison, where: Sequence[Place], *, side: int = 22
         stay = len(set(region[region >= 0].tolist()))
         out.append((overlay(place.seen, region, side=side), f"{stay} of {region.size} tokens"))
     return out
+
+
+def sheet(pictures: Sequence[Image.Image], *, side: int = 336, gap: int = 6) -> Image.Image:
+    """``pictures`` on one, row by row, each as large as they fit into cells of ``side``; a single one stands alone."""
+    if len(pictures) == 1:
+        return pictures[0]
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    canvas = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), PAPER)
+    for i, picture in enumerate(pictures):
+        scale = side / max(picture.size)
+        small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        canvas.paste(small, (i % columns * (side + gap), i // columns * (side + gap)))
+    return canvas
 
 
 def frame_places(processor: Any, question: Question, grid: tuple[int, int], columns: Tensor) -> list[Place]:

@@ -31,10 +31,14 @@ class LazyLLM(
     Different from the paper, by what the library does:
 
     - The paper prunes prompt tokens of any kind. Here only visual tokens may go, and percentiles are over them.
-    - Decoding does not bring tokens back. In the paper every generated token chooses anew among all tokens of the
-      prompt, and hidden states of pruned ones are stored to be continued then. Here the choice of the prefill holds
-      for the whole answer: decoding is cheaper and its caches are shorter, but what only a later word of the answer
-      would have looked at is lost from that layer on. The published scores are with revival and do not carry over.
+    - Decoding does not bring tokens back; the time to the first token is the method's, the answer behind it is not. In
+      the paper every generated token chooses anew among all tokens of the prompt, hidden states of pruned ones are
+      stored (the Aux Cache), and one that is chosen later goes through the missing layers then, beside the new token.
+      Here the choice of the prefill holds for the whole answer: decoding is cheaper and its caches are shorter, but
+      what only a later word of the answer would have looked at is lost from that layer on. The published scores are
+      with revival and do not carry over. Why: revived tokens make a decode step of several queries at old positions
+      whose number differs between layers and samples, and append keys out of the order of positions; the caches,
+      window masks and reordering of beams of the models keep one row of slots in the order of the prompt.
 
     Args:
         pruning_layers: 0-based first layers that see fewer tokens; 30, 60 and 90 % of the depth (9, 19, 28 of 32).
