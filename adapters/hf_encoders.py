@@ -184,12 +184,13 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     attach_tower(tower, reducers, undo)
     copies: dict[int, Any] = {}
     for attn in attentions:
-        core = getattr(attn, "attention", attn)
+        core: Any = getattr(attn, "attention", attn)
         listen(core, undo, copies)
         if layout.core is not None:
-            if type(core) is not layout.core[0]:
+            kind = type(core)
+            if kind is not layout.core[0]:
                 raise TypeError(
-                    f"{tower.family}: attention class {type(core).__name__} is not supported; "
+                    f"{tower.family}: attention class {kind.__name__} is not supported; "
                     f"supported: {layout.core[0].__name__}"
                 )
             undo.swap_class(core, layout.core[1])

@@ -48,9 +48,7 @@ class ListeningVideoMAESelfAttention(videomae.VideoMAESelfAttention):
     Without a call it is the stock forward.
     """
 
-    def forward(
-        self, hidden_states: Tensor | None = None, tokenreduce_call: Call | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor | None = None, tokenreduce_call: Call | None = None) -> tuple[Tensor, Any]:
         if tokenreduce_call is None or hidden_states is None:
             return super().forward(hidden_states)
         shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)

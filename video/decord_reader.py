@@ -4,6 +4,7 @@ decord finds frames by timestamps that it reads from packets. Measured on files 
 gives other frames for AVI with B-frames, for open GOPs (the default of HEVC encoders), for MPEG-TS and behind edit
 lists, and fails or gives four channels for pictures that must be turned by a right angle. The index of the file tells
 these beforehand (:attr:`tokenreduce.video.index.Index.doubts`); the rest shows in decord's own count and timestamps.
+What is left: damage inside a packet that decord's decoder accepts in silence, where PyAV leaves the frame out.
 """
 
 from __future__ import annotations

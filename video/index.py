@@ -249,7 +249,8 @@ def _stated_end(container: Any, stream: Any) -> float | None:
 
 
 def _unreadable(path: Path, error: Exception) -> VideoError:
-    head = path.read_bytes()[:4096] if path.stat().st_size < 1 << 16 else path.open("rb").read(4096)
+    with path.open("rb") as file:
+        head = file.read(4096)
     if head[4:8] == b"ftyp":
         return VideoError(
             path, "an MP4 file whose index (moov) is missing or damaged: it was cut off or never finished",

@@ -83,8 +83,8 @@ class Video:
         why: why PyAV reads it though decord was there to be used; empty otherwise.
     """
 
-    def __init__(self, path: Path, index: Index, decord: Decord | None, why: str = "") -> None:
-        self.path, self.why = path, why
+    def __init__(self, path: Path, index: Index, decord: Decord | None, why: str = "", insist: bool = False) -> None:
+        self.path, self.why, self._insist = path, why, insist
         self._index, self._decord = index, decord
         self.times = index.times
         self.fps, self.duration, self.count = index.fps, index.duration, index.count
@@ -143,6 +143,8 @@ class Video:
             try:
                 pictures = self._by_decord(wanted, width, height)
             except Distrust as doubt:
+                if self._insist:
+                    raise VideoError(self.path, f"decord fails ({doubt})", 'use reader="auto" or "pyav"') from doubt
                 if importlib.util.find_spec("av") is None:
                     raise VideoError(self.path, str(doubt), "install PyAV: pip install 'tokenreduce[video]'") from doubt
                 self._decord, self.why = None, str(doubt)
@@ -215,7 +217,7 @@ def open_video(path: str | PathLike[str], reader: str = "auto") -> Video:
     if reader == "pyav" or not has["decord"]:
         return Video(path, index, None)
     try:
-        return Video(path, index, Decord(path, index))
+        return Video(path, index, Decord(path, index), insist=reader == "decord")
     except Distrust as doubt:
         if reader == "decord":
             raise VideoError(path, f"decord gets this file wrong ({doubt})", 'use reader="auto" or "pyav"') from doubt

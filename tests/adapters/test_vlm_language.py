@@ -27,6 +27,7 @@ SPECS = (
     "sparsevlm:keep=0.2",
     "sparsevlm:pruning_loc=[0,2],counts=[0.6,0.2],cluster=0.5",
     "sparsevlm:scale=0.8",
+    "mustdrop:keep=0.3",
 )
 MODELS = ("llava", "qwen2_5_vl")
 
@@ -113,7 +114,7 @@ def test_generation_is_what_masking_and_replacing_would_give(name, spec, rows):
     assert float((far[:, 0] - logits[:, 0]).abs().max()) > 1e-2, "the reduction changes something"
 
 
-@pytest.mark.parametrize("spec", ["pyramiddrop", "dart:keep=0.3", "sparsevlm:keep=0.2", SPECS[-2]])
+@pytest.mark.parametrize("spec", ["pyramiddrop", "dart:keep=0.3", "sparsevlm:keep=0.2", SPECS[-3]])
 @pytest.mark.parametrize("name", [name for name in VLMS if name not in MODELS])
 def test_other_families(name, spec):
     """Windows, prefixes that see each other, and DeepStack features behind a merge."""
@@ -199,7 +200,7 @@ def test_right_padding_in_a_forward(spec):
         close(got[i, got.shape[1] - length + real - 1], want[i, real - 1])
 
 
-@pytest.mark.parametrize("spec", ["pyramiddrop:keep=3", "dart:keep=0.3", "sparsevlm:keep=0.2"])
+@pytest.mark.parametrize("spec", ["pyramiddrop:keep=3", "dart:keep=0.3", "sparsevlm:keep=0.2", "mustdrop:keep=3"])
 def test_gradients_flow_and_checkpointing_changes_nothing(spec):
     grads = []
     for checkpointing in (False, True):

@@ -98,6 +98,33 @@ def test_other_precision(folders: dict[str, Path], photos: list[Path]) -> None:
     assert json.loads(result.stdout)["dtype"] == "bfloat16"
 
 
+def test_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are random here: the prompt, the resized picture and words that it does not know."""
+    import functools
+
+    import torch
+
+    from tokenreduce import zoo
+    from tokenreduce.zoo import world_llava
+
+    monkeypatch.setattr(world_llava, "facts", lambda model: {"accuracy": 0.5})
+    monkeypatch.setattr(zoo, "load", functools.partial(zoo.load, folder=tmp_path))
+    picture = tmp_path / "large.png"
+    Image.new("RGB", (300, 200), "navy").save(picture)
+    words = ("world-llava", "--image", picture, "--reduce", "visionzip:keep=32", "--rounds", 1, "--max-new-tokens", 1)
+    fails(call(*words, "--prompt", "what color is the star"), "no weights of world-llava", "tokenreduce train")
+    torch.manual_seed(0)
+    zoo.export(world_llava.build(), "world-llava", {}, folder=tmp_path)
+    result = call(*words, "--prompt", "what color is the star", "--json")
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert (made["stock"]["entry_tokens"], made["reduced"]["entry_tokens"]) == (196, 32)
+    assert made["text"] == "<image> what color is the star"
+    strange = call(*words, "--prompt", "what colour is the cat")
+    assert strange.exit_code == 0, strange.output
+    assert "the model does not know: colour, cat" in strange.stderr
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 def test_bad_models(folders: dict[str, Path], photos: list[Path], tmp_path: Path) -> None:
     def model(place: object) -> Result:

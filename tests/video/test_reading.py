@@ -332,6 +332,8 @@ def test_frames_that_cannot_be_decoded_are_left_out_and_counted(tmp_path, plain)
         data[pos + 6 : pos + size] = np.random.default_rng(i).bytes(size - 6)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(data)
+    with pytest.raises(VideoError, match="decord"):
+        read_frames(path, n=60, reader="decord")
     read = read_frames(path, n=60)
     assert read.reader == "pyav"
     assert 1 <= len(read.missing) <= 16

@@ -71,8 +71,9 @@ def test_attention_of_the_last_token_knows_the_second_hop_before_layer_2_and_not
 
 # -- video: a quarter of the tokens of every frame
 @pytest.mark.slow
-def test_class_attention_beats_random_on_video() -> None:
-    assert accuracy("video", "fastervlm:keep=0.25") >= accuracy("video", "random@projector:keep=0.25") + 5
+@pytest.mark.parametrize("spec", ["fastervlm:keep=0.25", "evs:keep=0.25"])
+def test_class_attention_and_change_beat_random_on_video(spec: str) -> None:
+    assert accuracy("video", spec) >= accuracy("video", "random@projector:keep=0.25") + 5
 
 
 # -- the card

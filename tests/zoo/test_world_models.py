@@ -154,11 +154,14 @@ def test_saved_folder_loads_with_plain_transformers_and_generates_the_same(llava
     inputs = processor(images=image, text="<image> what color is the star", return_tensors="pt")
     assert inputs["input_ids"].shape == (1, 1 + 196 + 5)
     torch.testing.assert_close(inputs["pixel_values"][0], world_vit.WorldTransform()(image), atol=1e-6, rtol=0)
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color is the star"}]}]
+    assert processor.apply_chat_template(turn) == "<image> what color is the star"
     llava.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     model, loaded = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     again = loaded(images=image, text="<image> what color is the star", return_tensors="pt")
     assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in inputs.items()}
+    assert loaded.apply_chat_template(turn) == "<image> what color is the star"
     assert torch.equal(logits_of(model, **again), logits_of(llava, **inputs))
     out = model.generate(**again)
     assert 1 <= out.shape[1] - 202 <= 2

@@ -24,6 +24,8 @@ GREYS = {
     "uniform": ("#909090", "dot"),
     "resize": ("#505050", "dashdot"),
     "pool": ("#808080", "dashdot"),
+    "pool-frames": ("#606060", "dot"),
+    "uniform-frames": ("#a0a0a0", "dash"),
 }
 #: By the stage in a full name, where several stages have the baseline.
 BASELINE_MARKERS = {"projector": "+", "language": "1"}

@@ -32,7 +32,7 @@ TOLERANCE = 0.03
 
 def is_baseline(method: str) -> bool:
     """Whether a row's method is a baseline, at whatever stage: ``random`` and ``random@projector``."""
-    return method.partition("@")[0] in (*BASELINES, "pool")
+    return method.partition("@")[0] in (*BASELINES, "pool", "pool-frames", "uniform-frames")
 
 
 @dataclass(frozen=True)

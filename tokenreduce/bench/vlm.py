@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,8 +62,11 @@ class _Answers(NamedTuple):
 
 
 class _Batch(NamedTuple):
+    """Inputs of ``items``, or ``remake(model)`` where they hold features that must be those of the patched tower."""
+
     items: list[Item]
     inputs: dict[str, Any]
+    remake: Callable[[Any], dict[str, Any]] | None = None
 
 
 @dataclass
@@ -125,6 +128,10 @@ class VlmTask:
         "visual_share", "visual tokens", "visual tokens, mean over the language model's layers, % of the unreduced ones"
     )
     baselines: ClassVar[tuple[str, ...]] = ("random@projector", "uniform@projector", "pool", "resize@projector")
+    #: By stage, what ``few`` leaves.
+    well_known: ClassVar[Mapping[str, tuple[str, ...]]] = WELL_KNOWN
+    #: Questions over which costs are averaged.
+    probed: ClassVar[int] = PROBES
 
     _state: _Ready | None = field(default=None, init=False, repr=False)
     _costs: dict[tuple[Reducer, ...], _Cost] = field(default_factory=dict, init=False, repr=False)
@@ -157,21 +164,19 @@ class VlmTask:
         """
         if self._state is not None:
             return
-        items = load_questions(self.data, self.split, self.limit, self.seed)
+        items, problems = self._asked()
         loaded = self._load()
         if describe(loaded.model).language is None:
             raise TypeError(f"{self.model} has no language model with visual tokens that an adapter knows")
-        words = self.data == "world" and _knows_the_world(loaded.processor.tokenizer)
-        ready = _Ready(loaded, items, _twin(loaded.model), words)
+        words = self._one_word(loaded)
+        ready = _Ready(loaded, items, _twin(loaded.model), words, problems=problems)
         if loaded.processor.tokenizer.pad_token is None:  # padding is masked, so any token will do
             loaded.processor.tokenizer.pad_token = loaded.processor.tokenizer.eos_token
         ready.baseline = self._answer(ready)
         good = [item for item in items if item.id in ready.baseline.said]
-        for item in good[:PROBES]:
-            question = ask(loaded.processor, [item.open()], self._prompt(ready, item))
-            ready.probes.append(
-                Question(question.prompt, question.images, question.text, self._placed(question.inputs, loaded))
-            )
+        for item in good[: self.probed]:
+            question = self._question(ready, item, self._open(ready, item))
+            ready.probes.append(replace(question, inputs=self._placed(question.inputs, loaded)))
             ready.visual.append(visual_columns(loaded.model, question))
         self._state = ready
 
@@ -180,7 +185,7 @@ class VlmTask:
 
     def methods(self) -> list[str]:
         """Full names of the methods that the model can serve, stage by stage."""
-        wanted = [name for stage in self.stages for name in WELL_KNOWN[stage]]
+        wanted = [name for stage in self.stages for name in self.well_known[stage]]
         return [name for name in self._served()[0] if not self.few or name in wanted]
 
     def _served(self) -> tuple[list[str], list[str]]:
@@ -294,7 +299,35 @@ class VlmTask:
             notes.append(f"{answers.broken} questions gave NaN or infinite outputs; they count as wrong")
         return notes if reducers else [*ready.notes, *notes, *self._served()[1]]
 
-    # -- questions -----------------------------------------------------------------------------------------------------
+    # -- questions: what tasks on other inputs replace --------------------------------------------------------------
+    def _asked(self) -> tuple[list[Item], dict[int, dict[str, str]]]:
+        """The questions, and what is wrong with those that cannot be asked."""
+        return load_questions(self.data, self.split, self.limit, self.seed), {}
+
+    def _one_word(self, loaded: LoadedVlm) -> bool:
+        """Whether an answer is the likeliest token behind the question."""
+        return self.data == "world" and _knows_the_world(loaded.processor.tokenizer)
+
+    def _open(self, ready: _Ready, item: Item) -> Any:
+        """What ``item`` is about. Raises ``OSError`` or ``ValueError`` where it is missing or broken."""
+        return item.open()
+
+    def _question(self, ready: _Ready, item: Item, opened: Any) -> Question:
+        return ask(ready.loaded.processor, [opened], self._prompt(ready, item))
+
+    def _groups(self, ready: _Ready) -> Iterable[list[Item]]:
+        """Questions that go through the model together."""
+        return (ready.items[i : i + self.batch] for i in range(0, len(ready.items), self.batch))
+
+    def _inputs(self, ready: _Ready, batch: _Batch) -> dict[str, Any]:
+        if batch.remake is not None:
+            return batch.remake(ready.loaded.model)
+        return self._placed(batch.inputs, ready.loaded)
+
+    def _read(self, item: Item, text: str) -> tuple[str, bool]:
+        """An answer as answers are compared with each other, and whether it is right."""
+        return text, matches(text, item.answers)
+
     def _prompt(self, ready: _Ready, item: Item) -> str:
         if ready.words:
             return f"{ready.loaded.processor.image_token} {item.text}"
@@ -306,8 +339,8 @@ class VlmTask:
             return
         kept: list[_Batch] | None = []
         size = 0
-        for start in range(0, len(ready.items), self.batch):
-            for made in self._made(ready, ready.items[start : start + self.batch]):
+        for group in self._groups(ready):
+            for made in self._made(ready, group):
                 size += sum(v.numel() * v.element_size() for v in made.inputs.values() if isinstance(v, Tensor))
                 kept = None if kept is None or size > CACHE else [*kept, made]
                 yield made
@@ -318,32 +351,38 @@ class VlmTask:
         opened = []
         for item in items:
             try:
-                opened.append((item, item.open()))
+                opened.append((item, self._open(ready, item)))
             except (OSError, ValueError) as error:
                 self._problem(ready, item, error)
-        if not opened:
-            return
+        for part in self._alike(opened):
+            yield from self._batch_of(ready, part)
+
+    def _alike(self, opened: list[tuple[Item, Any]]) -> Iterable[list[tuple[Item, Any]]]:
+        """Parts that processors can put into one batch."""
+        return [opened] if opened else []
+
+    def _batch_of(self, ready: _Ready, opened: list[tuple[Item, Any]]) -> Iterator[_Batch]:
         if not ready.alone and len(opened) > 1:
             try:
-                yield _Batch([item for item, _ in opened], self._together(ready, opened))
+                yield self._together(ready, opened)
                 return
             except (ValueError, TypeError, IndexError, RuntimeError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         else:
             reason = ""
         broken = len(ready.problems)
-        for item, picture in opened:
+        for item, one in opened:
             try:
-                inputs = ask(ready.loaded.processor, [picture], self._prompt(ready, item)).inputs
+                question = self._question(ready, item, one)
             except (ValueError, TypeError, IndexError, RuntimeError) as error:
                 self._problem(ready, item, error)
                 continue
-            yield _Batch([item], inputs)
+            yield _Batch([item], question.inputs, question.remake)
         if reason and len(ready.problems) == broken:  # no single question is to blame
             ready.alone = True
             ready.notes.append(f"questions are asked one at a time: the processor makes no batches of them ({reason})")
 
-    def _together(self, ready: _Ready, opened: Sequence[tuple[Item, Any]]) -> dict[str, Any]:
+    def _together(self, ready: _Ready, opened: Sequence[tuple[Item, Any]]) -> _Batch:
         processor = ready.loaded.processor
         texts = [prompt_text(processor, 1, self._prompt(ready, item)) for item, _ in opened]
         settings: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
@@ -352,11 +391,11 @@ class VlmTask:
             settings["add_special_tokens"] = False
         made = dict(processor(images=[[picture.convert("RGB")] for _, picture in opened], text=texts, **settings))
         made.pop("labels", None)
-        return made
+        return _Batch([item for item, _ in opened], made)
 
     def _problem(self, ready: _Ready, item: Item, error: Exception) -> None:
         path = str(item.image) if isinstance(item.image, Path) else f"question {item.id}"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).removeprefix(f"{path}: ").splitlines()[0] if str(error) else type(error).__name__
         ready.problems[item.id] = {"path": path, "reason": reason}
 
     # -- running -------------------------------------------------------------------------------------------------------
@@ -374,8 +413,8 @@ class VlmTask:
         model: Any = ready.loaded.model
         tokenizer = ready.loaded.processor.tokenizer
         for batch in self._batches(ready):
-            inputs = self._placed(batch.inputs, ready.loaded)
             with torch.inference_mode():
+                inputs = self._inputs(ready, batch)
                 if ready.words:
                     logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
                     finite = logits.isfinite().all(-1).tolist()
@@ -387,8 +426,8 @@ class VlmTask:
                     said = tokenizer.batch_decode(made, skip_special_tokens=True)
             for item, text, good in zip(batch.items, said, finite, strict=True):
                 broken += not good
-                out.said[item.id] = text if good else ""
-                out.right[item.id] = good and matches(text, item.answers)
+                said_so, right = self._read(item, text) if good else ("", False)
+                out.said[item.id], out.right[item.id] = said_so, right
         if not out.said:
             listed = [ready.problems[key] for key in sorted(ready.problems)][:5]
             first = "".join(f"\n  {p['path']}: {p['reason']}" for p in listed)
@@ -402,7 +441,8 @@ class VlmTask:
     def _prefill(self, model: Any, question: Question) -> Any:
         """The cache behind the prompt, when the logits of the first new token are there, as ``generate`` does it."""
         with torch.inference_mode():
-            return model(**question.inputs, use_cache=True, logits_to_keep=1).past_key_values
+            inputs = question.inputs if question.remake is None else question.remake(model)
+            return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
 
     def _cost(self, reducers: tuple[Reducer, ...]) -> _Cost:
         if reducers not in self._costs:

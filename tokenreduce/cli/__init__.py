@@ -1,4 +1,4 @@
-"""The command line: ``tokenreduce methods | describe | show | generate | bench | report | train | scene | demo``.
+"""The command line: ``tokenreduce methods | describe | show | generate | stream | bench | report | train | ...``.
 
 One file per command; whatever is heavy is imported inside the command that needs it.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli import bench, demo, describe, generate, methods, report, scene, show, train
+from tokenreduce.cli import bench, demo, describe, generate, methods, report, scene, show, stream, train
 from tokenreduce.cli.shared import Friendly, set_debug
 
 __all__ = ["app", "main"]
@@ -49,6 +49,7 @@ app.command("describe")(describe.command)
 app.command("show")(show.command)
 app.command("generate")(generate.command)
 app.add_typer(bench.app, name="bench")
+app.command("stream")(stream.command)
 app.command("report")(report.command)
 app.command("train")(train.command)
 app.command("scene")(scene.command)

@@ -12,7 +12,7 @@ from tokenreduce.measure.generation import visual_columns
 from tokenreduce.measure.kept import Place, frame_places, places
 from tokenreduce.measure.question import Question, ask, prompt_text
 
-__all__ = ["ask_frames", "film_places", "frames_question", "takes_videos"]
+__all__ = ["ask_frames", "film_metadata", "film_places", "frames_question", "own_form", "takes_videos"]
 
 
 def takes_videos(processor: Any) -> bool:
@@ -45,19 +45,21 @@ def frames_question(
     if times is not None and len(times) != len(frames):
         raise ValueError(f"{len(times)} times for {len(frames)} frames; give one for each")
     if loaded.name == "world-llava":
-        return _own_form(loaded, frames, prompt)
+        return own_form(loaded, frames, prompt)
     if takes_videos(loaded.processor):
         return _as_video(loaded.processor, frames, prompt, times)
     return ask(loaded.processor, frames, prompt)
 
 
-def _own_form(loaded: Any, frames: Sequence[Image.Image], prompt: str) -> Question:
-    from tokenreduce.zoo.video_inputs import video_inputs
+def own_form(loaded: Any, frames: Sequence[Image.Image], prompt: str) -> Question:
+    """:func:`frames_question` in the form of ``world-llava``: "frame <image> frame <image> ... question"."""
+    from tokenreduce.zoo.video_inputs import clip_pixels, video_inputs
 
     clip = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    pixels = clip_pixels([clip], loaded.processor)
 
     def remake(model: Any) -> dict[str, Any]:
-        return video_inputs(model, [clip], [prompt], processor=loaded.processor)
+        return video_inputs(model, [clip], [prompt], processor=loaded.processor, pixels=pixels)
 
     return Question(prompt, tuple(frames), prompt, remake(loaded.model), remake)
 
@@ -74,7 +76,7 @@ def _as_video(processor: Any, frames: Sequence[Image.Image], prompt: str, times:
         made = dict(
             processor(
                 videos=[clip], text=[text], return_tensors="pt", do_sample_frames=False,
-                video_metadata=[_metadata(len(clip), times)], **settings,
+                video_metadata=[film_metadata(len(clip), times)], **settings,
             )
         )  # fmt: skip
     except (ValueError, TypeError, IndexError) as error:
@@ -83,7 +85,7 @@ def _as_video(processor: Any, frames: Sequence[Image.Image], prompt: str, times:
     return Question(prompt, pictures, text, made)
 
 
-def _metadata(count: int, times: Sequence[float] | None) -> Any:
+def film_metadata(count: int, times: Sequence[float] | None) -> Any:
     """True times as frame numbers of a film with a frame every millisecond: processors divide numbers by a rate."""
     from transformers.video_utils import VideoMetadata
 

@@ -75,9 +75,7 @@ def prompt_text(processor: Any, count: int, prompt: str, kind: str = "image") ->
         turn = [{"role": "user", "content": content}]
         text = str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
         if token and token not in text:
-            raise ValueError(
-                f"the processor's chat template writes no {token} for the {kind}; correct or delete it"
-            )
+            raise ValueError(f"the processor's chat template writes no {token} for the {kind}; correct or delete it")
         return text
     if not token:
         raise ValueError(

@@ -14,32 +14,46 @@ import torch
 
 from tokenreduce.zoo.world_words import processor as make_processor
 
-__all__ = ["video_inputs"]
+__all__ = ["clip_pixels", "video_inputs"]
 
 
-@torch.no_grad()
-def video_inputs(
-    model: Any, clips: Sequence[np.ndarray], texts: Sequence[str], *, processor: Any = None
-) -> dict[str, Any]:
-    """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``: one question about each clip.
-
-    ``clips`` are (T,112,112,3) uint8 frames (also as RGB of another size), ``texts`` the questions without
-    placeholders; shorter prompts are padded on the left. Make the inputs under the patch that is to act: a patched
-    model's features carry what its methods look at. Raises ``ValueError`` for clips and texts of different number or
-    a clip that is not (T,H,W,3).
-    """
+def clip_pixels(clips: Sequence[np.ndarray], processor: Any = None) -> torch.Tensor:
+    """(frames of all clips,3,112,112): what the vision tower gets. Raises ``ValueError`` for a clip that is not
+    (T,H,W,3)."""
     from PIL import Image
 
-    from tokenreduce.zoo.world_llava import pool
-
-    if len(clips) != len(texts) or not len(clips):
-        raise ValueError(f"one question per clip: {len(clips)} clips and {len(texts)} questions")
     for clip in clips:
         if clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
             raise ValueError(f"a clip is (T,H,W,3) with at least one frame, not {tuple(clip.shape)}")
     reading = processor or make_processor()
     frames = [Image.fromarray(np.asarray(f)) for clip in clips for f in clip]
-    pixel_values = reading.image_processor(images=frames, return_tensors="pt")["pixel_values"]
+    made: torch.Tensor = reading.image_processor(images=frames, return_tensors="pt")["pixel_values"]
+    return made
+
+
+@torch.no_grad()
+def video_inputs(
+    model: Any,
+    clips: Sequence[np.ndarray],
+    texts: Sequence[str],
+    *,
+    processor: Any = None,
+    pixels: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``: one question about each clip.
+
+    ``clips`` are (T,112,112,3) uint8 frames (also as RGB of another size), ``texts`` the questions without
+    placeholders; shorter prompts are padded on the left. Make the inputs under the patch that is to act: a patched
+    model's features carry what its methods look at; ``pixels``, made by :func:`clip_pixels` before, are the same under
+    every patch. Raises ``ValueError`` for clips and texts of different number or
+    a clip that is not (T,H,W,3).
+    """
+    from tokenreduce.zoo.world_llava import pool
+
+    if len(clips) != len(texts) or not len(clips):
+        raise ValueError(f"one question per clip: {len(clips)} clips and {len(texts)} questions")
+    reading = processor or make_processor()
+    pixel_values = clip_pixels(clips, reading) if pixels is None else pixels
     seen = model.model.get_image_features(
         pixel_values=pixel_values.to(model.device, model.dtype),
         vision_feature_layer=model.config.vision_feature_layer,

@@ -1,0 +1,118 @@
+"""``tokenreduce stream``: a video file of any length through a memory of fixed size."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenreduce.cli.shared import complain, console
+
+if TYPE_CHECKING:
+    from tokenreduce.video.memory import Recalled, StreamingMemory
+
+__all__ = ["command"]
+
+MEMORIES = ("pyramid", "clips")
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="A video file.")],
+    memory: Annotated[
+        str, typer.Option(help="pyramid (frames, finer the more recent) or clips (compressed one by one).")
+    ] = "pyramid",
+    encoder: Annotated[
+        str, typer.Option(help="Whose patches are remembered: world-vit, timm:NAME, open_clip:NAME/TAG, hf:FOLDER.")
+    ] = "world-vit",
+    fps: Annotated[float, typer.Option(help="Frames per second that are looked at.")] = 1.0,
+    capacities: Annotated[str, typer.Option(help="pyramid: frames at full, half and quarter side length.")] = "2,2,12",
+    reducer: Annotated[
+        str, typer.Option(help="clips: temporal method that compresses each clip of 16 frames.")
+    ] = "evs:keep=128",
+    chunk: Annotated[int, typer.Option(min=1, help="Frames read and encoded at once.")] = 16,
+    state: Annotated[
+        Path | None, typer.Option(help="File that holds the memory; it is continued when it is there.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+) -> None:
+    """Stream a video through a memory with a fixed token budget, and say what it holds as it goes.
+
+    With --state the memory is written after every chunk, and the same command goes on behind the last frame in it.
+    """
+    from rich.table import Table
+
+    from tokenreduce.bench.models import load_model
+    from tokenreduce.measure.features import feature_maps
+    from tokenreduce.video import open_video
+
+    if memory not in MEMORIES:
+        raise ValueError(f"--memory is {' or '.join(MEMORIES)}, not {memory!r}")
+    make = _maker(memory, capacities, reducer, chunk)
+    make(None)  # wrong settings show before anything is read
+    film = open_video(file)
+    wanted = film.choose(fps=fps)
+    bank = make(feature_maps(load_model(encoder, device)))
+    if state is not None and state.exists():
+        bank = _continued(bank, state)
+        complain(f"{state} holds {bank.seen} frames; going on behind them")
+        last = float(bank.tokens().spans.max()) if bank.seen else -1.0
+        wanted = [i for i in wanted if film.times[i] > last]
+    screen = console()
+    table = Table("frames seen", "of video", "tokens", "held", "time per frame", box=None, pad_edge=False)
+    missing = 0
+    for start in range(0, len(wanted), chunk):
+        began = time.perf_counter()
+        got = film.read(wanted[start : start + chunk])
+        missing += len(got.missing)
+        if len(got):
+            bank.push(got.frames, got.times)
+        each = (time.perf_counter() - began) / chunk
+        if state is not None:
+            bank.save(state)
+        done = start + chunk
+        if done >= len(wanted) or (done & (done - 1)) == 0:  # ever rarer: streams are long
+            seconds = got.times[-1] if len(got) else film.duration
+            table.add_row(
+                str(bank.seen), f"{seconds:,.0f} s", f"{len(bank.tokens().x)} (at most {bank.budget})",
+                f"{bank.stored * 4 / 1e6:.2f} MB", f"{each * 1e3:.0f} ms",
+            )  # fmt: skip
+    screen.print(table)
+    screen.print(_pieces(bank.tokens()), markup=False, soft_wrap=True)
+    for line in film.warnings:
+        complain(line)
+    if missing:
+        complain(f"{missing} frames could not be decoded and are not in the memory")
+
+
+def _maker(memory: str, capacities: str, reducer: str, chunk: int) -> Any:
+    from tokenreduce.video import ClipMemory, PyramidMemory
+
+    if memory == "clips":
+        return lambda encode: ClipMemory(reducer, encode=encode, chunk=chunk)
+    try:
+        sizes = tuple(int(part) for part in capacities.split(","))
+    except ValueError:
+        raise ValueError(f"--capacities are three whole numbers such as 2,2,12, not {capacities!r}") from None
+    return lambda encode: PyramidMemory(sizes, encode=encode, chunk=chunk)
+
+
+def _continued(bank: StreamingMemory, state: Path) -> StreamingMemory:
+    from tokenreduce.video import StreamingMemory
+
+    kept = StreamingMemory.load(state, encode=bank.encode)
+    if type(kept) is not type(bank) or kept.settings() != bank.settings():
+        raise ValueError(
+            f"{state} holds a {type(kept).__name__} with {kept.settings()}, not one with {bank.settings()}; give the "
+            f"same settings or another --state"
+        )
+    return kept
+
+
+def _pieces(recalled: Recalled) -> str:
+    parts = [
+        f"{begin:.0f}-{end:.0f} s: {n}" if end > begin else f"{begin:.0f} s: {n}"
+        for (begin, end), n in zip(recalled.spans.tolist(), recalled.lengths, strict=True)
+    ]
+    return f"tokens by time: {', '.join(parts)}"
