@@ -60,9 +60,7 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, *, ascending: bool = F
         best = best.masked_fill(fixed[:, ::2], float("-inf"))
     order = descending(best)
     source, rest = order[:, :r], order[:, r:]
-    if (
-        protected is not None or ascending
-    ):  # not for padding: a sample's order must not depend on what others of its batch lack
+    if protected is not None or ascending:  # not for padding: an order must not depend on what other samples lack
         rest = rest.sort(dim=-1).values
     # Protected tokens lead: their even positions stand first in `rest`, their odd ones first among the partners.
     even, odd = (p + 1) // 2, p // 2
