@@ -255,10 +255,8 @@ class _Block(Reduced):
     def _tell(
         self, trace: Trace, site: Site, part: Part, packed: Packed, plan: Plan | None = None, method: str = ""
     ) -> None:
-        patches = part.units * packed.layout.unit
-        trace.add(  # type: ignore[arg-type]
-            self, Step("encoder", site.layer, part.where.shape[1], plan, method, patches=patches)
-        )
+        step = Step("encoder", site.layer, part.where.shape[1], plan, method, patches=part.units * packed.layout.unit)
+        trace.add(self, step)  # type: ignore[arg-type]
 
 
 class ReducedQwen2Block(_Block, qwen2.Qwen2VLVisionBlock):

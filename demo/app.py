@@ -26,8 +26,16 @@ footer { display: none !important; }
 .answers td:first-child { min-width: 11rem; }
 .answers tr.r0 td { font-weight: 600; }
 .small { color: #666; font-size: .85rem; }
+.gallery-examples .grid-wrap { overflow-x: hidden; }
+.gallery-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+.facts td, .facts th { word-break: normal; overflow-wrap: normal; }
 table { font-variant-numeric: tabular-nums; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  .facts td, .facts th { padding: 4px 5px !important; font-size: .8rem; }
+  .answers td, .answers th { padding: 3px 5px !important; font-size: .8rem; }
+  .answers td:first-child { min-width: 5rem; }
+}
 """
 #: Largest upload; what is behind it is looked at again, by kind, before it is decoded.
 MOST_UPLOAD = "32mb"

@@ -70,7 +70,7 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
             gallery = gr.Gallery(
                 [(e.image, "clip" if e.frames else "") for e in examples_of()], columns=3, height=215,
                 show_label=False, allow_preview=False, object_fit="contain",
-                elem_id="ask-examples", buttons=[], interactive=False,
+                elem_id="ask-examples", elem_classes="gallery-examples", buttons=[], interactive=False,
             )  # fmt: skip
             upload = gr.UploadButton(
                 "Upload an image or a video",

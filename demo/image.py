@@ -94,7 +94,7 @@ def add(store: Store, page: gr.Blocks) -> None:
             gr.Markdown("Examples, held out from training:", elem_classes="hint")
             gallery = gr.Gallery(
                 _thumbnails(first), show_label=False, columns=3, height=215, allow_preview=False, object_fit="contain",
-                elem_id="image-examples", buttons=[], interactive=False,
+                elem_id="image-examples", elem_classes="gallery-examples", buttons=[], interactive=False,
             )  # fmt: skip
             upload = gr.UploadButton(
                 "Upload an image", file_types=list(IMAGES), elem_id="image-upload", type="filepath", size="sm"
@@ -115,7 +115,7 @@ def add(store: Store, page: gr.Blocks) -> None:
             with gr.Row():
                 label_a = gr.Label(label="Prediction, unreduced", elem_id="image-stock", min_width=200)
                 label_b = gr.Label(label="Prediction, reduced", elem_id="image-reduced", min_width=200)
-            table = gr.Markdown(elem_id="image-facts")
+            table = gr.Markdown(elem_id="image-facts", elem_classes="facts")
             plot = gr.Plot(show_label=False, elem_id="image-plot")
 
     controls = [model, picture, truth, method, keep, layer, batch]

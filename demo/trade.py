@@ -125,13 +125,19 @@ def add(store: Store, page: gr.Blocks, folder: Path) -> None:
             with gr.Row():
                 as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="trade-csv", size="sm")
                 as_html = gr.DownloadButton("Download HTML report", interactive=False, elem_id="trade-html", size="sm")
-            table = gr.Dataframe(elem_id="trade-rows", interactive=False, wrap=False, show_label=False, max_height=420)
+            table = gr.Dataframe(
+                elem_id="trade-rows", interactive=False, wrap=False, show_label=False, max_height=420, visible=False
+            )
 
     shown = [warning, state, held, plot, as_csv, as_html, table, go, stop]
 
     def present(run: Run, axis: str, files: dict[str, Path] | None) -> dict[Any, Any]:
         heads, body = rows_of(run)
-        out: dict[Any, Any] = {held: run, plot: _plot(run, axis), table: gr.Dataframe({"headers": heads, "data": body})}
+        out: dict[Any, Any] = {
+            held: run,
+            plot: _plot(run, axis),
+            table: gr.Dataframe({"headers": heads, "data": body}, visible=True),
+        }
         for button, kind in ((as_csv, "csv"), (as_html, "html")):
             ready = files is not None
             out[button] = gr.DownloadButton(value=str(files[kind]) if files else None, interactive=ready)
@@ -217,7 +223,7 @@ def add(store: Store, page: gr.Blocks, folder: Path) -> None:
 
 def _plot(run: Run, axis: str) -> Any:
     have = trade_axes(run)
-    return trade_plot(run, axis if axis in have else "cost", height=460)
+    return trade_plot(run, axis if axis in have else "cost", height=500, below=True)
 
 
 def _said(progress: Progress) -> str:

@@ -1,5 +1,5 @@
 """Folders with a tiny image language model and its processor, as ``save_pretrained`` writes them, made without a
-network: ``python tests/vlm_folders.py OUT_DIR`` writes both. The weights are random, and so are the answers."""
+network: ``python tests/vlm_folders.py OUT_DIR`` writes them. The weights are random, and so are the answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vlms import IMAGE, VIDEO, _text, _wide
+from vlms import IMAGE, VIDEO, _text, _tower, _wide
 
 WORDS = re.findall(
     r"\S+",
@@ -29,6 +29,15 @@ QWEN_TEMPLATE = (
     "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant : {% endif %}"
+)
+
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}> {% endif %}"
+    "{% endfor %}{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
 )
 
 
@@ -108,9 +117,42 @@ def save_qwen(folder: Path, most: int = 64) -> Path:
     return folder
 
 
+def save_onevision(folder: Path, size: int = 32, patch: int = 8) -> Path:
+    """LLaVA-OneVision with a chat template: frames of (size, size) pixels, (size/patch/2)^2 visual tokens each."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    pinpoints = [[size, 2 * size], [2 * size, size]]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**_tower(size, patch), vision_use_head=False),
+        text_config=Qwen2Config(**_text()), image_token_index=IMAGE, video_token_index=VIDEO,
+        image_grid_pinpoints=pinpoints,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _wide(LlavaOnevisionForConditionalGeneration(config)).save_pretrained(folder)
+    square = {"height": size, "width": size}
+    LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints),
+        _tokenizer({"<video>": VIDEO, "<image>": IMAGE}), LlavaOnevisionVideoProcessor(size=square),
+        num_image_tokens=(size // patch) ** 2, vision_feature_select_strategy="full",
+        chat_template=ONEVISION_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def save_all(folder: Path) -> dict[str, Path]:
-    """Both models in ``folder``/llava and ``folder``/qwen2_5_vl."""
-    return {"llava": save_llava(folder / "llava"), "qwen2_5_vl": save_qwen(folder / "qwen2_5_vl")}
+    """The models in ``folder``/llava, ``folder``/qwen2_5_vl and ``folder``/onevision."""
+    return {
+        "llava": save_llava(folder / "llava"), "qwen2_5_vl": save_qwen(folder / "qwen2_5_vl"),
+        "onevision": save_onevision(folder / "onevision"),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

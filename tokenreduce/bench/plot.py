@@ -70,11 +70,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-def trade_plot(run: Run, against: str = "cost", *, height: int = 520) -> Any:
+def trade_plot(run: Run, against: str = "cost", *, height: int = 520, below: bool = False) -> Any:
     """A plotly figure of a run: a line per method against one of :func:`trade_axes`, settings and results on hover.
 
-    Baselines are grey, the unreduced model is a star, and a thin line joins the points that no other one beats. Raises
-    ``ImportError`` without plotly, ``ValueError`` for another axis.
+    Baselines are grey, the unreduced model is a star, and a thin line joins the points that no other one beats.
+    ``below`` puts the legend there, for narrow pages. Raises ``ImportError`` without plotly and ``ValueError`` for
+    another axis.
     """
     need("plotly", "the plot")
     import plotly.graph_objects as go
@@ -122,6 +123,8 @@ def trade_plot(run: Run, against: str = "cost", *, height: int = 520) -> Any:
         template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 30, "b": 55}, xaxis_title=axis.title,
         yaxis_title=metric_label(run.metric) + (", %" if by == 100 else ""),
     )  # fmt: skip
+    if below:
+        figure.update_layout(legend={"orientation": "h", "yanchor": "top", "y": -0.18, "x": 0})
     return figure
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli import bench, demo, describe, generate, methods, report, scene, show, stream, train
+from tokenreduce.cli import bench, bench_video, demo, describe, generate, methods, report, scene, show, stream, train
 from tokenreduce.cli.shared import Friendly, set_debug
 
 __all__ = ["app", "main"]
@@ -48,6 +48,7 @@ app.command("methods")(methods.command)
 app.command("describe")(describe.command)
 app.command("show")(show.command)
 app.command("generate")(generate.command)
+bench.app.command("video")(bench_video.command)
 app.add_typer(bench.app, name="bench")
 app.command("stream")(stream.command)
 app.command("report")(report.command)

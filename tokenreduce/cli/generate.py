@@ -76,8 +76,8 @@ def command(
     if show is not None and where is not None:
         save_picture(draw_kept(result, where), show, "--show")
     if film is not None:
-        shown = f"{len(film)} of {film.count} frames, {film.times[0]:.1f} to {film.times[-1]:.1f} s, by {film.reader}"
-        for line in (f"{video}: {shown}", *film.warnings):
+        part = f"{len(film)} of {film.count} frames, {film.times[0]:.1f} to {film.times[-1]:.1f} s, by {film.reader}"
+        for line in (f"{video}: {part}", *film.warnings):
             complain(line)
     about = {"model": model, "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
     if as_json:

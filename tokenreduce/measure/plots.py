@@ -60,7 +60,8 @@ def visual_layers_plot(sides: Mapping[str, Sequence[int]], *, height: int = 300)
 def _dressed(figure: Any, height: int, below: str, mode: str) -> Any:
     figure.update_xaxes(title_text=below, dtick=1)
     figure.update_layout(
-        template="plotly_white", height=height, margin={"l": 45, "r": 10, "t": 60, "b": 80}, barmode=mode,
-        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0}, font={"size": 12},
+        template="plotly_white", height=height, margin={"l": 45, "r": 10, "t": 80, "b": 45}, barmode=mode,
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.12, "x": 0}, font={"size": 12},
+        modebar={"remove": ["zoom", "pan", "select", "lasso2d", "zoomIn", "zoomOut", "autoScale", "resetScale"]},
     )  # fmt: skip
     return figure
