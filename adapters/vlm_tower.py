@@ -142,6 +142,8 @@ def encode(inner: Any, kind: str, blocks: tuple[int, ...], *args: Any, **kwargs:
     if features is None:  # a tuple was asked for, which carries nothing
         return output
     seen.entries = entries(inner, kind, seen, features, given)
+    if seen.own is not None and seen.features is not None and seen.own.shape[-1] != seen.features.shape[-1]:
+        seen.own = None  # several layers side by side
     put_on(output, seen)
     arriving = ARRIVING.get()
     if arriving is not None:
@@ -175,7 +177,11 @@ def after_tower(tower: Any, args: tuple[Any, ...], output: Any) -> None:
         return
     states = getattr(output, "hidden_states", None)
     if seen.vision.cls and states is not None and len(states) > seen.vision.feature + 1:
-        seen.own = states[seen.vision.feature + 1][:, 0]
+        state = states[seen.vision.feature + 1]
+        if state is None:  # the caller asked for another layer; the library keeps only those
+            there = [s for s in states if s is not None]
+            state = there[0] if len(there) == 1 else None
+        seen.own = None if state is None else state[:, 0]
 
 
 def watch(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, block: int) -> Any:

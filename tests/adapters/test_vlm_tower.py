@@ -415,3 +415,12 @@ def test_nothing_stays_on_the_model(case):
         generate(vlm.model, inputs)
     assert {n: set(vars(m)) for n, m in vlm.model.named_modules()} == before
     assert torch.equal(generate(vlm.model, inputs)[1], want)
+
+
+def test_a_caller_may_ask_for_another_layer_than_the_configuration():
+    model = VLMS["llava"].model
+    inputs = prompts(VLMS["llava"], ((9, "i"), (5, "i")))
+    with torch.no_grad(), tr.patched(model, "visionzip:keep=6"), tr.record(model) as trace:
+        out = model(**inputs, vision_feature_layer=-1).logits
+    assert torch.isfinite(out).all()
+    assert (trace.plans[0].sources() >= 0)[inputs["input_ids"] == IMAGE].sum() == 12
