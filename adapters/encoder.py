@@ -63,6 +63,12 @@ class State:
             bias = bias.masked_fill(~self.valid, float("-inf"))
         return bias.to(dtype)[:, None, None, :]
 
+    def patches(self, x: Tensor, prefix: int) -> int:
+        """How many of the tokens ``x`` (B,N,C) are there and not protected, over all rows."""
+        if self.valid is not None:
+            return int(self.valid[:, prefix:].sum())
+        return x.shape[0] * (x.shape[1] - prefix)
+
     def after(self, plan: Plan, proportional: bool) -> State:
         """The state of the tokens that ``plan`` leaves."""
         valid = plan.validity()
@@ -183,7 +189,8 @@ class Reduced:
             x, state = self._reduce(site, reducer, x, state, seen, middle)
         trace = active()
         if trace is not None and where in (None, "input"):
-            trace.add(self, Step("encoder", site.layer, x.shape[1]))  # type: ignore[arg-type]
+            step = Step("encoder", site.layer, x.shape[1], patches=state.patches(x, site.prefix))
+            trace.add(self, step)  # type: ignore[arg-type]
         collected = _collected()
         if collected is not None:
             collected.append(state)
@@ -235,12 +242,14 @@ class Reduced:
             if not plan.is_identity:
                 x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
         if trace is not None:
-            self._note(trace, site, reducer, x, plan)
+            self._note(trace, site, reducer, x, plan, state)
         return x, state
 
-    def _note(self, trace: Trace, site: Site, reducer: Reducer, x: Tensor, plan: Plan) -> None:
+    def _note(self, trace: Trace, site: Site, reducer: Reducer, x: Tensor, plan: Plan, state: State) -> None:
         acted = None if plan.is_identity else plan
-        trace.add(self, Step("encoder", site.layer, x.shape[1], acted, reducer.spec()))  # type: ignore[arg-type]
+        left = state.patches(x, site.prefix)
+        step = Step("encoder", site.layer, x.shape[1], acted, reducer.spec(), patches=left)
+        trace.add(self, step)  # type: ignore[arg-type]
 
     def _reduce_before(
         self, site: Site, reducer: Reducer, x: Tensor, state: State, context: Any
@@ -261,7 +270,7 @@ class Reduced:
                 given = plan.reduce_attention(evidence.attention("all"), state.size).to(x.dtype)
                 x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
         if trace is not None:
-            self._note(trace, site, reducer, x, plan)
+            self._note(trace, site, reducer, x, plan, state)
         return x, state, given
 
 

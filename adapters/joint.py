@@ -79,6 +79,9 @@ class JointState(State):
         self.count, self.prefix, self.shares = count, prefix, shares
         self._windows: Windows | None = None
 
+    def patches(self, x: Tensor, prefix: int) -> int:
+        return super().patches(x, prefix if self.shares is None else self.count * self.prefix)
+
     # -- rows of frames, and of single frames -----------------------------------------------------------------------
     def row(self, x: Tensor) -> Tensor:
         """(V,n,...) of single frames to (V/count,count*n,...), protected tokens of all frames first."""

@@ -56,7 +56,7 @@ def build(store: Any, folder: Path) -> Any:
                 with gr.Tab("Image", id="image"):
                     image.add(store, page)
             with gr.Tab("Ask", id="ask") as tab:
-                ask.add(store, page, tab)
+                ask.add(store, tab)
             with gr.Tab("Trade-off", id="trade"):
                 trade.add(store, page, folder)
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)

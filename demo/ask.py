@@ -17,6 +17,7 @@ from tokenreduce.demo.common import (
     message,
     method_choices,
     method_dropdown,
+    models,
     received,
 )
 from tokenreduce.demo.store import Store
@@ -54,21 +55,26 @@ def examples_of() -> tuple[Example, ...]:
     return (*scene_examples(6)[:4], *clip_examples(2))
 
 
-def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
-    """Build the tab inside ``page``. The model is loaded when somebody opens the tab, not before."""
+def add(store: Store, tab: gr.Tab) -> None:
+    """Build the tab. The model is loaded when somebody opens the tab, not before."""
     if not store.languages:
         gr.Markdown(missing(), elem_id="ask-missing")
         return
     first = store.languages[0]
     embedded = first == "world-llava"
-    frames, video, right = gr.State([], time_to_live=3600), gr.State(False), gr.State({})
+    example = examples_of()[0]
+    texts = [text for text, _ in example.questions]
+    frames, video = gr.State([example.image], time_to_live=3600), gr.State(False)
+    right = gr.State(dict(example.questions))
     opened = gr.State(False)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            model = gr.Dropdown(store.languages, value=first, label="Model", elem_id="ask-model", filterable=False)
+            model = gr.Dropdown(
+                models(store.languages), value=first, label="Model", elem_id="ask-model", filterable=False
+            )
             gr.Markdown("Examples, held out from training:", elem_classes="hint")
             gallery = gr.Gallery(
-                [(e.image, "clip" if e.frames else "") for e in examples_of()], columns=3, height=215,
+                [(e.image, "clip" if e.frames else "") for e in examples_of()], columns=3, height=235,
                 show_label=False, allow_preview=False, object_fit="contain",
                 elem_id="ask-examples", elem_classes="gallery-examples", buttons=[], interactive=False,
             )  # fmt: skip
@@ -80,18 +86,18 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
                 size="sm",
             )
             shown = gr.Image(
-                label="The model is asked about", interactive=False, buttons=["fullscreen"], height=220,
+                example.image, label="The model is asked about", interactive=False, buttons=["fullscreen"], height=220,
                 elem_id="ask-shown", format="png",
             )  # fmt: skip
         with gr.Column(scale=5, min_width=300):
             warning = message("ask-message")
             question = gr.Textbox(
-                label="Question", elem_id="ask-question", max_length=4 * LONGEST_QUESTION, submit_btn=False,
+                texts[0], label="Question", elem_id="ask-question", max_length=4 * LONGEST_QUESTION, submit_btn=False,
                 placeholder="what color is the star" if embedded else "What is in this picture?",
                 info="world-llava knows the words of its small world only, see the suggestions" if embedded else None,
             )  # fmt: skip
             suggested = gr.Dropdown(
-                [], label="Suggestions for this picture", elem_id="ask-suggested", value=None, visible=embedded
+                texts, value=texts[0], label="Suggestions for this picture", elem_id="ask-suggested", visible=embedded
             )
             with gr.Row():
                 columns = [_column(name, START[name]) for name in NAMES]
@@ -163,10 +169,6 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
         except Exception as error:
             return {warning: explain(error)}
 
-    def start() -> dict[Any, Any]:
-        example = examples_of()[0]
-        return take([example.image], False, dict(example.questions))
-
     def fitting(name: str, keep: bool) -> dict[Any, Any]:
         """Only what this model can do; ``keep`` leaves the methods that are chosen."""
         served = store.methods(name)
@@ -204,7 +206,6 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab) -> None:
         for how, percent in column.values():
             how.input(lambda name: gr.Slider(visible=name != NONE), how, percent, show_progress="hidden")
     gr.on([c.input for c in settings], again, inputs, results, **HEAVY, show_progress="hidden")
-    page.load(start, None, chosen_outputs)
     tab.select(visit, [opened, *inputs], [opened, *results, *settings], **HEAVY, show_progress="minimal")
 
 

@@ -13,12 +13,33 @@ import gradio as gr
 from tokenreduce.reducer import Reducer, build
 from tokenreduce.registry import get_class
 
-__all__ = ["NONE", "chosen", "explain", "keep_slider", "message", "method_choices", "method_dropdown", "received"]
+__all__ = [
+    "NONE",
+    "chosen",
+    "explain",
+    "keep_slider",
+    "message",
+    "method_choices",
+    "method_dropdown",
+    "models",
+    "received",
+    "short",
+]
 
 #: What bad input raises throughout the library; its text is written for the user.
 EXPECTED = (ValueError, TypeError, ImportError, OSError)
 NONE = "none"
 HEAVY: dict[str, Any] = {"concurrency_id": "machine", "concurrency_limit": 1, "trigger_mode": "always_last"}
+
+
+def models(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, name) for a dropdown; of a folder only its own name is shown."""
+    return [(short(name), name) for name in names]
+
+
+def short(name: str) -> str:
+    """A model's name without the folders it lies in."""
+    return Path(name).name if "/" in name else name
 
 
 def message(elem_id: str) -> gr.Markdown:

@@ -18,6 +18,7 @@ from tokenreduce.demo.common import (
     message,
     method_choices,
     method_dropdown,
+    models,
     received,
 )
 from tokenreduce.demo.store import Store
@@ -83,7 +84,9 @@ def add(store: Store, page: gr.Blocks) -> None:
     truth = gr.State("")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            model = gr.Dropdown(store.images, value=first, label="Model", elem_id="image-model", filterable=False)
+            model = gr.Dropdown(
+                models(store.images), value=first, label="Model", elem_id="image-model", filterable=False
+            )
             method = method_dropdown(
                 "encoder", store.methods(first)["encoder"], START[0], "image-method", label="Method"
             )
@@ -93,7 +96,7 @@ def add(store: Store, page: gr.Blocks) -> None:
             )
             gr.Markdown("Examples, held out from training:", elem_classes="hint")
             gallery = gr.Gallery(
-                _thumbnails(first), show_label=False, columns=3, height=215, allow_preview=False, object_fit="contain",
+                _thumbnails(first), show_label=False, columns=3, height=235, allow_preview=False, object_fit="contain",
                 elem_id="image-examples", elem_classes="gallery-examples", buttons=[], interactive=False,
             )  # fmt: skip
             upload = gr.UploadButton(

@@ -10,6 +10,7 @@ from tokenreduce.bench.resolve import resolve
 from tokenreduce.bench.safely import safetensors_only
 from tokenreduce.bench.vlms import LoadedVlm, load_vlm
 from tokenreduce.patching import describe, twin
+from tokenreduce.turns import Turns
 from tokenreduce.zoo import weights
 
 __all__ = ["Store"]
@@ -32,7 +33,7 @@ class Store:
         self, model: str | None = None, device: str = "cpu", data: str | None = None, classes: str | None = None
     ) -> None:
         self.device, self.data, self.classes = device, data, classes
-        self.turn = threading.Lock()
+        self.turn = Turns()
         self._loading = threading.Lock()
         self._loaded: dict[str, Any] = {}
         there = weights.stored()

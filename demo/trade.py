@@ -23,7 +23,7 @@ from tokenreduce.bench.sweep import UNREDUCED, full_name, is_baseline
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.vision import VisionTask
 from tokenreduce.bench.vlm import STAGES, VlmTask
-from tokenreduce.demo.common import explain, message, received
+from tokenreduce.demo.common import explain, message, received, short
 from tokenreduce.demo.store import Store
 from tokenreduce.registry import get_class
 
@@ -41,11 +41,11 @@ def benchmarks(store: Store) -> dict[str, str]:
     for name in store.images:
         if name == store.own and name not in ("digits-vit", "world-vit"):
             if store.data is not None:
-                out[f"{name} on {store.data}"] = name
+                out[f"{short(name)} on {short(store.data)}"] = name
         else:
             out[f"{name} on held-out {'digits' if name == 'digits-vit' else 'scenes'}"] = name
     for name in store.languages:
-        out[f"{name} on questions about the world"] = name
+        out[f"{short(name)} on questions about the world"] = name
     return out
 
 
@@ -232,7 +232,7 @@ def _said(progress: Progress) -> str:
         return f"Done: {progress.total} rows" + (f", {failed} failed" if failed else "")
     if progress.state == "stopped":
         return f"Stopped: {progress.done} of {progress.total} rows are there. Run continues from here."
-    return f"{progress.done} of {progress.total or '?'} rows; now {progress.now}"
+    return f"{progress.done} of {progress.total or '?'} rows; now `{progress.now}`"
 
 
 def _key(task: Task, methods: Sequence[str], budgets: Sequence[float]) -> str:

@@ -56,6 +56,10 @@ class Page:
         """The element of an id, or one inside it by its selector."""
         return self.browser.find_element("css selector", ", ".join(f"#{name} {part}" for part in inside.split(",")))
 
+    def every(self, name: str, inside: str) -> list[Any]:
+        """All elements inside the one of an id."""
+        return list(self.browser.find_elements("css selector", f"#{name} {inside}"))
+
     def text(self, name: str) -> str:
         return str(self.find(name).text)
 

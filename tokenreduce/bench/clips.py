@@ -62,9 +62,7 @@ class Clips(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def load_clips(
-    data: str, layout: str = "auto", split: str = "test", limit: int | None = None, seed: int = 0
-) -> Clips:
+def load_clips(data: str, layout: str = "auto", split: str = "test", limit: int | None = None, seed: int = 0) -> Clips:
     """The questions of ``data``.
 
     Args:
@@ -104,7 +102,9 @@ def load_clips(
             problems[number] = {"path": place, "reason": reason.splitlines()[0]}
     if not items:
         first = "".join(f"\n  {p['path']}: {p['reason']}" for p in list(problems.values())[:5])
-        raise ValueError(f"{path} holds no question about a clip that can be asked (layout {kind}){':' if first else ''}{first}")
+        raise ValueError(
+            f"{path} holds no question about a clip that can be asked (layout {kind}){':' if first else ''}{first}"
+        )
     if limit is not None and limit < len(items):
         items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
     return Clips(items, problems, tuple(notes))
@@ -136,6 +136,8 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
     >>> chosen("A ball moves right", ["left", "right"]), chosen("left or right", ["left", "right"])
     (1, None)
     """
+    if not options:
+        return None
     text = answer.strip()
     said = normalised(text)
     same = [i for i, option in enumerate(options) if said and said == normalised(option)]
@@ -292,7 +294,9 @@ def _mvbench(path: Path, notes: list[str]) -> Iterator[tuple[str, _Make]]:
                 if not clip.exists():
                     found = named.get(Path(name).name, [])
                     if len(found) > 1:
-                        raise ValueError(f"{len(found)} files below {videos} are named {name}; put it into {clip.parent}")
+                        raise ValueError(
+                            f"{len(found)} files below {videos} are named {name}; put it into {clip.parent}"
+                        )
                     clip = found[0] if found else clip
                 if clip.is_dir():
                     raise ValueError(f"{clip} is a folder of frames; only video files are read")

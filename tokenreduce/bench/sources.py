@@ -136,7 +136,8 @@ def _read_world(place: str, split: str, loaded: Loaded, classes: Classes) -> Rea
     found, notes = _find_split(split, list(SEEDS), "world")
     index, names = match_names(KINDS, loaded, classes, "world")
     label = dict(zip(KINDS, index, strict=True))
-    seeds, labels = list(SEEDS[found][:WORLD_SCENES]), []
+    seeds = list(SEEDS[found][:WORLD_SCENES])
+    labels: list[tuple[int, ...]] = []
     for seed in seeds:
         there = sorted({label[t.kind] for t in scene(seed, objects=WORLD_OBJECTS).objects})
         labels.append((*there, *[-1] * (WORLD_OBJECTS[1] - len(there))))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,6 +63,7 @@ class VideoTask(VlmTask):
 
     _decoded: list[float] = field(default_factory=list, init=False, repr=False)
     _said: tuple[str, ...] = field(default=(), init=False, repr=False)
+    _shared: list[Question] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +91,18 @@ class VideoTask(VlmTask):
             "decode_s": statistics.median(self._decoded) if self._decoded else None,
             "notes": notes if reducers else [*self._said, *notes],
         }
+
+    def spent(self, reducers: Sequence[Reducer]) -> float:
+        """As :meth:`VlmTask.spent`; methods that look at the same of the tower share what it made of the probes."""
+        ready = self._ready
+        fresh = list(ready.probes)
+        if not self._shared:
+            self._shared = [q if q.remake is None else replace(q, remake=_Shared(q.remake)) for q in fresh]
+        ready.probes = self._shared
+        try:
+            return super().spent(reducers)
+        finally:
+            ready.probes = fresh
 
     # -- questions -----------------------------------------------------------------------------------------------------
     def _asked(self) -> tuple[list[Item], dict[int, dict[str, str]]]:
@@ -167,19 +180,11 @@ class VideoTask(VlmTask):
 
         processor = ready.loaded.processor
         pixels = clip_pixels(clips, processor)
-        kept: dict[Any, dict[str, Any]] = {}
-        few = len(ready.items) <= SHARED
 
         def remake(model: Any) -> dict[str, Any]:
-            sees = _sees(reducers_of(model)) if few else None
-            if sees is not None and sees in kept:
-                return kept[sees]
-            made = video_inputs(model, clips, prompts, processor=processor, pixels=pixels)
-            if sees is not None:
-                kept[sees] = made
-            return made
+            return video_inputs(model, clips, prompts, processor=processor, pixels=pixels)
 
-        return _Batch(items, {"pixels": pixels}, remake)
+        return _Batch(items, {"pixels": pixels}, _Shared(remake) if len(ready.items) <= SHARED else remake)
 
     def _read(self, item: Item, text: str) -> tuple[str, bool]:
         assert isinstance(item, ClipItem)
@@ -204,6 +209,22 @@ class VideoTask(VlmTask):
             return out
         ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
         return {**out, "tower_s": statistics.median(b), "tower_speedup": ratio}
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """``remake``, run once for all methods that look at the same of the tower's outputs."""
+
+    remake: Callable[[Any], dict[str, Any]]
+    kept: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        sees = _sees(reducers_of(model))
+        if sees is None:
+            return self.remake(model)
+        if sees not in self.kept:
+            self.kept[sees] = self.remake(model)
+        return self.kept[sees]
 
 
 def _sees(reducers: Sequence[Reducer]) -> Any:

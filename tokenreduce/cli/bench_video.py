@@ -72,7 +72,7 @@ def command(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All methods and questions, and more timed rounds.")] = False,
 ) -> None:
-    """Video language models: accuracy by question type, tokens per frame, FLOPs, decoding, tower, first token, KV cache.
+    """Video language models: accuracy by question type, tokens per frame, FLOPs, time of every part and KV cache.
 
     Clips that are missing or broken and answers that are not among the options are listed and left out. A killed run
     continues where it stopped when the same command is given again.
