@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,8 @@ def launch(
         max_file_size=MOST_UPLOAD, ssr_mode=False, theme=theme, css=CSS, footer_links=[], enable_monitoring=False,
     )  # fmt: skip
     if wait:
+        # Like Ctrl-C, so that the folder is deleted then, too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         print(f"tokenreduce demo: {public or url} (Ctrl-C stops it)", flush=True)
         page.block_thread()
     return page, public or url

@@ -103,7 +103,7 @@ def add(store: Store, tab: gr.Tab) -> None:
                 columns = [_column(name, START[name]) for name in NAMES]
             with gr.Row():
                 longest = gr.Slider(
-                    1, 64, value=2 if embedded else 24, step=1, label="Longest answer, tokens", elem_id="ask-longest"
+                    1, 64, value=1 if embedded else 24, step=1, label="Longest answer, tokens", elem_id="ask-longest"
                 )
                 go = gr.Button("Ask", variant="primary", elem_id="ask-go")
             table = gr.HTML(elem_id="ask-answers")

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable
+import importlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 __all__ = ["apart"]
 
+#: What the process writes in front of a message for the user; anything else that it says is a crash.
+TOLD = "tokenreduce:"
+
 
 def apart(
-    function: Callable[..., Any], *args: Any, seconds: float = 30.0, what: str = "the work", **kwargs: Any
-) -> Any:
-    """``function(*args, **kwargs)`` in a fresh process, which is killed when it takes longer than ``seconds``.
+    function: Callable[..., Mapping[str, Any]], *args: Any, seconds: float = 30.0, what: str = "the work"
+) -> dict[str, Any]:
+    """``function(*args)`` in a fresh process, which is killed when it takes longer than ``seconds``.
 
-    ``function`` is defined at the top of an importable module; arguments and result go through a pipe. Raises what the
-    function raises (``ValueError`` with its text where that cannot travel), and ``ValueError`` naming ``what`` when the
-    process dies or is too slow.
+    ``function`` is defined at the top of an importable module and returns named arrays; ``args`` can be written as
+    JSON. Nothing is unpickled on the way back. Raises ``ValueError`` with the text of what the function raises, and
+    one that names ``what`` when the process dies or is too slow.
     """
-    methods = multiprocessing.get_all_start_methods()
-    # A forked child of a process with threads may hang; the fork server has none.
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(there, function, args, kwargs), daemon=True)
-    process.start()
-    there.close()
+    place = f"{function.__module__}:{function.__qualname__}"
+    command = [sys.executable, "-c", "from tokenreduce.apart import main; main()", place, json.dumps(args)]
     try:
-        if not here.poll(seconds):
-            raise ValueError(f"{what} took longer than {seconds:g} seconds and was given up")
-        good, value = here.recv()
-    except EOFError:
-        raise ValueError(f"{what} ended without a result: the process that did it died") from None
-    finally:
-        here.close()
-        process.kill()
-        process.join()
-    if good:
-        return value
-    raise value
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{what} took longer than {seconds:g} seconds and was given up") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").rpartition(TOLD)
+        raise ValueError(said[2].strip() if said[1] else f"{what} ended without a result: the process that did it died")
+    with np.load(io.BytesIO(done.stdout), allow_pickle=False) as made:
+        return {name: made[name] for name in made.files}
 
 
-def _run(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def main() -> None:
+    """The process: reads what to call from the command line, writes arrays to standard output."""
+    place, args = sys.argv[1:]
+    module, _, name = place.partition(":")
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print must not get between the arrays
     try:
-        answer = True, function(*args, **kwargs)
+        made = getattr(importlib.import_module(module), name)(*json.loads(args))
     except (ValueError, OSError, ImportError) as error:
-        answer = False, ValueError(str(error)) if not isinstance(error, ImportError) else ImportError(str(error))
+        sys.exit(f"{TOLD}{error}")
     except Exception as error:
-        answer = False, ValueError(f"{type(error).__name__}: {error}")
-    pipe.send(answer)
-    pipe.close()
+        sys.exit(f"{TOLD}{type(error).__name__}: {error}")
+    buffer = io.BytesIO()
+    np.savez(buffer, **{key: np.asarray(value) for key, value in made.items()})  # type: ignore[arg-type]
+    out.buffer.write(buffer.getvalue())

@@ -70,20 +70,21 @@ def video_from(
     """``n`` frames at equal distances of a video, no side longer than ``side``, and their times in seconds.
 
     They are decoded in a process of its own, which is killed after ``seconds``. Raises ``ValueError`` that says why for
-    a file that is no video, is too large or cannot be decoded, ``ImportError`` without a reader of videos.
+    a file that is no video, is too large or cannot be decoded, also where no reader of videos is installed.
     """
     path = Path(path)
     if path.suffix.lower() not in VIDEOS:
         raise ValueError(f"{path.name} is no video that is read here; use one of {', '.join(VIDEOS)}")
     _check_bytes(path, most_bytes)
     try:
-        frames, times = apart(_frames, str(path), n, side, seconds=seconds, what=f"decoding {path.name}")
+        made = apart(frames_of, str(path.resolve()), n, side, seconds=seconds, what=f"decoding {path.name}")
     except ValueError as error:  # the name is enough: a visitor need not see where uploads lie
-        raise ValueError(str(error).replace(str(path), path.name)) from None
-    return [Image.fromarray(frame) for frame in frames], times
+        raise ValueError(str(error).replace(str(path.resolve()), path.name)) from None
+    return [Image.fromarray(frame) for frame in made["frames"]], made["times"].tolist()
 
 
-def _frames(path: str, n: int, side: int) -> tuple[Any, list[float]]:
+def frames_of(path: str, n: int, side: int) -> dict[str, Any]:
+    """``frames`` (T,H,W,3) uint8, no side longer than ``side``, and ``times``; what :func:`video_from` runs apart."""
     import numpy as np
 
     from tokenreduce.video import read_frames
@@ -94,7 +95,7 @@ def _frames(path: str, n: int, side: int) -> tuple[Any, list[float]]:
         image = Image.fromarray(frame)
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
         small.append(np.asarray(image))
-    return small, [float(t) for t in read.times]
+    return {"frames": np.stack(small), "times": read.times}
 
 
 def _check_bytes(path: Path, most: int) -> None:

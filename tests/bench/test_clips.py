@@ -104,7 +104,7 @@ def test_data_without_questions_is_an_error(tmp_path):
         load_clips(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="give world, a JSONL file"):
         load_clips(str(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match=r"holds no question that can be asked \(layout jsonl\)"):
+    with pytest.raises(ValueError, match=r"holds no question about a clip that can be asked \(layout jsonl\)"):
         load_clips(lines(tmp_path / "q.jsonl", []))
     with pytest.raises(ValueError, match=r"(?s)layout jsonl\):.*line 1: it is no JSON"):
         load_clips(lines(tmp_path / "q.jsonl", ["oh"]))

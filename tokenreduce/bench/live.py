@@ -66,7 +66,8 @@ def follow_sweep(
 
     threading.Thread(target=work, name="sweep", daemon=True).start()
     total = done = 0
-    now, said = "loading model and data", ()
+    now = "loading model and data"
+    said: tuple[str, ...] = ()
     yield Progress(done, total, now, None)
     try:
         while True:

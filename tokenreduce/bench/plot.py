@@ -98,7 +98,8 @@ def trade_plot(run: Run, against: str = "cost", *, height: int = 520, below: boo
             "<br>".join([f"<b>{_e(label(r))}</b>", *(f"{c.label}: {_e(cell(r, c, run.axis))}" for c in shown)])
             for r in rows
         ]
-        xs, ys = [axis.value(r) for r in rows], [by * r[run.metric] for r in rows]
+        xs = [x for r in rows if (x := axis.value(r)) is not None]
+        ys = [by * r[run.metric] for r in rows]
         points += zip(xs, ys, strict=True)
         figure.add_trace(
             go.Scatter(

@@ -24,7 +24,7 @@ def safetensors_only() -> Iterator[None]:
     """
     with _lock:
         before = torch.load
-        torch.load = _refuse
+        torch.load = _refuse  # type: ignore[assignment]
         try:
             yield
         finally:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
+from tokenreduce.adapters.vlm_marks import TOWER
 from tokenreduce.bench.clip_frames import Sampler, Shown
 from tokenreduce.bench.clips import LAYOUTS, LETTERS, ClipItem, chosen, lettered, load_clips
 from tokenreduce.bench.questions import Item, matches
@@ -151,6 +152,12 @@ class VideoTask(VlmTask):
             found.setdefault(len(shown.frames), []).append((item, shown))
         return found.values()
 
+    def _batch_of(self, ready: _Ready, opened: list[tuple[Item, Any]]) -> Iterator[_Batch]:
+        if ready.words:  # one is a batch too, and shares
+            yield self._together(ready, opened)
+        else:
+            yield from super()._batch_of(ready, opened)
+
     def _together(self, ready: _Ready, opened: Sequence[tuple[Item, Any]]) -> _Batch:
         items, clips = [item for item, _ in opened], [shown.frames for _, shown in opened]
         prompts = [self._prompt(ready, item) for item in items]
@@ -231,4 +238,5 @@ def _sees(reducers: Sequence[Reducer]) -> Any:
     """What these methods make of a tower's outputs and look at in it; None where they act inside it."""
     if any(r.stage == "encoder" for r in reducers):
         return None
-    return frozenset((r.stage, r.looks(), frozenset(r.gathers()), getattr(r, "temporal", False)) for r in reducers)
+    watched = any(r.stage == "projector" or r.looks() or {"films", *TOWER} & {*r.gathers()} for r in reducers)
+    return watched, frozenset(look for r in reducers for look in r.looks())

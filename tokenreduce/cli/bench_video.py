@@ -15,7 +15,7 @@ __all__ = ["command"]
 #: Budgets where --budgets says nothing, without and with --full.
 BUDGETS = ("0.25", "0.5,0.25,0.1")
 #: Questions where --limit and --full say nothing.
-QUICK = 120
+QUICK = 96
 
 
 def command(
@@ -56,7 +56,7 @@ def command(
         list[str] | None,
         typer.Option(help="Methods with explicit settings, 'holitom:keep=0.25+fastv:keep=0.5'; may be repeated."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask; 120 by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask; 96 by default.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Clips per forward.")] = 8,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer; the world is answered with one word.")
