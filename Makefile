@@ -30,10 +30,11 @@ bench: $(VENV)/bench.stamp  ## the main job on the embedded models: tables, pict
 
 # A method that does not fit the model is a row with its error on the page, no reason to stop.
 results: $(VENV)/bench.stamp  ## every method of every stage at three budgets: docs/results.md
-	-$(BIN)/tokenreduce bench vision --model world-vit --methods '*' --budgets 0.75,0.5,0.35 --limit 500 \
+	-$(BIN)/tokenreduce bench vision --model world-vit --methods '*' --budgets 0.75,0.5,0.35 --limit 500 --repeats 0 \
 		--out runs/results/world-vit
-	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.5,0.25,0.1 --limit 960 --out runs/results/world-llava
-	$(BIN)/tokenreduce report runs/results/world-vit runs/results/world-llava --out runs/results \
+	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.5,0.25,0.1 --limit 480 --repeats 0 --out runs/results/pictures
+	-$(BIN)/tokenreduce bench video --methods '*' --budgets 0.5,0.25,0.1 --limit 240 --repeats 0 --out runs/results/clips
+	$(BIN)/tokenreduce report runs/results/world-vit runs/results/pictures runs/results/clips --out runs/results \
 		--markdown docs/results.md
 
 test: $(VENV)/dev.stamp  ## fast tests

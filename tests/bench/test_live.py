@@ -23,10 +23,23 @@ def test_progress_counts_up_to_the_whole_sweep(tmp_path: Path) -> None:
     assert [r["id"] for r in seen[-1].run.rows] == [r["id"] for r in whole.rows]
 
 
+class Waiting(FakeTask):
+    """Measures three rows and waits for the stop in the fourth, so that it cannot come too late."""
+
+    stop: threading.Event
+
+    def measure(self, reducers):
+        if len(self.measured) >= 3:
+            assert self.stop.wait(60)
+        return super().measure(reducers)
+
+
 def test_a_stop_leaves_whole_rows_and_the_same_call_continues(tmp_path: Path) -> None:
     stop = threading.Event()
     last = None
-    for progress in follow_sweep(FakeTask(), tmp_path, stop, **SETTINGS):
+    task = Waiting()
+    task.stop = stop
+    for progress in follow_sweep(task, tmp_path, stop, **SETTINGS):
         last = progress
         if progress.done >= 2:
             stop.set()

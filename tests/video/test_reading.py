@@ -314,9 +314,10 @@ def test_a_file_that_is_cut_off_gives_what_is_there_and_says_so(tmp_path, name, 
     assert any("cut off" in w for w in read.warnings)
     assert read.reader == "pyav"
     # The last may be any behind the first that is gone: B-frames lie behind the later frame that they lean on.
-    numbers = seen(read)
-    assert numbers[:-1] == read.indices[:-1].tolist()
-    assert 0 <= numbers[-1] - read.indices[-1] <= 3
+    numbers = [shown(picture) for picture in read.frames[:-1]]
+    assert numbers == read.indices[:-1].tolist()
+    if not any("patched up" in w for w in read.warnings):
+        assert 0 <= shown(read.frames[-1]) - read.indices[-1] <= 3
 
 
 @needs_h264
