@@ -169,29 +169,29 @@ def add(store: Store, tab: gr.Tab) -> None:
         except Exception as error:
             return {warning: explain(error)}
 
-    def fitting(name: str, keep: bool) -> dict[Any, Any]:
-        """Only what this model can do; ``keep`` leaves the methods that are chosen."""
+    def fitting(name: str) -> dict[Any, Any]:
+        """Only what this model can do, with the methods that the page starts with where it can do them."""
         served = store.methods(name)
-        out: dict[Any, Any] = {}
+        out: dict[Any, Any] = {longest: 1 if name == "world-llava" else 24}
         for column, column_name in zip(columns, NAMES, strict=True):
             for stage, (how, percent) in column.items():
                 names, (wanted, _) = served.get(stage, []), START[column_name].get(stage, (NONE, 0))
-                value = wanted if keep and wanted in names else NONE
+                value = wanted if wanted in names else NONE
                 out[how] = gr.Dropdown(method_choices(stage, names, True), value=value, visible=stage in served)
                 out[percent] = gr.Slider(visible=value != NONE)
         return out
 
-    def switched(name: str, keep: bool = False) -> Iterator[dict[Any, Any]]:
+    def switched(name: str) -> Iterator[dict[Any, Any]]:
         yield {warning: f"loading {name} ..."}
         try:
-            yield {warning: "", **fitting(name, keep)}
+            yield {warning: "", **fitting(name)}
         except Exception as error:
             yield {warning: explain(error)}
 
     def visit(before: bool, *values: Any) -> Iterator[dict[Any, Any]]:
         yield {opened: True}
         if not before:
-            yield from switched(values[0], True)
+            yield from switched(values[0])
             if embedded:
                 yield run(*values)
 
@@ -200,13 +200,13 @@ def add(store: Store, tab: gr.Tab) -> None:
     suggested.input(lambda text: text, suggested, question, show_progress="hidden").then(
         again, inputs, results, **HEAVY
     )
-    model.input(switched, model, [warning, *settings], **HEAVY)
+    model.input(switched, model, [warning, longest, *settings], **HEAVY)
     gr.on([go.click, question.submit], run, inputs, results, **HEAVY)
     for column in columns:
         for how, percent in column.values():
             how.input(lambda name: gr.Slider(visible=name != NONE), how, percent, show_progress="hidden")
     gr.on([c.input for c in settings], again, inputs, results, **HEAVY, show_progress="hidden")
-    tab.select(visit, [opened, *inputs], [opened, *results, *settings], **HEAVY, show_progress="minimal")
+    tab.select(visit, [opened, *inputs], [opened, longest, *results, *settings], **HEAVY, show_progress="minimal")
 
 
 def _column(name: str, start: dict[str, tuple[str, int]]) -> Controls:

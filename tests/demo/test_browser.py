@@ -153,6 +153,22 @@ def test_a_question_is_answered_three_times(page, files) -> None:
     page.until(lambda: page.text("ask-message") == "", "the page goes on")
 
 
+def test_the_embedded_model_answers_right(page) -> None:
+    page.tab("Ask")
+    page.choose("ask-model", "world-llava")
+    page.until(lambda: page.find("ask-go").is_displayed() and not page.text("ask-message"), "the embedded model")
+    field = page.find("ask-question", "textarea, input")
+    field.clear()
+    field.send_keys("what color is at the top right")  # of the first example
+    page.find("ask-go").click()
+    page.until(lambda: "mean of 6 layers" in page.text("ask-answers"), "answers")
+    rows = page.text("ask-answers").splitlines()
+    said = next(line for line in rows if line.startswith("answer")).split()[1:]
+    right = next(line for line in rows if line.startswith("right answer")).split()[-1]
+    assert said == [right] * 3, "unreduced, A and B"
+    page.shot("ask_world")
+
+
 def test_a_small_sweep_runs_stops_and_comes_out_as_csv(page, files) -> None:
     page.tab("Trade-off")
     page.until(lambda: page.find("trade-run").is_displayed(), "the trade-off tab")

@@ -55,6 +55,7 @@ class VideoTask(VlmTask):
     sampling: str = "uniform"
 
     name: ClassVar[str] = "video"
+    films: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ("uniform-frames", "random@projector", "pool", "pool-frames")
     well_known: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "projector": ("evs", "vidcom2", "dycoke", "prunevid", "fastvid", "holitom", "flashvid", "fastervlm"),

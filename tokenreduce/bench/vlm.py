@@ -124,6 +124,8 @@ class VlmTask:
 
     name: ClassVar[str] = "vlm"
     metric: ClassVar[str] = "accuracy"
+    #: Whether questions are about videos.
+    films: ClassVar[bool] = False
     axis: ClassVar[Axis] = Axis(
         "visual_share", "visual tokens", "visual tokens, mean over the language model's layers, % of the unreduced ones"
     )
@@ -197,6 +199,8 @@ class VlmTask:
             good, refused = [], []
             for stage in self.stages:
                 for kind in (get_class(n, stage) for n in described.methods(stage)):
+                    if getattr(kind, "temporal", False) and not self.films:  # it would leave every picture alone
+                        continue
                     name = full_name(kind, STAGES)
                     half = ":keep=0.5" if stage == "encoder" and hasattr(kind, "keep") else ""
                     try:

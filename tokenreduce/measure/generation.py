@@ -320,7 +320,10 @@ def patches_of(model: Any, question: Question) -> int | None:
     grids = question.inputs.get("image_grid_thw", question.inputs.get("video_grid_thw"))
     if isinstance(grids, Tensor):
         return int(grids.prod(1).sum())
-    views, patch = _views(question), getattr(getattr(model.config, "vision_config", None), "patch_size", None)
+    vision = getattr(model.config, "vision_config", None)
+    if question.remake is not None and vision is not None:  # every frame is a picture of the tower's own size
+        return len(question.images) * (vision.image_size // vision.patch_size) ** 2
+    views, patch = _views(question), getattr(vision, "patch_size", None)
     if views is None or patch is None:
         return None
     high, wide = patch if isinstance(patch, list | tuple) else (patch, patch)
