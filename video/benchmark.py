@@ -16,7 +16,6 @@ This is a script: unlike the methods beside it, it imports the benchmark, and no
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,10 +54,10 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File that gets each row as a JSON line.")] = None,
 ) -> None:
     """Evaluate one video language model on questions about clips, unreduced and with each --reduce."""
+    from tokenreduce.bench.script import run_script
     from tokenreduce.bench.video import VideoTask
     from tokenreduce.bench.vlms import pick_device
     from tokenreduce.cli.generate import _quiet_bars
-    from tokenreduce.cli.shared import complain, console
     from tokenreduce.registry import parse
 
     chosen = [parse(text, stage="projector") for text in reduce or []]
@@ -68,41 +67,7 @@ def command(
         seed=seed,
     )  # fmt: skip
     _quiet_bars()
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("", encoding="utf-8")
-    screen = console()
-    screen.print(f"{model} on {data}", markup=False)
-    with screen.status("loading, and evaluating the unreduced model"):
-        task.prepare()
-    rows: list[dict[str, Any]] = []
-    failed = 0
-    for reducers in [(), *chosen]:
-        name = "+".join(r.spec() for r in reducers) or "unreduced"
-        with screen.status(name):
-            try:
-                row = task.measure(reducers)
-            except Exception as error:  # the rows that were measured already are worth keeping
-                if not reducers:
-                    raise
-                failed += 1
-                complain(f"{name} failed: {type(error).__name__}: {error}")
-                continue
-        row = {"method": name, **row, "share": row["flops"] / task.flops(())}
-        rows.append(row)
-        if out is not None:
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**task.settings(), **row}) + "\n")
-    screen.print(_table(rows, screen.width))
-    for row in rows:
-        for note in row["notes"]:
-            screen.print(f"{row['method']}: {note}", markup=False)
-    if task.problems:
-        screen.print(f"{len(task.problems)} questions could not be used:")
-        for problem in task.problems:
-            screen.print(f"  {problem['path']}: {problem['reason']}", markup=False)
-    if failed:
-        raise typer.Exit(1)
+    run_script(task, chosen, f"{model} on {data}", _table, out, "questions")
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> Any:

@@ -16,7 +16,6 @@ This is a script: unlike the methods beside it, it imports the benchmark, and no
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,8 +49,8 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File that gets each row as a JSON line.")] = None,
 ) -> None:
     """Evaluate one model on ImageNet (or any labelled images), unreduced and with each --reduce."""
+    from tokenreduce.bench.script import run_script
     from tokenreduce.bench.vision import VisionTask
-    from tokenreduce.cli.shared import complain, console
     from tokenreduce.registry import parse
 
     chosen = [parse(text) for text in reduce or []]
@@ -59,41 +58,7 @@ def command(
         model=model, data=data, split=split, limit=limit, batch=batch, workers=workers, device=device, amp=amp,
         classes=classes, repeats=repeats, threads=threads, seed=seed,
     )  # fmt: skip
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("", encoding="utf-8")
-    screen = console()
-    screen.print(f"{model} on {data}", markup=False)
-    with screen.status("loading, and evaluating the unreduced model"):
-        task.prepare()
-    rows: list[dict[str, Any]] = []
-    failed = 0
-    for reducers in [(), *chosen]:
-        name = "+".join(r.spec() for r in reducers) or "unreduced"
-        with screen.status(name):
-            try:
-                row = task.measure(reducers)
-            except Exception as error:  # the rows that were measured already are worth keeping
-                if not reducers:
-                    raise
-                failed += 1
-                complain(f"{name} failed: {type(error).__name__}: {error}")
-                continue
-        row = {"method": name, **row, "share": row["flops"] / task.flops(())}
-        rows.append(row)
-        if out is not None:
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**task.settings(), **row}) + "\n")
-    screen.print(_table(rows, screen.width))
-    for row in rows:
-        for note in row["notes"]:
-            screen.print(f"{row['method']}: {note}", markup=False)
-    if task.problems:
-        screen.print(f"{len(task.problems)} images could not be used:")
-        for problem in task.problems:
-            screen.print(f"  {problem['path']}: {problem['reason']}", markup=False)
-    if failed:
-        raise typer.Exit(1)
+    run_script(task, chosen, f"{model} on {data}", _table, out, "images")
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -22,7 +21,7 @@ from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import fused_attention, interleaved
-from tokenreduce.patching import describe, patched
+from tokenreduce.patching import describe, patched, twin
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import record
 
@@ -145,7 +144,7 @@ class VisionTask:
             raise ValueError(f"{self.model} has no head; scenes with several labels need a classifier (world-vit)")
         if loaded.kind == "features" and len(images) < 2:
             raise ValueError(f"{self.model} has no head and is evaluated by nearest neighbours; give at least 2 images")
-        ready = _Ready(loaded, images, _twin(loaded.model), 4 * math.prod(loaded.input_size) * len(images) <= CACHE)
+        ready = _Ready(loaded, images, twin(loaded.model), 4 * math.prod(loaded.input_size) * len(images) <= CACHE)
         with _threads(self.threads):
             ready.baseline = self._answer(ready, loaded.model)
         self._state = ready
@@ -382,12 +381,6 @@ def neighbours(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         best = votes.topk(min(5, classes), dim=-1)
         out.append(best.indices.masked_fill(best.values == 0, -1))
     return torch.cat(out)
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy that is never patched; weights are shared, so that it costs no memory."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 def _whole(value: float) -> float:

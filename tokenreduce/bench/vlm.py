@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tokenreduce.bench.questions import Item, load_questions, matches
 from tokenreduce.bench.sweep import full_name
 from tokenreduce.bench.task import Axis
-from tokenreduce.bench.vision import _twin, _whole
+from tokenreduce.bench.vision import _whole
 from tokenreduce.bench.vlms import DTYPES, LoadedVlm, load_vlm, pick_device
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.generation import _generate, cache_bytes, layers_of, patches_left, patches_of, visual_columns
 from tokenreduce.measure.question import Question, ask, prompt_text
 from tokenreduce.measure.timing import fused_attention, interleaved
-from tokenreduce.patching import describe, patched
+from tokenreduce.patching import describe, patched, twin
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import get_class, get_method
 from tokenreduce.trace import Trace, record
@@ -171,7 +171,7 @@ class VlmTask:
         if describe(loaded.model).language is None:
             raise TypeError(f"{self.model} has no language model with visual tokens that an adapter knows")
         words = self._one_word(loaded)
-        ready = _Ready(loaded, items, _twin(loaded.model), words, problems=problems)
+        ready = _Ready(loaded, items, twin(loaded.model), words, problems=problems)
         if loaded.processor.tokenizer.pad_token is None:  # padding is masked, so any token will do
             loaded.processor.tokenizer.pad_token = loaded.processor.tokenizer.eos_token
         ready.baseline = self._answer(ready)
