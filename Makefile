@@ -33,8 +33,8 @@ results: $(VENV)/bench.stamp  ## every method of every stage at three budgets: d
 	-$(BIN)/tokenreduce bench vision --model world-vit --methods '*' --budgets 0.75,0.5,0.35 --limit 500 --repeats 0 \
 		--out runs/results/world-vit
 	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.5,0.25,0.1 --limit 480 --repeats 0 --out runs/results/pictures
-	-$(BIN)/tokenreduce bench video --methods '*' --stage projector,language --budgets 0.5,0.25,0.1 --limit 120 \
-		--repeats 0 --out runs/results/clips
+	-$(BIN)/tokenreduce bench video --budgets 0.5,0.25,0.1 --limit 120 --repeats 0 --out runs/results/clips --methods \
+		'dycoke,evs,fastvid,flashvid,frame-merge,holitom*,ppllava,prunevid*,token-shuffle,vidcom2,framefusion,fastervlm,visionzip,divprune,aim-merge,fastv'
 	$(BIN)/tokenreduce report runs/results/world-vit runs/results/pictures runs/results/clips --out runs/results \
 		--markdown docs/results.md
 
