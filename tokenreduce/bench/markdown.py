@@ -24,7 +24,7 @@ def write_markdown(runs: Sequence[Run], path: str | Path, command: str = "") -> 
     Raises ``OSError`` when the file cannot be read or written.
     """
     path, head = Path(path), "# Results"
-    parts = [part for run in runs for part in _run(run)]
+    parts = [part for run in runs for part in _run(run, len(runs) > 1)]
     if command:
         parts.append(f"The page again, from the rows: `{command}`\n")
     try:
@@ -40,11 +40,11 @@ def write_markdown(runs: Sequence[Run], path: str | Path, command: str = "") -> 
     return path
 
 
-def _run(run: Run) -> list[str]:
+def _run(run: Run, several: bool) -> list[str]:
     settings = run.info.get("settings", {})
     hardware = run.info.get("hardware", {})
     title = " on ".join(str(settings[k]) for k in ("model", "data") if settings.get(k)) or run.folder.name
-    parts = [f"## {title}\n"]
+    parts = [f"## {title}: {run.folder.name}\n" if several and title != run.folder.name else f"## {title}\n"]
     if again(run):
         parts.append(f"Made by `{again(run)}`; {hardware.get('cpu', 'unknown processor')}, "
                      f"{hardware.get('threads', '?')} threads.\n")  # fmt: skip
