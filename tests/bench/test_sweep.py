@@ -430,3 +430,15 @@ def test_plain_makes_json() -> None:
 
     got = plain({"a": np.float32(0.5), "b": torch.tensor([1, 2]), "c": (1, float("nan")), "d": Path("x"), "e": True})
     assert json.loads(json.dumps(got)) == {"a": 0.5, "b": [1, 2], "c": [1, None], "d": "x", "e": True}
+
+
+def test_a_run_that_failed_before_its_first_row_is_in_nobodys_way(tmp_path: Path) -> None:
+    class Broken(FakeTask):
+        def prepare(self) -> None:
+            raise ValueError("no such data")
+
+    with pytest.raises(ValueError, match="no such data"):
+        sweep(Broken(data="wrong"), tmp_path, methods=["tome"], budgets=(0.5,))
+    result = sweep(FakeTask(data="right"), tmp_path, methods=["tome"], budgets=(0.5,))
+    assert result.info["settings"]["data"] == "right"
+    assert not result.errors

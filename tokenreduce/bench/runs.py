@@ -213,11 +213,14 @@ def open_run(folder: str | Path, info: dict[str, Any], *, fresh: bool = False) -
 
 def _resume(folder: Path, info: dict[str, Any], handle: BinaryIO) -> Run:
     rows, complete, wrong = _read_rows(folder / ROWS)
+    begun = {"format": 1, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     if not (folder / INFO).exists():
         if rows or wrong:
             raise ValueError(f"{folder} has {ROWS} but no {INFO}; start again with --fresh, or use another --out")
-        return Run(folder, {"format": 1, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+        return Run(folder, begun)
     there = _read_info(folder)
+    if not rows and not wrong and any(there.get(key) != info[key] for key in IDENTITY if key in info):
+        return Run(folder, begun)  # of a run that failed before its first row, nothing is worth keeping
     differences: list[str] = []
     for key in IDENTITY:
         if key in info:
