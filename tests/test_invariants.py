@@ -258,6 +258,7 @@ def test_in_a_model_threads_do_not_mix(name):
     assert wrong == []
 
 
+@pytest.mark.slow
 @every
 def test_in_a_model_compiles_to_one_graph(name):
     torch.compiler.reset()

@@ -857,6 +857,7 @@ def test_threads(name: str) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "siglip2 classifier", "dinov2 classifier", "dinov3", "internvl", *VIDEO])
 def test_compile(name: str) -> None:
     model, given = build(name), inputs(name)

@@ -521,6 +521,7 @@ def test_copies_are_independent(settings):
     assert same(model(x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -413,6 +413,7 @@ def call(*words: object):
     return CliRunner(env={"COLUMNS": "300"}).invoke(app, ["bench", "vlm", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_reports(folder, tmp_path):
     out = tmp_path / "run"
     given = ("--model", folder, "--data", "world", "--limit", 12, "--budgets", "0.5", "--repeats", 1, "--device", "cpu")

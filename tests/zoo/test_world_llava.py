@@ -51,6 +51,7 @@ def test_class_attention_costs_8_points_at_most(spec: str) -> None:
     assert accuracy("image") - accuracy("image", spec) <= 8
 
 
+@pytest.mark.slow
 def test_diversity_costs_8_points_at_most() -> None:
     """Nearly all of it where everything is counted: twenty tokens unlike each other show every thing, but the model
     tells how many there are by how much it sees of them."""
@@ -66,6 +67,7 @@ def test_class_attention_of_the_first_layers_knows_where_things_are(layer: int) 
 
 
 # -- inside the language model: questions whose answer hangs on two things, 20 of 196 tokens
+@pytest.mark.slow
 def test_attention_of_the_last_token_knows_the_second_hop_before_layer_2_and_not_before_layer_1() -> None:
     early, late = (
         accuracy("other_kind", f"fastv:layer={n},keep=20")
@@ -84,6 +86,7 @@ def test_class_attention_and_change_beat_random_on_video(spec: str) -> None:
 
 
 # -- the card
+@pytest.mark.slow
 def test_accuracy_is_the_cards() -> None:
     card = model().card
     got = tr.zoo.evaluate(model(), questions=400, batch=32)

@@ -122,6 +122,7 @@ def train_vit(folder, monkeypatch, stops, workers=0):
     return model, rows
 
 
+@pytest.mark.slow
 def test_encoder_training_killed_in_between_ends_as_if_it_had_not_been(tmp_path, monkeypatch) -> None:
     whole, rows = train_vit(tmp_path / "a", monkeypatch, [None])
     parts, _ = train_vit(tmp_path / "b", monkeypatch, [2, 3, None], workers=1)
@@ -304,6 +305,7 @@ def train_llava(folder, vit, stops):
     return model
 
 
+@pytest.mark.slow
 def test_language_training_killed_within_a_stage_or_between_two_ends_the_same(tmp_path, vit, monkeypatch) -> None:
     monkeypatch.setattr(world_llava, "held_out", lambda *_, **__: {"all": 0.5})
     whole = train_llava(tmp_path / "a", vit, [None])
