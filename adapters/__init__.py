@@ -157,7 +157,7 @@ def _language(model: nn.Module) -> Any:
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:
     if language is None:
         return ("encoder",)
-    return ("language", "projector", "encoder") if towers else ("language", "projector")
+    return ("language", "projector", "cache", "encoder") if towers else ("language", "projector", "cache")
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ class Description:
                 f"evidence: {', '.join(('features', *self.language.projector))}",
                 f"  language {where}: {self.language.family}, {len(self.language.layers)} layers; "
                 f"evidence: {', '.join(self.language.evidence)}",
+                f"  cache    {where}: keys and values of every layer, chosen from in decode",
             ]
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")

@@ -8,6 +8,7 @@ generations and threads never mix.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from tokenreduce.plan import Plan, Prune
 
-__all__ = ["KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "columns_kept", "gather_mask", "rows_of", "run_of"]
+__all__ = [
+    "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_in", "cache_of", "columns_kept", "gather_mask",
+    "rows_of", "run_of",
+]  # fmt: skip
 
 #: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
 KEYWORD = "tokenreduce_step"
@@ -78,6 +82,8 @@ class Run:
     films: Tensor | None = None
     #: Method -> (B,L) what it marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`.
     marks: dict[Any, Tensor] = field(default_factory=dict)
+    #: What decode steps remember where a method chooses in them, an :class:`~tokenreduce.adapters.vlm_decode.Again`.
+    again: Any = None
 
     def columns(self, cached: int) -> int:
         """Tokens that the caller gave when layer 0 has ``cached`` of them: more, where tokens went before it."""
@@ -219,6 +225,8 @@ class Step:
     run: Run
     prefill: bool
     deep: Deep | None = None
+    #: Tokens per sample that come new, in decode.
+    new: int = 0
     newline: Tensor | None = None
     given: bool = True
     #: Masks that are made, for the layers that need the same.
@@ -232,6 +240,9 @@ class Step:
     ids: Tensor | None = None
     #: Rows and columns of row ends that go.
     dropped: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    #: In decode: what a method chose before a layer, and the columns whose keys a layer saw.
+    picks: dict[int, Any] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
 
 
 def rows_of(table: Tensor, where: Tensor) -> Tensor:
@@ -241,6 +252,17 @@ def rows_of(table: Tensor, where: Tensor) -> Tensor:
         return torch.stack([rows_of(t, where) for t in table])
     table = table.expand(where.shape[0], -1, -1)
     return table.gather(1, where.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output carries, under either of its names."""
+    return output["cache" if "cache" in output else "past_key_values"]
 
 
 def run_of(cache: Any) -> Run | None:

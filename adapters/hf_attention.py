@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokenreduce.adapters.joint import Windows
 from tokenreduce.patching import Undo
 
-__all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "listen"]
+__all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "listen", "softcap_of"]
 
 #: Our name among the attention implementations.
 NAME = "tokenreduce"
@@ -51,9 +51,10 @@ class Call:
         rotate: ``(rotate_function, cos, sin)`` to rotate queries and keys here, after they were recorded; the module
             itself must then have been given empty tables.
         only: raise :class:`Seen` once they are recorded, and attend to nothing.
+        take: (B,K) keys and values to attend to, of those that the cache shows; ``mask`` and records are of these.
     """
 
-    __slots__ = ("bias", "keys", "mask", "only", "queries", "record", "rotate", "rotated", "values")
+    __slots__ = ("bias", "keys", "mask", "only", "queries", "record", "rotate", "rotated", "take", "values")
 
     def __init__(
         self,
@@ -63,8 +64,10 @@ class Call:
         record: bool = False,
         rotate: tuple[Callable[..., tuple[Tensor, Tensor]], Tensor, Tensor] | None = None,
         only: bool = False,
+        take: Tensor | None = None,
     ) -> None:
         self.mask, self.bias, self.record, self.rotate, self.only = mask, bias, record, rotate, only
+        self.take = take
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -98,6 +101,9 @@ def attend(
     call = attention_mask if isinstance(attention_mask, Call) else kwargs.pop(CALL, None)
     if call is not None:
         attention_mask = call.mask
+        if call.take is not None:
+            where = call.take[:, None, :, None]
+            key, value = (t.gather(2, where.expand(-1, t.shape[1], -1, t.shape[-1])) for t in (key, value))
         if call.record:
             call.queries, call.keys, call.values = query, key, value
         if call.only:
@@ -124,6 +130,11 @@ def implementation(module: Any) -> str:
     """Name of the implementation that an attention module uses, whether we listen to it or not."""
     stock: _Stock | None = vars(module).get(_STOCK)
     return str((module.config if stock is None else stock.config)._attn_implementation)
+
+
+def softcap_of(module: Any) -> float | None:
+    """Where attention logits are capped (Gemma 2); None under sdpa, which computes without."""
+    return None if implementation(module) == "sdpa" else getattr(module, "attn_logit_softcapping", None)
 
 
 def listen(module: nn.Module, undo: Undo, copies: dict[int, Any]) -> None:

@@ -20,9 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import KEYWORD, Cut, Deep, Run, Step, attach_run, gather_mask, rows_of, run_of
-from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen
+from tokenreduce.adapters.generation import (
+    KEYWORD,
+    Cut,
+    Deep,
+    Run,
+    Step,
+    attach_run,
+    cache_in,
+    gather_mask,
+    rows_of,
+    run_of,
+)
+from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen, softcap_of
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
+from tokenreduce.adapters.vlm_decode import Site, check_later, choose_again, follow_beams, last_only, set_aside
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
 from tokenreduce.adapters.vlm_labels import attach_labels
 from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
@@ -133,6 +145,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     if inside:
         attach_encoder(towers, inside, undo)
         before = before or [Everything()]
+    caching = [r for r in reducers if r.stage == "cache"]
     reducers = tuple(r for r in reducers if r.stage == "language")
     films = any("films" in r.gathers() for r in reducers)
     marking = tuple(dict.fromkeys(r for r in reducers if needs_marks(r)))
@@ -146,14 +159,17 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         if len(here) > 1:
             raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
         acting.append(here[0] if here else None)
-    first = next((i for i, r in enumerate(acting) if r is not None), depth)
+    windows = [_window(found.text.config, i) for i in range(depth)]
+    present = [[r for r in (acting[i], *caching) if r is not None and r.acts(i, depth)] for i in range(depth)]
+    check_later(present, windows, found.layers)
+    again = [next((r for r in here if r.later()), None) for here in present]
+    first = next((i for i, here in enumerate(present) if here), depth)
     behind = 0 if before else first  # the first layer that may see fewer tokens
     if behind == depth:
         return
-    windows = [_window(found.text.config, i) for i in range(depth)]
     for i in range(max(behind - 1, 0), depth):
         _check_implementation(found.layers[i], i, windows[i])
-    undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows))
+    undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows, again=any(again)))
     if found.generator is not None:
         undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
         attach_labels(found.generator, undo)
@@ -173,9 +189,15 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         after = acting[i + 1] if i + 1 < depth else None
         reads = after is not None and _reads(after)
         ahead = reducer is not None and "ahead" in reducer.gathers()
-        if reads or ahead:
+        chosen = [j for j in range(i + 1) if again[j] is not None]
+        site = Site(again[i], chosen[-1] if chosen else None, i + 1 < depth and again[i + 1] is not None, depth)
+        if reads or ahead or chosen or site.reads:
             listen(layer.self_attn, undo, copies)
-        if i >= behind or reads:
+        if chosen or site.reads:
+            undo.pre_hook(layer, functools.partial(choose_again, index=i, site=site))
+        if chosen and i == depth - 1:
+            undo.hook(layer, last_only, with_kwargs=True)
+        if i >= behind or reads or site.reads:
             undo.pre_hook(
                 layer,
                 functools.partial(
@@ -184,12 +206,14 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
                     depth=depth,
                     reducer=reducer,
                     reads=reads,
+                    later=site.reads,
                     window=windows[i],
                     norm=_norm(found, reducer),
                 ),
             )
-        if reducer is not None:
-            undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, reducer))
+        shown = reducer or again[i]
+        if shown is not None:
+            undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, shown))
     asking = [i for i, r in enumerate(acting) if r is not None and "prompt" in r.gathers()]
     if asking:
         undo.pre_hook(found.layers[0], keep_prompt)  # behind the hooks above
@@ -281,22 +305,30 @@ def enter(
     depth: int,
     reducer: Reducer | None,
     reads: bool,
+    later: bool,
     window: int | None,
     norm: nn.Module | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook on decoder layer ``index``: plan and gather in prefill, rebuild the mask in decode."""
+    """Pre-hook on decoder layer ``index``: plan and gather in prefill, rebuild the mask in decode. ``reads`` and
+    ``later`` are whether the next layer's method looks at this one's attention in prefill and in decode."""
     step: Step | None = kwargs.get(KEYWORD)
     if step is None:
         return None
-    run, cache = step.run, kwargs.get("past_key_values")
+    run, cache = step.run, cache_in(kwargs)
     kwargs = dict(kwargs)
     if not step.prefill:
-        if run.cut_at(index) is None:
+        records = later and step.new == 1
+        if CALL in kwargs or (run.cut_at(index) is None and not records):
             return None
-        kwargs["attention_mask"] = _decode_mask(layer, args[0], step, index, cache, window)
+        if run.cut_at(index) is not None:
+            kwargs["attention_mask"] = _decode_mask(layer, args[0], step, index, cache, window)
+        if records:
+            run.calls[index] = kwargs[CALL] = Call(kwargs.get("attention_mask"), record=True)
         return args, kwargs
     if cache is not None and run_of(cache) is not run:
         attach_run(cache, run)
+        if run.again is not None:
+            follow_beams(cache, run)
     x, entry = args[0], run.cut_at(-1)
     if index == 0 and entry is not None:
         x = rows_of(x, entry.local)
@@ -307,7 +339,11 @@ def enter(
         with torch.no_grad():
             flash = "flash" in _check_implementation(layer, index, window)
             call = look_ahead(layer, x, run, index, kwargs, flash) if ahead else run.calls.pop(index - 1, None)
+        whole = x
         x = _reduce(x, run, index, depth, reducer, layer, call, norm)
+        made = run.cut_at(index)
+        if cache is not None and reducer.later() == "revive" and made is not None and made.layer == index:
+            set_aside(run, index, whole, kwargs["position_embeddings"], cache)
     cut_here = run.cut_at(index)
     if cut_here is not None:
         name = _check_implementation(layer, index, window)
@@ -384,8 +420,7 @@ def _evidence(
         seen = {"keys": call.keys[:, :, :n], "queries": call.queries, "values": call.values[:, :, :n]}
         if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
             seen["mask"] = call.mask[..., :n]
-        if implementation(layer.self_attn) != "sdpa":  # which computes without
-            seen["softcap"] = getattr(layer.self_attn, "attn_logit_softcapping", None)
+        seen["softcap"] = softcap_of(layer.self_attn)
         # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
         call.record, call.queries, call.keys, call.values = False, None, None, None
     if "films" in asked:

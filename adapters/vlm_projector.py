@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.clip_text import joint_space
-from tokenreduce.adapters.generation import KEYWORD, Step
+from tokenreduce.adapters.generation import KEYWORD, Step, cache_in
 from tokenreduce.adapters.vlm_images import Group, film_places, groups, tokenizer_of
 from tokenreduce.adapters.vlm_marks import TOWER, marks_of
 from tokenreduce.adapters.vlm_seen import ARRIVING
@@ -333,7 +333,7 @@ def _positions_later(
         return None
     run.check_batch(kwargs["inputs_embeds"].shape[0])
     if not step.given:  # the library counts from the length of the cache
-        past = int(kwargs["past_key_values"].get_seq_length())
+        past = int(cache_in(kwargs).get_seq_length())
         if ids is None:
             ids = torch.arange(past, past + new, device=run.visual.device)[None]
         if ids.shape[-1] == new:

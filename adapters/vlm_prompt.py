@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.generation import KEYWORD, Run, Step, run_of
+from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, run_of
+from tokenreduce.adapters.vlm_decode import Again
 from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
 
@@ -22,7 +23,7 @@ def whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args:
             f"chooses tokens by the whole prompt; leave it None"
         )
     model_kwargs = args[0] if args else kwargs.get("model_kwargs", {})
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    cache, mask = cache_in(model_kwargs), model_kwargs.get("attention_mask")
     run = None if cache is None else run_of(cache)
     cached = 0 if run is None else int(cache.get_seq_length())
     given = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[-1]
@@ -33,14 +34,20 @@ def whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args:
 
 
 def start(
-    inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, ids: tuple[int, ...], slides: bool
+    inner: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    ids: tuple[int, ...],
+    slides: bool,
+    again: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the inner model: make the run of this generation, or take it from the cache.
 
-    What a later turn brings, images included, stays as it is.
+    What a later turn brings, images included, stays as it is. With ``again`` a method chooses in decode, too.
     """
     FORWARD.set(None)
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if cache is not None and cache.get_seq_length() > 0:
         run = run_of(cache)
@@ -55,7 +62,10 @@ def start(
             real = _padding(kwargs["attention_mask"], run.visual.shape[0], columns, slides)
             later = None if real is None else real[:, run.length :]
             run.later = None if later is None or bool(later.all()) else later
-        return args, {**kwargs, KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None)}
+        return args, {
+            **kwargs,
+            KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None, new=new),
+        }
     if tokens is not None:
         marks = [tokens == i for i in ids]
     else:
@@ -70,7 +80,7 @@ def start(
     newline = getattr(inner, "image_newline", None)
     given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
     step = Step(
-        Run(visual.shape[1], visual, padding),
+        Run(visual.shape[1], visual, padding, again=Again() if again else None),
         prefill=True,
         newline=newline,
         encoded={k: e for k, e in given.items() if e is not None},

@@ -8,6 +8,7 @@ import torch
 from vlms import IMAGE, VLMS, encodes_before
 
 import tokenreduce as tr
+from tokenreduce.adapters.generation import cache_in
 
 FILMS = [name for name, vlm in VLMS.items() if vlm.video]
 #: Families whose positions may be compact.
@@ -33,7 +34,7 @@ class hidden:  # noqa: N801 - used like open()
         self.layers, self.dropped, self.layer, self.hooks = layers, dropped, layer, []
 
     def hide(self, module, args, kwargs):
-        attention, cache, stock = module.self_attn, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        attention, cache, stock = module.self_attn, cache_in(kwargs), kwargs.get("attention_mask")
         q = args[0].shape[1]
         past = 0 if cache is None else int(cache.layers[attention.layer_idx].get_seq_length())
         slots, offset = (q, 0) if cache is None else cache.layers[attention.layer_idx].get_mask_sizes(q)

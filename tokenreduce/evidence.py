@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Evidence", "Look", "Prompt", "Rows"]
+__all__ = ["Earlier", "Evidence", "Look", "Prompt", "Rows"]
 
 Rows = Literal["cls", "all"] | Tensor
 #: Which block of a vision tower: a 0-based index (negative from the end), a share of its depth (float), or None for
@@ -27,6 +27,15 @@ class Prompt:
     visual: Tensor
     valid: Tensor | None = None
     x: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Earlier:
+    """The decode step before, for the same tokens: ``attention`` (B,N) of its new token, mean over heads (0 for tokens
+    that it did not see), and ``stay`` (B,N) bool, those that the method left."""
+
+    attention: Tensor
+    stay: Tensor
 
 
 class Evidence:
@@ -64,6 +73,8 @@ class Evidence:
         history: (B,layer+1) visual tokens that were there before each layer up to this one made its choice.
         marks: (B,N) what the method marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`; a token
             that stands for several has the highest of theirs, text has 0.
+        earlier: in a decode step, what the method saw and chose in the one before, see
+            :meth:`tokenreduce.Reducer.later`; None in the first.
     """
 
     def __init__(
@@ -98,6 +109,7 @@ class Evidence:
         films: Tensor | None = None,
         history: Tensor | None = None,
         marks: Tensor | None = None,
+        earlier: Earlier | None = None,
     ) -> None:
         if x.dim() != 3:
             raise ValueError(f"x has shape (batch, tokens, channels), not {tuple(x.shape)}")
@@ -113,6 +125,7 @@ class Evidence:
         self._softcap, self.causal, self.mask = softcap, causal, mask
         self.prompt, self._norm = prompt, norm
         self._films, self.history, self._marks = films, history, marks
+        self.earlier = earlier
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry

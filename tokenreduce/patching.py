@@ -48,9 +48,9 @@ class Undo:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         self.actions.append(("pre", module, "", handle.id))
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+    def hook(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
         """Register a forward hook; ``hook`` is a module-level function or a partial of one."""
-        handle = module.register_forward_hook(hook)
+        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
         self.actions.append(("post", module, "", handle.id))
 
     def revert(self) -> None:

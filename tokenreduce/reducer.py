@@ -108,6 +108,13 @@ class Reducer:
         """Blocks of a vision tower in front of a language model whose queries and keys the method reads."""
         return ()
 
+    def later(self) -> str:
+        """Whether the method chooses again in every decode step: "" (no), "hide" (among the tokens whose keys are
+        cached), or "revive" (among all; one that it let go before comes back). ``plan`` is then asked with the tokens
+        that the new one attended to in the layer before, itself last: ``attention`` is its row, ``x`` has no channels,
+        and ``earlier`` is the step before."""
+        return ""
+
     def mark(self, evidence: Evidence) -> Tensor:
         """(B,N) numbers for the visual tokens of one view of an image, from what the vision tower saw of them: a pure
         function of ``evidence`` (a :class:`~tokenreduce.visual.Visual`). For language-stage methods that need

@@ -17,7 +17,7 @@ from tokenreduce.plan import Plan
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Step", "Trace", "active", "record"]
+__all__ = ["DecodeStep", "Step", "Trace", "active", "record"]
 
 _active: ContextVar[Trace | None] = ContextVar("tokenreduce_trace", default=None)
 
@@ -46,11 +46,24 @@ class Step:
     patches: int | None = None
 
 
+@dataclass(frozen=True)
+class DecodeStep:
+    """A choice that a method made in one decode step: ``seen`` (B,L) marks the visual tokens of the prompt that the new
+    token sees from ``layer`` on, ``back`` (B,) how many of them came back there."""
+
+    layer: int
+    method: str
+    seen: Tensor
+    back: Tensor
+
+
 @dataclass
 class Trace:
     """What happened in the forwards inside :func:`record`, in the order of execution."""
 
     steps: list[Step] = field(default_factory=list)
+    #: Choices in decode steps, of methods that make any.
+    decode: list[DecodeStep] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modules: frozenset[int] = frozenset()
     #: Seconds spent on making and applying plans (CPU wall clock), when recorded with ``timing=True``.
@@ -89,6 +102,10 @@ class Trace:
         # A checkpointed block runs again during backward; that replay is not another step.
         if id(module) in self.modules and torch._C._current_graph_task_id() == -1:
             self.steps.append(step)
+
+    def add_decode(self, module: nn.Module, step: DecodeStep) -> None:
+        if id(module) in self.modules:
+            self.decode.append(step)
 
     @contextmanager
     def clock(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 from vlms import batch, llava, skip_beams_of_several
 
 import tokenreduce as tr
+from tokenreduce.adapters.generation import cache_in, cache_of
 
 UNEQUAL = ((9, 1), (5, 2))
 
@@ -29,7 +30,7 @@ def oracle(model, inputs, dropped, layer, **settings):
         index = module.self_attn.layer_idx
         if index < layer:
             return None
-        cache, q = kwargs.get("past_key_values"), args[0].shape[1]
+        cache, q = cache_in(kwargs), args[0].shape[1]
         past = 0 if cache is None else cache.layers[index].get_seq_length()
         ok = torch.ones(len(seen), past + q, dtype=torch.bool)
         ok[:, :length] = seen
@@ -171,7 +172,7 @@ def test_the_cache_gets_shorter_from_the_layer_on(model):
     inputs = batch("left", ((7, 1), (7, 1)))
     with torch.no_grad(), tr.patched(model, tr.FastV(layer=2, keep=4)):
         out = model(**inputs, use_cache=True)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
     full = inputs["input_ids"].shape[1]
     assert lengths == [full, full, full - 12, full - 12]
 

@@ -13,6 +13,7 @@ from vlms import VLMS, prompts, skip_beams_of_several
 from vlms_masked import close, generate, layers_of
 
 import tokenreduce as tr
+from tokenreduce.adapters.generation import cache_in
 from tokenreduce.plan import Identity
 from tokenreduce.reducer import Reducer
 
@@ -57,7 +58,7 @@ class masked:  # noqa: N801 - used like open()
         acted = [i for i in self.at if i <= index]
         if not acted:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = 0 if cache is None else int(cache.layers[index].get_seq_length())
         if index in self.at and past == 0:
             plan, before, columns, valid, _ = self.at[index]

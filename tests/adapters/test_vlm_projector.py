@@ -12,6 +12,7 @@ from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts, skip_static_window
 from vlms_masked import CASES, FILMS, FLAT, close, dropped_by, flash, generate, hidden, layers_of, shortened
 
 import tokenreduce as tr
+from tokenreduce.adapters.generation import cache_of
 from tokenreduce.adapters.vlm_images import runs
 from tokenreduce.projector import Projector
 
@@ -255,7 +256,7 @@ def test_every_layer_caches_what_is_left():
     full = inputs["input_ids"].shape[1]
     with torch.no_grad(), tr.patched(vlm.model, "divprune:keep=8+fastv:layer=2,keep=3"):
         out = vlm.model(**inputs, use_cache=True)
-    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [full - 8, full - 8, full - 13, full - 13]
+    assert [layer.keys.shape[2] for layer in cache_of(out).layers] == [full - 8, full - 8, full - 13, full - 13]
 
 
 def test_embeddings_instead_of_ids_and_no_image():

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.generation import cache_of
 from tokenreduce.bench.questions import Item, load_questions, matches
 from tokenreduce.bench.sweep import full_name
 from tokenreduce.bench.task import Axis
@@ -446,7 +447,7 @@ class VlmTask:
         """The cache behind the prompt, when the logits of the first new token are there, as ``generate`` does it."""
         with torch.inference_mode():
             inputs = question.inputs if question.remake is None else question.remake(model)
-            return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            return cache_of(model(**inputs, use_cache=True, logits_to_keep=1))
 
     def _cost(self, reducers: tuple[Reducer, ...]) -> _Cost:
         if reducers not in self._costs:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import columns_order
+from tokenreduce.adapters.generation import cache_of, columns_order
 from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched, reducers_of
@@ -223,7 +223,7 @@ def _answer(
     with torch.inference_mode(), _patched(model, some):
         with record(model, flops=False) as trace:
             out = _generate(model, _inputs(model, question), 1, return_dict_in_generate=True)
-        cache = cache_bytes(out.past_key_values)
+        cache = cache_bytes(cache_of(out))
         del out
         made = _generate(model, _inputs(model, question), tokens)
     return tuple(made[0, prompt:].tolist()), cache, trace

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokenreduce as tr
+from tokenreduce.adapters.generation import cache_of
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import interleaved, synchronise
 from tokenreduce.measure.vlm_shapes import SHAPES, Shape, build, prompt
@@ -202,7 +203,7 @@ def _shell(model: nn.Module) -> Any:
 def _prefill(model: Any, given: dict[str, Tensor]) -> Any:
     """The cache after the prompt, when the logits of the last token are there, as ``generate`` does it."""
     with torch.no_grad():
-        return model(**given, use_cache=True, logits_to_keep=1).past_key_values
+        return cache_of(model(**given, use_cache=True, logits_to_keep=1))
 
 
 def _step(model: Any, token: Tensor, cache: Any) -> None:

@@ -1,4 +1,4 @@
-"""LazyLLM (arXiv 2407.14057), prefill: drop what the last token attends to least, in three places of the depth."""
+"""LazyLLM (arXiv 2407.14057): every new token chooses, in three places of the depth, what it will not look at."""
 
 from __future__ import annotations
 
@@ -19,26 +19,21 @@ __all__ = ["LazyLLM"]
 
 
 @dataclass(frozen=True)
-class LazyLLM(
-    Reducer, name="lazyllm", stage="language", needs=("attention",), paper="2407.14057", title="LazyLLM, prefill"
-):
-    """LazyLLM in prefill: in a few layers, visual tokens leave whose attention is below a percentile.
+class LazyLLM(Reducer, name="lazyllm", stage="language", needs=("attention",), paper="2407.14057", title="LazyLLM"):
+    """LazyLLM: in a few layers, visual tokens leave whose attention is below a percentile, and come back when a later
+    token of the answer asks for them.
 
     The score is the softmaxed attention that the last real token pays in the layer before, averaged over heads. Of n
     live visual tokens, those leave whose score is strictly below the ``floor(n * percentile / 100)``-th lowest one
-    (counted from 0), so that equal scores stay together. The last token always stays.
+    (counted from 0), so that equal scores stay together. The last token always stays. The prefill does so once; every
+    decode step starts from all tokens again and chooses with the attention of its own token. One that was let go
+    before and is chosen now continues where it stopped: its features were set aside (the Aux Cache: C numbers per
+    token, where keys and values take twice the width of the key heads in every layer), go through the layers up to the
+    next choice beside the new token, see what is live and before them, and their keys join the caches. No token passes
+    a layer twice.
 
-    Different from the paper, by what the library does:
-
-    - The paper prunes prompt tokens of any kind. Here only visual tokens may go, and percentiles are over them.
-    - Decoding does not bring tokens back; the time to the first token is the method's, the answer behind it is not. In
-      the paper every generated token chooses anew among all tokens of the prompt, hidden states of pruned ones are
-      stored (the Aux Cache), and one that is chosen later goes through the missing layers then, beside the new token.
-      Here the choice of the prefill holds for the whole answer: decoding is cheaper and its caches are shorter, but
-      what only a later word of the answer would have looked at is lost from that layer on. The published scores are
-      with revival and do not carry over. Why: revived tokens make a decode step of several queries at old positions
-      whose number differs between layers and samples, and append keys out of the order of positions; the caches,
-      window masks and reordering of beams of the models keep one row of slots in the order of the prompt.
+    Different from the paper: it prunes prompt tokens of any kind. Here only visual tokens may go, and percentiles are
+    over them.
 
     Args:
         pruning_layers: 0-based first layers that see fewer tokens; 30, 60 and 90 % of the depth (9, 19, 28 of 32).
@@ -46,16 +41,22 @@ class LazyLLM(
             when neither this nor ``keep`` is given, as in the paper's overview (other settings are unpublished).
         keep: instead of ``percentile``: visual tokens left behind the last layer, a count or a ratio of those at the
             entry of the language model, reached by equal ratios. Exact; ties go to the lower index.
+        revive: whether decode steps choose anew. False leaves the choice of the prefill for the whole answer: caches
+            stay shorter, and what only a later word would have looked at is lost from that layer on; the published
+            scores are with revival.
 
-    Decisions: original positions stay, of which the paper says nothing.
+    Decisions, of which the paper says nothing: original positions stay; tokens that come back see the live ones only;
+    later turns of several new tokens make no choice and see all that the caches hold.
 
     Raises ``ValueError`` for settings outside these ranges, both ``percentile`` and ``keep``, or layers that the model
-    does not have (by default it needs 4).
+    does not have (by default it needs 4). With ``revive``, patching refuses sliding windows, flash attention and other
+    methods inside the language model, and prompts refuse static caches.
     """
 
     pruning_layers: tuple[int, ...] | None = None
     percentile: float | tuple[float, ...] | None = None
     keep: int | float | None = None
+    revive: bool = True
 
     def __post_init__(self) -> None:
         for name in ("pruning_layers", "percentile"):
@@ -64,6 +65,8 @@ class LazyLLM(
                 object.__setattr__(self, name, tuple(value))
         check_stages(self.pruning_layers, "pruning_layers", 1)
         check_keep(self.keep)
+        if not isinstance(self.revive, bool):
+            raise ValueError(f"revive is true or false, not {self.revive!r}")
         if self.percentile is None:
             return
         if self.keep is not None:
@@ -87,6 +90,9 @@ class LazyLLM(
 
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
+
+    def later(self) -> str:
+        return "revive" if self.revive else ""
 
     def plan(self, evidence: Evidence) -> Plan:
         visual, last, layers = visual_of(evidence), evidence.last(), self._layers(evidence.depth)

@@ -1,0 +1,1 @@
+"""Methods across frames that choose among cached tokens in decode."""
