@@ -7,11 +7,12 @@ true timestamps and the keyframe from which a frame can be decoded all come from
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,13 +69,17 @@ class Index:
 
 def check_file(path: Path) -> None:
     """Raises :class:`VideoError` where there is no file, or nothing in it."""
-    if not path.exists():
-        raise VideoError(path, "there is no such file", "check the path")
-    if path.is_dir():
+    try:
+        found = os.stat(path)
+    except PermissionError as error:
+        raise VideoError(path, "the file may not be looked at", "check the permissions of its folder") from error
+    except OSError as error:
+        raise VideoError(path, "there is no such file", "check the path") from error
+    if stat.S_ISDIR(found.st_mode):
         raise VideoError(path, "this is a folder", "name one video file in it")
     if not os.access(path, os.R_OK):
         raise VideoError(path, "the file may not be read", "check its permissions")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise VideoError(path, "the file is empty (0 bytes)", "copy or download it again")
 
 
@@ -89,7 +94,7 @@ def read_index(path: Path) -> Index:
         with av.open(str(path)) as container:
             stream = video_stream(path, container)
             packets, width, height, rotation = _packets(av, container, stream)
-            if not any(p[4] for p in packets):
+            if True not in packets.shown:
                 raise VideoError(path, "the video stream holds no frames", "the recording failed; make the file again")
             if not width:
                 raise VideoError(path, f"no frame can be decoded ({stream.codec_context.name})", REENCODE)
@@ -114,9 +119,26 @@ def video_stream(path: Path, container: Any) -> Any:
     return best if best is not None and best.index in {s.index for s in able} else able[0]
 
 
-def _packets(av: Any, container: Any, stream: Any) -> tuple[list[tuple[Any, ...]], int, int, int]:
-    """``(pts, dts, duration, keyframe, shown, whole)`` of all packets in decoding order; width, height and rotation of
-    the first frame, (0, 0, 0) where there is none."""
+class _Packets(NamedTuple):
+    """All packets in decoding order, by columns: one object for each would take longer than reading a short file.
+
+    Attributes:
+        pts, dts, duration: in units of the stream's time base, or None.
+        key: whether it is a keyframe.
+        shown: whether its frame is; frames that an edit list cuts off are decoded, but never shown.
+        whole: whether it is complete.
+    """
+
+    pts: tuple[int | None, ...]
+    dts: tuple[int | None, ...]
+    duration: tuple[int | None, ...]
+    key: tuple[bool, ...]
+    shown: tuple[bool, ...]
+    whole: tuple[bool, ...]
+
+
+def _packets(av: Any, container: Any, stream: Any) -> tuple[_Packets, int, int, int]:
+    """Packets; width, height and rotation of the first frame, (0, 0, 0) where there is none."""
     out: list[tuple[Any, ...]] = []
     width = height = rotation = 0
     for packet in flow(av, container, stream):
@@ -128,10 +150,9 @@ def _packets(av: Any, container: Any, stream: Any) -> tuple[list[tuple[Any, ...]
             out.append((None, None, None, False, False, False))
         elif packet.size:  # the one that flushes the decoder is empty, and so are repeated frames in AVI
             whole = not packet.is_corrupt
-            # Frames that an edit list cuts off are decoded, but never shown.
             shown = whole and not packet.is_discard
             out.append((packet.pts, packet.dts, packet.duration, packet.is_keyframe, shown, whole))
-    return out, width, height, rotation
+    return _Packets(*(zip(*out, strict=True) if out else [()] * 6)), width, height, rotation
 
 
 def flow(av: Any, container: Any, stream: Any) -> Iterator[Any]:
@@ -151,44 +172,42 @@ def pictures(av: Any, stream: Any, packet: Any) -> list[Any]:
     return found
 
 
-def _build(container: Any, stream: Any, packets: list[tuple[Any, ...]], width: int, height: int, turn: int) -> Index:
+def _build(container: Any, stream: Any, packets: _Packets, width: int, height: int, turn: int) -> Index:
     base, rate = Fraction(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
-    shown = np.array([p[4] for p in packets])
-    at = np.flatnonzero(shown)
-    pts = [p[0] for p in packets]
+    shown = [i for i, yes in enumerate(packets.shown) if yes]
+    pts = [packets.pts[i] for i in shown]
     names = container.format.name
     reorders = bool(stream.codec_context.has_b_frames)
-    told = all(pts[i] is not None for i in at) and len({pts[i] for i in at}) == len(at)
-    told = told and not (reorders and "avi" in names)
-    doubts = []
+    told = None not in pts and len(set(pts)) == len(pts) and not (reorders and "avi" in names)
+    doubts, at = [], np.array(shown)
     if told:
-        ticks = np.array([pts[i] for i in at], np.int64)
-        order = np.argsort(ticks, kind="stable")
-        keys, first, opened = _keyframes(packets, at[order], ticks[order])
+        ticks = np.array(pts, np.int64)
+        order = ticks.argsort(kind="stable")
+        stamps = ticks[order]
+        keys, first, opened = _keyframes(packets, at[order], stamps)
         if opened:
             doubts.append("frames that precede a keyframe follow it in the file (open GOP)")
-        if not any(n in names for n in ORDERED) and (np.diff(order) < 0).any():
+        if not any(n in names for n in ORDERED) and (order[1:] < order[:-1]).any():
             doubts.append(f"B-frames in a container of type {names}")
-        stamps = ticks[order]
-        position = {p[0]: i for i, p in enumerate(packets) if p[0] is not None}
+        position = {tick: i for i, tick in enumerate(packets.pts) if tick is not None}
     else:
         doubts.append("the file does not tell the order of its frames")
         # The decoder puts frames into order; the instants at which they are shown are those of AVI's slots.
-        dts = [packets[i][1] for i in at]
+        dts = [packets.dts[i] for i in shown]
         slots = None not in dts and len(set(dts)) == len(dts)
         stamps = np.sort(np.array(dts, np.int64)) if slots else np.arange(len(at))
         base = base if slots else Fraction(1) / Fraction(rate).limit_denominator(100000)
         keys, first, position = np.zeros((0, 2), np.int64), np.zeros(len(at), np.int64), {}
     seconds = stamps.astype(np.float64) * base.numerator / base.denominator
     times = seconds - seconds[0]
-    steps = np.diff(times)
+    steps = times[1:] - times[:-1]
     fps = float(len(steps) / times[-1]) if len(steps) and times[-1] > 0 else rate
-    last = packets[int(at[order[-1]])][2] if told else None
+    last = packets.duration[at[order[-1]]] if told else None
     tail = float(last * base) if last else 1 / fps
     warnings = _warnings(container, stream, packets, float(seconds[-1] + tail), max(steps.max(initial=0), 1 / fps))
-    if not all(p[5] for p in packets) or warnings:
+    if False in packets.whole or warnings:
         doubts.append("the file is damaged")
-    if len(at) < sum(p[5] for p in packets):
+    if len(at) < packets.whole.count(True):
         doubts.append("an edit list hides frames")
     if turn % 90:
         warnings = (*warnings, f"the file asks to be turned by {turn} degrees, which is no right angle: left as it is")
@@ -204,25 +223,29 @@ def _build(container: Any, stream: Any, packets: list[tuple[Any, ...]], width: i
 
 
 def _keyframes(
-    packets: list[tuple[Any, ...]], at: NDArray[np.int64], ticks: NDArray[np.int64]
+    packets: _Packets, at: NDArray[np.int64], ticks: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
     """Keyframes as ``Index.keys``, ``Index.first`` of the frames at decode positions ``at`` shown at ``ticks``, and
     whether a GOP is open."""
-    found = [(i, p[0], p[1]) for i, p in enumerate(packets) if p[3] and p[5] and p[0] is not None]
+    columns = zip(packets.key, packets.whole, packets.pts, packets.dts, strict=True)
+    found = [
+        (i, pts, pts if dts is None else min(pts, dts))
+        for i, (key, whole, pts, dts) in enumerate(columns)
+        if key and whole and pts is not None
+    ]
     if not found or found[0][0] > at.min():
-        found.insert(0, (0, int(ticks[0]), None))  # starts without a keyframe: decode from the very beginning
-    keys = np.array([(i, pts) for i, pts, _ in found], np.int64)
-    entry = np.searchsorted(keys[:, 0], at, side="right") - 1
+        found.insert(0, (0, int(ticks[0]), int(ticks[0])))  # starts without a keyframe: decode from the very beginning
+    table = np.array(found, np.int64)
+    entry = table[:, 0].searchsorted(at, side="right") - 1
     # A frame shown before the keyframe that it follows in the file also needs the GOP before.
-    leading = keys[entry, 1] > ticks
+    leading = table[entry, 1] > ticks
     first = np.maximum(entry - leading, 0)
-    seek = np.array([(i, pts if dts is None else min(pts, dts)) for i, pts, dts in found], np.int64)
-    return seek, first, bool((leading & (entry > 0)).any())
+    return table[:, ::2], first, bool((leading & (entry > 0)).any())
 
 
-def _warnings(container: Any, stream: Any, packets: list[tuple[Any, ...]], end: float, step: float) -> tuple[str, ...]:
+def _warnings(container: Any, stream: Any, packets: _Packets, end: float, step: float) -> tuple[str, ...]:
     out = []
-    broken = sum(not p[5] for p in packets)
+    broken = packets.whole.count(False)
     if broken:
         out.append(f"{broken} incomplete packet{'s' * (broken > 1)} left out: the file is damaged or cut off")
     stated = _stated_end(container, stream)

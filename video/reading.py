@@ -206,11 +206,11 @@ def open_video(path: str | PathLike[str], reader: str = "auto") -> Video:
     if reader not in READERS:
         raise ValueError(f"reader is one of {', '.join(READERS)}, not {reader!r}")
     path = Path(path)
-    check_file(path)
     has = {name: importlib.util.find_spec(name) is not None for name in ("av", "decord")}
     if reader == "decord" or not has["av"]:
         need("decord" if reader != "pyav" else "av")
     if not has["av"]:
+        check_file(path)
         decord, index = open_alone(path)
         return Video(path, index, decord)
     index = read_index(path)
