@@ -51,7 +51,7 @@ from tokenreduce.trace import active
 
 __all__ = ["FAMILIES", "Language", "attach", "find"]
 
-EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "prompt", "norm", "films", "history")
+EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "plain", "prompt", "norm", "films", "history")
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
                     later=site.reads,
                     window=windows[i],
                     norm=_norm(found, reducer),
+                    plain=reducer is not None and "plain" in reducer.gathers() and _mrope(found.text.config),
                 ),
             )
         shown = reducer or again[i]
@@ -229,6 +230,11 @@ def _reads(reducer: Reducer) -> bool:
 def _norm(found: Language, reducer: Reducer | None) -> nn.Module | None:
     """The final norm, if ``reducer`` asks for it."""
     return found.text.get_submodule("norm") if reducer is not None and "norm" in reducer.gathers() else None
+
+
+def _mrope(config: Any) -> bool:
+    """Whether positions are places in time and image."""
+    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
 
 
 def _name(kind: str, reducer: Reducer) -> str:
@@ -308,9 +314,11 @@ def enter(
     later: bool,
     window: int | None,
     norm: nn.Module | None = None,
+    plain: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on decoder layer ``index``: plan and gather in prefill, rebuild the mask in decode. ``reads`` and
-    ``later`` are whether the next layer's method looks at this one's attention in prefill and in decode."""
+    ``later`` are whether the next layer's method looks at this one's attention in prefill and in decode; with
+    ``plain``, a method that looks ahead gets queries and keys before their rotation."""
     step: Step | None = kwargs.get(KEYWORD)
     if step is None:
         return None
@@ -338,9 +346,9 @@ def enter(
         ahead = "ahead" in reducer.gathers() and index not in run.decided
         with torch.no_grad():
             flash = "flash" in _check_implementation(layer, index, window)
-            call = look_ahead(layer, x, run, index, kwargs, flash) if ahead else run.calls.pop(index - 1, None)
+            call = look_ahead(layer, x, run, index, kwargs, flash, plain) if ahead else run.calls.pop(index - 1, None)
         whole = x
-        x = _reduce(x, run, index, depth, reducer, layer, call, norm)
+        x = _reduce(x, run, index, depth, reducer, layer, call, norm, plain)
         made = run.cut_at(index)
         if cache is not None and reducer.later() == "revive" and made is not None and made.layer == index:
             set_aside(run, index, whole, kwargs["position_embeddings"], cache)
@@ -366,7 +374,15 @@ def enter(
 
 
 def _reduce(
-    x: Tensor, run: Run, index: int, depth: int, reducer: Reducer, layer: Any, call: Call | None, norm: nn.Module | None
+    x: Tensor,
+    run: Run,
+    index: int,
+    depth: int,
+    reducer: Reducer,
+    layer: Any,
+    call: Call | None,
+    norm: nn.Module | None,
+    plain: bool,
 ) -> Tensor:
     """``x`` (B,N,C) with the tokens that ``reducer`` keeps before ``index``; decided once per run."""
     if index in run.decided:
@@ -378,7 +394,7 @@ def _reduce(
     with nullcontext() if trace is None else trace.clock():
         # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
         with torch.no_grad():
-            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, reducer))
+            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, plain, reducer))
             run.decided.add(index)
             if not plan.is_identity:
                 acted, made = plan, run.cut(index, plan)
@@ -411,6 +427,7 @@ def _evidence(
     layer: Any,
     call: Call | None,
     norm: nn.Module | None,
+    plain: bool,
     reducer: Reducer,
 ) -> Evidence:
     seen: dict[str, Any] = {}
@@ -435,7 +452,7 @@ def _evidence(
         visual=run.visual_at(index),
         valid=run.column_mask(index),
         cls=False,
-        rope="post",
+        rope="pre" if plain else "post",
         scale=getattr(layer.self_attn, "scaling", None),
         causal=_causal(layer),
         layer=index,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, gather_mask, rows_of
@@ -12,9 +13,11 @@ from tokenreduce.adapters.hf_attention import CALL, Call, Seen
 __all__ = ["drop_prompt", "keep_prompt", "look_ahead"]
 
 
-def look_ahead(layer: Any, x: Tensor, run: Run, index: int, kwargs: dict[str, Any], flash: bool) -> Call:
+def look_ahead(
+    layer: Any, x: Tensor, run: Run, index: int, kwargs: dict[str, Any], flash: bool, plain: bool = False
+) -> Call:
     """Queries, keys and values that decoder layer ``index`` would compute for ``x`` (B,N,C), and its mask; the layer
-    stops there and nothing reaches the cache.
+    stops there and nothing reaches the cache. With ``plain``, queries and keys are not rotated.
 
     ``kwargs`` are what the model passed to the layer: tables and masks for all columns of the prompt.
     """
@@ -25,6 +28,9 @@ def look_ahead(layer: Any, x: Tensor, run: Run, index: int, kwargs: dict[str, An
         if not flash:
             causal = bool(getattr(layer.self_attn, "is_causal", True))
             mask = gather_mask(mask, where, cut.valid, x.shape[1], causal)
+    if plain:
+        cos, sin = tables
+        tables = (torch.ones_like(cos), torch.zeros_like(sin))
     call = Call(mask, record=True, only=True)
     try:
         layer.self_attn(

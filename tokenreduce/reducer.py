@@ -21,14 +21,15 @@ STAGES = ("encoder", "projector", "language", "cache")
 POSITIONS = ("input", "before", "middle", "after")
 #: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input. Inside a
 #: language model, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
-#: instead of the one before it; ``prompt`` are the features at its entry, ``norm`` its final norm,
+#: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
+#: (M-RoPE); ``prompt`` are the features at its entry, ``norm`` its final norm,
 #: ``films`` says which frames of a video the tokens come from, ``history`` how many visual tokens there were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``text`` the question in the language model's space, ``clip`` patches and question in a CLIP model's.
 #: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
-    "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "prompt", "norm", "tower", "cls",
-    "clip", "crops", "films", "history",
+    "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "prompt", "norm", "tower",
+    "cls", "clip", "crops", "films", "history",
 )  # fmt: skip
 
 

@@ -288,6 +288,25 @@ def test_the_attention_ahead_is_that_of_the_layer_itself(name, cut, layer):
     close(evidence.normed, eager.model.get_submodule(vlm.text).norm(evidence.x))
 
 
+class Plain(Spy, stage="language", needs=("ahead", "plain", "attention")):
+    """Where positions have several axes, before the rotation."""
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_plain_keys_ahead_are_those_before_the_rotation_where_positions_have_several_axes(name):
+    vlm = VLMS[name]
+    inputs = prompts(vlm, ROWS["unequal"])
+    layer = layers_of(name, vlm.model)[2]
+    Spy.notes.clear()
+    with torch.no_grad(), tr.patched(vlm.model, Plain(layer=2)):
+        vlm.model(**inputs)
+        (evidence,) = Spy.notes
+        k = layer.self_attn.k_proj(layer.input_layernorm(evidence.x)).unflatten(-1, (-1, layer.self_attn.head_dim))
+        k = layer.self_attn.k_norm(k) if hasattr(layer.self_attn, "k_norm") else k
+    same = torch.allclose(evidence.keys, k.transpose(1, 2), atol=1e-5)
+    assert same == (evidence.rope == "pre") == name.startswith("qwen")
+
+
 def test_looking_ahead_leaves_the_model_alone():
     """With a cache, with sdpa: the layer's keys are stored once, and the outputs are bit-identical."""
     vlm = VLMS["llava"]

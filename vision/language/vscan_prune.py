@@ -18,7 +18,12 @@ _KEEP = 1 / 3
 
 @dataclass(frozen=True)
 class VScanLLM(
-    Reducer, name="vscan-llm", stage="language", needs=("ahead", "attention"), paper="2505.22654", title="VScan (LLM)"
+    Reducer,
+    name="vscan-llm",
+    stage="language",
+    needs=("ahead", "plain", "attention"),
+    paper="2505.22654",
+    title="VScan (LLM)",
 ):
     """VScan's step in the language model: in its middle, keep the visual tokens that the prompt's last token sees most.
 
@@ -36,9 +41,10 @@ class VScanLLM(
         counts: instead of ``keep``, what each layer leaves: counts, or shares of the visual tokens that reach it,
             rounded half up.
 
-    Decisions: keys and queries are behind the rotary embedding, as the model uses them and as in the code for LLaVA;
-    the code for Qwen switches the rotation off for this score, which is no option here, since models are not asked for
-    keys that they do not attend with. At least one visual token stays. Kept tokens keep their original positions, as
+        rotary: whether the score's queries and keys are rotated on models with M-RoPE, too. The code for Qwen switches
+            the rotation off, which is the default; elsewhere they always are, as in the code for LLaVA.
+
+    Decisions: at least one visual token stays. Kept tokens keep their original positions, as
     with every language-stage method here (the code for LLaVA renumbers them).
 
     Raises ``ValueError`` for bad budgets, both ``keep`` and ``counts``, lists of different lengths, and layers below 1
@@ -48,6 +54,7 @@ class VScanLLM(
     layer_list: tuple[int, ...] | None = None
     keep: int | float | None = None
     counts: tuple[int | float, ...] | None = None
+    rotary: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layer_list", "counts"):
@@ -56,6 +63,8 @@ class VScanLLM(
                 object.__setattr__(self, name, tuple(value))
         check_stages(self.layer_list, "layer_list", 1)
         check_keep(self.keep)
+        if not isinstance(self.rotary, bool):
+            raise ValueError(f"rotary is true or false, not {self.rotary!r}")
         if self.counts is None:
             return
         if self.keep is not None:
@@ -74,6 +83,9 @@ class VScanLLM(
         if depth < 2:
             raise ValueError("a language model of one layer has no middle: there are no layers before and behind it")
         return (depth // 2,)
+
+    def gathers(self) -> tuple[str, ...]:
+        return tuple(need for need in self.needs if need != "plain" or not self.rotary)
 
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
