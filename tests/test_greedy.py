@@ -1,6 +1,8 @@
-"""The lazy greedy choice takes what the plain one takes, to the last bit."""
+"""Greedy choices: what runs on the CPU takes what the plain definition takes."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenreduce import greedy
-from tokenreduce.greedy import cover
+from tokenreduce.greedy import cover, farthest, volume
 
 
 def by_card(worth, keep, weight=None, combination="product", least=0.0):
@@ -88,13 +90,13 @@ def test_at_the_size_of_an_image(kind):
 
 def test_most_gains_are_left_alone(monkeypatch):
     """576 candidates, 64 steps: far fewer gains than 63 times all are summed again."""
-    seen, stock = [], torch.Tensor.index_select
+    seen, stock = [], torch.Tensor.relu_
 
-    def index_select(self, dim, index):
-        seen.append(len(index))
-        return stock(self, dim, index)
+    def relu_(self):
+        seen.append(len(self))
+        return stock(self)
 
-    monkeypatch.setattr(torch.Tensor, "index_select", index_select)
+    monkeypatch.setattr(torch.Tensor, "relu_", relu_)
     cover(worths("cosines", 1, 576, 0, 5), 64)
     assert 63 * greedy._BLOCK <= sum(seen) < 63 * 576 / 4
 
@@ -124,3 +126,65 @@ def test_in_a_compiled_graph():
     worth = worths("cosines", 2, 20, 0, 1)
     compiled = torch.compile(lambda w: cover(w, 5), backend="eager", fullgraph=True)
     assert torch.equal(compiled(worth), cover(worth, 5))
+
+
+def far_by_definition(d, keep):
+    n = len(d)
+    chosen = [max(range(n), key=lambda j: (min((float(d[i, j]) for i in range(n) if i != j), default=math.inf), -j))]
+    while len(chosen) < keep:
+        rest = [j for j in range(n) if j not in chosen]
+        chosen.append(max(rest, key=lambda j: (min(float(d[i, j]) for i in chosen), -j)))
+    return chosen
+
+
+@pytest.mark.parametrize("kind", ["whole", "halves", "cosines", "duplicated"])
+@pytest.mark.parametrize(("batch", "n"), [(1, 1), (3, 2), (2, 23)])
+def test_farthest_is_the_max_min_choice(kind, batch, n):
+    d = worths(kind, batch, n, n, seed=n)
+    for keep in range(n + 1):
+        chosen = farthest(d, keep)
+        assert chosen.shape == (batch, keep)
+        assert chosen.tolist() == [far_by_definition(row, keep)[:keep] for row in d]
+        if keep:
+            assert torch.equal(chosen, greedy._spread(d, keep, chosen[:, 0]))
+
+
+def process(batch, n, width, seed, copies=1):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.nn.functional.normalize(torch.randn(batch, n, width, generator=g), dim=-1).repeat(1, copies, 1)
+    q = torch.rand(batch, n * copies, generator=g) + 0.1
+    return x @ x.transpose(1, 2) * q.unsqueeze(1) * q.unsqueeze(2), q
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 12])
+def test_volume_makes_the_determinant_largest(keep):
+    kernel, q = process(3, 12, 20, seed=keep)
+    got = volume(kernel, q * q, q, keep)
+    for b in range(3):
+        chosen = []
+        for _ in range(keep):
+            left = [j for j in range(12) if j not in chosen]
+            parts = [kernel[b].double()[[*chosen, j]][:, [*chosen, j]] for j in left]
+            chosen.append(left[max(range(len(left)), key=lambda i: (float(torch.linalg.det(parts[i])), -i))])
+        assert got[b].tolist() == chosen
+
+
+@pytest.mark.parametrize(("n", "width", "copies", "keep"), [(20, 6, 1, 15), (6, 8, 4, 20), (200, 64, 1, 90)])
+def test_volume_of_one_sample_is_that_of_a_batch(n, width, copies, keep):
+    """Beyond the rank, among duplicates, and at the size of an image."""
+    kernel, q = process(2, n, width, 5, copies)
+    before = kernel.clone()
+    got = volume(kernel, q * q, q, keep)
+    assert torch.equal(kernel, before)
+    assert torch.equal(got, greedy._volume(kernel, q * q, q, keep))
+    assert all(len(set(row)) == keep for row in got.tolist())
+    if n * copies > keep > width:  # what the others span comes last, by descending quality
+        rest = [q[0, j] for j in got[0, min(n, width) :].tolist()]
+        assert rest == sorted(rest, reverse=True)
+
+
+def test_volume_of_empty_candidates():
+    kernel = torch.zeros(1, 4, 4)
+    kernel[0, 2, 2] = 1.0
+    q = torch.tensor([[1.0, 2, 3, 2]])
+    assert volume(kernel, kernel.diagonal(dim1=1, dim2=2), q, 4).tolist() == [[2, 1, 3, 0]]

@@ -10,15 +10,39 @@ from torch import Tensor
 from tokenreduce.evidence import Evidence
 
 __all__ = [
-    "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "importance", "inner",
-    "key_metric", "question", "received_attention", "received_by_head", "relevance", "select", "single_head", "unit",
+    "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "gram", "importance",
+    "inner", "key_metric", "question", "received_attention", "received_by_head", "relevance", "select", "single_head",
+    "unit",
 ]  # fmt: skip
+
+#: Rows from which half of a Gram matrix is worth the copies that spare the other half.
+_GRAM = 256
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """(B,M,N) inner products of (B,M,d) and (B,N,d) in float32, also under autocast: a rounded ranking is another."""
     with torch.autocast(a.device.type, enabled=False):
         return a.float() @ b.float().transpose(1, 2)
+
+
+def gram(x: Tensor) -> Tensor:
+    """(B,N,N) inner products of the rows of ``x`` (B,N,d) with each other in float32, also under autocast.
+
+    On the CPU the upper half of large ones is copied from the lower half instead of computed.
+    """
+    n = x.shape[1]
+    if n < _GRAM or not _checked(x) or x.requires_grad:
+        return inner(x, x)
+    x = x.float()
+    turned, step = x.transpose(1, 2), -(-n // 4)
+    out = x.new_empty(len(x), n, n)
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, n, step):
+            end = min(start + step, n)
+            rows = x[:, start:end] @ turned[:, :, :end]
+            out[:, start:end, :end] = rows
+            out[:, :start, start:end] = rows[:, :, :start].transpose(1, 2)
+    return out
 
 
 def unit(x: Tensor) -> Tensor:

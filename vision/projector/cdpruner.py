@@ -7,17 +7,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
 
 from tokenreduce.evidence import Evidence
+from tokenreduce.greedy import volume
 from tokenreduce.plan import Plan
 from tokenreduce.projector import Projector, check_clip, kept, share
-from tokenreduce.scoring import clean, finite, inner, relevance, unit
+from tokenreduce.scoring import clean, finite, gram, inner, relevance, unit
 
 __all__ = ["CDPruner"]
-
-#: Share of a token's own kernel entry below which what is left of it is rounding.
-_RANK = 1e-5
 
 
 @dataclass(frozen=True)
@@ -94,24 +91,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
 def greedy(x: Tensor, q: Tensor, keep: int) -> Tensor:
     """(B,K) greedy maximum a posteriori choice from the kernel of unit vectors ``x`` (B,N,D) scaled by ``q`` (B,N) > 0,
     in order of choice; tokens that add nothing come last, by descending q."""
-    batch, n = q.shape
-    kernel = inner(x, x)
+    kernel = gram(x)
     # The cosine to itself is 1 unless the token is 0: its rounding must not decide between equal tokens.
-    gain = (kernel.diagonal(dim1=1, dim2=2) > 0) * q * q
-    kernel = kernel.mul_(q.unsqueeze(1)).mul_(q.unsqueeze(2)).view(-1, n)
-    least, rest = gain * _RANK, -1 / q  # below every gain, and keeps the order of q to all its digits
-    first = torch.arange(batch, device=q.device) * n
-    rows, chosen = x.new_empty(batch, keep, n), []
-    with torch.autocast(x.device.type, enabled=False):
-        for t in range(keep):
-            alive, best = torch.where(gain > least, gain, rest).max(1, keepdim=True)
-            row = kernel.index_select(0, best[:, 0] + first).unsqueeze(1)
-            if t:
-                past = rows[:, :t].gather(2, best.unsqueeze(1).expand(-1, t, -1))
-                row = row.baddbmm_(past.transpose(1, 2), rows[:, :t], alpha=-1)
-            # A token that adds nothing leaves the others as they are; its square root would be of rounding.
-            new = torch.mul(row[:, 0], threshold(alive, 0.0, float("inf")).rsqrt_(), out=rows[:, t])
-            gain = gain.addcmul_(new, new, value=-1).scatter_(1, best, float("-inf"))
-            rest.scatter_(1, best, float("-inf"))
-            chosen.append(best)
-    return torch.cat(chosen, 1)
+    own = (kernel.diagonal(dim1=1, dim2=2) > 0) * q * q
+    return volume(kernel.mul_(q.unsqueeze(1)).mul_(q.unsqueeze(2)), own, q, keep)

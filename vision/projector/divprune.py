@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
+from tokenreduce.greedy import farthest
 from tokenreduce.plan import Plan
 from tokenreduce.projector import Projector, kept
-from tokenreduce.scoring import finite, inner, unit
+from tokenreduce.scoring import clean, gram, unit
 
 __all__ = ["DivPrune"]
 
@@ -44,15 +44,5 @@ class DivPrune(Projector, name="divprune", paper="2503.02175", title="DivPrune")
         ``keep``."""
         x = evidence.x[:, evidence.prefix :].detach()
         wanted = self.total(x.shape[1]) if keep is None else keep
-        m = unit(x)
-        distance = (1 - inner(m, m)).clamp(min=0)
-        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        nearest = finite(distance.masked_fill(own, float("inf")).amin(2), evidence)
-        chosen = [nearest.argmax(1, keepdim=True)]
-        far = torch.full_like(nearest, float("inf"))
-        for _ in range(wanted - 1):
-            last = chosen[-1]
-            row = distance.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[1])).squeeze(1)
-            far = torch.minimum(far, row).scatter(1, last, float("-inf"))
-            chosen.append(far.argmax(1, keepdim=True))
-        return torch.cat(chosen, 1)
+        alike = gram(clean(unit(x), evidence))
+        return farthest(alike.neg_().add_(1).clamp_(min=0), wanted)

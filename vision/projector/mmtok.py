@@ -11,7 +11,7 @@ from tokenreduce.evidence import Evidence
 from tokenreduce.greedy import cover
 from tokenreduce.plan import Plan
 from tokenreduce.projector import Projector, kept
-from tokenreduce.scoring import clean, inner, question, unit
+from tokenreduce.scoring import clean, gram, inner, question, unit
 
 __all__ = ["MMTok"]
 
@@ -65,7 +65,7 @@ class MMTok(Projector, name="mmtok", needs=("text",), paper="2508.18264", title=
         """(B,N,N+m) what candidate j has of the share of visual token or word r."""
         features = evidence.features.detach()[:, evidence.features.shape[1] - (evidence.n - evidence.prefix) :]
         f, v = clean(unit(features), evidence), clean(unit(evidence.projected.detach()), evidence)
-        seen = (inner(f, f) / self.tau_vv).softmax(1) * (self.alpha / f.shape[1])
+        seen = (gram(f) / self.tau_vv).softmax(1) * (self.alpha / f.shape[1])
         words = question(evidence)
         if words is None:
             return seen

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
 from tokenreduce.greedy import cover
-from tokenreduce.plan import Plan
+from tokenreduce.plan import Plan, take
 from tokenreduce.projector import Salient, kept
-from tokenreduce.scoring import descending, finite, inner, unit
+from tokenreduce.scoring import descending, finite, gram, unit
 
 __all__ = ["COMBINATIONS", "SCOPE"]
 
@@ -71,8 +70,7 @@ class SCOPE(Salient, name="scope", needs=("tower",), paper="2510.24214", title="
             seen = evidence.tower(self.layer)
             weight = weight * getattr(seen, "patches", seen).heads
         weight = weight**self.alpha
-        u = unit(evidence.features[:, evidence.prefix :].detach())
-        u = u[torch.arange(len(u), device=u.device)[:, None], listed]
-        similar = finite(inner(u, u), evidence).clamp_(min=0)
+        u = unit(take(evidence.features[:, evidence.prefix :].detach(), listed))
+        similar = finite(gram(u), evidence).clamp_(min=0)
         chosen = cover(similar, wanted, weight, combination=self.combination, least=n * ROUNDING)
         return listed.gather(1, chosen)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tokenreduce.budget import check_count
 from tokenreduce.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.plan import Plan, take
 from tokenreduce.projector import Salient, kept
-from tokenreduce.scoring import descending, finite, inner, unit
+from tokenreduce.scoring import descending, finite, gram, unit
 
 __all__ = ["VisPruner"]
 
@@ -62,11 +62,15 @@ class VisPruner(Salient, name="vispruner", needs=("tower",), paper="2412.01818",
         if not wanted:
             return rest[:, :0]
         u = unit(evidence.features[:, evidence.prefix :].detach())
-        cosine = finite(inner(u, u), evidence)
-        row = torch.arange(len(rest), device=rest.device)[:, None, None]
+        cosine = finite(gram(u), evidence)
+        names = torch.arange(cosine.shape[1], device=rest.device).expand(len(rest), -1)
         while rest.shape[1] > wanted:
+            if 2 * rest.shape[1] <= cosine.shape[1]:  # most rows and columns are of tokens that are gone
+                names = names.gather(1, rest)
+                cosine = take(take(cosine, rest).transpose(1, 2), rest)
+                rest = torch.arange(rest.shape[1], device=rest.device).expand(len(rest), -1)
             a, b = rest[:, ::2], rest[:, 1::2]
             r = min(self.r, rest.shape[1] - wanted, a.shape[1])
-            closest = cosine[row, a[:, :, None], b[:, None]].amax(2)
+            closest = take(cosine, b).amax(1).gather(1, a)  # whole rows of b, which cost less than the places of a
             rest = torch.cat([a.gather(1, descending(closest)[:, r:]), b], 1)
-        return rest
+        return names.gather(1, rest)
