@@ -83,7 +83,7 @@ def film_places(step: Step, x: Tensor) -> Tensor:
 
 def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[Image]:
     run = step.run
-    needy = bool(reducer.looks()) or reducer.space == "vision"
+    needy = bool(reducer.looks()) or reducer.space == "vision" or not {"head", "pixels"}.isdisjoint(reducer.gathers())
     joined = films if reducer.temporal else _as_they_are
     seen_columns = torch.zeros_like(run.visual)
     for kind, encoded in step.encoded.items():
@@ -200,6 +200,7 @@ def _group(
     own = origin if len(seen) == origin.n else origin.take(seen)
     encoded = step.encoded.get(first.kind)
     blocks, features, class_features, feature, depth, plans = {}, None, None, -1, 0, {}
+    pixels = pooled = None
     if encoded is not None:
         feature, depth = encoded.vision.feature, encoded.vision.depth
         views = torch.tensor([i.views for i in alike], device=device).flatten()
@@ -213,6 +214,10 @@ def _group(
             features = flat[rows]
         if encoded.own is not None:
             class_features = encoded.own[views]
+        if encoded.given is not None:
+            pixels = encoded.pixels(views)
+        if encoded.pooled is not None:
+            pooled = encoded.pooled[0][views], encoded.pooled[1][views]
     clip = None
     if said is not None:
         if features is None:
@@ -226,7 +231,7 @@ def _group(
         Visual(
             x[r, columns], own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans,
             feature=feature, tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
-            text_valid=None if text is None else text[1][r[:, 0]],
+            text_valid=None if text is None else text[1][r[:, 0]], pixels=pixels, pooled=pooled,
         ),
     )  # fmt: skip
 

@@ -77,7 +77,8 @@ def attach_projector(
         tokenizer_of(source)
     compact = _compact(found, reducer, windows)
     if found.vision is not None:
-        attach_tower_evidence(found, tuple(look for r in (reducer, *marking) for look in r.looks()), undo)
+        wanted = (*reducer.gathers(), *reducer.wishes())
+        attach_tower_evidence(found, tuple(look for r in (reducer, *marking) for look in r.looks()), wanted, undo)
     undo.pre_hook(found.inner, _expect)
     undo.pre_hook(
         found.text,
@@ -98,7 +99,10 @@ def attach_projector(
 def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
     from tokenreduce.registry import get_class, list_methods
 
-    names = {"cls": "the class token", "crops": "tiles", "tower": "attention", "clip": "CLIP features"}
+    names = {
+        "cls": "the class token", "crops": "tiles", "tower": "attention", "clip": "CLIP features",
+        "head": "the pooling head",
+    }  # fmt: skip
     given = found.projector if reducer.stage == "projector" else found.evidence
     able = [
         n for n in list_methods(stage=reducer.stage)

@@ -40,6 +40,8 @@ class Vision:
     feature: int
     #: Whether the family takes videos as such, and not as several images.
     films: bool = False
+    #: Pooling heads of the towers, with a query of their own.
+    heads: tuple[nn.Module, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -51,6 +53,8 @@ class Vision:
         given += ["cls"] if self.cls else []
         given += ["clip"] if self.cls and self.projector is not None else []
         given += ["crops"] if self.kind == "tiled" else []
+        given += ["head"] if self.heads else []
+        given += ["pixels"]
         return tuple(given)
 
 
@@ -81,6 +85,26 @@ class Encoded:
     tower_kwargs: dict[str, Any] = field(default_factory=dict)
     #: After every block, where a method acts in the tower.
     states: list[Any] = field(default_factory=list)
+    #: Besides the blocks: "pixels", "head".
+    wanted: tuple[str, ...] = ()
+    #: What the tower was given.
+    given: Tensor | None = None
+    #: Side of a patch.
+    patch: int = 1
+    #: (views,n) attention of the pooling head, (views,C) what it makes of a view.
+    pooled: tuple[Tensor, Tensor] | None = None
+
+    def pixels(self, views: Tensor) -> Tensor:
+        """(V,patches,P) of ``views`` (V,), which all have as many patches: the pixels of each."""
+        assert self.given is not None
+        if self.vision.kind == "packed":  # several frames in one
+            start = torch.tensor([self.spans[v][0] for v in views.tolist()], device=self.given.device)
+            return self.given[start[:, None] + torch.arange(self.spans[int(views[0])][1], device=self.given.device)]
+        s = self.patch
+        pixels = self.given[views.to(self.given.device)]
+        h, w = pixels.shape[-2] // s, pixels.shape[-1] // s  # a convolution leaves out what no patch fits in
+        pixels = pixels[..., : h * s, : w * s].reshape(len(views), -1, h, s, w, s)
+        return pixels.permute(0, 2, 4, 1, 3, 5).reshape(len(views), h * w, -1)
 
     @property
     def reduced(self) -> State | Packed | None:
@@ -130,8 +154,9 @@ class Encoded:
         def rows(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[views]
 
+        q, k = (t.detach().index_select(0, views.to(t.device)) for t in (q, k))
         return Evidence(
-            k.detach()[views].transpose(1, 2).flatten(2), k.detach()[views], q.detach()[views],
+            k.transpose(1, 2).flatten(2), k, q,
             size=None if state is None else rows(state.size), valid=None if state is None else rows(state.valid),
             protected=int(self.vision.cls), cls=self.vision.cls, layer=block, depth=self.vision.depth,
             proportional=state is not None and state.proportional,

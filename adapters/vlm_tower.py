@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenreduce.adapters.encoder import collect_states
 from tokenreduce.adapters.hf_attention import CALL, Call, listen
@@ -48,6 +49,8 @@ PARTS: dict[str, tuple[tuple[str, ...], str, str | None, str]] = {
 }
 #: Where tower classes other than CLIP and SigLIP keep their blocks.
 _BLOCKS = {"ViTModel": "layers", "Dinov2Model": "encoder.layer", "Dinov2WithRegistersModel": "encoder.layer"}
+#: Where SigLIP towers keep their pooling head, in newer and older releases.
+_HEADS = ("head", "vision_model.head")
 _WITH_CLASS = ("CLIPVisionModel", "InternVLVisionModel", "ViTModel", "Dinov2Model", "Dinov2WithRegistersModel")
 
 
@@ -68,8 +71,15 @@ def vision_of(inner: Any) -> Vision | None:
     depth = len(blocks[0])
     return Vision(
         towers, tuple(blocks), None if projector is None else inner.get_submodule(projector), kind, cls,
-        _feature_block(inner.config, depth), hasattr(inner, "get_video_features"),
+        _feature_block(inner.config, depth), hasattr(inner, "get_video_features"), _heads(towers),
     )  # fmt: skip
+
+
+def _heads(towers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The pooling heads of ``towers``; none unless each has one with a query of its own."""
+    named = [dict(tower.named_modules()) for tower in towers]
+    found = [next((m[n] for n in _HEADS if hasattr(m.get(n), "probe")), None) for m in named]
+    return () if None in found else tuple(found)
 
 
 def _attention_of(block: Any) -> Any:
@@ -89,8 +99,9 @@ def _feature_block(config: Any, depth: int) -> int:
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
-def attach_tower_evidence(found: Language, looks: tuple[Look, ...], undo: Undo) -> None:
-    """Gather evidence of the tower blocks ``looks`` in every call. Raises ``ValueError`` for one that is not there."""
+def attach_tower_evidence(found: Language, looks: tuple[Look, ...], more: tuple[str, ...], undo: Undo) -> None:
+    """Gather evidence of the tower blocks ``looks`` in every call, and of ``more`` what is "pixels" or "head". Raises
+    ``ValueError`` for a block that is not there."""
     vision = found.vision
     assert vision is not None
     wanted = tuple(sorted({resolve(look, vision.depth, vision.feature) for look in looks}))
@@ -99,7 +110,7 @@ def attach_tower_evidence(found: Language, looks: tuple[Look, ...], undo: Undo) 
         name = f"get_{kind}_features"
         if not hasattr(inner, name):
             continue
-        wrapped = functools.partial(encode, inner, kind, wanted)
+        wrapped = functools.partial(encode, inner, kind, wanted, more)
         wrapped.__signature__ = inspect.signature(getattr(inner, name))  # type: ignore[attr-defined]
         undo.set(inner, name, wrapped)
     for tower, blocks in zip(vision.towers, vision.blocks, strict=True):
@@ -117,9 +128,11 @@ def attach_tower_evidence(found: Language, looks: tuple[Look, ...], undo: Undo) 
                 undo.pre_hook(attn, functools.partial(watch, block=b))
     if vision.projector is not None:
         undo.pre_hook(vision.projector, watch_projector)
+    for head in vision.heads if "head" in more else ():
+        undo.hook(head, watch_head)
 
 
-def encode(inner: Any, kind: str, blocks: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+def encode(inner: Any, kind: str, blocks: tuple[int, ...], more: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
     """``get_image_features`` or ``get_video_features`` of ``inner`` with what its tower saw put on the result."""
     name = f"get_{kind}_features"
     stock = getattr(type(inner), name)
@@ -127,7 +140,7 @@ def encode(inner: Any, kind: str, blocks: tuple[int, ...], *args: Any, **kwargs:
         return stock(inner, *args, **kwargs)
     vision = vision_of(inner)
     assert vision is not None
-    seen = Encoded(vision, blocks)
+    seen = Encoded(vision, blocks, wanted=more)
     token = WATCHING.set(seen)
     clip = FRAMES.set(_frames(args, kwargs) if kind == "video" else 1)
     try:
@@ -160,6 +173,10 @@ def before_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     seen = WATCHING.get()
     if seen is None:
         return
+    if "pixels" in seen.wanted:
+        seen.given = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
+        size = tower.config.patch_size
+        seen.patch = size if isinstance(size, int) else size[0]
     if seen.vision.kind == "packed":
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         seen.tower_kwargs["grid_thw"] = grids
@@ -246,6 +263,20 @@ def watch_projector(projector: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     seen = WATCHING.get()
     if seen is not None:
         seen.features = args[0] if args else next(iter(kwargs.values()))
+
+
+def watch_head(head: Any, args: tuple[Any, ...], output: Tensor) -> None:
+    """Hook on a SigLIP tower's pooling head: the attention of its query to the patches, mean over heads."""
+    seen = WATCHING.get()
+    if seen is None:
+        return
+    x, attn = args[0].detach(), head.attention
+    with torch.no_grad():
+        (wq, wk, _), (bq, bk, _) = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+        q, k = (nn.functional.linear(t, w, b) for t, w, b in ((head.probe[0], wq, bq), (x, wk, bk)))
+        q, k = (t.float().unflatten(-1, (attn.num_heads, -1)).transpose(-3, -2) for t in (q, k))
+        rows = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+    seen.pooled = rows.mean(1)[:, 0], output.detach()
 
 
 def _frame_lengths(grids: Tensor) -> list[int]:

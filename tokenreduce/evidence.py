@@ -75,6 +75,7 @@ class Evidence:
             that stands for several has the highest of theirs, text has 0.
         earlier: in a decode step, what the method saw and chose in the one before, see
             :meth:`tokenreduce.Reducer.later`; None in the first.
+        pixels: (B,N,P) the pixels of every token's area, of the tokens behind the prefix.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Evidence:
         history: Tensor | None = None,
         marks: Tensor | None = None,
         earlier: Earlier | None = None,
+        pixels: Tensor | None = None,
     ) -> None:
         if x.dim() != 3:
             raise ValueError(f"x has shape (batch, tokens, channels), not {tuple(x.shape)}")
@@ -125,7 +127,7 @@ class Evidence:
         self._softcap, self.causal, self.mask = softcap, causal, mask
         self.prompt, self._norm = prompt, norm
         self._films, self.history, self._marks = films, history, marks
-        self.earlier = earlier
+        self.earlier, self._pixels = earlier, pixels
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
         self.entry = x.shape[1] if entry is None else entry
@@ -191,6 +193,17 @@ class Evidence:
         tokens: softmax, and means over queries, then are those of the tower."""
         return score(self)
 
+    def of_pixels(self, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B,N) for the tokens behind the prefix: ``score`` makes (B,T,n) of the pixels (B,T,n,P) of T frames, where
+        tokens are made of patches computed on these."""
+        pixels = self._need(self._pixels, "pixels")
+        return score(pixels.reshape(self.batch, self.frames, -1, pixels.shape[-1])).flatten(1)
+
+    def pooling(self) -> tuple[Tensor, Tensor] | None:
+        """The pooling head of the vision tower: (B,N) attention of its query to the tokens behind the prefix, mean
+        over heads, and (B,T,C) what it makes of every view; None where a tower has none or nobody asked."""
+        return None
+
     @property
     def features(self) -> Tensor:
         """(B,N,C) what enters the projector; ``x`` where nothing else is known."""
@@ -255,6 +268,7 @@ class Evidence:
             self.x[row : row + 1, where], heads(self._keys), heads(self._queries),
             None if given is None else given[row : row + 1, :, :, where], rows(self.size), values=heads(self._values),
             before=rows(self._before), text=alone(self.text), times=rows(self.times), cls=False, rope=self.rope,
+            pixels=None if self._pixels is None else self._pixels[row : row + 1, where - self.prefix],
             grid=self.grid if self.grid is not None and math.prod(self.grid) == len(where) else None,
             scale=self._scale, layer=self.layer, depth=self.depth,
         )  # fmt: skip

@@ -25,11 +25,12 @@ POSITIONS = ("input", "before", "middle", "after")
 #: (M-RoPE); ``prompt`` are the features at its entry, ``norm`` its final norm,
 #: ``films`` says which frames of a video the tokens come from, ``history`` how many visual tokens there were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
-#: class token, ``text`` the question in the language model's space, ``clip`` patches and question in a CLIP model's.
+#: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
+#: space, ``clip`` patches and question in a CLIP model's.
 #: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "prompt", "norm", "tower",
-    "cls", "clip", "crops", "films", "history",
+    "cls", "clip", "crops", "films", "history", "head", "pixels",
 )  # fmt: skip
 
 
@@ -100,6 +101,10 @@ class Reducer:
     def gathers(self) -> tuple[str, ...]:
         """The evidence that these settings need; :attr:`needs` unless a method overrides it."""
         return self.needs
+
+    def wishes(self) -> tuple[str, ...]:
+        """Evidence that these settings use where a model has it, and do without elsewhere."""
+        return ()
 
     def site(self) -> str:
         """Where in the block these settings act; :attr:`position` unless a method overrides it."""

@@ -212,6 +212,8 @@ class Visual(Evidence):
         clip: ``(patches (B,N,E), text (B,M,E))`` in the joint space of a CLIP model, where a method asked for it; text
             rows that are not there are zero.
         projected: (B,N,D) embeddings behind the projector where ``x`` are others.
+        pixels: (B*V,n,P) the pixels of every patch.
+        pooled: ``(attention (B*V,n), vector (B*V,C))`` of the tower's pooling head.
     """
 
     def __init__(
@@ -232,15 +234,17 @@ class Visual(Evidence):
         size: Tensor | None = None,
         times: Tensor | None = None,
         prefix: int = 0,
+        pixels: Tensor | None = None,
+        pooled: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        super().__init__(x, protected=prefix, text=text, size=size, times=times, cls=False)
+        super().__init__(x, protected=prefix, text=text, size=size, times=times, cls=False, pixels=pixels)
         self.origin, self._features, self.own = origin, features, own
         self.blocks, self.plans = dict(blocks or {}), dict(plans or {})
         self.feature, self.tower_depth = feature, tower_depth
         self.text_valid, self._clip = text_valid, clip
         #: Whether ``x`` are features before the projector.
         self.is_vision = False
-        self._projected = projected
+        self._projected, self._pooled = projected, pooled
         self.cls = any(b.cls for b in self.blocks.values())
         self.crops = origin.crops
 
@@ -281,6 +285,17 @@ class Visual(Evidence):
 
     def per_token(self, score: Callable[[Evidence], Tensor]) -> Tensor:
         return self.tower().per_token(score) if self.blocks else super().per_token(score)
+
+    def of_pixels(self, score: Callable[[Tensor], Tensor]) -> Tensor:
+        pixels = self._need(self._pixels, "pixels")
+        made = score(pixels.view(self.batch, -1, *pixels.shape[1:]))
+        return self.origin.map(made.flatten(1))
+
+    def pooling(self) -> tuple[Tensor, Tensor] | None:
+        if self._pooled is None:
+            return None
+        attention, vector = (t.view(self.batch, -1, t.shape[-1]) for t in self._pooled)
+        return self.origin.map(attention.flatten(1)), vector
 
     @property
     def keys(self) -> Tensor:
@@ -341,6 +356,8 @@ class Visual(Evidence):
             projected=tokens(self._projected),
             size=tokens(self.size),
             times=tokens(self.times),
+            pixels=None if self._pixels is None else mine(self._pixels),
+            pooled=None if self._pooled is None else (mine(self._pooled[0]), mine(self._pooled[1])),
         )  # fmt: skip
 
     def batch_of(self, rows: Tensor) -> Visual:
@@ -356,6 +373,8 @@ class Visual(Evidence):
             plans={i: p.rows_at(rows) for i, p in self.plans.items()}, feature=self.feature,
             tower_depth=self.tower_depth, text=pick(self.text), text_valid=pick(self.text_valid), clip=clip,
             projected=pick(self._projected), size=pick(self.size), times=pick(self.times), prefix=self.prefix,
+            pixels=pick(self._pixels),
+            pooled=None if self._pooled is None else (self._pooled[0][rows], self._pooled[1][rows]),
         )  # fmt: skip
 
     # -- spaces ------------------------------------------------------------------------------------------------------
@@ -371,7 +390,7 @@ class Visual(Evidence):
         out = Visual(
             x, self.origin, features=x, own=self.own, blocks=self.blocks, plans=self.plans, feature=self.feature,
             tower_depth=self.tower_depth, text=self.text, text_valid=self.text_valid, clip=self._clip, size=size,
-            projected=self.projected, times=self.times, prefix=prefix,
+            projected=self.projected, times=self.times, prefix=prefix, pixels=self._pixels, pooled=self._pooled,
         )  # fmt: skip
         out.is_vision = True
         return out

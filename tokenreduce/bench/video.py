@@ -240,4 +240,5 @@ def _sees(reducers: Sequence[Reducer]) -> Any:
     if any(r.stage == "encoder" for r in reducers):
         return None
     watched = any(r.stage == "projector" or r.looks() or {"films", *TOWER} & {*r.gathers()} for r in reducers)
-    return watched, frozenset(look for r in reducers for look in r.looks())
+    more = {"head", "pixels"} & {need for r in reducers for need in (*r.gathers(), *r.wishes())}
+    return watched, frozenset(look for r in reducers for look in r.looks()), frozenset(more)

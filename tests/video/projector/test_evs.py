@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from visual import ORIGINS, visual
+from vlms import VLMS, prompts
 
 import tokenreduce as tr
 from tokenreduce.temporal import change
@@ -101,9 +104,72 @@ def test_frames_of_a_model_and_nan():
         EVS(keep=0.5).plan(e)
 
 
+# Pixels.
+
+
+def by_pixels(frames, keep):
+    """The same on lists (T) of pixels (n,P): L1 distances to the frame before."""
+    n = len(frames[0])
+    score = [float("inf")] * n
+    for a, b in itertools.pairwise(frames):
+        score += [sum(abs(float(v)) for v in b[i].double() - a[i].double()) for i in range(n)]
+    return sorted(sorted(range(len(score)), key=lambda i: (-score[i], i))[:keep])
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("keep", [6, 11, 20])
+def test_pixels(keep, prefix):
+    x, pixels = torch.randn(2, 24 + prefix, 5), torch.randn(2, 24, 12)
+    evidence = tr.Evidence(x, protected=prefix, grid=(4, 2, 3), pixels=pixels)
+    got = EVS(keep=keep, score="pixels").plan(evidence)
+    for b in range(2):
+        want = by_pixels(pixels[b].split(6), keep)
+        assert got.representatives()[b].tolist() == [*range(prefix), *(prefix + i for i in want)]
+    assert EVS(keep=keep, score="pixels").plan(evidence.batch_rows(torch.tensor([1]))) == got.rows_at(torch.tensor([1]))
+
+
+def test_pixels_that_stand_still_go_whatever_the_embeddings_do():
+    pixels = torch.randn(1, 4, 3).repeat(1, 3, 1)
+    pixels[0, 9] += 1
+    keep = EVS(keep=6, score="pixels").plan(tr.Evidence(torch.randn(1, 12, 5), grid=(3, 2, 2), pixels=pixels)).keep
+    assert keep[0].tolist() == [0, 1, 2, 3, 4, 9], "what stands still ties: the earlier one stays"
+
+
+def patches_of_tokens(family, given):
+    """The pixels (n,P) of the tokens of every frame, cut out in plain loops, of every video of a batch."""
+    if family == "qwen2_5_vl":  # (2,4,8) patches, each of two frames, four in a row a token
+        return [video.view(2, 8, 4 * 96).unbind(0) for video in given.view(2, 64, 96)]
+    side = {"llava_onevision": 32, "video_llava": 16}[family]  # 2x2 patches are pooled to one token, and 3x3 patches
+    out = []
+    for video in given:
+        cuts = range(0, video.shape[-1], side)
+        out.append([
+            torch.stack([f[:, r : r + side, c : c + side].flatten() for r in cuts for c in cuts]) for f in video
+        ])  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "video_llava", "qwen2_5_vl"])
+def test_pixels_of_a_model(family):
+    model = VLMS[family].model
+    inputs = prompts(VLMS[family], ((9, "v"), (5, "v")))
+    with torch.no_grad(), tr.patched(model, EVS(keep=0.6, score="pixels")), tr.record(model) as trace:
+        model(**inputs)
+    ((_, _, plan),) = trace.steps[0].parts
+    for b, frames in enumerate(patches_of_tokens(family, inputs["pixel_values_videos"])):
+        assert plan.keep[b].tolist() == by_pixels(frames, plan.k)
+
+
+def test_pixels_are_needed():
+    with pytest.raises(ValueError, match="needs pixels"):
+        EVS(keep=6, score="pixels").plan(tr.Evidence(torch.randn(1, 12, 5), grid=(3, 2, 2)))
+
+
 def test_settings():
     assert EVS().keep == 0.25
     with pytest.raises(ValueError, match="keep"):
         EVS(keep=1.5)
     with pytest.raises(ValueError, match="newlines"):
         EVS(newlines="rank")
+    with pytest.raises(ValueError, match="score is"):
+        EVS(score="l1")
