@@ -115,7 +115,7 @@ def _llava_next_video():
     return _wide(LlavaNextVideoForConditionalGeneration(config))
 
 
-def _llava_onevision():
+def _llava_onevision(size: int = 32, head: bool = False):
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -124,7 +124,7 @@ def _llava_onevision():
     )
 
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**_tower(32, 16), vision_use_head=False), text_config=Qwen2Config(**_text()),
+        vision_config=SiglipVisionConfig(**_tower(size, 16), vision_use_head=head), text_config=Qwen2Config(**_text()),
         image_token_index=IMAGE, video_token_index=VIDEO, image_grid_pinpoints=PINPOINTS,
     )  # fmt: skip
     return _wide(LlavaOnevisionForConditionalGeneration(config))
@@ -331,6 +331,21 @@ VLMS: dict[str, Vlm] = {
     "gemma3": Vlm(functools.partial(_gemma3, 12), "Gemma3Model", _EYES, _plain, types="token_type_ids"),
     "gemma3_wide": Vlm(functools.partial(_gemma3, 512), "Gemma3Model", _EYES, _plain, types="token_type_ids"),
 }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def onevision_with_head() -> Vlm:
+    """LLaVA-OneVision whose tower has kept its pooling head, which checkpoints drop; frames of 2x2 tokens."""
+
+    def build() -> Any:
+        model = _llava_onevision(64, head=True)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("attention.in_proj_weight"):  # attention to more than one patch
+                    p.mul_(0.03)
+        return model
+
+    return Vlm(build, "LlavaOnevisionModel", (), _anyres, _run(33, VIDEO), _frames(8, 64))
 
 
 def prompts(vlm: Vlm, rows: tuple[tuple[int, str], ...], pad: str = "left") -> Inputs:

@@ -150,14 +150,16 @@ class Salient(Projector):
     Raises ``ValueError`` for other values, and for "cls" on a tower without class token.
     """
 
+    scores: ClassVar[tuple[str, ...]] = SCORES
+
     layer: int | float | None = field(default=None, kw_only=True)
     score: str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layer(self.layer)
-        if self.score not in SCORES:
-            raise ValueError(f"score is one of {SCORES}, not {self.score!r}")
+        if self.score not in self.scores:
+            raise ValueError(f"score is one of {self.scores}, not {self.score!r}")
 
     def gathers(self) -> tuple[str, ...]:
         return ("tower", "cls") if self.score == "cls" else ("tower",)

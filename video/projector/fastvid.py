@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenreduce.budget import check_count
 from tokenreduce.clustering import peaks
-from tokenreduce.evidence import Evidence
+from tokenreduce.evidence import Evidence, Look
 from tokenreduce.plan import Mix, Plan
-from tokenreduce.projector import Salient, share, top
-from tokenreduce.scoring import distances, inner, unit
+from tokenreduce.projector import SCORES, Salient, share, top
+from tokenreduce.scoring import distances, finite, inner, unit
 from tokenreduce.temporal import Temporal, adjacent, best_of_frames, by_frame, cut_by_similarity
 
 __all__ = ["FastVID"]
@@ -35,9 +36,12 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
     the anchor's target with the highest cosine; of n that joined with mean m, a target x becomes w x + (1 - w) m, with
     w = max(1 / (n + 1), dtm_beta). Outputs are in the order of the prompt, at the place of their token.
 
-    Frames are compared by the mean of their embeddings, and saliency is that of ``layer`` and ``score``; published code
-    takes both from SigLIP's pooling head where there is one, which language models do not load. A token feeds one
-    target of every anchor, so plans grow with the square of a segment's length.
+    Published code for SigLIP takes saliency and the features by which frames are compared from the tower's own pooling
+    head: the attention of its query, and what it makes of a frame. So does ``score="auto"`` where the tower still has
+    that head (``vision_use_head``, which checkpoints of language models mostly set to False), reading its last layer.
+    Elsewhere, and with another ``score`` or a ``layer``, saliency is attention in that block and frames are compared by
+    the mean of their embeddings, as in the code for Qwen2.5-VL. A token feeds one target of every anchor, so plans grow
+    with the square of a segment's length.
 
     Different from the official code: the number of outputs is ``keep`` (there rounding loses some). Frame t of T
     answers for floor((t+1) keep / T) - floor(t keep / T) of it, so that fewer than one per frame are spread evenly.
@@ -56,12 +60,16 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
         dtm_beta: least weight of a target's own value.
         pool: tokens that join targets: "all" that are not salient, targets of this and other anchors too (as in the
             code for LLaVA-OneVision), or "others", without this anchor's targets (for LLaVA-Video and Qwen2.5-VL).
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
+        score: "head" is the pooling head, refused where a tower has none; others as in
+            :class:`~tokenreduce.projector.Salient`, "auto" takes the head first.
+        layer: see :class:`~tokenreduce.projector.Salient`; None with "head".
         positions: "original" by default, as published: gaps tell the time. See
             :class:`~tokenreduce.projector.Projector`, also for ``newlines``.
 
     Raises ``ValueError`` for values other than these.
     """
+
+    scores: ClassVar[tuple[str, ...]] = (*SCORES, "head")
 
     keep: int | float = 0.10
     dyseg_c: int = 8
@@ -85,11 +93,26 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
                 raise ValueError(f"{name} is a number in [{low}, 1], not {value!r}")
         if self.pool not in ("all", "others"):
             raise ValueError(f"pool is 'all' or 'others', not {self.pool!r}")
+        if self.score == "head" and self.layer is not None:
+            raise ValueError(f"score='head' reads the pooling head behind the last layer, not layer={self.layer}")
+
+    def gathers(self) -> tuple[str, ...]:
+        return ("tower", "head") if self.score == "head" else super().gathers()
+
+    def wishes(self) -> tuple[str, ...]:
+        return ("head",) if self.score == "auto" and self.layer is None else ()
+
+    def looks(self) -> tuple[Look, ...]:
+        return () if self.score == "head" else super().looks()
 
     def choose(self, evidence: Evidence, keep: int) -> Plan:
         x, p = by_frame(evidence), evidence.prefix
-        scores = self.saliency(evidence).reshape(x.shape[:3])
-        alike = adjacent(x.mean(2, keepdim=True)).squeeze(-1)
+        head = evidence.pooling() if "head" in (*self.gathers(), *self.wishes()) else None
+        if head is None and self.score == "head":
+            raise ValueError("this method needs head, the pooling head of a vision tower, which the evidence lacks")
+        scores, whole = (self.saliency(evidence), x.mean(2)) if head is None else head
+        scores = finite(scores.float(), evidence).reshape(x.shape[:3])
+        alike = adjacent(whole.float().unsqueeze(2)).squeeze(-1)
         return Mix.from_samples(
             evidence.n, [self._sample(*rows, keep, p) for rows in zip(x, scores, alike, strict=True)]
         )

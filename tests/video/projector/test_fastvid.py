@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 from visual import ORIGINS, frames, noise, visual
+from vlms import VLMS, onevision_with_head, prompts
 
 import tokenreduce as tr
 from tokenreduce.plan import Mix
@@ -276,6 +278,75 @@ def test_saliency_is_that_of_the_tower(cls, origin):
             score += (rows[0, 1:] if cls else rows.mean(0)).tolist()
         assert len(score) == t * n
         check(FastVID(0.4).plan(e), e.x, b, reference(e.x[b], score, t, FastVID(0.4).total(t * n)))
+
+
+@dataclass(frozen=True)
+class Watching(FastVID):
+    def choose(self, evidence, keep):
+        SEEN.append(evidence)
+        return super().choose(evidence, keep)
+
+
+SEEN = []
+
+
+def seen_in(vlm, **settings):
+    """The evidence of one video of ``vlm``, and the plan on it."""
+    SEEN.clear()
+    inputs = prompts(vlm, ((9, "v"), (5, "v")))
+    with torch.no_grad(), tr.patched(vlm.model, Watching(keep=10, **settings)), tr.record(vlm.model) as trace:
+        vlm.model(**inputs)
+    ((_, _, plan),) = trace.steps[0].parts
+    return SEEN[0], plan, inputs["pixel_values_videos"]
+
+
+def test_the_pooling_head_of_a_tower():
+    """Saliency is the attention of the head's query, pooled like the tokens; frames are what the head makes of them."""
+    vlm = onevision_with_head()
+    evidence, plan, pixels = seen_in(vlm)
+    tower = vlm.model.model.vision_tower
+    head = getattr(tower, "head", None) or tower.vision_model.head
+    with torch.no_grad():
+        out = tower(pixels.flatten(0, 1))
+        rows = head.attention(head.probe.expand(16, 1, -1), out.last_hidden_state, out.last_hidden_state)[1]
+        pooled = vlm.model.model.apply_pooling(rows.mT.expand(-1, -1, 3))[..., 0]
+    attention, vectors = evidence.pooling()
+    torch.testing.assert_close(vectors, out.pooler_output.view(2, 8, -1))
+    torch.testing.assert_close(attention, pooled.reshape(2, -1), atol=1e-5, rtol=1e-4)
+    # Of 8 segments of one frame every one has a token, two have two: the most attended, and no context at such numbers.
+    for b in range(2):
+        best = [
+            4 * t + int(i) for t in range(8) for i in attention[b, 4 * t : 4 * t + 4].topk(1 + (t in (3, 7))).indices
+        ]
+        assert plan.representatives()[b].tolist() == sorted(best)
+    # One segment, where only frames that the next one's vector differs from have tokens.
+    alike = [[cosine(v[t], v[t + 1]) for t in range(7)] for v in vectors]
+    far = sum(sorted(alike[0])[2:4]) / 2
+    got = FastVID(keep=10, dyseg_c=1, dyseg_tau=-1.0, dyseg_ignore=far, stprune_d=0.0).plan(evidence)
+    for b in range(2):
+        ends = [t for t in range(7) if alike[b][t] < far] + [7]
+        counts = shared(10, [4] * len(ends))
+        spread = [t for t, m in zip(ends, counts, strict=True) for _ in range(m)]
+        if sum(counts) == 10:
+            assert [i // 4 for i in got.representatives()[b].tolist()] == spread
+    _, again, _ = seen_in(vlm, score="head")
+    assert torch.equal(again.representatives(), plan.representatives())
+    for settings in ({"score": "received"}, {"layer": -1}):
+        evidence, other, _ = seen_in(vlm, **settings)
+        assert evidence.pooling() is None
+        assert not torch.equal(other.representatives(), plan.representatives())
+
+
+def test_no_pooling_head():
+    model = VLMS["llava_onevision"].model
+    with pytest.raises(ValueError, match="pooling head of the vision tower, which the SiglipVisionModel"):
+        tr.patch(model, FastVID(score="head"))
+    assert FastVID().wishes() == ("head",)
+    assert FastVID(score="received").wishes() == FastVID(layer=1).wishes() == ()
+    with pytest.raises(ValueError, match="needs head"):
+        FastVID(keep=10, score="head").plan(visual(ORIGINS["frames"]))
+    with pytest.raises(ValueError, match="not layer=1"):
+        FastVID(score="head", layer=1)
 
 
 def test_another_block_of_the_tower():
