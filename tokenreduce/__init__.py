@@ -20,6 +20,7 @@ from tokenreduce.trace import record
 
 if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
     from tokenreduce.video.encoder.vidtldr import VidTLDR
+    from tokenreduce.video.language.flashvid_llm import FlashVIDLLM
     from tokenreduce.video.language.framefusion import FrameFusion
     from tokenreduce.video.language.holitom_merge import HoliTomMerge
     from tokenreduce.video.language.prunevid_prune import PruneVidPrune
@@ -85,14 +86,14 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
 __version__ = "0.1.0"
 __all__ = [
     "AIM", "AIMMerge", "ATS", "CDPruner", "DART", "DPCKNN", "DiffRate", "DivPrune", "DyCoke", "EVS", "EViT",
-    "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2",
-    "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix",
-    "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge",
-    "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens", "RandomVisual",
-    "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SparseVLM", "SpatialAugmented", "TRIM",
-    "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "VScan",
-    "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method",
-    "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
+    "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge",
+    "GlobalCom2", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok",
+    "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens",
+    "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens",
+    "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SparseVLM",
+    "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames",
+    "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe",
+    "get_method", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
 ]  # fmt: skip
 
 

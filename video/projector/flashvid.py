@@ -36,10 +36,10 @@ class FlashVID(Temporal, Salient, name="flashvid", needs=("tower",), paper="2602
     frame of their root, B - ceil(alpha * B) per frame of the segment in proportion to a frame's roots; a cluster is the
     plain mean of its trees, at its centre's place. Output in the order of the video.
 
-    The language-model part (before layer 20 keep 0.3 of the visual tokens by the last query's attention) is FastV's
-    rule: ``"flashvid:keep=0.25+fastv:layer=20,keep=0.3"``. ``keep`` is what enters the language model; the paper's
-    ratio is the average over 28 layers, for which it lets 1.25 times as many in. Its pair at 0.25 is
-    ``"flashvid:keep=0.25,expansion=1.25+fastv:layer=20,keep=0.3"``, which is ``keep=0.3125``.
+    The language-model part (before layer 20 of 28 keep 0.3 of the visual tokens by the last query's attention) is
+    ``flashvid-llm``. ``keep`` is what enters the language model; the paper's ratio is the average over layers, for
+    which it lets 1.25 times as many in. The published whole at 0.25 is
+    ``"flashvid:keep=0.25,expansion=1.25+flashvid-llm"``, for Qwen-VL with ``selection=attn_div,min_segments=4`` added.
 
     Different from the official code: exactly ``keep`` tokens come out. Frames share them evenly, the first ones taking
     the rest, and clusters go to the largest remainders, ties to the first frame (it rounds up in every frame); a frame
