@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from vlms import IMAGE, VLMS, encodes_before
 
@@ -106,7 +104,9 @@ def shortened(vlm, inputs, gone):
         features = features_of(vlm.model, inputs, "image").pooler_output
     listed = isinstance(features, list | tuple)
     flat = (torch.cat(list(features)) if listed else features.flatten(0, -2))[~gone[ids == IMAGE]]
-    out["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=[flat] if listed else flat[None])}
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    out["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[flat] if listed else flat[None])}
     return out
 
 

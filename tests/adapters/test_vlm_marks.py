@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
 from vlms_masked import CASES, FILMS, close, generate, layers_of
 
@@ -243,7 +243,7 @@ def test_features_from_elsewhere():
             want = vlm.model(**inputs, pixel_values=pixels).logits
             mine = vlm.model.model.get_image_features(pixels)
             close(vlm.model(**inputs, mm_encoder_outputs={"image": mine}).logits, want)
-            for other in (strange, SimpleNamespace(pooler_output=strange.pooler_output)):
+            for other in (strange, BaseModelOutputWithPooling(pooler_output=strange.pooler_output)):
                 with pytest.raises(
                     ValueError, match=r"mustdrop looks at what the vision tower saw, but .* made elsewhere"
                 ):

@@ -95,6 +95,26 @@ def test_counts_by_hand(loaded: dict[str, LoadedVlm]) -> None:
         assert min(*side.first.times, *side.step.times) > 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_in_decode_are_told(name: str, loaded: dict[str, LoadedVlm]) -> None:
+    vlm = loaded[name]
+    question = ask(vlm.processor, [photo()], "what is in this image?")
+    entry = int((question.inputs["input_ids"] == IMAGE).sum())
+    hidden = compare(vlm.model, vlm.processor, question, "dycoke-cache:layer=2,keep=5", max_new_tokens=4, rounds=1)
+    assert hidden.looked == ((2, "dycoke-cache:layer=2,keep=5", 5.0, 0.0),)
+    assert hidden.reduced.layers == (entry,) * 4
+    spec = "lazyllm:pruning_layers=[1,3],keep=4"
+    back = compare(vlm.model, vlm.processor, question, spec, max_new_tokens=4, rounds=1)
+    (one, method, _, came), (three, _, seen, _) = back.looked
+    assert (one, three, method, seen) == (1, 3, spec, 4.0)
+    assert came > 0
+    assert back.to_dict()["decode"][1] == {
+        "layer": 3, "method": spec, "mean_tokens": 4.0, "mean_came_back": back.looked[1][3],
+    }  # fmt: skip
+    plain = compare(vlm.model, vlm.processor, question, SPEC, max_new_tokens=2, rounds=1)
+    assert plain.looked == ()
+
+
 def test_a_budget_that_keeps_everything_agrees(loaded: dict[str, LoadedVlm]) -> None:
     vlm = loaded["qwen2_5_vl"]
     question = ask(vlm.processor, [photo()], "what?")

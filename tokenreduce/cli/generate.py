@@ -173,6 +173,12 @@ def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
         place = "language model's entry" if site.layer is None else f"from layer {site.layer} on"
         share = f"{entry / site.after:.2f}x" if site.after else "-"
         rows.append((f"visual tokens, {place} ({site.method})", whole(entry), whole(site.after), share))
+    for layer, method, seen, back in result.looked:
+        share = f"{entry / seen:.2f}x" if seen else "-"
+        came = f", {back:,.1f} of them back" if back else ""
+        rows.append(
+            (f"visual tokens a new token sees, layer {layer} on ({method})", whole(entry), f"{seen:,.1f}{came}", share)
+        )
     layers = f"visual tokens, mean over {len(a.layers)} layers"
     rows += [
         (layers, f"{a.mean_tokens:,.1f}", f"{b.mean_tokens:,.1f}", times("mean_layer_tokens")),

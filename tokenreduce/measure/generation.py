@@ -16,7 +16,7 @@ from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched, reducers_of
 from tokenreduce.reducer import Reducer
-from tokenreduce.trace import Step, Trace, record
+from tokenreduce.trace import DecodeStep, Step, Trace, record
 
 __all__ = [
     "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layers_of", "patches_left",
@@ -77,8 +77,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``stock`` against ``reduced``. ``steps`` are the trace of the reduced prefill, ``visual`` (L,) marks the columns
-    of the prompt that are visual tokens."""
+    """``stock`` against ``reduced``. ``steps`` are the trace of the reduced prefill, ``decode`` the choices of methods
+    that make some for every new token, ``visual`` (L,) marks the columns of the prompt that are visual tokens."""
 
     question: Question
     reducers: tuple[Reducer, ...]
@@ -89,6 +89,19 @@ class Comparison:
     notes: tuple[str, ...] = ()
     steps: tuple[Step, ...] = field(default=(), repr=False)
     visual: Tensor | None = field(default=None, repr=False)
+    decode: tuple[DecodeStep, ...] = field(default=(), repr=False)
+
+    @property
+    def looked(self) -> tuple[tuple[int, str, float, float], ...]:
+        """``(layer, method, seen, back)`` for every layer where a method chooses in decode: visual tokens that a new
+        token saw from there on, and tokens that came back there, both averaged over the decode steps."""
+        places = dict.fromkeys((s.layer, s.method) for s in self.decode)
+        out = []
+        for layer, method in places:
+            here = [s for s in self.decode if (s.layer, s.method) == (layer, method)]
+            seen = sum(int(s.seen.sum()) for s in here) / len(here)
+            out.append((layer, method, seen, sum(int(s.back.sum()) for s in here) / len(here)))
+        return tuple(out)
 
     @property
     def spec(self) -> str:
@@ -128,6 +141,10 @@ class Comparison:
             "sites": [
                 {"stage": s.stage, "layer": s.layer, "method": s.method, "before": s.before, "after": s.after}
                 for s in self.sites
+            ],
+            "decode": [
+                {"layer": layer, "method": method, "mean_tokens": seen, "mean_came_back": back}
+                for layer, method, seen, back in self.looked
             ],
             "notes": list(self.notes),
         }  # fmt: skip
@@ -206,7 +223,17 @@ def compare_several(
             cache,
         )
     return [
-        Comparison(question, some, sides[STOCK], sides[name], sites[name], rounds, *_told(made[name][2]), visual)
+        Comparison(
+            question,
+            some,
+            sides[STOCK],
+            sides[name],
+            sites[name],
+            rounds,
+            *_told(made[name][2]),
+            visual,
+            tuple(made[name][2].decode),
+        )
         for name, some in variants.items()
         if name != STOCK
     ]
@@ -219,13 +246,16 @@ def _told(trace: Trace) -> tuple[tuple[str, ...], tuple[Step, ...]]:
 def _answer(
     model: nn.Module, question: Question, some: tuple[Reducer, ...], prompt: int, tokens: int
 ) -> tuple[tuple[int, ...], int, Trace]:
-    """Greedy token ids behind the ``prompt`` columns, bytes of the cache behind them, and the trace of a prefill."""
+    """Greedy token ids behind the ``prompt`` columns, bytes of the cache behind them, and the trace of a prefill
+    with the choices of all decode steps."""
     with torch.inference_mode(), _patched(model, some):
         with record(model, flops=False) as trace:
             out = _generate(model, _inputs(model, question), 1, return_dict_in_generate=True)
         cache = cache_bytes(cache_of(out))
         del out
-        made = _generate(model, _inputs(model, question), tokens)
+        with record(model, flops=False) as whole:
+            made = _generate(model, _inputs(model, question), tokens)
+        trace.decode = whole.decode
     return tuple(made[0, prompt:].tolist()), cache, trace
 
 
