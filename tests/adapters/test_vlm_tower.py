@@ -4,10 +4,10 @@ methods that mix tokens put there."""
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
 from vlms_masked import CASES, close, generate
 
@@ -379,7 +379,7 @@ def test_features_from_elsewhere():
             close(got, want)
             with pytest.raises(ValueError, match="image features of this call were made elsewhere; pass pixel_values"):
                 vlm.model(**inputs, mm_encoder_outputs={"image": strange})
-            bare = {"image": SimpleNamespace(pooler_output=strange.pooler_output)}
+            bare = {"image": BaseModelOutputWithPooling(pooler_output=strange.pooler_output)}
             with pytest.raises(ValueError, match="made elsewhere"):
                 vlm.model(**inputs, mm_encoder_outputs=bare)
 
