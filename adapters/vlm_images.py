@@ -20,7 +20,7 @@ from tokenreduce.temporal import Temporal
 from tokenreduce.views import ranks
 from tokenreduce.visual import Origin, Visual
 
-__all__ = ["Group", "film_places", "groups", "runs", "tokenizer_of"]
+__all__ = ["Group", "film_places", "groups", "runs", "take_rows", "tokenizer_of"]
 
 
 @dataclass
@@ -211,7 +211,7 @@ def _group(
         if encoded.features is not None and first.rows is not None:
             flat = encoded.features.flatten(0, 1)
             rows = torch.stack([_rows_of(i) for i in alike]).to(device)[:, seen]
-            features = flat[rows]
+            features = flat.index_select(0, rows.flatten()).view(*rows.shape, -1)
         if encoded.own is not None:
             class_features = encoded.own[views]
         if encoded.given is not None:
@@ -229,11 +229,17 @@ def _group(
     return Group(
         r, columns,
         Visual(
-            x[r, columns], own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans,
+            take_rows(x, r, columns), own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans,
             feature=feature, tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
             text_valid=None if text is None else text[1][r[:, 0]], pixels=pixels, pooled=pooled,
         ),
     )  # fmt: skip
+
+
+def take_rows(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(G,N,D) of ``x`` (B,L,D) at ``rows`` (G,1) and ``columns`` (G,N), copied by whole rows."""
+    where = rows * x.shape[1] + columns
+    return x.flatten(0, 1).index_select(0, where.flatten()).view(*where.shape, -1)
 
 
 def _rows_of(image: Image) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.clip_text import joint_space
 from tokenreduce.adapters.generation import KEYWORD, Step, cache_in
-from tokenreduce.adapters.vlm_images import Group, film_places, groups, tokenizer_of
+from tokenreduce.adapters.vlm_images import Group, film_places, groups, take_rows, tokenizer_of
 from tokenreduce.adapters.vlm_marks import TOWER, marks_of
 from tokenreduce.adapters.vlm_seen import ARRIVING
 from tokenreduce.adapters.vlm_tower import attach_tower_evidence
@@ -256,18 +256,19 @@ class Part:
         changed = self.there & ~(plain & (old == self.host))
         if not bool(changed.any()):
             return x
-        here = x[self.rows, self.columns]
-        taken = here.gather(1, own.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        if not bool((plain | ~self.there).all()):
-            features = self.evidence.x
-            vision = features.shape[-1] != here.shape[-1] or p > 0 or self.evidence.is_vision
-            mixed = plan.reduce(features if vision else here, self.evidence.size)
-            if vision:
-                assert projector is not None
-                mixed = projector(mixed)
-            taken = torch.where(plain.unsqueeze(-1), taken, mixed.to(taken.dtype))
         where = changed.nonzero(as_tuple=True)
-        return x.index_put((self.rows.expand_as(self.host)[where], self.host[where]), taken[where])
+        at = self.rows.expand_as(self.host)[where]
+        value = x.flatten(0, 1).index_select(0, at * x.shape[1] + old[where])
+        mixed = changed & ~plain
+        if bool(mixed.any()):
+            features = self.evidence.x
+            vision = features.shape[-1] != x.shape[-1] or p > 0 or self.evidence.is_vision
+            made = plan.reduce(features if vision else take_rows(x, self.rows, self.columns), self.evidence.size)[mixed]
+            if vision:  # what is only kept was there already
+                assert projector is not None
+                made = projector(made.unsqueeze(0)).squeeze(0)
+            value[mixed[where]] = made.to(value.dtype)
+        return x.index_put((at, self.host[where]), value)
 
 
 def _place(stay: Tensor, group: Group, reducer: Projector, compact: bool) -> list[Part]:
