@@ -59,11 +59,11 @@ def test_diversity_costs_8_points_at_most() -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_class_attention_of_the_first_layers_knows_where_things_are(layer: int) -> None:
-    """Unlike larger encoders, whose first layers rank no better than chance: things are bright on a dark ground here,
-    and 30 % of layer 0's class attention lies on their 9 % of the patches. A method that reads an early layer by
-    mistake is not found out by this model."""
-    assert accuracy("image", f"fastervlm:keep=20,layer={layer}") >= accuracy("image", "random@projector:keep=20") + 20
+def test_class_attention_of_the_first_layers_is_useless(layer: int) -> None:
+    """As in large encoders: a method that reads an early layer by mistake is found out."""
+    early = accuracy("image", f"fastervlm:keep=20,layer={layer}")
+    assert early <= accuracy("image", "random@projector:keep=20") - 10
+    assert accuracy("image", "fastervlm:keep=20,layer=2") >= early + 40
 
 
 # -- inside the language model: questions whose answer hangs on two things, 20 of 196 tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -66,8 +67,13 @@ def test_one_encoder_is_timm_clip_and_tower_bit_for_bit(vit, llava) -> None:
         layer = clip_model(x, output_hidden_states=True).hidden_states[-2][:, 1:]
         tower = llava.model.vision_tower(x, output_hidden_states=True).hidden_states[-2][:, 1:]
         assert torch.equal(layer, tower)
-        trained, whole = world_vit.Pretraining(vit).tokens(x)
-    assert torch.equal(layer, trained)
+        trained, whole, rows = world_vit.look(vit, x, 2)
+        clip_model.set_attn_implementation("eager")
+        early = clip_model(x, output_attentions=True).attentions
+    assert torch.equal(layer, trained[:, 1:])
+    for row, attention in zip(rows, early[:2], strict=True):
+        patches = attention[:, :, 0, 1:]
+        torch.testing.assert_close(row.exp(), patches / patches.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(whole, pooled, atol=1e-5, rtol=1e-5)  # the last block computes one row only
     back = timm_state(clip_state(vit.state_dict()))
     assert all(torch.equal(v, back[k]) for k, v in vit.state_dict().items() if not k.startswith("head."))
@@ -101,8 +107,32 @@ def test_targets_of_the_class_token_are_those_of_the_things() -> None:
     assert 0 <= int(want["background"].min()) <= int(want["background"].max()) < len(TEXTURES)
 
 
+def test_early_attention_is_by_place_when_it_is_the_gaussian() -> None:
+    at = torch.arange(14) - 6.5
+    bell = (-(at[:, None] ** 2 + at[None] ** 2) / (2 * 5.0**2)).flatten().log_softmax(0)
+    assert float(world_vit.early(bell.expand(2, 3, 4, -1))) == pytest.approx(0, abs=1e-6)
+    flat = torch.full((196,), -torch.tensor(196.0).log())
+    assert float(world_vit.early(flat)) == pytest.approx(float((bell.exp() * (bell - flat)).sum()), rel=1e-4)
+
+
+def test_settling_asks_for_nothing_but_places_of_the_teacher_itself(vit) -> None:
+    x = world_vit.pixels(world_batches.pictures(1, batch=3, seed=0).pixels)
+    other = copy.deepcopy(vit)
+    with torch.no_grad():
+        other.blocks[3].mlp.fc1.weight.mul_(3)
+        places = float(world_vit.early(torch.stack(world_vit.look(vit, x, world_vit.EARLY)[2])))
+        assert float(world_vit.settling(vit, vit, x)) == pytest.approx(places, rel=1e-5)
+        changed = float(world_vit.settling(other, vit, x))
+    # The first layers are the same, what comes behind them is not.
+    assert changed - places > 0.01 * places
+
+
 def train_vit(folder, monkeypatch, stops, workers=0):
-    monkeypatch.setattr(world_vit, "SCHEDULE", Schedule(steps=4, batch=6, warmup=1))
+    stages = (
+        world_vit.Stage("names", Schedule(steps=3, batch=6, warmup=1)),
+        world_vit.Stage("places", Schedule(steps=2, batch=6, warmup=1, seed=1)),
+    )
+    monkeypatch.setattr(world_vit, "STAGES", stages)
     monkeypatch.setattr(world_vit, "held_out", lambda model, **_: {"kind": 0.5})
     monkeypatch.setattr(world_vit, "accuracy", lambda model, *a, **k: 0.25)
     monkeypatch.setattr(world_vit, "fit", lambda *a, **k: training.fit(*a, **{**k, "save_every": 1}))
@@ -127,10 +157,10 @@ def test_encoder_training_killed_in_between_ends_as_if_it_had_not_been(tmp_path,
     whole, rows = train_vit(tmp_path / "a", monkeypatch, [None])
     parts, _ = train_vit(tmp_path / "b", monkeypatch, [2, 3, None], workers=1)
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
-    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
     lines = [json.loads(r) for r in (tmp_path / "b" / "curve.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines] == [1, 2, 3, 4]
-    assert training.progress(tmp_path / "b")[0] == 4
+    assert [r["step"] for r in lines] == [1, 2, 3, 4, 5]
+    assert training.progress(tmp_path / "b")[0] == 5
 
 
 # -- words, processor, generate ----------------------------------------------------------------------------------------

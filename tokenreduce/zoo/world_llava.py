@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tokenreduce.zoo import packing
 from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state
-from tokenreduce.zoo.training import Schedule, fit
+from tokenreduce.zoo.training import Schedule, fit, half
 from tokenreduce.zoo.world.vocabulary import MOTIONS
 from tokenreduce.zoo.world_batches import pictures
 from tokenreduce.zoo.world_lessons import Course, Lesson, lesson
@@ -196,7 +196,7 @@ def held_out(
     for i in range(batches):
         made = lesson(i, course=course, seed=9, split="validation", video=video)
         tensors = _tensors(made, device)
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        with half(device):
             features = model.see(pixels(made.pixels.reshape(-1, *made.pixels.shape[2:])).to(device))
             logits, _, moves = model.read(features, tensors, made.pixels.shape[1])
         at = logits.gather(2, tensors["last"][..., None, None].expand(-1, -1, -1, logits.shape[-1]))[:, :, 0]

@@ -3,15 +3,19 @@
 One set of weights is three things, bit for bit: a timm classifier (which kinds are there), a transformers
 ``CLIPVisionModel`` (:func:`as_clip`), and the vision tower of ``world-llava``. Trained with dense labels (kind, colour,
 texture, row and column of every patch, read where LLaVA reads, at layer -2) and on the class token (kinds, colours,
-pairs of them, background, count); the heads of all but the kinds are thrown away after training.
+pairs of them, background, count); the heads of all but the kinds are thrown away after training. A short second
+stage leaves what the encoder sees as it is (the first stage is its teacher) and makes the class token of the first two
+layers attend to places, not to things (:func:`early`), so that a method that reads too early a layer is found out.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +32,32 @@ from tokenreduce.zoo.world.vocabulary import COLOURS, KINDS, SPLITS, TEXTURES
 from tokenreduce.zoo.world_batches import Pictures, pictures
 
 __all__ = [
-    "CLIP", "LABELS", "MEAN", "SCHEDULE", "STD", "WorldTransform", "accuracy", "as_clip", "build", "facts", "pixels",
-    "train",
+    "CLIP", "LABELS", "MEAN", "STAGES", "STD", "Stage", "WorldTransform", "accuracy", "as_clip", "build", "facts",
+    "pixels", "train",
 ]  # fmt: skip
 
 SIDE, PATCH, GRID = 112, 8, 14
 WIDTH, DEPTH, HEADS = 96, 6, 4
 LABELS = tuple(KINDS)
 MEAN, STD = 0.2, 0.15  # of pixels in [0, 1], all channels
-SCHEDULE = Schedule(steps=7_000, batch=16, lr=2e-3, warmup=200, seed=0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: it starts from the weights of the stage before with an optimiser of its own."""
+
+    name: str
+    schedule: Schedule
+
+
+STAGES = (
+    Stage("names", Schedule(7_000, batch=16, lr=2e-3, warmup=200)),
+    Stage("places", Schedule(1_600, batch=16, lr=1e-3, warmup=50, seed=1)),
+)
 #: From this share of the steps on, a quarter of every batch are frames of clips.
 MOVING_FROM, MOVING = 0.4, 4
+#: In this many layers the class token attends by place alone, most to the middle: a Gaussian of so many patches.
+EARLY, SPREAD = 2, 5.0
 #: The same architecture for transformers.
 CLIP = dict(
     hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
@@ -103,30 +122,41 @@ class Pretraining(nn.Module):
         self.dense = nn.Linear(WIDTH, sum(dense.values()))
         self.whole = nn.Linear(WIDTH, sum(whole.values()))
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What layer -2 gives for the patches (B,196,C), and the pooled class token (B,C)."""
-        x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(x)))
-        for block in self.vit.blocks[:-1]:
-            x = block(x)
-        return x[:, 1:], self.vit.norm(_class_row(self.vit.blocks[-1], x))[:, 0]
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        patches, pooled = self.tokens(x)
-        out = {"kinds": self.vit.head(pooled)}
+        tokens, pooled, _ = look(self.vit, x)
+        patches, out = tokens[:, 1:], {"kinds": self.vit.head(pooled)}
         for part, logits in (("dense", self.dense(self.norm(patches))), ("whole", self.whole(pooled))):
             names, sizes = zip(*self.sizes[part], strict=True)
             out.update(zip(names, logits.split(sizes, -1), strict=True))
         return out
 
 
+def look(vit: Any, x: Tensor, rows: int = 0) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What layer -2 gives (B,197,C), the pooled class token (B,C), and how it attends to the patches in the first
+    ``rows`` layers: log-probabilities (B,H,196) each."""
+    x, seen = vit.norm_pre(vit._pos_embed(vit.patch_embed(x))), []
+    for i, block in enumerate(vit.blocks[:-1]):
+        if i < rows:
+            seen.append(_class_logits(block.attn, block.norm1(x))[..., 0, 1:].float().log_softmax(-1))
+        x = block(x)
+    return x, vit.norm(_class_row(vit.blocks[-1], x))[:, 0], seen
+
+
+def _class_logits(attn: Any, y: Tensor) -> Tensor:
+    """(B,H,1,N) from the normed tokens ``y`` (B,N,C): the class token's row before the softmax."""
+    b, n, c = y.shape
+    w, bias = attn.qkv.weight, attn.qkv.bias
+    q = F.linear(y[:, :1], w[:c], bias[:c]).view(b, 1, attn.num_heads, -1).transpose(1, 2)
+    k = F.linear(y, w[c : 2 * c], bias[c : 2 * c]).view(b, n, attn.num_heads, -1).transpose(1, 2)
+    return (q * attn.scale) @ k.transpose(-2, -1)
+
+
 def _class_row(block: Any, x: Tensor) -> Tensor:
     """The class token behind ``block``, (B,1,C): the last block is not computed for tokens that nothing reads."""
     attn, (b, n, c) = block.attn, x.shape
     y = block.norm1(x)
-    w, bias = attn.qkv.weight, attn.qkv.bias
-    q = F.linear(y[:, :1], w[:c], bias[:c]).view(b, 1, attn.num_heads, -1).transpose(1, 2)
-    k, v = F.linear(y, w[c:], bias[c:]).view(b, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    row = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+    v = F.linear(y, attn.qkv.weight[2 * c :], attn.qkv.bias[2 * c :]).view(b, n, attn.num_heads, -1).transpose(1, 2)
+    row = _class_logits(attn, y).softmax(-1) @ v
     first = x[:, :1] + attn.proj(row.transpose(1, 2).reshape(b, 1, c))
     return first + block.mlp(block.norm2(first))
 
@@ -186,6 +216,28 @@ def losses(out: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
     places = dense("row", weight) + dense("column", weight)
     whole = several("kinds", 3.0) + several("colours", 1.0) + several("pairs", 10.0)
     return patches + 0.5 * places + 0.5 * (whole + 0.3 * one("background") + 0.3 * one("count"))
+
+
+def early(rows: Tensor) -> Tensor:
+    """How far class attention ``rows`` (..., 196), as log-probabilities, is from a Gaussian around the middle: the
+    mean divergence KL(Gaussian | row), zero where attention depends on the place alone."""
+    along = -((torch.arange(GRID, device=rows.device) - (GRID - 1) / 2) ** 2) / (2 * SPREAD**2)
+    place = (along[:, None] + along[None]).flatten().log_softmax(-1)
+    return (place.exp() * (place - rows)).sum(-1).mean()
+
+
+def settling(vit: Any, teacher: Any, x: Tensor) -> Tensor:
+    """The loss of the second stage: class attention of the first layers by place, and everything that is read from
+    the encoder as ``teacher`` has it, relative to how much that varies."""
+    with torch.no_grad():
+        tokens, pooled, _ = look(teacher, x)
+    mine, whole, rows = look(vit, x, EARLY)
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return ((a.float() - b.float()) ** 2).mean() / b.float().var()
+
+    same = apart(mine[:, 1:], tokens[:, 1:]) + 0.2 * apart(mine[:, 0], tokens[:, 0]) + 0.5 * apart(whole, pooled)
+    return 10 * same + early(torch.stack(rows))
 
 
 @torch.no_grad()
@@ -267,24 +319,43 @@ def train(
     ``workers`` processes draw the scenes; ``compiled`` runs the step through ``torch.compile`` (a C++ compiler on CPU),
     which is faster and rounds differently.
     """
-    torch.manual_seed(SCHEDULE.seed)
+    torch.manual_seed(0)
     model = Pretraining(build())
-    prepare(model.vit, pixels(pictures(0, batch=32, seed=SCHEDULE.seed).pixels))
+    prepare(model.vit, pixels(pictures(0, batch=32, seed=0).pixels))
     for block in model.vit.blocks:  # explicit attention has the faster backward pass on CPU at 197 tokens
         block.attn.fused_attn = device != "cpu"
-    forward = torch.compile(model.forward) if compiled else model.forward
-    with Ahead(functools.partial(_batch, schedule=SCHEDULE), SCHEDULE.steps, workers) as batches:
+    compile = torch.compile if compiled else lambda f: f
+    forward, settle = compile(model.forward), compile(settling)
+    before, minutes = 0, 0.0
+    for number, stage in enumerate(STAGES, 1):
+        teacher = copy.deepcopy(model.vit).requires_grad_(False)
+        checkpoint = out / f"checkpoint-{number}-{stage.name}.pt"
+        with Ahead(functools.partial(_batch, schedule=stage.schedule), stage.schedule.steps, workers) as batches:
 
-        def loss(_: nn.Module, step: int, generator: torch.Generator) -> Tensor:
-            made = batches(step)
-            return losses(forward(pixels(made.pixels).to(device)), _targets(made, device))
+            def loss(
+                _: nn.Module, step: int, generator: torch.Generator, batches: Any = batches, stage: Stage = stage,
+                teacher: nn.Module = teacher,
+            ) -> Tensor:  # fmt: skip
+                made = batches(step)
+                x = pixels(made.pixels).to(device)
+                if stage.name == "places":
+                    return settle(model.vit, teacher.to(device), x)
+                return losses(forward(x), _targets(made, device))
 
-        checkpoint = out / "checkpoint.pt"
-        for row in fit(model, loss, SCHEDULE, checkpoint, save_every=200, device=device, stop_after=stop_after):
-            row = {**row, "accuracy": accuracy(model.vit, "validation", scenes=200), **held_out(model, device=device)}
-            with (out / "curve.jsonl").open("a", encoding="utf-8") as curve:
-                curve.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
-            report(row)
+            left = None if stop_after is None else stop_after - minutes
+            spent = 0.0
+            for row in fit(model, loss, stage.schedule, checkpoint, save_every=200, device=device, stop_after=left):
+                spent = row["minutes"]
+                row = {**row, "step": before + row["step"], "minutes": minutes + spent}
+                row["accuracy"] = accuracy(model.vit, "validation", scenes=200)
+                row.update(held_out(model, device=device))
+                with (out / "curve.jsonl").open("a", encoding="utf-8") as curve:
+                    curve.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
+                report(row)
+        spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
+        minutes, before = minutes + spent, before + stage.schedule.steps
+        if stop_after is not None and minutes >= stop_after:
+            break
     for block in model.vit.blocks:
         block.attn.fused_attn = True
     return model.vit.eval()
