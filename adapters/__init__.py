@@ -122,16 +122,14 @@ def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, 
     why = None
     if language is None:
         why = f"{type(model).__name__} does not see videos frame by frame"
-    elif any(getattr(adapter, "EXPANDS", False) for adapter, _ in towers):
-        why = f"the tower of {language.family} packs its frames"
     elif not hasattr(language.inner, "get_video_features"):
         why = f"{language.family} takes a video as single images"
-    elif any(tower.rope for _, tower in towers):
+    elif any(tower.rope and not getattr(adapter, "EXPANDS", False) for adapter, tower in towers):
         why = "its tower has rotary positions"
     if why is not None:
         raise ValueError(
             f"{across[0].spec()}: frames is for vision towers that see the frames of a video one by one "
-            f"(LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA), and {why}; leave frames out"
+            f"(LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA, Qwen-VL), and {why}; leave frames out"
         )
     looking = [r for r in reducers if r.stage != "encoder" and "tower" in r.gathers()]
     if looking:

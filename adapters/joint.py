@@ -25,7 +25,7 @@ from tokenreduce.adapters.encoder import Attended, Site, State, set_state, state
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan
 
-__all__ = ["FRAMES", "JointState", "Windows", "join_frames"]
+__all__ = ["FRAMES", "JointState", "Windows", "check_frames", "join_frames"]
 
 #: Number of frames of each video that is on its way through a tower; 1 outside of videos.
 FRAMES: ContextVar[int] = ContextVar("tokenreduce_frames", default=1)
@@ -184,10 +184,16 @@ def join_frames(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     x, length = args[0], FRAMES.get()
     if length == 1 or state_of(x) is not None:  # activation checkpointing replays with the same tensor
         return
+    set_state(x, JointState(x.shape[1], check_frames(frames, length), prefix))
+
+
+def check_frames(frames: int, length: int, what: str = "frames") -> int:
+    """How many of a video's ``length`` frames belong together: ``frames``, or all of a shorter one. Raises
+    ``ValueError`` for videos that cannot be cut into so many each."""
     if frames < length and length % frames:
         fits = [g for g in range(2, length + 1) if length % g == 0]
         raise ValueError(
-            f"a video of {length} frames cannot be cut into groups of frames={frames}; give frames one of "
+            f"a video of {length} {what} cannot be cut into groups of frames={frames}; give frames one of "
             f"{', '.join(map(str, fits))}, or sample a multiple of {frames} frames"
         )
-    set_state(x, JointState(x.shape[1], min(frames, length), prefix))
+    return min(frames, length)

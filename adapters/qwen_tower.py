@@ -18,6 +18,7 @@ them counts on it. Without a language model behind it, a tower so returns copies
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -50,14 +51,17 @@ LAYOUT = "tokenreduce_layout"
 
 
 class PackedAsk(Call):
-    """One call of a packed attention module: ``mask`` is a bias (P,) to add to the logits, or None. Queries, keys,
-    values and ``rotated`` come as (P,H,d)."""
+    """One call of a packed attention module: ``mask`` is a bias (P,) to add to the logits, or None; ``seen`` are the
+    keys of every window with their bias where these are others than its own patches. Queries, keys, values and
+    ``rotated`` come as (P,H,d)."""
 
-    __slots__ = ("packed",)
+    __slots__ = ("packed", "seen")
 
-    def __init__(self, packed: Packed, bias: Tensor | None, record: bool) -> None:
+    def __init__(
+        self, packed: Packed, bias: Tensor | None, record: bool, seen: list[tuple[Tensor, Tensor]] | None = None
+    ) -> None:
         super().__init__(bias, bias=bias is not None, record=record)
-        self.packed = packed
+        self.packed, self.seen = packed, seen
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -75,7 +79,7 @@ class _Attention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         call: PackedAsk | None = kwargs.pop(CALL, None)
-        if call is None or (call.mask is None and not call.record):
+        if call is None or (call.mask is None and call.seen is None and not call.record):
             if max_seqlen is not None:
                 kwargs["max_seqlen"] = max_seqlen
             out: Tensor = super().forward(
@@ -88,7 +92,7 @@ class _Attention(nn.Module):
         if call.record:
             call.queries, call.keys, call.values, call.rotated = q, k, v, rotated
         name = attn.config._attn_implementation
-        if call.mask is not None and name not in ("sdpa", "eager"):
+        if (call.mask is not None or call.seen is not None) and name not in ("sdpa", "eager"):
             name = "sdpa"
         compute: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, self._stock.eager_attention_forward)
         settings = {
@@ -104,10 +108,17 @@ class _Attention(nn.Module):
             )[0]  # fmt: skip
         else:
             lengths = cu_seqlens.diff().tolist()
-            bias = [None] * len(lengths)
-            if call.mask is not None:
-                bias = list(call.mask.to(q.dtype)[None, None, None].split(lengths, 3))
-            windows = zip(*(t.split(lengths, 2) for t in (q, k, v)), bias, strict=True)
+            windows: Any
+            if call.seen is not None:
+                windows = (
+                    (part, k[:, :, where], v[:, :, where], bias.to(q.dtype)[None, None, None])
+                    for part, (where, bias) in zip(q.split(lengths, 2), call.seen, strict=True)
+                )
+            else:
+                added = [None] * len(lengths)
+                if call.mask is not None:
+                    added = list(call.mask.to(q.dtype)[None, None, None].split(lengths, 3))
+                windows = zip(*(t.split(lengths, 2) for t in (q, k, v)), added, strict=True)
             heads = torch.cat([compute(self, a, b, c, attention_mask=w, **settings)[0] for a, b, c, w in windows], 1)
         out = attn.proj(heads.reshape(len(hidden_states), -1).contiguous())
         return out
@@ -167,7 +178,8 @@ class _Block(Reduced):
             shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.gathers()) else None
             x, packed = self._shrink(site, reducer, x, packed, context, shown, None)
         record = where in ("middle", "after") and not _SEEN.isdisjoint(reducer.gathers())  # type: ignore[union-attr]
-        call = PackedAsk(packed, packed.bias(), record)
+        across = packed.seen(context.bounds)
+        call = PackedAsk(packed, packed.bias() if across is None else None, record, across)
         now, attn, entered = context.at(packed), self.attn, x  # type: ignore[attr-defined]
         out = attn(
             self.norm1(x),  # type: ignore[attr-defined]
@@ -180,7 +192,7 @@ class _Block(Reduced):
         middle = x if where == "after" else None
         # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
         seen = call if where == "after" else None
-        del call, entered, out, now
+        del call, entered, out, now, across
         x = x + self.mlp(self.norm2(x))  # type: ignore[attr-defined]
         if where == "after":
             assert reducer is not None
@@ -229,7 +241,7 @@ class _Block(Reduced):
                 heads = {name: packed.means(t) for name, t in seen.items() if t is not None}
                 windows = packed.windows(packed.bounds(context.bounds))
             plans = []
-            for part, shape in zip(parts, packed.layout.shapes, strict=True):
+            for i, (part, shape) in enumerate(zip(parts, packed.layout.shapes, strict=True)):
                 mine = {name: part.take(t).transpose(1, 2) for name, t in heads.items()}
                 got = Attended(
                     x, mine.get("queries"), mine.get("keys"), mine.get("values"),
@@ -239,7 +251,11 @@ class _Block(Reduced):
                     replace(site, grid=shape), part.take(features), part.state, got,  # type: ignore[arg-type]
                     None if entered is None else part.take(entered),
                 )  # fmt: skip
-                if windows is not None:
+                if len(shape) == 3:  # several frames, of which every unit sees its own
+                    evidence.proportional = False  # the mask has it
+                    if "attention" in needs:
+                        evidence.mask = packed.mask(i, context.bounds)
+                elif windows is not None:
                     own = part.take(windows)
                     evidence.mask = (own[:, :, None] == own[:, None])[:, None]
                     if part.state.valid is not None:  # rows of slots that are not there must not be empty
@@ -272,8 +288,10 @@ class ReducedQwen3Block(_Block, qwen3.Qwen3VLVisionBlock):
 
 
 # -- the tower ---------------------------------------------------------------------------------------------------------
-def lay_out(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook on a tower: where the units of every view are goes to its blocks."""
+def lay_out(
+    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, frames: int = 1
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook on a tower: where the units of every view are goes to its blocks; ``frames`` of a video as one."""
     grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
     order = kwargs.get("window_index")
     if order is None and hasattr(tower, "fullatt_block_indexes"):
@@ -281,7 +299,8 @@ def lay_out(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
             grids, tower.spatial_merge_size, tower.window_size, tower.patch_size
         )[0]
     pixels = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, LAYOUT: Layout.of(grids.tolist(), tower.spatial_merge_size, order, pixels.device)}
+    layout = Layout.of(grids.tolist(), tower.spatial_merge_size, order, pixels.device, frames)
+    return args, {**kwargs, LAYOUT: layout}
 
 
 def expand_tokens(merger: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -361,7 +380,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     attach_tower(tower, reducers, undo)
     for block in tower.blocks:
         undo.swap_class(block.attn, patched)  # type: ignore[arg-type]
-    undo.pre_hook(module, lay_out)
+    undo.pre_hook(module, functools.partial(lay_out, frames=max(getattr(r, "frames", 1) for r in reducers)))
     for merger in (module.merger, *getattr(module, "deepstack_merger_list", ())):
         undo.hook(merger, expand_tokens)
     undo.hook(module, expand_states)

@@ -55,10 +55,11 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
         )
     for adapter, tower in towers:
         adapter.attach(tower, reducers, undo)
-        if max(together) > 1:
+        packs = getattr(adapter, "EXPANDS", False)
+        if max(together) > 1 and not packs:
             hook = functools.partial(join_frames, frames=max(together), prefix=tower.prefix)
             undo.pre_hook(tower.blocks[0], hook)
-        if not getattr(adapter, "EXPANDS", False):
+        if not packs:
             undo.hook(tower.module, functools.partial(expand_output, prefix=tower.prefix))
 
 

@@ -59,7 +59,8 @@ def groups(step: Step, x: Tensor, reducer: Projector, source: str = "") -> list[
     while found:
         alike = [i for i in found if i.key == found[0].key and i.origin.same(found[0].origin)]
         found = [i for i in found if not any(i is a for a in alike)]
-        out.append(_group(alike, step, x, reducer, text, said))
+        if (group := _group(alike, step, x, reducer, text, said)) is not None:
+            out.append(group)
     return out
 
 
@@ -181,7 +182,9 @@ def _group(
     reducer: Projector,
     text: tuple[Tensor, Tensor] | None,
     said: tuple[JointSpace, Tensor] | None,
-) -> Group:
+) -> Group | None:
+    """Evidence of ``alike``; None where no token of theirs is left, as in a frame that a method in the tower merged
+    into others."""
     first, device = alike[0], x.device
     origin = first.origin
     seen = torch.arange(origin.n, device=device) if reducer.newlines == "rank" else origin.seen().to(device)
@@ -196,6 +199,8 @@ def _group(
         gone = gone | (origin.view < 0)
     if bool(gone.any()):
         step.dropped.append((r, places[:, gone]))
+    if not len(seen):
+        return None
     columns = places[:, seen]
     own = origin if len(seen) == origin.n else origin.take(seen)
     encoded = step.encoded.get(first.kind)

@@ -26,7 +26,8 @@ class ToMe(Scheduled, name="tome", needs=("keys",), paper="2210.09461", title="T
         prop_attn: attention logits get log(size) (the paper's proportional attention; the authors switch it off for
             MAE weights).
         frames: in the vision tower of a video language model, so many consecutive frames of a video are merged as one
-            image, across frames too; 1 leaves every frame alone. ``r`` and ``keep`` then count over these frames.
+            image, across frames too; 1 leaves every frame alone. ``r`` and ``keep`` then count over these frames. On
+            Qwen-VL a frame is a temporal position, which holds two.
 
     Raises ``ValueError`` for a negative ``r``, a bad ``keep`` or ``frames``, or a list longer than the model.
     """
