@@ -34,7 +34,7 @@ from tokenreduce.reducer import Reducer
 
 __all__ = ["COLUMNS", "Cost", "Row", "Settings", "cells", "markdown", "measure", "methods_of", "splice"]
 
-STAGES = ("projector", "language")
+STAGES = ("projector", "language", "cache")
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Row:
 
 
 def methods_of(model: nn.Module, wanted: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """``(name, stage)`` of every method that can act in ``model`` before or inside its language model; only those
-    ``wanted`` (``"random"`` at all stages or ``"random@projector"``) if any are named.
+    """``(name, stage)`` of every method that can act in ``model`` before its language model, inside it or on its cache;
+    those ``wanted`` (``"random"`` at all stages or ``"random@projector"``) alone if any are named.
 
     Raises ``ValueError`` for one that the model cannot serve.
     """
