@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenreduce.scoring import gram, inner
+from tokenreduce.evidence import Evidence
+from tokenreduce.scoring import descending, gram, highest, inner, received_by_head
 
 
 @pytest.mark.parametrize("n", [3, 255, 256, 401])
@@ -21,3 +22,30 @@ def test_gram_is_the_inner_product_with_itself(n, dtype):
     x = x.float().requires_grad_()
     gram(x).sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach().sum(1, keepdim=True).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [2, 5, 1000])
+@pytest.mark.parametrize("k", [0, 1, 7, 20])
+def test_highest_is_the_front_of_a_stable_sort(values, k):
+    g = torch.Generator().manual_seed(values)
+    scores = torch.randint(0, values, (3, 4, 20), generator=g).float()
+    scores[0, 0, :5] = float("-inf")
+    front = descending(scores)[..., :k]
+    assert torch.equal(highest(scores, k), torch.zeros_like(scores, dtype=torch.bool).scatter(2, front, True))
+    assert highest(scores[:0], k).shape == (0, 4, 20)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_received_is_the_mean_of_all_rows(heads, causal, padded):
+    valid = torch.arange(9) < torch.tensor([[9], [6]]) if padded else None
+    e = Evidence(
+        torch.randn(2, 9, 8), torch.randn(2, heads, 9, 5), torch.randn(2, 4, 9, 5), size=torch.rand(2, 9) + 1,
+        valid=valid, causal=causal, scale=0.3,
+    )  # fmt: skip
+    rows = e.attention("all")
+    mean = rows.mean(2)
+    if valid is not None:
+        mean = (rows * valid[:, None, :, None]).sum(2) / valid.sum(1)[:, None, None]
+    torch.testing.assert_close(received_by_head(e, chunk=4), mean)

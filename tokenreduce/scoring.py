@@ -10,9 +10,9 @@ from torch import Tensor
 from tokenreduce.evidence import Evidence
 
 __all__ = [
-    "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "gram", "importance",
-    "inner", "key_metric", "question", "received_attention", "received_by_head", "relevance", "select", "single_head",
-    "unit",
+    "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "gram", "highest",
+    "importance", "inner", "key_metric", "question", "received_attention", "received_by_head", "relevance", "select",
+    "single_head", "unit",
 ]  # fmt: skip
 
 #: Rows from which half of a Gram matrix is worth the copies that spare the other half.
@@ -93,6 +93,18 @@ def descending(scores: Tensor) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
+def highest(scores: Tensor, k: int) -> Tensor:
+    """(...,N) bool: the ``k`` <= N highest of every row of ``scores``, ties to the lower index; a sort for less."""
+    if k < 1:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    out = scores >= least
+    if _checked(scores) and out.sum() == k * (scores.numel() // max(scores.shape[-1], 1)):
+        return out
+    above, level = scores > least, scores == least
+    return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
 def key_metric(evidence: Evidence) -> Tensor:
     """(B,N,d) keys averaged over heads: the similarity metric of ToMe and its successors."""
     return evidence.keys.mean(1)
@@ -135,7 +147,7 @@ def cls_logits(evidence: Evidence) -> Tensor:
     return inner(joined.queries[:, 0, :1], joined.keys[:, 0])[:, 0] * (scale / heads)
 
 
-def received_by_head(evidence: Evidence, chunk: int = 256) -> Tensor:
+def received_by_head(evidence: Evidence, chunk: int = 128) -> Tensor:
     """(B,H,N) attention that every token receives in each head, averaged over queries.
 
     Rows are computed ``chunk`` at a time, so that no N x N map is ever held. Queries that are not there do not vote.
@@ -145,7 +157,9 @@ def received_by_head(evidence: Evidence, chunk: int = 256) -> Tensor:
     n, device = evidence.n, evidence.x.device
     total: Tensor | None = None
     for start in range(0, n, chunk):
-        rows = evidence.attention(torch.arange(start, min(start + chunk, n), device=device))
+        rows = _rows(evidence, start, min(start + chunk, n))
+        if rows is None:
+            rows = evidence.attention(torch.arange(start, min(start + chunk, n), device=device))
         if evidence.valid is not None:
             rows = rows * evidence.valid[:, None, start : start + chunk, None]
         total = rows.sum(2) if total is None else total + rows.sum(2)
@@ -153,7 +167,22 @@ def received_by_head(evidence: Evidence, chunk: int = 256) -> Tensor:
     return total / (n if evidence.valid is None else evidence.valid.sum(1)[:, None, None])
 
 
-def received_attention(evidence: Evidence, chunk: int = 256) -> Tensor:
+def _rows(evidence: Evidence, start: int, end: int) -> Tensor | None:
+    """``evidence.attention`` of rows that stand side by side, which need not be gathered; None where queries do not
+    see all keys."""
+    if evidence.mask is not None or evidence.causal or evidence._softcap is not None:
+        return None
+    q, k = (evidence.queries, evidence.keys) if evidence._rotated is None else evidence._rotated
+    if k.shape[1] != q.shape[1]:
+        return None
+    scale = q.shape[-1] ** -0.5 if evidence._scale is None else evidence._scale
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q[:, :, start:end].float() * scale) @ k.float().transpose(-2, -1)
+    bias = evidence.key_bias()
+    return (logits if bias is None else logits + bias).softmax(-1)
+
+
+def received_attention(evidence: Evidence, chunk: int = 128) -> Tensor:
     """(B,N) attention that every token receives, averaged over heads and queries; see :func:`received_by_head`."""
     return received_by_head(evidence, chunk).mean(1)
 

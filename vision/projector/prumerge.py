@@ -12,7 +12,7 @@ from tokenreduce.budget import check_count
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan, Pool, take
 from tokenreduce.projector import Salient, saliency
-from tokenreduce.scoring import descending, finite, inner, unit
+from tokenreduce.scoring import descending, finite, highest, inner, unit
 
 __all__ = ["PruMerge", "PruMergePlus"]
 
@@ -102,10 +102,10 @@ class PruMerge(Salient, name="prumerge", needs=("tower",), paper="2403.15388", t
         metric = unit(seen.keys.transpose(1, 2).flatten(2))
         alike = inner(take(metric, index), metric).scatter(2, index.unsqueeze(-1), float("-inf"))
         alike[..., :p] = float("-inf")
-        near = descending(finite(alike, evidence))[..., : min(self.neighbours, a.shape[1] - 1)]
+        near = highest(finite(alike, evidence), min(self.neighbours, a.shape[1] - 1))
         a = torch.cat([a.new_zeros(len(a), p), a], 1)
-        added = a.unsqueeze(1).expand_as(alike).gather(2, near) * (place >= p).unsqueeze(-1)
-        own = torch.zeros_like(alike).scatter(2, near, added).scatter(2, index.unsqueeze(-1), 1.0)
+        own = (near & (place >= p).unsqueeze(-1)) * a.unsqueeze(1)
+        own = own.scatter_(2, index.unsqueeze(-1), 1.0)
         rank = order.argsort(dim=1)
         extra = torch.where(rank < number, 0.0, a).unsqueeze(1)
         out = torch.where((place < number).unsqueeze(-1), own, extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,12 +13,14 @@ from tokenreduce.budget import check_count
 from tokenreduce.evidence import Evidence, Look
 from tokenreduce.plan import Identity, Plan, Pool, Prune
 from tokenreduce.projector import Projector, check_layer, kept, saliency
-from tokenreduce.scoring import finite, inner, unit
+from tokenreduce.scoring import finite, gram, unit
 from tokenreduce.views import apportion, marked, ranks, rooms
 
 __all__ = ["TokenCorr"]
 
 SAMPLINGS = ("top-k", "stochastic")
+#: Tokens of a view (n,) -> (B,n,n) cosines of their keys.
+Alike = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,22 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
         metric = unit(low.keys.transpose(1, 2).flatten(2)[:, low.prefix :])
         finite(metric.sum(2), evidence)
         views = [(evidence.view == v).nonzero().flatten() for v in range(len(rooms(evidence)))]
-        stay = self.stay(evidence, metric, views, keep)
+        whole = gram(metric) if any(len(w) == metric.shape[1] for w in views) else None
+
+        def alike(where: Tensor) -> Tensor:  # of several views, one is held at a time
+            return gram(metric[:, where]) if whole is None else whole
+
+        stay = self.stay(evidence, alike, views, keep)
         if self.keep is not None:
             pruned = kept(marked(stay, keep), evidence)
         elif bool(stay.all()):
             return Identity.like(evidence.x)
         else:
             pruned = Prune.from_mask(torch.cat([stay.new_ones(len(stay), evidence.prefix), stay], 1))
-        return self._merged(evidence, pruned, metric, views, stay) if self.aggregate else pruned
+        return self._merged(evidence, pruned, alike, views, stay) if self.aggregate else pruned
 
-    def stay(self, evidence: Evidence, metric: Tensor, views: list[Tensor], keep: int) -> Tensor:
-        """(B,N) bool: the tokens that stay, by unit keys (B,N,C) and the tokens of every view."""
+    def stay(self, evidence: Evidence, alike: Alike, views: list[Tensor], keep: int) -> Tensor:
+        """(B,N) bool: the tokens that stay, by the tokens of every view and how much they are alike."""
         low = saliency(evidence, self.low_layer, "cls")
         deep = saliency(evidence, self.deep_layer, "cls")
         if self.sampling == "stochastic":  # the largest of logarithm plus Gumbel noise are such a draw
@@ -108,7 +116,7 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
         for v, where in enumerate(views):
             if not len(where):
                 continue
-            number[:, v] -= self._redundant(metric[:, where]).sum(1)
+            number[:, v] -= self._redundant(alike(where)).sum(1)
             quartiles = torch.tensor([0.25, 0.75], device=deep.device)
             first, third = torch.quantile(deep[:, where], quartiles, dim=1, keepdim=True)
             outlier[:, where] = deep[:, where] > third + 1.5 * (third - first)
@@ -124,21 +132,20 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
         )
         return rank < budget[:, view]
 
-    def _redundant(self, metric: Tensor) -> Tensor:
-        """(B,n) bool of one view's tokens by unit keys (B,n,C)."""
-        alike = inner(metric, metric)
-        alike.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
-        return (alike > self.tau).sum(2) > self.n_max
+    def _redundant(self, alike: Tensor) -> Tensor:
+        """(B,n) bool of one view's tokens by their cosines (B,n,n)."""
+        near = alike > self.tau
+        near.diagonal(dim1=1, dim2=2).fill_(False)
+        return near.sum(2) > self.n_max
 
-    def _merged(self, evidence: Evidence, pruned: Prune, metric: Tensor, views: list[Tensor], stay: Tensor) -> Plan:
+    def _merged(self, evidence: Evidence, pruned: Prune, alike: Alike, views: list[Tensor], stay: Tensor) -> Plan:
         """``pruned`` with every dropped token in the mean of the kept one of its view that is most like it."""
         p = evidence.prefix
         target = torch.arange(evidence.n, device=stay.device).expand(len(stay), -1).clone()
         share = torch.ones(target.shape, device=stay.device)
         for where in views:
             if len(where):
-                alike = inner(metric[:, where], metric[:, where]).masked_fill(~stay[:, None, where], float("-inf"))
-                best, partner = alike.max(2)
+                best, partner = alike(where).masked_fill(~stay[:, None, where], float("-inf")).max(2)
                 target[:, p + where] = torch.where(stay[:, where], p + where, p + where[partner])
                 share[:, p + where] = torch.where(stay[:, where], 1.0, best.clamp(min=0))
         output = pruned.sources().gather(1, target).clamp(min=0)
