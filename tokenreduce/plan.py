@@ -37,10 +37,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def _add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); without gradients base is consumed."""
-    index, rows = index.unsqueeze(-1).expand_as(rows), rows.to(base.dtype)
+    k = base.shape[1]
+    where = (index + k * torch.arange(len(base), device=index.device).unsqueeze(1)).flatten()
+    flat, rows = base.flatten(0, 1), rows.to(base.dtype).flatten(0, 1)  # adds whole rows, unlike scatter_add
     if base.requires_grad or rows.requires_grad:
-        return base.scatter_add(1, index, rows)
-    return base.scatter_add_(1, index, rows)
+        return flat.index_add(0, where, rows).view_as(base)
+    return flat.index_add_(0, where, rows).view_as(base)
 
 
 @dataclass(frozen=True, eq=False)
