@@ -362,10 +362,10 @@ class Evidence:
             seen = self.mask.expand(q.shape[0], 1, -1, -1)
             if isinstance(rows, Tensor) or rows != "all":
                 seen = seen.gather(2, where[:, None, :, None].expand(q.shape[0], 1, -1, self.n))
-            logits = logits.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
+            logits = logits.masked_fill_(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
         elif self.causal:
             later = torch.arange(self.n, device=q.device) > where.unsqueeze(-1)
-            logits = logits.masked_fill(later.unsqueeze(1), float("-inf"))
+            logits = logits.masked_fill_(later.unsqueeze(1), float("-inf"))
         bias = self.key_bias()
         out = (logits if bias is None else logits + bias).softmax(-1)
         if isinstance(rows, str) and rows == "all":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.budget import check_keep, count, geometric
 from tokenreduce.evidence import Evidence
-from tokenreduce.plan import Identity, Merge, Plan
+from tokenreduce.plan import Identity, Merge, Plan, take
 from tokenreduce.reducer import Reducer
 from tokenreduce.scoring import descending, distances, finite, inner
 from tokenreduce.sequence import best, check_stages, keep_chosen, packed, question, stages_of, visual_of
@@ -104,7 +104,7 @@ class SparseVLM(
         rows, there = _raters(evidence)
         seen = finite(_attention(evidence, rows), evidence) * there.unsqueeze(-1)
         scores = seen.sum(1) / there.sum(1, keepdim=True)
-        budgets = self._budgets(seen * visual.unsqueeze(1), there, evidence)
+        budgets = self._budgets(seen, there, evidence)
         kept = torch.tensor([k for k, _ in budgets], device=visual.device).unsqueeze(1)
         chosen = best(scores, visual, kept)
         if not any(clusters for _, clusters in budgets):
@@ -120,13 +120,14 @@ class SparseVLM(
         return min(recycled, int(recycled * self.cluster) + 1)
 
     def _budgets(self, seen: Tensor, there: Tensor, evidence: Evidence) -> list[tuple[int, int]]:
-        """Tokens kept and clusters made in each sample; ``seen`` (B,R,N) is what raters see of visual tokens."""
+        """Tokens kept and clusters made in each sample; ``seen`` (B,R,N) is what raters see."""
         present: list[int] = visual_of(evidence).sum(1).tolist()
         entry: list[int] = evidence.visual_entry()[:, 0].tolist()
         layers = self._layers(evidence.depth)
         stage, ranks = layers.index(evidence.layer), present
         if self.keep is None and self.counts is None:
-            ranks = _rank(seen, there.sum(1), visual_of(evidence).sum(1)).tolist()
+            visual = visual_of(evidence)
+            ranks = _rank(seen * visual.unsqueeze(1), there.sum(1), visual.sum(1)).tolist()
         out = []
         for v, first, rank in zip(present, entry, ranks, strict=True):
             if v == 0:
@@ -198,9 +199,9 @@ def _raters(evidence: Evidence) -> tuple[Tensor, Tensor]:
     prompt, last = evidence.prompt, evidence.last()
     if prompt is None or prompt.x is None:
         raise ValueError("this method needs prompt, which the evidence lacks: give Evidence(prompt=Prompt(..., x=...))")
-    x, texts = finite(prompt.x, evidence).float(), question(prompt.visual, prompt.valid)
+    x, texts = prompt.x.float(), question(prompt.visual, prompt.valid)
     index, there = packed(texts)
-    votes = inner(x, x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
+    votes = finite(inner(x, take(x, index)), evidence)  # each row of which shows NaN in its token
     share = votes.masked_fill(~there.unsqueeze(1), torch.finfo(votes.dtype).min).softmax(-1)
     share = (share * prompt.visual.unsqueeze(-1)).sum(1) * there
     mean = share.sum(1, keepdim=True) / there.sum(1, keepdim=True)
@@ -215,7 +216,7 @@ def _raters(evidence: Evidence) -> tuple[Tensor, Tensor]:
 def _attention(evidence: Evidence, rows: Tensor, chunk: int = 64) -> Tensor:
     """(B,R,N) attention of ``rows`` (B,R), averaged over heads; a few rows at a time, for long questions."""
     parts = [evidence.attention(part).mean(1) for part in rows.split(chunk, 1)]
-    return torch.cat(parts, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _rank(seen: Tensor, raters: Tensor, visual: Tensor) -> Tensor:
