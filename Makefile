@@ -55,7 +55,8 @@ $(OLDEST)/stamp: pyproject.toml
 
 test-oldest: $(OLDEST)/stamp  ## adapters on the oldest supported transformers, in an environment of its own
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 -m "not slow and not gpu" \
-		tests/adapters tests/test_projector_models.py tests/test_language_invariants.py tests/test_families.py
+		tests/adapters tests/test_projector_models.py tests/test_language_invariants.py tests/test_cache_invariants.py \
+		tests/test_families.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

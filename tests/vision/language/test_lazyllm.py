@@ -1,4 +1,4 @@
-"""LazyLLM's prefill against the steps of its card in plain loops."""
+"""LazyLLM's rule against the steps of its card in plain loops."""
 
 from __future__ import annotations
 
@@ -101,3 +101,19 @@ def test_texts():
     reducer = tr.get_method("lazyllm:pruning_layers=[1,3],percentile=[10,20.5]")
     assert reducer == LazyLLM(pruning_layers=[1, 3], percentile=[10, 20.5])
     assert tr.get_method(reducer.spec()) == reducer
+
+
+# -- decode (in models: tests/adapters/test_vlm_decode.py) ------------------------------------------------------------
+def test_decode_steps_choose_by_the_same_rule_and_only_with_revive():
+    assert LazyLLM().later() == "revive"
+    assert LazyLLM(revive=False).later() == ""
+    assert tr.get_method("lazyllm:revive=false") == LazyLLM(revive=False)
+    with pytest.raises(ValueError, match="revive is true or false"):
+        LazyLLM(revive=1)
+    row = torch.tensor([[0.1, 0.3, 0.05, 0.2, 0.02, 0.33]])
+    step = tr.Evidence(
+        torch.zeros(1, 6, 0), attention=row[:, None, None], visual=torch.tensor([[0, 1, 1, 1, 1, 0]]).bool(), layer=2,
+        depth=4, cls=False,
+    )  # fmt: skip
+    plan = LazyLLM(pruning_layers=(2,), percentile=50).plan(step)
+    assert (plan.sources() >= 0).tolist() == [[True, True, False, True, False, True]]
