@@ -96,6 +96,9 @@ def decode(model, entries, b, real, visual, **how):
     logits, at = [], len(real)
     with torch.no_grad():
         for n, (x, cos, sin) in enumerate(entries.calls):
+            if cos.dim() == 4:  # early releases mix the axes of M-RoPE in the layers
+                parts = text.config.rope_parameters["mrope_section"] * 2
+                cos, sin = (torch.cat([m[i % 3] for i, m in enumerate(t.split(parts, -1))], -1) for t in (cos, sin))
             cos, sin = (t.expand(len(x), -1, -1)[b] for t in (cos, sin))
             columns = real.nonzero().flatten().tolist() if n == 0 else [at]
             where = columns if n == 0 else [0]
