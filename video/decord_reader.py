@@ -9,6 +9,7 @@ What is left: damage inside a packet that decord's decoder accepts in silence, w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenreduce.video.errors import VideoError, need
-from tokenreduce.video.index import Index
+from tokenreduce.video.index import Index, Way
 
 __all__ = ["Decord", "Distrust"]
 
@@ -64,8 +65,8 @@ class Decord:
         fps = float((count - 1) / times[-1]) if count > 1 and times[-1] > 0 else float(self.video.get_avg_fps())
         none: NDArray[np.int64] = np.zeros(0, np.int64)
         return Index(
-            times, float(self.stamps[0, 0]), None, none, none.reshape(0, 2), {}, width, height, 0, fps,
-            float(times[-1] + 1 / fps), "unknown", (),
+            times, float(self.stamps[0, 0]), None, functools.partial(Way, none.reshape(0, 2), none, {}), width, height,
+            0, fps, float(times[-1] + 1 / fps), "unknown", (),
             ("PyAV is not installed, so decord's frames and times could not be checked",),
         )  # fmt: skip
 

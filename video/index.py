@@ -6,9 +6,10 @@ true timestamps and the keyframe from which a frame can be decoded all come from
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from tokenreduce.video.errors import VideoError, need
 
-__all__ = ["Index", "check_file", "flow", "pictures", "read_index", "video_stream"]
+__all__ = ["Index", "Way", "check_file", "flow", "pictures", "read_index", "video_stream"]
 
 REENCODE = "try another player's copy, or re-encode it: ffmpeg -i FILE -c:v libx264 OUT.mp4"
 #: Containers in which decord 0.6 finds its way by timestamps even with B-frames.
@@ -36,9 +37,7 @@ class Index:
         start: what the file calls the time of the first frame, in seconds.
         ticks: (count,) int64 timestamps in units of the stream's time base; None where the file does not tell the order
             of its frames (B-frames in AVI), so that all frames before one must be decoded to find it.
-        first: (count,) int64, the entry of ``keys`` from which a frame can be decoded.
-        keys: (K,2) int64, decode position and timestamp to seek to of every keyframe.
-        position: timestamp to decode position of every packet.
+        decoding: makes :attr:`way`; only a reader that seeks by itself asks for it.
         width, height: of a frame as it is shown, after ``rotation``.
         rotation: degrees clockwise by which stored pictures must be turned.
         fps: mean frames per second.
@@ -50,9 +49,7 @@ class Index:
     times: NDArray[np.float64]
     start: float
     ticks: NDArray[np.int64] | None
-    first: NDArray[np.int64]
-    keys: NDArray[np.int64]
-    position: dict[int, int] = field(repr=False)
+    decoding: Callable[[], Way] = field(repr=False)
     width: int
     height: int
     rotation: int
@@ -65,6 +62,27 @@ class Index:
     @property
     def count(self) -> int:
         return len(self.times)
+
+    @functools.cached_property
+    def way(self) -> Way:
+        """How to get at frames."""
+        return self.decoding()
+
+
+class Way(NamedTuple):
+    """How to get at the frames of a video.
+
+    Attributes:
+        keys: (K,2) int64, decode position and timestamp to seek to of every keyframe.
+        first: (count,) int64, the entry of ``keys`` from which a frame can be decoded.
+        position: timestamp to decode position of every packet.
+        opened: whether frames that precede a keyframe follow it in the file.
+    """
+
+    keys: NDArray[np.int64]
+    first: NDArray[np.int64]
+    position: dict[int, int]
+    opened: bool = False
 
 
 def check_file(path: Path) -> None:
@@ -184,12 +202,16 @@ def _build(container: Any, stream: Any, packets: _Packets, width: int, height: i
         ticks = np.array(pts, np.int64)
         order = ticks.argsort(kind="stable")
         stamps = ticks[order]
-        keys, first, opened = _keyframes(packets, at[order], stamps)
-        if opened:
-            doubts.append("frames that precede a keyframe follow it in the file (open GOP)")
-        if not any(n in names for n in ORDERED) and (order[1:] < order[:-1]).any():
+        back = order[1:] < order[:-1]
+        decoding = functools.partial(_way, packets, at[order], stamps)
+        # Where frames are shown in the order of the file, none precedes its keyframe.
+        if back.any() or len(at) < len(packets.pts):
+            way = decoding()
+            decoding = functools.partial(Way, *way)
+            if way.opened:
+                doubts.append("frames that precede a keyframe follow it in the file (open GOP)")
+        if not any(n in names for n in ORDERED) and back.any():
             doubts.append(f"B-frames in a container of type {names}")
-        position = {tick: i for i, tick in enumerate(packets.pts) if tick is not None}
     else:
         doubts.append("the file does not tell the order of its frames")
         # The decoder puts frames into order; the instants at which they are shown are those of AVI's slots.
@@ -197,7 +219,7 @@ def _build(container: Any, stream: Any, packets: _Packets, width: int, height: i
         slots = None not in dts and len(set(dts)) == len(dts)
         stamps = np.sort(np.array(dts, np.int64)) if slots else np.arange(len(at))
         base = base if slots else Fraction(1) / Fraction(rate).limit_denominator(100000)
-        keys, first, position = np.zeros((0, 2), np.int64), np.zeros(len(at), np.int64), {}
+        decoding = functools.partial(Way, np.zeros((0, 2), np.int64), np.zeros(len(at), np.int64), {})
     seconds = stamps.astype(np.float64) * base.numerator / base.denominator
     times = seconds - seconds[0]
     steps = times[1:] - times[:-1]
@@ -217,16 +239,13 @@ def _build(container: Any, stream: Any, packets: _Packets, width: int, height: i
     if turn % 180:
         width, height = height, width
     return Index(
-        times, float(seconds[0]), stamps if told else None, first, keys, position, width, height, turn, fps,
-        float(times[-1] + tail), stream.codec_context.name, tuple(doubts), warnings,
+        times, float(seconds[0]), stamps if told else None, decoding, width, height, turn, fps, float(times[-1] + tail),
+        stream.codec_context.name, tuple(doubts), warnings,
     )  # fmt: skip
 
 
-def _keyframes(
-    packets: _Packets, at: NDArray[np.int64], ticks: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
-    """Keyframes as ``Index.keys``, ``Index.first`` of the frames at decode positions ``at`` shown at ``ticks``, and
-    whether a GOP is open."""
+def _way(packets: _Packets, at: NDArray[np.int64], ticks: NDArray[np.int64]) -> Way:
+    """The way to the frames at decode positions ``at``, shown at ``ticks``."""
     columns = zip(packets.key, packets.whole, packets.pts, packets.dts, strict=True)
     found = [
         (i, pts, pts if dts is None else min(pts, dts))
@@ -240,7 +259,8 @@ def _keyframes(
     # A frame shown before the keyframe that it follows in the file also needs the GOP before.
     leading = table[entry, 1] > ticks
     first = np.maximum(entry - leading, 0)
-    return table[:, ::2], first, bool((leading & (entry > 0)).any())
+    position = {tick: i for i, tick in enumerate(packets.pts) if tick is not None}
+    return Way(table[:, ::2], first, position, bool((leading & (entry > 0)).any()))
 
 
 def _warnings(container: Any, stream: Any, packets: _Packets, end: float, step: float) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def _by_time(
                 packets = found
             for packet in packets:
                 if packet is not None and packet.pts is not None:
-                    reached = max(reached, index.position.get(packet.pts, -1))
+                    reached = max(reached, index.way.position.get(packet.pts, -1))
                 for frame in pictures(av, stream, packet):
                     i = place.get(frame.pts, -1)
                     while todo and todo[-1] < i:  # it did not come
@@ -96,20 +96,20 @@ def _by_time(
 
 def _start(index: Index, frame: int, back: int) -> int:
     """Decode position of the keyframe to start from."""
-    return int(index.keys[max(int(index.first[frame]) - back, 0), 0])
+    return int(index.way.keys[max(int(index.way.first[frame]) - back, 0), 0])
 
 
 def _seek(av: Any, container: Any, stream: Any, index: Index, start: int) -> Iterator[Any] | None:
     """Packets from the keyframe at ``start`` on, or from further ahead where the container's index leads there; None
     where it cannot seek."""
-    key = int(np.searchsorted(index.keys[:, 0], start))
+    key = int(np.searchsorted(index.way.keys[:, 0], start))
     for candidate in dict.fromkeys((key, max(key - 1, 0), max(key - 2, 0), 0)):
         try:
-            container.seek(int(index.keys[candidate, 1]), stream=stream, backward=True)
+            container.seek(int(index.way.keys[candidate, 1]), stream=stream, backward=True)
         except av.error.FFmpegError:
             return None
         packets = flow(av, container, stream)
         head = next(packets, None)
-        if head is not None and head.pts is not None and index.position.get(head.pts, start + 1) <= start:
+        if head is not None and head.pts is not None and index.way.position.get(head.pts, start + 1) <= start:
             return itertools.chain([head], packets)
     return None
