@@ -118,11 +118,13 @@ def _page_rank(evidence: Evidence, temperature: float, iters: int, teleport: flo
 def _sharper(one: Evidence, temperature: float, chunk: int = 256) -> Tensor:
     """(B,N,N) attention map of the only head of ``one`` at ``temperature``; rows of padding are 0."""
     n, device = one.n, one.x.device
-    hot, pieces = _tempered(one, temperature), []
+    hot, out = _tempered(one, temperature), one.x.new_zeros(one.batch, n, n, dtype=torch.float32)
     for start in range(0, n, chunk):
-        where = torch.arange(start, min(start + chunk, n), device=device)
+        end = min(start + chunk, n)
+        where, seen = torch.arange(start, end, device=device), n
         if hot is not None:
-            rows = hot.attention(where)[:, 0]
+            seen = end if hot.causal and hot.mask is None else n
+            rows = _first(hot, seen).attention(where)[:, 0]
         else:
             rows = one.attention(where)[:, 0]
             if one._attention is not None:
@@ -133,8 +135,24 @@ def _sharper(one: Evidence, temperature: float, chunk: int = 256) -> Tensor:
                 rows = rows[:, where]
             # Logits are known up to a constant per row, which no softmax sees.
             rows = (rows.log() / temperature).softmax(-1)
-        pieces.append(rows if one.valid is None else rows.masked_fill(~one.valid[:, where].unsqueeze(2), 0.0))
-    return torch.cat(pieces, 1)
+        out[:, start:end, :seen] = rows if one.valid is None else rows.masked_fill(~one.valid[:, where, None], 0.0)
+    return out
+
+
+def _first(one: Evidence, n: int) -> Evidence:
+    """The same evidence of the first ``n`` tokens, which are all that these see."""
+    if n == one.n:
+        return one
+
+    def cut(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t[..., :n, :]
+
+    out = copy.copy(one)
+    out.x, out._queries, out._keys = one.x[:, :n], cut(one._queries), cut(one._keys)
+    out._rotated = None if one._rotated is None else (one._rotated[0][:, :, :n], one._rotated[1][:, :, :n])
+    out.size = None if one.size is None else one.size[:, :n]
+    out.valid = None if one.valid is None else one.valid[:, :n]
+    return out
 
 
 def _tempered(one: Evidence, temperature: float) -> Evidence | None:
