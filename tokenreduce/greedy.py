@@ -79,23 +79,29 @@ def _lazy(worth: Tensor, keep: int, weight: Tensor | None, combination: str, lea
     bound, floor, rows = scores.numpy(), floors.numpy(), worth.numpy()
     extra = None if weight is None else weight.numpy()
     covered = np.zeros_like(rows[0])
+    size = min(_BLOCK, n)
+    usual = _room(size, worth.shape[1])
+    front = torch.empty(size), torch.empty(size, dtype=torch.long)
+    places = front[1].numpy()
     chosen: list[int] = []
 
     def renew(index: np.ndarray) -> np.ndarray:
-        left = rows.take(index, 0)
-        left -= covered
-        gain: np.ndarray = torch.from_numpy(left).relu_().sum(1).numpy()
+        block, left, sums, gain = usual if len(index) == size else _room(len(index), worth.shape[1])
+        rows.take(index, 0, left, "clip")
+        np.subtract(left, covered, out=left)
+        torch.sum(block.relu_(), 1, out=sums)
         if least > 0:
             gain[gain <= least] = 0
         if extra is not None:
-            gain = gain * extra[index] if combination == "product" else gain + extra[index]
+            (np.multiply if combination == "product" else np.add)(gain, extra[index], out=gain)
         bound[index] = gain
         return gain
 
     for step in range(keep):
         best = int(bound.argmax())
         if step:
-            index = scores.topk(min(_BLOCK, n - step), sorted=False).indices.numpy()
+            torch.topk(scores, size, sorted=n - step < size, out=front)
+            index = places[: n - step]  # behind them are those that were taken
             score = renew(index).max()
             best = int(bound.argmax())
             # An old bound that is as high as the best new score must be looked at too: it may be a tie with a lower
@@ -107,6 +113,12 @@ def _lazy(worth: Tensor, keep: int, weight: Tensor | None, combination: str, lea
         bound[best] = -np.inf
         chosen.append(best)
     return chosen
+
+
+def _room(rows: int, parts: int) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray]:
+    """A block (rows,parts) and the sums of its rows, in torch and in numpy."""
+    block, sums = torch.empty(rows, parts), torch.empty(rows)
+    return block, block.numpy(), sums, sums.numpy()
 
 
 def farthest(d: Tensor, keep: int) -> Tensor:
