@@ -227,7 +227,7 @@ class _Shared:
     kept: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        sees = _sees(reducers_of(model))
+        sees = _sees(model, reducers_of(model))
         if sees is None:
             return self.remake(model)
         if sees not in self.kept:
@@ -235,10 +235,12 @@ class _Shared:
         return self.kept[sees]
 
 
-def _sees(reducers: Sequence[Reducer]) -> Any:
+def _sees(model: Any, reducers: Sequence[Reducer]) -> Any:
     """What these methods make of a tower's outputs and look at in it; None where they act inside it."""
     if any(r.stage == "encoder" for r in reducers):
         return None
     watched = any(r.stage == "projector" or r.looks() or {"films", *TOWER} & {*r.gathers()} for r in reducers)
-    more = {"head", "pixels"} & {need for r in reducers for need in (*r.gathers(), *r.wishes())}
+    more = {"head", "pixels"} & {need for r in reducers for need in r.gathers()}
+    if any("head" in r.wishes() for r in reducers) and "head" in describe(model).language.projector:
+        more.add("head")
     return watched, frozenset(look for r in reducers for look in r.looks()), frozenset(more)
