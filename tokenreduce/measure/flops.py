@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 __all__ = ["count_flops", "flop_counter", "flops_by_layer", "gmacs"]
 
@@ -34,7 +34,15 @@ def _attention_kernel(query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * b * n * c * (3 * c + c) + 2 * 2 * b * n * key[1] * c
 
 
-KERNELS = {torch.ops.aten._native_multi_head_attention: _attention_kernel}
+def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of fused attention on a CPU, which the counter of some releases of torch (2.14) takes for nothing."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+KERNELS = {
+    torch.ops.aten._native_multi_head_attention: _attention_kernel,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+}
 
 
 def flop_counter() -> FlopCounterMode:
