@@ -370,7 +370,7 @@ def test_towers_of_the_model_are_described():
         (tower,) = about.towers
         assert title in tower.family
         assert (tower.prefix, tower.grid) == (int(name == "internvl"), (8, 8))
-        assert about.stages == ("language", "projector", "encoder")
+        assert about.stages == ("language", "projector", "cache", "encoder")
         assert "tome" in about.methods("encoder")
 
 

@@ -645,7 +645,7 @@ def test_threads_and_copies_of_a_patched_model():
 def test_what_can_act_where():
     model = VLMS["qwen2_5_vl"].model
     described = tr.describe(model)
-    assert described.stages == ("language", "projector", "encoder")
+    assert described.stages == ("language", "projector", "cache", "encoder")
     (tower,) = described.towers
     assert (tower.name, tower.prefix, tower.cls, tower.grid, tower.rope) == ("model.visual", 0, False, None, "pre")
     assert {"tome", "pitome", "evit"} <= set(described.methods("encoder"))
