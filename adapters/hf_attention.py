@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokenreduce.adapters.joint import Windows
 from tokenreduce.patching import Undo
 
-__all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "listen", "softcap_of"]
+__all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "is_causal", "listen", "softcap_of"]
 
 #: Our name among the attention implementations.
 NAME = "tokenreduce"
@@ -130,6 +130,11 @@ def implementation(module: Any) -> str:
     """Name of the implementation that an attention module uses, whether we listen to it or not."""
     stock: _Stock | None = vars(module).get(_STOCK)
     return str((module.config if stock is None else stock.config)._attn_implementation)
+
+
+def is_causal(module: Any) -> bool:
+    """What attention without a mask means; PaliGemma's Gemma sees everything then."""
+    return bool(getattr(module, "is_causal", True))
 
 
 def softcap_of(module: Any) -> float | None:

@@ -13,7 +13,6 @@ the language model adds after its first layers to columns that may be gone. Rota
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,6 @@ from tokenreduce.adapters.generation import (
     KEYWORD,
     Cut,
     Deep,
-    Run,
     Step,
     attach_run,
     cache_in,
@@ -32,7 +30,7 @@ from tokenreduce.adapters.generation import (
     rows_of,
     run_of,
 )
-from tokenreduce.adapters.hf_attention import CALL, Call, implementation, listen, softcap_of
+from tokenreduce.adapters.hf_attention import CALL, Call, implementation, is_causal, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
 from tokenreduce.adapters.vlm_decode import Site, check_later, choose_again, follow_beams, last_only, set_aside
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
@@ -40,14 +38,11 @@ from tokenreduce.adapters.vlm_labels import attach_labels
 from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
 from tokenreduce.adapters.vlm_projector import attach_projector
 from tokenreduce.adapters.vlm_prompt import start, whole_prefill
+from tokenreduce.adapters.vlm_reduce import reduce_before
 from tokenreduce.adapters.vlm_seen import Vision
 from tokenreduce.adapters.vlm_tower import vision_of
-from tokenreduce.evidence import Evidence, Prompt
 from tokenreduce.patching import Undo
-from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
-from tokenreduce.trace import Step as TraceStep
-from tokenreduce.trace import active
 
 __all__ = ["FAMILIES", "Language", "attach", "find"]
 
@@ -348,7 +343,7 @@ def enter(
             flash = "flash" in _check_implementation(layer, index, window)
             call = look_ahead(layer, x, run, index, kwargs, flash, plain) if ahead else run.calls.pop(index - 1, None)
         whole = x
-        x = _reduce(x, run, index, depth, reducer, layer, call, norm, plain)
+        x = reduce_before(x, run, index, depth, reducer, layer, call, norm, plain)
         made = run.cut_at(index)
         if cache is not None and reducer.later() == "revive" and made is not None and made.layer == index:
             set_aside(run, index, whole, kwargs["position_embeddings"], cache)
@@ -363,7 +358,7 @@ def enter(
         if "flash" in name:
             kwargs["attention_mask"] = run.flash_mask(index, x.shape[1], slots)
         else:
-            mask, causal = kwargs.get("attention_mask"), _causal(layer)
+            mask, causal = kwargs.get("attention_mask"), is_causal(layer.self_attn)
             made, key = step.masks, (id(cut_here), id(mask), slots, causal)
             if key not in made:
                 made[key] = gather_mask(mask, where, cut_here.valid, slots, causal)
@@ -373,43 +368,6 @@ def enter(
     return (x, *args[1:]), kwargs
 
 
-def _reduce(
-    x: Tensor,
-    run: Run,
-    index: int,
-    depth: int,
-    reducer: Reducer,
-    layer: Any,
-    call: Call | None,
-    norm: nn.Module | None,
-    plain: bool,
-) -> Tensor:
-    """``x`` (B,N,C) with the tokens that ``reducer`` keeps before ``index``; decided once per run."""
-    if index in run.decided:
-        cut = run.cut_at(index)
-        return x if cut is None or cut.layer != index else cut.take(x)
-    acted: Plan | None = None
-    made: Cut | None = None
-    trace = active()
-    with nullcontext() if trace is None else trace.clock():
-        # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
-        with torch.no_grad():
-            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, plain, reducer))
-            run.decided.add(index)
-            if not plan.is_identity:
-                acted, made = plan, run.cut(index, plan)
-        if made is not None:
-            x = made.take(x)
-    if trace is not None:
-        trace.add(layer, TraceStep("language", index, x.shape[1], acted, reducer.spec()))
-    return x
-
-
-def _causal(layer: Any) -> bool:
-    """What attention without a mask means; PaliGemma's Gemma sees everything then."""
-    return bool(getattr(layer.self_attn, "is_causal", True))
-
-
 def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Rotary tables of the columns that are left; gathered once for the layers that share them."""
     key = (id(cut), *map(id, tables))
@@ -417,50 +375,6 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
         # The stock tables are held as well, so that no other can get their ids while they are a key.
         step.tables[key] = (tables, tuple(rows_of(t, cut.index) for t in tables))
     return step.tables[key][1]
-
-
-def _evidence(
-    x: Tensor,
-    run: Run,
-    index: int,
-    depth: int,
-    layer: Any,
-    call: Call | None,
-    norm: nn.Module | None,
-    plain: bool,
-    reducer: Reducer,
-) -> Evidence:
-    seen: dict[str, Any] = {}
-    asked = reducer.gathers()
-    if call is not None and call.keys is not None and call.values is not None:
-        n = x.shape[1]
-        seen = {"keys": call.keys[:, :, :n], "queries": call.queries, "values": call.values[:, :, :n]}
-        if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
-            seen["mask"] = call.mask[..., :n]
-        seen["softcap"] = softcap_of(layer.self_attn)
-        # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
-        call.record, call.queries, call.keys, call.values = False, None, None, None
-    if "films" in asked:
-        seen["films"] = run.films_at(index)
-    if needs_marks(reducer):
-        seen["marks"] = run.marks_at(index, reducer)
-    if "history" in asked:
-        seen["history"] = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)
-    return Evidence(
-        x,
-        **seen,
-        visual=run.visual_at(index),
-        valid=run.column_mask(index),
-        cls=False,
-        rope="pre" if plain else "post",
-        scale=getattr(layer.self_attn, "scaling", None),
-        causal=_causal(layer),
-        layer=index,
-        depth=depth,
-        entry=run.length,
-        prompt=Prompt(run.visual_at(-1), run.column_mask(-1), run.entered),
-        norm=norm,
-    )
 
 
 def _decode_mask(layer: Any, x: Tensor, step: Step, index: int, cache: Any, window: int | None) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, gather_mask, rows_of
-from tokenreduce.adapters.hf_attention import CALL, Call, Seen
+from tokenreduce.adapters.hf_attention import CALL, Call, Seen, is_causal
 
 __all__ = ["drop_prompt", "keep_prompt", "look_ahead"]
 
@@ -26,8 +26,7 @@ def look_ahead(
         where = cut.index
         tables = tuple(rows_of(t, where) for t in tables)
         if not flash:
-            causal = bool(getattr(layer.self_attn, "is_causal", True))
-            mask = gather_mask(mask, where, cut.valid, x.shape[1], causal)
+            mask = gather_mask(mask, where, cut.valid, x.shape[1], is_causal(layer.self_attn))
     if plain:
         cos, sin = tables
         tables = (torch.ones_like(cos), torch.zeros_like(sin))
