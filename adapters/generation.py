@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.plan import Plan, Prune
+from tokenreduce.plan import Plan, Prune, take
 
 __all__ = [
     "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_in", "cache_of", "columns_kept", "gather_mask",
@@ -58,7 +58,7 @@ class Cut:
         where = self.local
         if self.plan is not None:
             x, where = self.plan.reduce(x), columns_order(self.plan)
-        return x.gather(1, where.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return take(x, where)
 
 
 @dataclass
@@ -82,6 +82,8 @@ class Run:
     films: Tensor | None = None
     #: Method -> (B,L) what it marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`.
     marks: dict[Any, Tensor] = field(default_factory=dict)
+    #: (B,K,C) what enters a layer, where tokens left in the middle of the layer before.
+    middles: dict[int, Tensor] = field(default_factory=dict)
     #: What decode steps remember where a method chooses in them, an :class:`~tokenreduce.adapters.vlm_decode.Again`.
     again: Any = None
 
@@ -250,8 +252,9 @@ def rows_of(table: Tensor, where: Tensor) -> Tensor:
     in early releases."""
     if table.dim() == 4:
         return torch.stack([rows_of(t, where) for t in table])
-    table = table.expand(where.shape[0], -1, -1)
-    return table.gather(1, where.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+    if table.shape[0] == 1:  # one table for all rows; whole rows are copied much faster than numbers are gathered
+        return table[0].index_select(0, where.flatten()).unflatten(0, where.shape)
+    return take(table, where)
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:

@@ -36,6 +36,7 @@ from tokenreduce.adapters.vlm_decode import Site, check_later, choose_again, fol
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
 from tokenreduce.adapters.vlm_labels import attach_labels
 from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
+from tokenreduce.adapters.vlm_middle import attach_middle, is_middle, taken
 from tokenreduce.adapters.vlm_projector import attach_projector
 from tokenreduce.adapters.vlm_prompt import start, whole_prefill
 from tokenreduce.adapters.vlm_reduce import reduce_before
@@ -46,7 +47,7 @@ from tokenreduce.reducer import Reducer
 
 __all__ = ["FAMILIES", "Language", "attach", "find"]
 
-EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "plain", "prompt", "norm", "films", "history")
+EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "plain", "middle", "prompt", "norm", "films", "history")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
             undo.pre_hook(layer, functools.partial(choose_again, index=i, site=site))
         if chosen and i == depth - 1:
             undo.hook(layer, last_only, with_kwargs=True)
-        if i >= behind or reads or site.reads:
+        if i >= behind or reads or site.reads or is_middle(after, i + 1):
             undo.pre_hook(
                 layer,
                 functools.partial(
@@ -207,6 +208,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
                     plain=reducer is not None and "plain" in reducer.gathers() and _mrope(found.text.config),
                 ),
             )
+        if after is not None and is_middle(after, i + 1):
+            attach_middle(layer, after, i + 1, depth, _norm(found, after), undo)
         shown = reducer or again[i]
         if shown is not None:
             undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, shown))
@@ -335,9 +338,12 @@ def enter(
     x, entry = args[0], run.cut_at(-1)
     if index == 0 and entry is not None:
         x = rows_of(x, entry.local)
+    middle = is_middle(reducer, index)
+    if middle and (left := taken(run, index)) is not None:
+        x = left
     if step.deep is not None:
-        x = step.deep.add(x, index, run.cut_at(index - 1))
-    if reducer is not None:
+        x = step.deep.add(x, index, run.cut_at(index if middle else index - 1))
+    if reducer is not None and not middle:
         ahead = "ahead" in reducer.gathers() and index not in run.decided
         with torch.no_grad():
             flash = "flash" in _check_implementation(layer, index, window)

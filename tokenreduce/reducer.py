@@ -22,15 +22,16 @@ POSITIONS = ("input", "before", "middle", "after")
 #: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input. Inside a
 #: language model, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
 #: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
-#: (M-RoPE); ``prompt`` are the features at its entry, ``norm`` its final norm,
-#: ``films`` says which frames of a video the tokens come from, ``history`` how many visual tokens there were.
+#: (M-RoPE); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
+#: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from,
+#: ``history`` how many visual tokens there were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
 #: space, ``clip`` patches and question in a CLIP model's.
 #: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
-    "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "prompt", "norm", "tower",
-    "cls", "clip", "crops", "films", "history", "head", "pixels",
+    "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
+    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
 )  # fmt: skip
 
 

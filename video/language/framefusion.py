@@ -20,8 +20,8 @@ __all__ = ["FrameFusion"]
 
 @dataclass(frozen=True)
 class FrameFusion(
-    Reducer, name="framefusion", stage="language", needs=("attention", "films", "history"), paper="2501.01986",
-    title="FrameFusion",
+    Reducer, name="framefusion", stage="language", needs=("attention", "films", "history", "middle"),
+    paper="2501.01986", title="FrameFusion",
 ):  # fmt: skip
     """FrameFusion: from layer 0 on, merge along time while tokens are alike; then one prune reaches the budget.
 
@@ -42,11 +42,11 @@ class FrameFusion(
         ratio_lower_bound: share of candidates below which merging has ended.
         queries: last tokens of the prompt whose attention ranks; 1, and 4 for Qwen2-VL in the published code.
 
-    Decisions: calls act before layers 0, 1, 2, ..., where the published one of layer l stands between its attention
-    and its MLP; caches have the same lengths, and one MLP more sees the longer sequence. The number of layers is the
-    model's (28 in the published code). A token of a picture, or without known frame, has none before it. A budget that
-    earlier layers have used up already leaves one token (an error in the published code). With ``keep``, the last layer
-    prunes what merging has left over. Ties go to the lower index; zero vectors have similarity 0.
+    Decisions: the calls are before layer 0 and between attention and MLP of all layers but the last, where one would
+    save nothing. The number of layers is the model's (28 in the published code). A token of a picture, or without known
+    frame, has none before it. A budget that earlier layers have used up already leaves one token (an error in the
+    published code). With ``keep``, the last call prunes what merging has left over. Ties go to the lower index; zero
+    vectors have similarity 0.
 
     Raises ``ValueError`` for settings outside these ranges.
     """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from decode_reference import Entries
 from mixed import marks, mixed, seen_by
 from vlms import VLMS, prompts
+from vlms_masked import close
 
 import tokenreduce as tr
 from tokenreduce import FrameFusion
@@ -166,6 +170,71 @@ def test_keep_is_what_is_left_in_models(family):
         assert len(COUNTS) == 4
         last = [c for c in COUNTS[-1]]
         assert min(last) == (4 if keep == 4 else (n + 1) // 2)
+
+
+def by_hand(model, inputs, entries, steps):
+    """Logits of the last token when every plan of ``steps`` acts between attention and MLP of the layer before its own,
+    or at the entry; one sample, no padding."""
+    text = model.model.language_model
+    x, *tables = entries.calls[0]
+    plans = {s.layer: s.plan for s in steps if s.plan is not None}
+
+    def left(x, tables, plan):
+        place = plan.representatives()[0]
+        order = place.argsort()
+        return plan.reduce(x)[:, order], [t[..., place[order], :] for t in tables]
+
+    if 0 in plans:
+        x, tables = left(x, tables, plans[0])
+    for i, layer in enumerate(text.layers):
+        y = layer.self_attn(
+            hidden_states=layer.input_layernorm(x), position_embeddings=tuple(tables), attention_mask=None
+        )
+        x = x + y[0]
+        if i + 1 in plans:
+            x, tables = left(x, tables, plans[i + 1])
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(text.norm(x))[:, -1]
+
+
+@pytest.mark.parametrize(
+    "spec", ["framefusion:keep=0.4,similarity_lower_bound=0.999", "framefusion:keep=3,ratio_lower_bound=0.0"]
+)
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl"])
+def test_calls_stand_between_attention_and_mlp(family, spec):
+    vlm = VLMS[family]
+    film = "v" if vlm.video else "iii"
+    alone = prompts(vlm, ((9, film),))
+    text = vlm.model.model.language_model
+    with torch.no_grad():
+        with tr.patched(vlm.model, spec), Entries(text.layers) as entries:
+            with tr.record(vlm.model, flops=False) as trace:
+                got = vlm.model(**alone).logits[:, -1]
+            steps = [s for s in trace.steps if s.stage == "language"]
+            # Rows of a padded batch are what they are alone.
+            both = prompts(vlm, ((9, film), (5, film)))
+            close(vlm.model(**both).logits[:1, -1], got)
+        assert any(s.plan is not None and s.layer > 0 for s in steps), "calls in the middle of layers"
+        close(got, by_hand(vlm.model, alone, entries, steps))
+        assert torch.equal(vlm.model(**alone).logits, vlm.model(**alone).logits)
+
+
+def test_gradients_and_checkpointing():
+    vlm = VLMS["llava"]
+    model = copy.deepcopy(vlm.model).train()
+    inputs = prompts(vlm, ((9, "iii"),))
+
+    def gradient():
+        model.zero_grad()
+        model(**inputs).logits[:, -1].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.model.language_model.parameters() if p.grad is not None])
+
+    with tr.patched(model, "framefusion:keep=0.4"):
+        want = gradient()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        got = gradient()
+    assert want.abs().sum() > 0
+    torch.testing.assert_close(got, want)
 
 
 def test_cost_is_the_mean_over_layers():

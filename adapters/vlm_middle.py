@@ -1,0 +1,108 @@
+"""Plans that are made between the attention and the MLP of a decoder layer, for methods that need ``middle``.
+
+A layer's residual stream is a local variable of its forward, so the tokens that go cannot leave there. Instead a
+pre-hook on the norm in front of the MLP makes the plan and hands on the tokens that are left, so that the MLP sees only
+these; a hook behind it puts its result by and gives the layer zeros, and the next layer starts with what was put by.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapters.generation import KEYWORD, Run, Step
+from tokenreduce.adapters.hf_attention import CALL, Call
+from tokenreduce.adapters.vlm_reduce import reduce_before
+from tokenreduce.patching import Undo
+from tokenreduce.reducer import Reducer
+
+__all__ = ["attach_middle", "is_middle", "taken"]
+
+
+@dataclass
+class Open:
+    """A layer that is under way: the run, and what its attention saw. ``x`` (B,N,C) is the stream in front of the MLP
+    and ``left`` (B,K,C) what is left of it, once the plan is made and drops something."""
+
+    run: Run
+    call: Call | None
+    x: Tensor | None = None
+    left: Tensor | None = None
+
+
+_OPEN: ContextVar[Open | None] = ContextVar("tokenreduce_open_layer", default=None)
+
+
+def is_middle(reducer: Reducer | None, index: int) -> bool:
+    """Whether ``reducer``, which acts before layer ``index``, does so in the middle of the layer before."""
+    return reducer is not None and index > 0 and "middle" in reducer.gathers()
+
+
+def attach_middle(layer: Any, reducer: Reducer, index: int, depth: int, norm: nn.Module | None, undo: Undo) -> None:
+    """Let ``reducer``, which acts before layer ``index``, do so in the middle of ``layer``, the one before.
+
+    Raises ``ValueError`` for a layer without a norm and an MLP of known names.
+    """
+    before = getattr(layer, "pre_feedforward_layernorm", getattr(layer, "post_attention_layernorm", None))
+    behind = getattr(layer, "post_feedforward_layernorm", getattr(layer, "mlp", None))
+    if not isinstance(before, nn.Module) or not isinstance(behind, nn.Module):
+        raise ValueError(
+            f"{reducer.name} acts between attention and MLP, which {type(layer).__name__} does not have under the "
+            f"names post_attention_layernorm and mlp"
+        )
+    undo.pre_hook(layer.self_attn, _open)
+    make = functools.partial(_choose, layer=layer, reducer=reducer, index=index, depth=depth, norm=norm)
+    undo.pre_hook(before, make)
+    undo.hook(behind, functools.partial(_put_by, index=index))
+
+
+def _open(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on the attention, which gets the step as a keyword, also where the layer runs again for its gradient."""
+    step: Step | None = kwargs.get(KEYWORD)
+    _OPEN.set(None if step is None or not step.prefill else Open(step.run, kwargs.get(CALL)))
+
+
+def taken(run: Run, index: int) -> Tensor | None:
+    """(B,K,C) what enters layer ``index``, where the plan in the middle of the layer before dropped something."""
+    # Kept where a layer may run again for its gradient.
+    return run.middles.get(index) if torch.is_grad_enabled() else run.middles.pop(index, None)
+
+
+def _choose(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    layer: Any,
+    reducer: Reducer,
+    index: int,
+    depth: int,
+    norm: nn.Module | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook on the norm in front of the MLP."""
+    now = _OPEN.get()
+    if now is None:
+        return None
+    now.run.calls.pop(index - 1, None)
+    x = args[0]
+    y = reduce_before(x, now.run, index, depth, reducer, layer, now.call, norm, plain=False)
+    if y is x:
+        _OPEN.set(None)
+        return None
+    now.x, now.left = x, y
+    return (y, *args[1:]), kwargs
+
+
+def _put_by(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, index: int) -> Tensor | None:
+    """Hook behind the MLP, or behind the norm that follows it."""
+    now = _OPEN.get()
+    if now is None or now.left is None or now.x is None:
+        return None
+    _OPEN.set(None)
+    now.run.middles[index] = now.left + output
+    return torch.zeros_like(now.x)
