@@ -350,8 +350,8 @@ def enter(
             call = look_ahead(layer, x, run, index, kwargs, flash, plain) if ahead else run.calls.pop(index - 1, None)
         whole = x
         x = reduce_before(x, run, index, depth, reducer, layer, call, norm, plain)
-        made = run.cut_at(index)
-        if cache is not None and reducer.later() == "revive" and made is not None and made.layer == index:
+        dropped = run.cut_at(index)
+        if cache is not None and reducer.later() == "revive" and dropped is not None and dropped.layer == index:
             set_aside(run, index, whole, kwargs["position_embeddings"], cache)
     cut_here = run.cut_at(index)
     if cut_here is not None:
