@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-import threading
 
 import pytest
 import torch
+from threads import mixed_up
 from vlms import batch, llava
 
 import tokenreduce as tr
@@ -134,19 +134,8 @@ def test_the_prefill_and_prompts_without_images_are_untouched(name, model):
 @every
 def test_threads_do_not_mix(name, model):
     inputs = [batch("left", rows) for rows in (((9, 1), (5, 2)), ((6, 1), (8, 2)), ((4, 1),))]
-    wrong = []
     with tr.patched(model, method(name, keep=2)):
-        want = [answer(model, i) for i in inputs]
-
-        def work(i):
-            wrong.extend(i for _ in range(3) if not torch.equal(answer(model, inputs[i]), want[i]))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    assert wrong == []
+        assert mixed_up(lambda i: answer(model, i), inputs, 3) == []
 
 
 @every

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 from support import ENCODER_METHODS, acting_layer, evidence, images, tiny_vit, with_keep
+from threads import mixed_up
 
 import tokenreduce as tr
 from tokenreduce.plan import Identity, Merge, Plan
@@ -242,20 +242,8 @@ def test_in_a_model_copies_are_independent(name):
 def test_in_a_model_threads_do_not_mix(name):
     model = tiny_vit()
     inputs = [images(1 + i) for i in range(3)]
-    wrong = []
-    with torch.no_grad(), tr.patched(model, with_keep(name, 0.5)):
-        want = [model(x) for x in inputs]
-
-        def work(i):
-            with torch.no_grad():
-                wrong.extend(i for _ in range(8) if not torch.equal(model(inputs[i]), want[i]))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    assert wrong == []
+    with tr.patched(model, with_keep(name, 0.5)):
+        assert mixed_up(model, inputs, 8) == []
 
 
 @pytest.mark.slow

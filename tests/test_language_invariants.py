@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 from mixed import LAYOUTS, RIGHT, kept_of, marks, mixed
+from threads import mixed_up
 from vlms import batch, llava
 
 import tokenreduce as tr
@@ -234,19 +234,8 @@ def test_in_a_model_no_image_is_no_reduction(name, model):
 @every
 def test_in_a_model_threads_do_not_mix(name, model):
     inputs = [batch("left", rows) for rows in (((9, 1), (5, 2)), ((6, 1), (8, 2)), ((4, 1),))]
-    wrong = []
     with tr.patched(model, with_keep(name, 0.3)):
-        want = [logits_of(model, i) for i in inputs]
-
-        def work(i):
-            wrong.extend(i for _ in range(4) if not torch.equal(logits_of(model, inputs[i]), want[i]))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    assert wrong == []
+        assert mixed_up(lambda i: logits_of(model, i), inputs) == []
 
 
 @every

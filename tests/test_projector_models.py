@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
+from threads import mixed_up
 from vlms import IMAGE, VLMS, prompts
 from vlms_masked import close, generate
 
@@ -111,24 +111,8 @@ def test_no_image_and_several(name):
 def test_threads_do_not_mix(name):
     model = model_for("llava", name)
     asked = [prompts(VLMS["llava"], rows) for rows in (((9, "i"), (5, "ii")), ((6, "i"), (8, "ii")), ((4, "i"),))]
-    wrong = []
-
-    def logits(i):
-        with torch.no_grad():
-            return model(**asked[i]).logits
-
     with tr.patched(model, method(name, 0.3)):
-        want = [logits(i) for i in range(3)]
-
-        def work(i):
-            wrong.extend(i for _ in range(3) if not torch.equal(logits(i), want[i]))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    assert wrong == []
+        assert mixed_up(lambda inputs: model(**inputs).logits, asked, 3) == []
 
 
 @every
