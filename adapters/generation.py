@@ -8,6 +8,7 @@ generations and threads never mix.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from tokenreduce.plan import Plan, Prune, take
 
 __all__ = [
-    "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_in", "cache_of", "columns_kept", "gather_mask",
-    "rows_of", "run_of",
+    "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_as", "cache_in", "cache_of", "columns_kept",
+    "gather_mask", "rows_of", "run_of",
 ]  # fmt: skip
 
 #: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
@@ -261,6 +262,12 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
     """The cache among keyword arguments: ``cache`` since transformers 5.24, ``past_key_values`` before."""
     cache = kwargs.get("cache")
     return kwargs.get("past_key_values") if cache is None else cache
+
+
+def cache_as(model: Any, cache: Any) -> dict[str, Any]:
+    """``cache`` as a keyword argument of ``model``, under the name that its release knows."""
+    known = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def cache_of(output: Any) -> Any:

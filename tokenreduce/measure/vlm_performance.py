@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_of
+from tokenreduce.adapters.generation import cache_as, cache_of
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import interleaved, synchronise
 from tokenreduce.measure.vlm_shapes import SHAPES, Shape, build, prompt
@@ -208,7 +208,7 @@ def _prefill(model: Any, given: dict[str, Tensor]) -> Any:
 
 def _step(model: Any, token: Tensor, cache: Any) -> None:
     with torch.no_grad():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **cache_as(model, cache))
 
 
 def _text(model: Any, ids: Tensor) -> int:
