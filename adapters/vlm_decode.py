@@ -197,7 +197,7 @@ def choose_again(
     pick = None if site.since is None else step.picks.get(site.since)
     if pick is None:
         return None if x is args[0] else ((x, *args[1:]), kwargs)
-    take, mask, columns = _shown(run, pick, index, site, cache)
+    take, mask, columns = _shown(run, pick, index, cache)
     if mask is not None:
         name = implementation(layer.self_attn)
         if "flash" in name:
@@ -223,9 +223,9 @@ def last_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
     return output[:, -1:] if output.shape[1] > 1 else None
 
 
-def _columns(run: Run, layer: int, since: int | None, slots: int, total: int) -> Tensor:
-    """(B,S) column of every one of the first ``slots`` of a layer's cache, of ``total`` there are now; -1 for padding
-    and for slots that hold none."""
+def _columns(run: Run, layer: int, since: int | None, slots: int) -> Tensor:
+    """(B,S) column of every one of the first ``slots`` of a layer's cache; -1 for padding and for slots that hold
+    none. ``since`` is the layer whose method brings tokens back there, if any."""
     assert run.again is not None
     known = None if since is None else run.again.slots.get(since)
     if known is not None:
@@ -269,7 +269,7 @@ def _choose(
     filled = int(cache.layers[index - 1].get_seq_length())
     shown = step.columns.pop(index - 1, None)
     if shown is None:
-        shown = _columns(run, index - 1, None, filled, total)
+        shown = _columns(run, index - 1, None, filled)
     row = _row(layer, call, shown)
     prompt = (shown >= 0) & (shown < run.length)
     at = shown.clamp(min=0, max=run.length - 1)
@@ -337,7 +337,7 @@ def _come_back(
     assert again is not None
     earlier = step.picks[max(step.picks)] if step.picks else None
     past = int(cache.layers[index].get_seq_length())
-    before = _columns(run, index, index, past, total)
+    before = _columns(run, index, index, past)
     new = torch.full_like(before[:, :1], total - 1)
     if x.shape[1] > 1 and earlier is not None:  # came back before an earlier layer: some go on, the others stay aside
         rows, at = (earlier.back >= 0).nonzero(as_tuple=True)
@@ -372,7 +372,7 @@ def _beside(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat([old, new.expand(*old.shape[:-2], 1, old.shape[-1])], -2)
 
 
-def _shown(run: Run, pick: Pick, index: int, site: Site, cache: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def _shown(run: Run, pick: Pick, index: int, cache: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """``(take, mask, columns)`` for a layer: the slots (B,K) of its cache whose keys it sees, in the order of their
     columns, a bool mask (B,1,Q,K), and the columns (B,K); no slots and no mask where it sees all of them."""
     cut = run.cut_at(index)
@@ -382,7 +382,7 @@ def _shown(run: Run, pick: Pick, index: int, site: Site, cache: Any) -> tuple[Te
     total = pick.live.shape[1]
     before = pick.before
     if before is None:
-        before = _columns(run, index, None, int(cache.layers[index].get_seq_length()), total)
+        before = _columns(run, index, None, int(cache.layers[index].get_seq_length()))
     new = torch.full_like(before[:, :1], total - 1)
     columns = torch.cat([before, pick.back, new], 1)
     seen = (columns >= 0) & pick.live.gather(1, columns.clamp(min=0))
@@ -416,7 +416,7 @@ def _turn(
     total = run.columns(int(cache.layers[0].get_seq_length()))
     new = torch.arange(total - n, total, device=x.device).expand(len(x), -1)
     if site.method is not None:
-        run.again.slots[index] = torch.cat([_columns(run, index, index, past, total), _real(run, new)], 1)
+        run.again.slots[index] = torch.cat([_columns(run, index, index, past), _real(run, new)], 1)
     columns = run.again.slots[site.since]
     mask = ((columns >= 0)[:, None] & (columns[:, None] <= new[..., None]))[:, None]
     own = torch.arange(columns.shape[1], device=x.device) == past + torch.arange(n, device=x.device)[:, None]

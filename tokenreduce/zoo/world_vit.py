@@ -220,7 +220,7 @@ def losses(out: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
 
 def early(rows: Tensor) -> Tensor:
     """How far class attention ``rows`` (..., 196), as log-probabilities, is from a Gaussian around the middle: the
-    mean divergence KL(Gaussian | row), zero where attention depends on the place alone."""
+    mean divergence KL(Gaussian | row). At zero attention depends on the place alone."""
     along = -((torch.arange(GRID, device=rows.device) - (GRID - 1) / 2) ** 2) / (2 * SPREAD**2)
     place = (along[:, None] + along[None]).flatten().log_softmax(-1)
     return (place.exp() * (place - rows)).sum(-1).mean()

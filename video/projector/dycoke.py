@@ -27,7 +27,7 @@ class DyCoke(Temporal, name="dycoke", paper="2411.15024", title="DyCoke, tempora
     first, by the cosine of embeddings at the same place; such a frame keeps its ``int((1 - dycoke_k) n)`` least similar
     tokens, n being those of a frame.
     Similarities are always those of whole frames. Despite the published name nothing is averaged: tokens are dropped.
-    The other part of DyCoke, which hides visual keys and values of the cache while decoding, is not part of this class.
+    The other part, which hides visual keys and values of the cache while decoding, is ``dycoke-cache``.
 
     Different from the official code: kept tokens stay in raster order (there by rising similarity), the last complete
     group of four is thinned like the others, a last frame without a partner stays whole (there it is lost), videos of

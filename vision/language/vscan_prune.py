@@ -40,12 +40,11 @@ class VScanLLM(
             published 32 of 96, and 0.333).
         counts: instead of ``keep``, what each layer leaves: counts, or shares of the visual tokens that reach it,
             rounded half up.
-
         rotary: whether the score's queries and keys are rotated on models with M-RoPE, too. The code for Qwen switches
             the rotation off, which is the default; elsewhere they always are, as in the code for LLaVA.
 
-    Decisions: at least one visual token stays. Kept tokens keep their original positions, as
-    with every language-stage method here (the code for LLaVA renumbers them).
+    Decisions: at least one visual token stays. Kept tokens keep their original positions, as with every language-stage
+    method here (the code for LLaVA renumbers them).
 
     Raises ``ValueError`` for bad budgets, both ``keep`` and ``counts``, lists of different lengths, and layers below 1
     or that the model does not have.
