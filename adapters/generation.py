@@ -239,6 +239,8 @@ class Step:
     #: "image", "video" -> what the vision tower saw, and (B,L) which columns are theirs.
     encoded: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, Tensor] = field(default_factory=dict)
+    #: (B,L) which feature of a call of the tower each column holds, -1 for none, where that is known column by column.
+    places: dict[str, Tensor] = field(default_factory=dict)
     #: (B,L) the prompt's tokens, None when embeddings were given.
     ids: Tensor | None = None
     #: Rows and columns of row ends that go.

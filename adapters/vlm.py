@@ -30,16 +30,29 @@ from tokenreduce.adapters.generation import (
     rows_of,
     run_of,
 )
-from tokenreduce.adapters.hf_attention import CALL, Call, implementation, is_causal, listen
+from tokenreduce.adapters.hf_attention import CALL, Call, is_causal, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
 from tokenreduce.adapters.vlm_decode import Site, check_later, choose_again, follow_beams, last_only, set_aside
+from tokenreduce.adapters.vlm_decoders import (
+    carries,
+    check_deep,
+    check_implementation,
+    check_layers,
+    final_norm,
+    hand_on,
+    ids_left,
+    take_up,
+    window_of,
+)
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
+from tokenreduce.adapters.vlm_given import Arrived, attach_given
 from tokenreduce.adapters.vlm_labels import attach_labels
 from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
 from tokenreduce.adapters.vlm_middle import attach_middle, is_middle, taken
 from tokenreduce.adapters.vlm_projector import attach_projector
-from tokenreduce.adapters.vlm_prompt import start, whole_prefill
+from tokenreduce.adapters.vlm_prompt import start, start_alone, whole_prefill
 from tokenreduce.adapters.vlm_reduce import reduce_before
+from tokenreduce.adapters.vlm_retrieval import attach_retrieval, check_owner, note_run, owner_of
 from tokenreduce.adapters.vlm_seen import Vision
 from tokenreduce.adapters.vlm_tower import vision_of
 from tokenreduce.patching import Undo
@@ -53,12 +66,14 @@ EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "plain", "middle"
 @dataclass(frozen=True)
 class Family:
     """Where the parts are. ``ids`` are config attributes that name the placeholder tokens; ``deep`` says that the
-    language model takes DeepStack features."""
+    language model takes DeepStack features, ``types`` is the argument that says what every token is: 1 an image's, 2 a
+    video's."""
 
     language: str = "language_model"
     layers: str = "layers"
     ids: tuple[str, ...] = ("image_token_id", "video_token_id")
     deep: bool = False
+    types: str = "mm_token_type_ids"
 
 
 #: Inner model class -> its parts.
@@ -75,7 +90,7 @@ FAMILIES: dict[str, Family] = {
     "Idefics3Model": Family(language="text_model"),
     "SmolVLMModel": Family(language="text_model"),
     "PaliGemmaModel": Family(),
-    "Gemma3Model": Family(),
+    "Gemma3Model": Family(types="token_type_ids"),
 }
 
 
@@ -91,6 +106,8 @@ class Language:
     ids: tuple[int, ...]
     generator: nn.Module | None = None
     vision: Vision | None = None
+    #: The wrapper that calls the inner model in a way of its own, as retrieval models do.
+    owner: nn.Module | None = None
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -124,8 +141,9 @@ def find(model: nn.Module) -> Language | None:
                 )
             owners = (m for m in model.modules() if hasattr(m, "_prefill") and getattr(m, "model", None) is module)
             return Language(
-                name, module, type(module).__name__, text, layers, ids, next(owners, None), vision=vision_of(module)
-            )
+                name, module, type(module).__name__, text, layers, ids, next(owners, None), vision_of(module),
+                owner_of(model, module),
+            )  # fmt: skip
     return None
 
 
@@ -136,6 +154,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     chunked, linear and other layer types than full and sliding, or sliding windows inside flash attention.
     """
     depth = len(found.layers)
+    check_owner(found, reducers)
+    methods = " + ".join(r.spec() for r in reducers)
     before = [r for r in reducers if r.stage == "projector"]
     inside = tuple(r for r in reducers if r.stage == "encoder")
     if inside:
@@ -155,24 +175,36 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         if len(here) > 1:
             raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
         acting.append(here[0] if here else None)
-    windows = [_window(found.text.config, i) for i in range(depth)]
+    windows = [window_of(found.text.config, i) for i in range(depth)]
     present = [[r for r in (acting[i], *caching) if r is not None and r.acts(i, depth)] for i in range(depth)]
-    check_later(present, windows, found.layers)
     again = [next((r for r in here if r.later()), None) for here in present]
     first = next((i for i, here in enumerate(present) if here), depth)
     behind = 0 if before else first  # the first layer that may see fewer tokens
     if behind == depth:
         return
+    check_layers(found.layers, behind, acting, again)
+    check_later(present, windows, found.layers)
     for i in range(max(behind - 1, 0), depth):
-        _check_implementation(found.layers[i], i, windows[i])
-    undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows, again=any(again)))
+        check_implementation(found.layers[i], i, windows[i])
+    arrived = Arrived()
+    begin = functools.partial(
+        start, ids=found.ids, slides=None not in windows, again=any(again), arrived=arrived,
+        types=FAMILIES[found.family].types, methods=methods,
+    )  # fmt: skip
+    if found.owner is not None:
+        attach_retrieval(found, undo)
+    undo.pre_hook(found.inner, begin)
+    if found.owner is not None:
+        undo.pre_hook(found.inner, note_run)
+    undo.pre_hook(found.text, functools.partial(start_alone, inner=found.inner, begin=begin))
     if found.generator is not None:
         undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
         attach_labels(found.generator, undo)
     if before:
         attach_projector(found, before[0], windows, undo, films, marking)
+    attach_given(found, arrived, undo)
     if FAMILIES[found.family].deep:
-        _check_deep(found, depth)
+        check_deep(found, depth)
         undo.pre_hook(found.text, functools.partial(take_deep, first=first))
     copies: dict[int, Any] = {}
     for i in range(depth):
@@ -182,6 +214,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
             raise ValueError(
                 f"layer {i} has a forward of its own (accelerate's dispatch); call tr.patch before dispatching"
             )
+        if not carries(layer):
+            undo.pre_hook(layer.self_attn, take_up)
         after = acting[i + 1] if i + 1 < depth else None
         reads = after is not None and _reads(after)
         ahead = reducer is not None and "ahead" in reducer.gathers()
@@ -204,12 +238,14 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
                     reads=reads,
                     later=site.reads,
                     window=windows[i],
-                    norm=_norm(found, reducer),
+                    norm=final_norm(found.text, reducer),
                     plain=reducer is not None and "plain" in reducer.gathers() and _mrope(found.text.config),
                 ),
             )
         if after is not None and is_middle(after, i + 1):
-            attach_middle(layer, after, i + 1, depth, _norm(found, after), undo)
+            attach_middle(layer, after, i + 1, depth, final_norm(found.text, after), undo)
+        if not carries(layer):
+            undo.pre_hook(layer, hand_on)  # behind the hooks above
         shown = reducer or again[i]
         if shown is not None:
             undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, shown))
@@ -225,11 +261,6 @@ def _reads(reducer: Reducer) -> bool:
     return "ahead" not in gathers and any(g in ("keys", "queries", "values", "attention") for g in gathers)
 
 
-def _norm(found: Language, reducer: Reducer | None) -> nn.Module | None:
-    """The final norm, if ``reducer`` asks for it."""
-    return found.text.get_submodule("norm") if reducer is not None and "norm" in reducer.gathers() else None
-
-
 def _mrope(config: Any) -> bool:
     """Whether positions are places in time and image."""
     return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
@@ -237,49 +268,6 @@ def _mrope(config: Any) -> bool:
 
 def _name(kind: str, reducer: Reducer) -> str:
     return f"{kind}[{reducer.spec()}]"
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """Width of the sliding window of a decoder layer, None for full attention."""
-    window: int | None = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        kind = "sliding_attention" if window is not None else "full_attention"
-        if getattr(config, "attention_chunk_size", None) is not None:
-            kind = "chunked_attention"
-    else:
-        kind = types[layer]
-    if kind not in ("full_attention", "sliding_attention"):
-        raise ValueError(
-            f"layer {layer} of the language model has {kind}; language-stage methods support full_attention and "
-            f"sliding_attention"
-        )
-    return window if kind == "sliding_attention" else None
-
-
-def _check_implementation(layer: Any, index: int, window: int | None) -> str:
-    name = implementation(layer.self_attn)
-    if "flex" in name:
-        raise ValueError(
-            f"attention implementation {name} is not supported with language-stage methods; call "
-            f"model.set_attn_implementation('sdpa')"
-        )
-    if window is not None and "flash" in name:
-        raise ValueError(
-            f"layer {index} has a sliding window, which {name} counts over the tokens that are left instead of over "
-            f"the original ones; call model.set_attn_implementation('sdpa')"
-        )
-    return name
-
-
-def _check_deep(found: Language, depth: int) -> None:
-    config: Any = found.inner.config
-    entries = len(config.vision_config.deepstack_visual_indexes)
-    if entries >= depth:
-        raise ValueError(
-            f"{found.family} adds {entries} DeepStack features after the layers of a language model of {depth} layers; "
-            f"fewer features than layers are supported"
-        )
 
 
 def take_deep(
@@ -346,7 +334,7 @@ def enter(
     if reducer is not None and not middle:
         ahead = "ahead" in reducer.gathers() and index not in run.decided
         with torch.no_grad():
-            flash = "flash" in _check_implementation(layer, index, window)
+            flash = "flash" in check_implementation(layer, index, window)
             call = look_ahead(layer, x, run, index, kwargs, flash, plain) if ahead else run.calls.pop(index - 1, None)
         whole = x
         x = reduce_before(x, run, index, depth, reducer, layer, call, norm, plain)
@@ -355,11 +343,10 @@ def enter(
             set_aside(run, index, whole, kwargs["position_embeddings"], cache)
     cut_here = run.cut_at(index)
     if cut_here is not None:
-        name = _check_implementation(layer, index, window)
+        name = check_implementation(layer, index, window)
         where = cut_here.index
         kwargs["position_embeddings"] = _tables(step, cut_here, kwargs["position_embeddings"])
-        # The tables are rotated into the layer already; ids with gaps would look like packed sequences to flash.
-        kwargs["position_ids"] = None
+        kwargs["position_ids"] = ids_left(layer, kwargs.get("position_ids"), where)
         slots = x.shape[1] if cache is None else cache.layers[index].get_mask_sizes(x.shape[1])[0]
         if "flash" in name:
             kwargs["attention_mask"] = run.flash_mask(index, x.shape[1], slots)
@@ -386,7 +373,7 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
 def _decode_mask(layer: Any, x: Tensor, step: Step, index: int, cache: Any, window: int | None) -> Tensor | None:
     run, mine, queries = step.run, cache.layers[index], x.shape[1]
     run.check_batch(x.shape[0])
-    name = _check_implementation(layer, index, window)
+    name = check_implementation(layer, index, window)
     past = int(mine.get_seq_length())
     slots, offset = mine.get_mask_sizes(queries)
     if "flash" in name:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, gather_mask, rows_of
 from tokenreduce.adapters.hf_attention import CALL, Call, Seen, is_causal
+from tokenreduce.adapters.vlm_decoders import carries, hand_over, ids_left
 
 __all__ = ["drop_prompt", "keep_prompt", "look_ahead"]
 
@@ -22,19 +23,22 @@ def look_ahead(
     ``kwargs`` are what the model passed to the layer: tables and masks for all columns of the prompt.
     """
     tables, mask, cut = kwargs["position_embeddings"], kwargs.get("attention_mask"), run.cut_at(index - 1)
+    ids = kwargs.get("position_ids")
     if cut is not None:
         where = cut.index
         tables = tuple(rows_of(t, where) for t in tables)
+        ids = ids_left(layer, ids, where)
         if not flash:
             mask = gather_mask(mask, where, cut.valid, x.shape[1], is_causal(layer.self_attn))
     if plain:
         cos, sin = tables
         tables = (torch.ones_like(cos), torch.zeros_like(sin))
     call = Call(mask, record=True, only=True)
+    given = {"position_embeddings": tables, "attention_mask": mask, "position_ids": ids, CALL: call}
+    if not carries(layer):
+        hand_over(given)
     try:
-        layer.self_attn(
-            hidden_states=layer.input_layernorm(x), position_embeddings=tables, attention_mask=mask, **{CALL: call}
-        )
+        type(layer).forward(layer, x, **given)  # its hooks are for the call that counts
     except Seen:
         return call
     raise RuntimeError(f"{type(layer.self_attn).__name__} does not hand its keywords to the attention function")

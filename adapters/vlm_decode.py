@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, rows_of
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, softcap_of
+from tokenreduce.adapters.vlm_decoders import needs_ids
 from tokenreduce.evidence import Earlier, Evidence, Prompt
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import DecodeStep, active
@@ -205,7 +206,7 @@ def choose_again(
         elif name == "eager":
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
     call = Call(mask, record=site.reads, take=take)
-    kwargs = {**kwargs, "attention_mask": mask, "position_ids": None, CALL: call}
+    kwargs = {**kwargs, "attention_mask": mask, "position_ids": _ids(layer, kwargs), CALL: call}
     if pick.tables is not None:
         kwargs["position_embeddings"] = pick.tables
     if site.reads:
@@ -423,4 +424,9 @@ def _turn(
     mask = mask | (own & ~mask.any(-1, keepdim=True))
     if implementation(layer.self_attn) == "eager":
         mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-    return args, {**kwargs, "attention_mask": mask, "position_ids": None, CALL: Call(mask)}
+    return args, {**kwargs, "attention_mask": mask, "position_ids": _ids(layer, kwargs), CALL: Call(mask)}
+
+
+def _ids(layer: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Position ids of the new tokens for a layer that needs them; no tokens come back there."""
+    return kwargs.get("position_ids") if needs_ids(layer) else None

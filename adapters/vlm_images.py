@@ -93,7 +93,8 @@ def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[Image]:
             continue
         here = here & run.visual
         seen_columns |= here
-        yield from joined(_encoded(here, encoded, kind), kind, encoded.vision)
+        # A call of its own ("video 0") is of the kind that it begins with.
+        yield from joined(_encoded(here, encoded, kind, step.places.get(kind)), kind.partition(" ")[0], encoded.vision)
     rest = run.visual & ~seen_columns
     if not bool(rest.any()):
         return
@@ -104,7 +105,7 @@ def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[Image]:
         )
     for kind, here in step.kinds.items():
         if bool((mine := here & rest).any()):
-            yield from joined(_plain(mine, x, step, reducer), kind, None)
+            yield from joined(_plain(mine, x, step, reducer), kind.partition(" ")[0], None)
 
 
 def _as_they_are(found: Iterator[Image], kind: str, vision: Any) -> Iterator[Image]:
@@ -126,8 +127,8 @@ def _plain(visual: Tensor, x: Tensor, step: Step, reducer: Projector) -> Iterato
         yield Image(r, s + at, origin, (0,), "", None, ("", n))
 
 
-def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[Image]:
-    """Images of one call of the tower: their tokens fill the columns ``here`` (B,L) in order, once for every beam."""
+def _numbers(here: Tensor, encoded: Encoded, kind: str) -> Tensor:
+    """(B,L) which feature of a call of the tower the columns ``here`` hold: in order, once for every beam; else -1."""
     total, columns = encoded.tokens, int(here.sum())
     if total == 0 or columns % total:
         raise ValueError(f"{columns} placeholder tokens for {total} {kind} features of the vision tower")
@@ -138,9 +139,15 @@ def _encoded(here: Tensor, encoded: Encoded, kind: str) -> Iterator[Image]:
         alone = here[::times]
         mine = torch.full(alone.shape, -1, dtype=torch.long, device=here.device)
         mine[alone] = order[:total]
-        number = mine.repeat_interleave(times, 0)
-    else:
-        number[here] = order
+        return mine.repeat_interleave(times, 0)
+    number[here] = order
+    return number
+
+
+def _encoded(here: Tensor, encoded: Encoded, kind: str, place: Tensor | None) -> Iterator[Image]:
+    """Images of one call of the tower, whose tokens are in the columns ``here`` (B,L); ``place`` (B,L) says which token
+    each column holds, where that is known."""
+    number = _numbers(here, encoded, kind) if place is None else torch.where(here, place, -1)
     bounds = torch.tensor([0, *[e.origin.n for e in encoded.entries]], device=here.device).cumsum(0)
     starts = torch.isin(number, bounds)
     for r, s, n in zip(*(t.tolist() for t in runs(here, starts)), strict=True):

@@ -7,6 +7,7 @@ these; a hook behind it puts its result by and gives the layer zeros, and the ne
 
 from __future__ import annotations
 
+import copy
 import functools
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ def is_middle(reducer: Reducer | None, index: int) -> bool:
 def attach_middle(layer: Any, reducer: Reducer, index: int, depth: int, norm: nn.Module | None, undo: Undo) -> None:
     """Let ``reducer``, which acts before layer ``index``, do so in the middle of ``layer``, the one before.
 
-    Raises ``ValueError`` for a layer without a norm and an MLP of known names.
+    Raises ``ValueError`` for a layer without a norm and an MLP of known names, or that does more than add the MLP to
+    the stream (a factor, another norm behind).
     """
     before = getattr(layer, "pre_feedforward_layernorm", getattr(layer, "post_attention_layernorm", None))
     behind = getattr(layer, "post_feedforward_layernorm", getattr(layer, "mlp", None))
@@ -55,10 +57,51 @@ def attach_middle(layer: Any, reducer: Reducer, index: int, depth: int, norm: nn
             f"{reducer.name} acts between attention and MLP, which {type(layer).__name__} does not have under the "
             f"names post_attention_layernorm and mlp"
         )
+    if not _adds(layer, before, behind):
+        raise ValueError(
+            f"{reducer.name} acts between attention and MLP, and {type(layer).__name__} does more behind that than to "
+            f"add the MLP to its stream; choose a method that acts between layers, such as fastv or pyramiddrop"
+        )
     undo.pre_hook(layer.self_attn, _open)
     make = functools.partial(_choose, layer=layer, reducer=reducer, index=index, depth=depth, norm=norm)
     undo.pre_hook(before, make)
     undo.hook(behind, functools.partial(_put_by, index=index))
+
+
+class _Stub(nn.Module):
+    """Stands for a part of a layer: remembers what it was given and returns what it is told to."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer, self.given = answer, None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.given = args[0] if args else None
+        return self.answer
+
+
+def _adds(layer: Any, before: nn.Module, behind: nn.Module) -> bool:
+    """Whether a layer returns what enters the norm ``before`` plus what ``behind`` gives: tried on two tokens, with
+    stubs for the parts, so that no large matrix is multiplied."""
+    weight = next((p for p in before.parameters() if p.is_floating_point()), None)
+    width = layer.self_attn.config.hidden_size
+    where = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+    if weight is not None and weight.is_meta:  # nothing can be computed there yet
+        return True
+    x, a, m, y = (torch.linspace(-1, i + 1, 2 * width, **where).view(1, 2, width) for i in range(4))
+    attention, norm, end = _Stub((a, None)), _Stub(m), _Stub(y)
+    trial = copy.copy(layer)
+    stubs = {id(layer.self_attn): attention, id(before): norm, id(behind): end}
+    trial._modules = {n: stubs.get(id(p), p) for n, p in layer._modules.items()}
+    if behind is not getattr(layer, "mlp", None):  # a norm follows the MLP
+        trial._modules["mlp"] = _Stub(m)
+    try:
+        with torch.no_grad():
+            out = type(layer).forward(trial, x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    out = out[0] if isinstance(out, tuple) else out
+    return norm.given is not None and torch.equal(out, norm.given + y)
 
 
 def _open(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, run_of
 from tokenreduce.adapters.vlm_decode import Again
+from tokenreduce.adapters.vlm_given import Arrived, Brought, brought_by, say_late, say_strange
 from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
 
@@ -41,19 +42,29 @@ def start(
     ids: tuple[int, ...],
     slides: bool,
     again: bool = False,
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook on the inner model: make the run of this generation, or take it from the cache.
+    arrived: Arrived,
+    types: str,
+    methods: str,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook on the inner model: make the run of this generation, or take it from the cache; the keyword is None
+    where nothing is reduced.
 
-    What a later turn brings, images included, stays as it is. With ``again`` a method chooses in decode, too.
+    What a later turn brings, images included, stays as it is, and is said. With ``again`` a method chooses in decode,
+    too. ``arrived`` are features that the caller may have merged, ``types`` is the argument that names visual tokens,
+    and ``methods`` what messages say.
     """
     FORWARD.set(None)
     cache = cache_in(kwargs)
     tokens = kwargs.get("input_ids", args[0] if args else None)
+    new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
     if cache is not None and cache.get_seq_length() > 0:
         run = run_of(cache)
+        if new > 1:
+            brought = _brought(inner, tokens, kwargs, ids, arrived, types)
+            if brought.strange or bool(brought.visual.any()):
+                say_late(methods, run is not None)
         if run is None:
-            return None
-        new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
+            return args, {**kwargs, KEYWORD: None}
         cached = int(cache.get_seq_length())
         columns = run.columns(cached) + new
         if columns > cached + new:
@@ -66,15 +77,12 @@ def start(
             **kwargs,
             KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None, new=new),
         }
-    if tokens is not None:
-        marks = [tokens == i for i in ids]
-    else:
-        embeds = kwargs["inputs_embeds"]
-        table = inner.get_input_embeddings()
-        marks = [(embeds == table(torch.tensor(i, device=embeds.device))).all(-1) for i in ids]
-    visual = torch.stack(marks).any(0)
+    brought = _brought(inner, tokens, kwargs, ids, arrived, types)
+    visual = brought.visual
+    if brought.strange:
+        say_strange(methods, bool(visual.any()))
     if not bool(visual.any()):
-        return None
+        return args, {**kwargs, KEYWORD: None}
     padding = _padding(kwargs.get("attention_mask"), visual.shape[0], visual.shape[1], slides)
     _check_packed(kwargs)
     newline = getattr(inner, "image_newline", None)
@@ -83,12 +91,37 @@ def start(
         Run(visual.shape[1], visual, padding, again=Again() if again else None),
         prefill=True,
         newline=newline,
-        encoded={k: e for k, e in given.items() if e is not None},
+        encoded={**{k: e for k, e in given.items() if e is not None}, **brought.encoded},
         ids=tokens,
-        kinds=dict(zip(("image", "video"), marks, strict=False)),
+        kinds=brought.kinds,
+        places=brought.places,
     )
     FORWARD.set(step.run)
     return args, {**kwargs, KEYWORD: step}
+
+
+def start_alone(
+    text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, inner: Any, begin: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """First pre-hook on the language model: begin where a caller merges embeddings and calls it without the model
+    around it."""
+    if KEYWORD in kwargs:
+        return (args, {k: v for k, v in kwargs.items() if k != KEYWORD}) if kwargs[KEYWORD] is None else None
+    if kwargs.get("inputs_embeds") is None:  # ids alone bring no image
+        return None
+    args, kwargs = begin(inner, args, kwargs)
+    return args, {k: v for k, v in kwargs.items() if k != KEYWORD or v is not None}
+
+
+def _brought(
+    inner: Any, tokens: Tensor | None, kwargs: dict[str, Any], ids: tuple[int, ...], arrived: Arrived, types: str
+) -> Brought:
+    """Which columns of a call are visual tokens."""
+    if tokens is None:
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        return brought_by(inner, embeds, ids, arrived, kwargs.get(types), mask)
+    arrived.clear()
+    return Brought({k: tokens == i for k, i in zip(("image", "video"), ids, strict=False)})
 
 
 def _check_turn(mask: Any, columns: int, new: int) -> None:
