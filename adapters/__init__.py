@@ -155,7 +155,8 @@ def _language(model: nn.Module) -> Any:
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:
     if language is None:
         return ("encoder",)
-    return ("language", "projector", "cache", "encoder") if towers else ("language", "projector", "cache")
+    stages = ("language", "projector") if language.owner is not None else ("language", "projector", "cache")
+    return (*stages, "encoder") if towers else stages
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ class Description:
                 f"evidence: {', '.join(self.language.evidence)}",
                 f"  cache    {where}: keys and values of every layer, chosen from in decode",
             ]
+            lines += [f"  note     {where}: {limit}" for limit in self.language.limits]
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")
         lines.append(f"  active   {' + '.join(r.spec() for r in self.active) or 'none'}")

@@ -52,7 +52,7 @@ from tokenreduce.adapters.vlm_middle import attach_middle, is_middle, taken
 from tokenreduce.adapters.vlm_projector import attach_projector
 from tokenreduce.adapters.vlm_prompt import start, start_alone, whole_prefill
 from tokenreduce.adapters.vlm_reduce import reduce_before
-from tokenreduce.adapters.vlm_retrieval import attach_retrieval, check_owner, note_run, owner_of
+from tokenreduce.adapters.vlm_retrieval import attach_retrieval, check_owner, limits, note_run, owner_of
 from tokenreduce.adapters.vlm_seen import Vision
 from tokenreduce.adapters.vlm_tower import vision_of
 from tokenreduce.patching import Undo
@@ -113,6 +113,11 @@ class Language:
     def evidence(self) -> tuple[str, ...]:
         """Evidence inside the language model; what the tower saw comes there as marks."""
         return (*EVIDENCE, *(e for e in self.projector if e in TOWER))
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What is not reduced, in sentences."""
+        return limits(self)
 
     @property
     def projector(self) -> tuple[str, ...]:

@@ -113,12 +113,15 @@ def brought_by(
         for number, name in enumerate(names, 1):
             if name in kinds or bool((types == number).any()):
                 kinds[name] = kinds.get(name, torch.zeros_like(types, dtype=torch.bool)) | (types == number)
+    else:
+        types = None
     if arrived.calls:
         _recognise(out, prints(embeds.detach().flatten(0, 1)).view(embeds.shape[:2]), arrived)
-    rest = ~out.visual
-    if isinstance(mask, Tensor) and mask.shape == rest.shape:
-        rest = rest & mask.bool()
-    out.strange = not _are_tokens(table, embeds.detach()[rest])
+    if types is None:  # nobody says that the rest is text
+        rest = ~out.visual
+        if isinstance(mask, Tensor) and mask.shape == rest.shape:
+            rest = rest & mask.bool()
+        out.strange = not _are_tokens(table, embeds.detach()[rest])
     return out
 
 

@@ -24,7 +24,7 @@ from tokenreduce.reducer import Reducer
 if TYPE_CHECKING:
     from tokenreduce.adapters.vlm import Language
 
-__all__ = ["attach_retrieval", "check_owner", "note_run", "owner_of"]
+__all__ = ["attach_retrieval", "check_owner", "limits", "note_run", "owner_of"]
 
 #: Wrappers that are served, and those that cannot be, with the reason.
 _SERVED = ("ColPaliForRetrieval", "ColQwen2ForRetrieval")
@@ -60,6 +60,15 @@ def owner_of(model: nn.Module, inner: nn.Module) -> nn.Module | None:
     """The wrapper in ``model`` that calls ``inner`` in a way of its own, or None."""
     known = (m for m in model.modules() if type(m).__name__ in (*_SERVED, *_REFUSED))
     return next((m for m in known if any(child is inner for child in m.children())), None)
+
+
+def limits(found: Language) -> tuple[str, ...]:
+    """What the images of a model cannot have, in sentences for ``describe``."""
+    name = type(found.owner).__name__
+    if name in _REFUSED:
+        return (f"no method acts: {_REFUSED[name]}",)
+    out = ("images of the first call are reduced; those that a later call brings onto a cache stay, with a warning",)
+    return ("one vector per token that is left; no new tokens are made",) if name in _SERVED else out
 
 
 def check_owner(found: Language, reducers: tuple[Reducer, ...]) -> None:
