@@ -201,7 +201,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     undo.pre_hook(found.inner, begin)
     if found.owner is not None:
         undo.pre_hook(found.inner, note_run)
-    undo.pre_hook(found.text, functools.partial(start_alone, inner=found.inner, begin=begin))
+    undo.pre_hook(found.text, functools.partial(start_alone, inner=found.inner, begin=begin, arrived=arrived))
     if found.generator is not None:
         undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
         attach_labels(found.generator, undo)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,13 +37,18 @@ class _Call:
     kind: str
     prints: Tensor
     encoded: Encoded | None
+    thread: int
 
 
 class Arrived:
-    """Features that were made and are in no prompt yet, newest last. Copies of a patched model start empty."""
+    """Features that were made and are in no prompt of ids, newest last. Copies of a patched model start empty.
+
+    Features are known by what they are, so threads may share them; each forgets only its own.
+    """
 
     def __init__(self) -> None:
         self.calls: tuple[_Call, ...] = ()
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         return (Arrived, ())
@@ -50,10 +56,15 @@ class Arrived:
     def add(self, kind: str, features: Any, dtype: torch.dtype, encoded: Encoded | None) -> None:
         parts = features if isinstance(features, list | tuple) else [features]
         rows = torch.cat([prints(f.detach().flatten(0, -2).to(dtype)) for f in parts])
-        self.calls = (*self.calls, _Call(kind, rows, encoded))[-_CALLS:]
+        with self._lock:
+            self.calls = (*self.calls, _Call(kind, rows, encoded, threading.get_ident()))[-_CALLS:]
 
-    def clear(self) -> None:
-        self.calls = ()
+    def clear(self, keep: tuple[_Call, ...] = ()) -> None:
+        """Forget what this thread made, but for ``keep``."""
+        mine = threading.get_ident()
+        if self.calls:
+            with self._lock:
+                self.calls = tuple(c for c in self.calls if c.thread != mine or any(c is k for k in keep))
 
 
 @dataclass
@@ -127,9 +138,10 @@ def brought_by(
 
 def _recognise(out: Brought, rows: Tensor, arrived: Arrived) -> None:
     """Find the features of every call in ``rows`` (B,L), the prints of a prompt's embeddings."""
-    every = _places(rows, torch.cat([call.prints.to(rows.device) for call in arrived.calls]))
+    calls = arrived.calls
+    every = _places(rows, torch.cat([call.prints.to(rows.device) for call in calls]))
     used, start = [], 0
-    for number, call in enumerate(arrived.calls):
+    for number, call in enumerate(calls):
         end = start + len(call.prints)
         here = (every >= start) & (every < end)
         place = torch.where(here, every - start, -1)
@@ -145,7 +157,7 @@ def _recognise(out: Brought, rows: Tensor, arrived: Arrived) -> None:
         if call.encoded is not None and _whole(place, call.encoded):
             out.encoded[key] = call.encoded
     if used:  # other prompts may ask about the same images
-        arrived.calls = tuple(used)
+        arrived.clear(tuple(used))
 
 
 def _places(rows: Tensor, features: Tensor) -> Tensor:

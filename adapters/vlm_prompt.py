@@ -13,7 +13,7 @@ from tokenreduce.adapters.vlm_given import Arrived, Brought, brought_by, say_lat
 from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
 
-__all__ = ["start", "whole_prefill"]
+__all__ = ["start", "start_alone", "whole_prefill"]
 
 
 def whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,12 +101,15 @@ def start(
 
 
 def start_alone(
-    text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, inner: Any, begin: Any
+    text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, inner: Any, begin: Any, arrived: Arrived
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """First pre-hook on the language model: begin where a caller merges embeddings and calls it without the model
     around it."""
     if KEYWORD in kwargs:
-        return (args, {k: v for k, v in kwargs.items() if k != KEYWORD}) if kwargs[KEYWORD] is None else None
+        step: Step | None = kwargs[KEYWORD]
+        if step is None or step.ids is not None:
+            arrived.clear()  # the model merged them itself
+        return (args, {k: v for k, v in kwargs.items() if k != KEYWORD}) if step is None else None
     if kwargs.get("inputs_embeds") is None:  # ids alone bring no image
         return None
     args, kwargs = begin(inner, args, kwargs)

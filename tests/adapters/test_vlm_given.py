@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -189,3 +192,35 @@ def test_prints_tell_rows_apart(dtype):
     swapped = rows.flip(1)
     assert len(prints(torch.cat([rows, near, swapped])).unique()) == 1500
     assert torch.equal(prints(rows), prints(rows.clone()))
+
+
+def test_types_on_a_family_that_needs_none_and_features_in_another_thread():
+    vlm = VLMS["llava"]
+    inputs = prompts(vlm, CASES["two images"])
+    types = (inputs["input_ids"] == IMAGE).long()
+    with torch.no_grad(), tr.patched(vlm.model, "divprune:keep=0.3"):
+        want = vlm.model(**inputs).logits
+        embeds = []
+        worker = threading.Thread(target=lambda: embeds.append(merged(vlm.model, inputs)))
+        with torch.no_grad():
+            worker.start()
+            worker.join()
+        assert torch.equal(vlm.model(inputs_embeds=embeds[0], **masks(inputs)).logits, want)
+        vlm.model(**inputs)
+        got = vlm.model(inputs_embeds=embeds[0], mm_token_type_ids=types, **masks(inputs)).logits
+        assert got.shape == want.shape
+
+
+def test_a_training_step_is_not_kept_alive():
+    vlm = VLMS["llava"]
+    inputs = prompts(vlm, CASES["unequal"])
+    with tr.patched(vlm.model, "visionzip:keep=0.3"):
+        made = []
+        hook = vlm.model.model.multi_modal_projector.register_forward_hook(
+            lambda m, a, out: made.append(weakref.ref(out))
+        )
+        vlm.model(**inputs).logits.sum().backward()
+        hook.remove()
+        gc.collect()
+        assert made[0]() is None
+    vlm.model.zero_grad()
