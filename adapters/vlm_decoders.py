@@ -41,8 +41,14 @@ _HANDED: ContextVar[dict[str, Any] | None] = ContextVar("tokenreduce_handed", de
 
 
 @functools.lru_cache(maxsize=256)
-def _parameters(kind: type) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+def _signature(kind: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(kind.forward).parameters)
+
+
+def _parameters(part: Any) -> dict[str, inspect.Parameter]:
+    """What the forward of a module takes, by name."""
+    kind: Any = type(part)
+    return _signature(kind)
 
 
 # -- checks at patch -------------------------------------------------------------------------------------------------
@@ -62,7 +68,7 @@ def check_layers(
 
 
 def _check_given(layer: Any, index: int) -> None:
-    given, inside = _parameters(type(layer)), _parameters(type(layer.self_attn))
+    given, inside = _parameters(layer), _parameters(layer.self_attn)
     more = [name for p in (given, inside) for name in p if name not in _KNOWN]
     what = None
     if "position_embeddings" not in given:
@@ -162,7 +168,7 @@ def final_norm(text: nn.Module, reducer: Reducer | None) -> nn.Module | None:
 # -- position ids ----------------------------------------------------------------------------------------------------
 def needs_ids(layer: Any) -> bool:
     """Whether the attention of a layer cannot do without position ids (Ministral 3 scales queries by them)."""
-    ids = _parameters(type(layer.self_attn)).get("position_ids")
+    ids = _parameters(layer.self_attn).get("position_ids")
     return ids is not None and ids.default is inspect.Parameter.empty
 
 
@@ -176,9 +182,9 @@ def ids_left(layer: Any, ids: Tensor | None, where: Tensor) -> Tensor | None:
 
 # -- keywords --------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=256)
-def _hands_on(kind: type) -> bool:
+def _hands_on(kind: Any) -> bool:
     try:
-        source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+        source = inspect.getsource(kind.forward)
     except OSError:
         return False
     call = re.search(r"self\.self_attn\((?:[^()]|\([^()]*\))*\)", source)
@@ -187,7 +193,8 @@ def _hands_on(kind: type) -> bool:
 
 def carries(layer: Any) -> bool:
     """Whether a layer hands its keywords on to its attention; StableLM's and Nemotron's do not."""
-    return _hands_on(type(layer))
+    kind: Any = type(layer)
+    return _hands_on(kind)
 
 
 def hand_over(kwargs: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def _adds(layer: Any, before: nn.Module, behind: nn.Module) -> bool:
     stubs for the parts, so that no large matrix is multiplied."""
     weight = next((p for p in before.parameters() if p.is_floating_point()), None)
     width = layer.self_attn.config.hidden_size
-    where = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+    where: dict[str, Any] = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
     if weight is not None and weight.is_meta:  # nothing can be computed there yet
         return True
     x, a, m, y = (torch.linspace(-1, i + 1, 2 * width, **where).view(1, 2, width) for i in range(4))
