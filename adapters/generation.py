@@ -53,6 +53,13 @@ class Cut:
     seen: Tensor | None = None
     #: What makes the features of the columns, where that is more than taking them.
     plan: Plan | None = None
+    #: How many of the columns an earlier call put into the cache, in front of this prompt's.
+    front: int = 0
+
+    @property
+    def here(self) -> Tensor:
+        """(B,K) :attr:`index` among the columns that the prompt's own call brings."""
+        return self.index[:, self.front :] - self.front if self.front else self.index
 
     def take(self, x: Tensor) -> Tensor:
         """Features (B,N,C) of the columns that an earlier cut left, to (B,K,C)."""
@@ -64,7 +71,8 @@ class Cut:
 
 @dataclass
 class Run:
-    """State of one generation. ``length`` L is the prompt's number of columns, ``mask`` (B,L) its padding or None."""
+    """State of one generation. ``length`` L is the prompt's number of columns, ``mask`` (B,L) its padding or None;
+    ``front`` of them, all text, were in the cache before."""
 
     length: int
     visual: Tensor
@@ -87,6 +95,7 @@ class Run:
     middles: dict[int, Tensor] = field(default_factory=dict)
     #: What decode steps remember where a method chooses in them, an :class:`~tokenreduce.adapters.vlm_decode.Again`.
     again: Any = None
+    front: int = 0
 
     def columns(self, cached: int) -> int:
         """Tokens that the caller gave when layer 0 has ``cached`` of them: more, where tokens went before it."""
@@ -108,9 +117,13 @@ class Run:
 
     def cut(self, layer: int, plan: Plan) -> Cut:
         """Drop columns from ``layer`` on (-1: before the language model); ``plan`` indexes the columns that an
-        earlier cut left."""
+        earlier cut left, and of those only what the prompt's own call brings."""
         index, valid = columns_kept(plan)
         local, before = index, self.cut_at(layer)
+        if self.front:
+            ahead = torch.arange(self.front, device=index.device).expand(len(index), -1)
+            index = torch.cat([ahead, index + self.front], 1)
+            valid = None if valid is None else torch.cat([torch.ones_like(ahead, dtype=torch.bool), valid], 1)
         if before is not None:
             if before.valid is not None:
                 mine = before.valid.gather(1, index)
@@ -120,7 +133,7 @@ class Run:
         if self.mask is not None:
             padding = self.mask.gather(1, index)
             seen = padding if seen is None else seen & padding
-        made = Cut(layer, index, valid, local, seen, None if isinstance(plan, Prune) else plan)
+        made = Cut(layer, index, valid, local, seen, None if isinstance(plan, Prune) else plan, self.front)
         self.cuts.append(made)
         return made
 
@@ -216,7 +229,7 @@ class Deep:
         here = self.mask.to(x.device)
         number = (here.flatten().cumsum(0) - 1).clamp(min=0).view_as(here)
         if cut is not None:
-            here, number = here.gather(1, cut.index), number.gather(1, cut.index)
+            here, number = here.gather(1, cut.here), number.gather(1, cut.here)
         return torch.where(here.unsqueeze(-1), x + rows.to(x.device, x.dtype)[number], x)
 
 
@@ -287,25 +300,27 @@ def attach_run(cache: Any, run: Run) -> None:
 
 
 def gather_mask(
-    mask: Tensor | None, index: Tensor, valid: Tensor | None, slots: int, causal: bool = True
+    mask: Tensor | None, index: Tensor, valid: Tensor | None, slots: int, causal: bool = True, front: int = 0
 ) -> Tensor | None:
     """A prefill mask (B or 1,1,N,S) for the columns ``index`` (B,K); None stays None where it can. None means what
     the attention module makes of it: plain ``causal`` attention, or that every token sees every other.
 
     ``slots`` is the number of keys that the layer will see: K, or more for a static cache, whose empty slots stay
-    hidden. Slots that are not there (``valid`` False) see themselves, so that no row is empty, and nobody else sees
-    them.
+    hidden. The first ``front`` columns are in the cache already and have no rows. Slots that are not there (``valid``
+    False) see themselves, so that no row is empty, and nobody else sees them.
     """
     b, k = index.shape
+    q = k - front
     if mask is None:
         if valid is None:
             return None
-        out = torch.ones(k, k, dtype=torch.bool, device=index.device)
-        out = (out.tril() if causal else out).expand(b, 1, k, k)
+        out = torch.ones(q, k, dtype=torch.bool, device=index.device)
+        out = (out.tril(front) if causal else out).expand(b, 1, q, k)
     else:
         full = mask.expand(b, -1, -1, -1)
-        rows = full.gather(2, index[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3]))
-        out = rows.gather(3, index[:, None, None, :].expand(-1, full.shape[1], k, -1))
+        own_rows = index[:, None, front:, None] - front
+        rows = full.gather(2, own_rows.expand(-1, full.shape[1], -1, full.shape[3]))
+        out = rows.gather(3, index[:, None, None, :].expand(-1, full.shape[1], q, -1))
     lowest = False if out.dtype == torch.bool else torch.finfo(out.dtype).min
     if slots > k:
         out = torch.cat([out, out.new_full((*out.shape[:3], slots - k), lowest)], 3)
@@ -314,7 +329,7 @@ def gather_mask(
     there = torch.ones(b, slots, dtype=torch.bool, device=index.device)
     there[:, :k] = valid
     hidden = ~there[:, None, None, :]
-    own = hidden & torch.eye(k, slots, dtype=torch.bool, device=index.device)
+    own = hidden & torch.eye(k, slots, dtype=torch.bool, device=index.device)[front:]
     if out.dtype == torch.bool:
         return (out & ~hidden) | own
     return out.masked_fill(hidden, lowest).masked_fill(own, 0.0)

@@ -194,7 +194,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     arrived = Arrived()
     begin = functools.partial(
         start, ids=found.ids, slides=None not in windows, again=any(again), arrived=arrived,
-        types=FAMILIES[found.family].types, methods=methods,
+        types=FAMILIES[found.family].types, methods=methods, front=first == depth and not any(windows),
     )  # fmt: skip
     if found.owner is not None:
         attach_retrieval(found, undo)
@@ -349,17 +349,16 @@ def enter(
     cut_here = run.cut_at(index)
     if cut_here is not None:
         name = check_implementation(layer, index, window)
-        where = cut_here.index
         kwargs["position_embeddings"] = _tables(step, cut_here, kwargs["position_embeddings"])
-        kwargs["position_ids"] = ids_left(layer, kwargs.get("position_ids"), where)
+        kwargs["position_ids"] = ids_left(layer, kwargs.get("position_ids"), cut_here.here)
         slots = x.shape[1] if cache is None else cache.layers[index].get_mask_sizes(x.shape[1])[0]
         if "flash" in name:
-            kwargs["attention_mask"] = run.flash_mask(index, x.shape[1], slots)
+            kwargs["attention_mask"] = run.flash_mask(index, run.front + x.shape[1], slots)
         else:
             mask, causal = kwargs.get("attention_mask"), is_causal(layer.self_attn)
             made, key = step.masks, (id(cut_here), id(mask), slots, causal)
             if key not in made:
-                made[key] = gather_mask(mask, where, cut_here.valid, slots, causal)
+                made[key] = gather_mask(mask, cut_here.index, cut_here.valid, slots, causal, run.front)
             kwargs["attention_mask"] = made[key]
     if reads and index + 1 not in run.decided:
         run.calls[index] = kwargs[CALL] = Call(kwargs.get("attention_mask"), record=True)
@@ -371,7 +370,7 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
     key = (id(cut), *map(id, tables))
     if key not in step.tables:
         # The stock tables are held as well, so that no other can get their ids while they are a key.
-        step.tables[key] = (tables, tuple(rows_of(t, cut.index) for t in tables))
+        step.tables[key] = (tables, tuple(rows_of(t, cut.here) for t in tables))
     return step.tables[key][1]
 
 

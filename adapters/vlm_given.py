@@ -11,11 +11,12 @@ import functools
 import inspect
 import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tokenreduce.adapters.vlm_seen import WATCHING, Encoded, encoded_in
 from tokenreduce.patching import Undo
@@ -81,6 +82,11 @@ class Brought:
     @property
     def visual(self) -> Tensor:
         return torch.stack(list(self.kinds.values())).any(0)
+
+    def behind(self, front: int) -> Brought:
+        """The same with ``front`` columns of text before."""
+        kinds = {k: pad(t, (front, 0)) for k, t in self.kinds.items()}
+        return replace(self, kinds=kinds, places={k: pad(t, (front, 0), value=-1) for k, t in self.places.items()})
 
 
 def attach_given(found: Language, arrived: Arrived, undo: Undo) -> None:
@@ -245,9 +251,10 @@ def say_strange(methods: str, others: bool) -> None:
 def say_late(methods: str, turn: bool) -> None:
     """Say that images which come onto a cache stay as they are; ``turn`` for one with a reduced prompt in it."""
     what = "a later turn brings images" if turn else "the cache holds text already, and this call brings images"
+    better = "" if turn else ", or choose methods of stage projector and a dynamic cache, where no layer has a window"
     _say(
         f"{methods}: {what}, whose tokens stay as they are; to reduce them give the whole prompt, images included, in "
-        f"one call without a cache"
+        f"one call without a cache{better}"
     )
 
 

@@ -263,7 +263,8 @@ def _rows_of(image: Image) -> Tensor:
 def _asked(step: Step) -> Tensor:
     """(B,L) bool: the text behind the last image, all text where nothing is."""
     visual, mask = step.run.visual, step.run.mask
-    real = torch.ones_like(visual) if mask is None else mask
+    real = torch.ones_like(visual) if mask is None else mask.clone()
+    real[:, : step.run.front] = False  # its embeddings are not here
     behind = question(visual, real)
     return torch.where(behind.any(1, keepdim=True), behind, real & ~visual)
 

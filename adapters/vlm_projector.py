@@ -159,10 +159,12 @@ def choose(
     step: Step | None = kwargs.get(KEYWORD)
     if step is None:
         return None
-    run, x = step.run, kwargs["inputs_embeds"]
+    run, x, front = step.run, kwargs["inputs_embeds"], step.run.front
     if not step.prefill:
         return _positions_later(args, kwargs, step, x.shape[1])
     ARRIVING.set(None)
+    if front:  # columns are counted from the first in the cache, of which no method sees anything
+        x = torch.cat([x.new_zeros(len(x), front, x.shape[-1]), x], 1)
     trace = active()
     with nullcontext() if trace is None else trace.clock():
         with torch.no_grad():
@@ -180,13 +182,14 @@ def choose(
         for marks in run.marks.values():
             for part in made:
                 part.note_marks(marks)
-        plan = None if bool(stay.all()) else Prune.from_mask(stay)
+        plan = None if bool(stay.all()) else Prune.from_mask(stay[:, front:])
         for part in made:
             x = part.write(x, projector)
+        x = x[:, front:] if front else x
     if trace is not None:
         left = x.shape[1] if plan is None else plan.k
-        parts = tuple((p.rows, p.columns, p.plan) for p in made)
-        hosts = tuple(p.host.where(p.there, -1) for p in made)
+        parts = tuple((p.rows, p.columns - front, p.plan) for p in made)
+        hosts = tuple((p.host - front).where(p.there, -1) for p in made)
         trace.add(text, TraceStep("projector", 0, left, plan, reducer.spec(), parts, hosts))
     if x is not kwargs["inputs_embeds"]:
         kwargs = {**kwargs, "inputs_embeds": x}
@@ -195,10 +198,10 @@ def choose(
     run.cut(-1, plan)
     if not compact:
         return args, kwargs
-    gone = (~stay).long().cumsum(1)
+    gone = (~stay).long().cumsum(1)[:, front:]
     run.shift = gone[:, -1:]
     ids = kwargs.get("position_ids")
-    ids = torch.arange(run.length, device=x.device)[None] if ids is None else ids
+    ids = torch.arange(front, run.length, device=x.device)[None] if ids is None else ids
     kwargs = {**kwargs, "position_ids": ids - gone.to(ids.device)}
     if kwargs.get("attention_mask") is None:  # else ids that stand still look like packed sequences to the library
         kwargs["attention_mask"] = torch.ones(stay.shape, dtype=torch.long, device=x.device)

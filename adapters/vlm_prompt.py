@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, run_of
 from tokenreduce.adapters.vlm_decode import Again
@@ -45,29 +46,33 @@ def start(
     arrived: Arrived,
     types: str,
     methods: str,
+    front: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook on the inner model: make the run of this generation, or take it from the cache; the keyword is None
     where nothing is reduced.
 
     What a later turn brings, images included, stays as it is, and is said. With ``again`` a method chooses in decode,
     too. ``arrived`` are features that the caller may have merged, ``types`` is the argument that names visual tokens,
-    and ``methods`` what messages say.
+    and ``methods`` what messages say. With ``front``, images behind a cached text are a prompt like any other.
     """
     FORWARD.set(None)
     cache = cache_in(kwargs)
     tokens = kwargs.get("input_ids", args[0] if args else None)
     new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
-    if cache is not None and cache.get_seq_length() > 0:
+    past = 0 if cache is None else int(cache.get_seq_length())
+    brought = None
+    if past:
         run = run_of(cache)
-        if new > 1:
-            brought = _brought(inner, tokens, kwargs, ids, arrived, types)
-            if brought.strange or bool(brought.visual.any()):
-                say_late(methods, run is not None)
-        if run is None:
+        brought = _brought(inner, tokens, kwargs, ids, arrived, types) if new > 1 else None
+        images = brought is not None and (brought.strange or bool(brought.visual.any()))
+        front = front and run is None and int(cache.layers[0].get_mask_sizes(new)[0]) == past + new
+        if images and not front:
+            say_late(methods, run is not None)
+        if run is None and not (images and front):
             return args, {**kwargs, KEYWORD: None}
-        cached = int(cache.get_seq_length())
-        columns = run.columns(cached) + new
-        if columns > cached + new:
+    if past and run is not None:
+        columns = run.columns(past) + new
+        if columns > past + new:
             _check_turn(kwargs.get("attention_mask"), columns, new)
         if new > 1 and kwargs.get("attention_mask") is not None:
             real = _padding(kwargs["attention_mask"], run.visual.shape[0], columns, slides)
@@ -77,7 +82,9 @@ def start(
             **kwargs,
             KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None, new=new),
         }
-    brought = _brought(inner, tokens, kwargs, ids, arrived, types)
+    if brought is None:
+        brought = _brought(inner, tokens, kwargs, ids, arrived, types)
+    brought = brought.behind(past) if past else brought
     visual = brought.visual
     if brought.strange:
         say_strange(methods, bool(visual.any()))
@@ -88,11 +95,11 @@ def start(
     newline = getattr(inner, "image_newline", None)
     given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
     step = Step(
-        Run(visual.shape[1], visual, padding, again=Again() if again else None),
+        Run(visual.shape[1], visual, padding, again=Again() if again else None, front=past),
         prefill=True,
         newline=newline,
         encoded={**{k: e for k, e in given.items() if e is not None}, **brought.encoded},
-        ids=tokens,
+        ids=pad(tokens, (past, 0)) if past and tokens is not None else tokens,
         kinds=brought.kinds,
         places=brought.places,
     )

@@ -67,8 +67,12 @@ def limits(found: Language) -> tuple[str, ...]:
     name = type(found.owner).__name__
     if name in _REFUSED:
         return (f"no method acts: {_REFUSED[name]}",)
-    out = ("images of the first call are reduced; those that a later call brings onto a cache stay, with a warning",)
-    return ("one vector per token that is left; no new tokens are made",) if name in _SERVED else out
+    if name in _SERVED:
+        return ("one vector per token that is left; no new tokens are made",)
+    return (
+        "the first images of a generation are reduced, behind a cached text only by methods before the language model; "
+        "images of later turns stay, with a warning",
+    )
 
 
 def check_owner(found: Language, reducers: tuple[Reducer, ...]) -> None:

@@ -160,7 +160,57 @@ def test_questions_on_features_that_were_made_once():
                 assert torch.equal(vlm.model(inputs_embeds=placed(made, *order)).logits, want)
 
 
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "fastv:layer=2,keep=0.3"])
+def on_a_cache(model, words, inputs, tokens=3):
+    """Logits of an image and a question behind ``words`` in a cache, then of tokens one by one, then of a turn."""
+    more = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    mask = torch.cat([torch.ones_like(words), inputs["attention_mask"]], 1)
+    cache = cache_of(model(input_ids=words, use_cache=True))
+    out = [model(input_ids=inputs["input_ids"], attention_mask=mask, **more, **cache_as(model, cache)).logits[:, -1]]
+    for n in (1,) * tokens + (4,):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :n])], 1)
+        new = torch.arange(10, 10 + n).expand(len(words), -1)
+        out.append(model(input_ids=new, attention_mask=mask, **cache_as(model, cache)).logits[:, -1])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "idefics3"])
+@pytest.mark.filterwarnings("error:.*reduce")
+def test_images_behind_a_cached_text_are_reduced(name, positions):
+    """Unequal numbers of tokens are left in the rows, which have padding between the cached text and their images."""
+    vlm = VLMS[name]
+    inputs, words = prompts(vlm, CASES["unequal"]), torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
+    spec = f"divprune:keep=0.3,positions={positions}"
+    with torch.no_grad():
+        with tr.patched(vlm.model, spec), tr.record(vlm.model, flops=False) as trace:
+            got = on_a_cache(vlm.model, words, inputs)
+            (plan,) = trace.plans
+            if positions == "compact":  # the prompt in one call
+                at = torch.cat([words, inputs["input_ids"]], 1)
+                mask = torch.cat([torch.ones_like(words), inputs["attention_mask"]], 1)
+                rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+                close(got[0], vlm.model(input_ids=at, attention_mask=mask, **rest).logits[:, -1])
+                return
+        gone = torch.cat([torch.zeros(2, 4, dtype=torch.bool), plan.sources() < 0], 1)
+        with hidden(layers_of(name, vlm.model), gone, 0):
+            close(got, on_a_cache(vlm.model, words, inputs))
+        with tr.patched(vlm.model, "divprune:keep=1.0"):
+            kept = on_a_cache(vlm.model, words, inputs)
+        assert torch.equal(kept, on_a_cache(vlm.model, words, inputs))
+
+
+def test_a_reduced_tower_behind_a_cached_text():
+    vlm = VLMS["llava"]
+    inputs, words = prompts(vlm, CASES["alone"]), torch.tensor([[3, 4, 5, 6]])
+    whole = {**inputs, "input_ids": torch.cat([words, inputs["input_ids"]], 1)}
+    whole.pop("attention_mask")
+    for spec in ("tome:r=2", "tome:r=2+visionzip:keep=4", "cdpruner:keep=4"):
+        with torch.no_grad(), tr.patched(vlm.model, spec):
+            got = on_a_cache(vlm.model, words, inputs)[0]
+            close(got, vlm.model(**whole).logits[:, -1])
+
+
+@pytest.mark.parametrize("spec", ["fastv:layer=2,keep=0.3", "divprune:keep=0.3+fastv:layer=2,keep=0.3"])
 def test_images_that_come_onto_a_cache_are_said(spec):
     vlm = VLMS["llava"]
     inputs, words = prompts(vlm, CASES["alone"]), torch.tensor([[3, 4, 5, 6]])
@@ -174,14 +224,14 @@ def test_images_that_come_onto_a_cache_are_said(spec):
                 got = vlm.model(**image, **cache_as(vlm.model, cache)).logits
                 vlm.model(input_ids=words[:, :1], **cache_as(vlm.model, cache))
             assert len(said(caught)) == 1
-            assert trace.notes[0].startswith(f"{tr.get_method(spec).spec()}: the cache holds text already")
+            assert ": the cache holds text already, and this call brings images" in trace.notes[0]
             cache = cache_of(vlm.model(**inputs, use_cache=True))
             vlm.model(input_ids=words, **cache_as(vlm.model, cache))
             assert len(said(caught)) == 1
             vlm.model(**image, **cache_as(vlm.model, cache))
             assert "a later turn brings images" in said(caught)[1]
     assert torch.equal(got, stock)
-    assert "those that a later call brings onto a cache stay" in str(tr.describe(vlm.model))
+    assert "images of later turns stay, with a warning" in str(tr.describe(vlm.model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
