@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from tokenreduce.adapters.encoder import Tower
-from tokenreduce.adapters.readers import attach_hands, hands_of, is_vlm, outside
+from tokenreduce.adapters.handing import attach_hands
+from tokenreduce.adapters.readers import VLMS, hands_of, is_vlm, outside
 from tokenreduce.reducer import Reducer
 
 __all__ = ["Description", "attach", "describe", "supported"]
@@ -55,19 +56,7 @@ def supported() -> dict[str, tuple[str, ...]]:
             "DINOv3",
             "VideoMAE",
             "ViViT",
-            "LLaVA-1.5",
-            "LLaVA-NeXT",
-            "LLaVA-NeXT-Video",
-            "LLaVA-OneVision",
-            "Video-LLaVA",
-            "Qwen2-VL",
-            "Qwen2.5-VL",
-            "Qwen3-VL",
-            "InternVL",
-            "Idefics3",
-            "SmolVLM",
-            "PaliGemma",
-            "Gemma3",
+            *VLMS,
         ),
     }
 
@@ -137,7 +126,8 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
         return
     for adapter, tower in towers:
         adapter.attach(tower, reducers, undo)
-        attach_hands(tower, undo)
+        if not getattr(adapter, "EXPANDS", False):  # those that do hand out all tokens by themselves
+            attach_hands(tower, undo)
 
 
 def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:

@@ -49,7 +49,7 @@ from tokenreduce.adapters.encoder import (
     pool_mean,
     state_of,
 )
-from tokenreduce.adapters.readers import raw_of
+from tokenreduce.adapters.handing import raw_of
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 
@@ -226,8 +226,12 @@ ATTENTIONS: dict[type, type] = {
 def pool(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """open_clip's ``_pool`` for reduced tokens (B,K,C): the pooled features and the tokens, see the module's page."""
     raw = raw_of(x)
-    if raw is not x:
-        return _pool_all(model, x, raw)
+    if raw is not x:  # somebody reads all tokens; pooled features are those of the reduced ones
+        pooled, tokens = pool(model, raw)
+        if model.attn_pool is None:
+            whole, tokens = type(model)._pool(model, x)
+            pooled = pooled if model.pool_type in ("avg", "tok") else whole
+        return pooled, tokens
     state = state_of(x)
     if state is None or state.size is None:
         return type(model)._pool(model, x)
@@ -237,15 +241,6 @@ def pool(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, tokens = _global_pool(model, x, state)
         return model.ln_post(pooled), tokens
     return _global_pool(model, model.ln_post(x), state)
-
-
-def _pool_all(model: Any, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """For a reader that wants all tokens: pooled features of the reduced ones ``raw``, tokens of ``x``."""
-    pooled, tokens = pool(model, raw)
-    if model.attn_pool is not None:
-        return pooled, tokens
-    whole, tokens = type(model)._pool(model, x)
-    return pooled if model.pool_type in ("avg", "tok") else whole, tokens
 
 
 def _global_pool(model: Any, x: Tensor, state: State) -> tuple[Tensor, Tensor]:

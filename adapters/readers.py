@@ -22,28 +22,33 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from tokenreduce.adapters.encoder import State, Tower, full_plan, pool_mean, state_of
+from tokenreduce.adapters.encoder import Tower
 from tokenreduce.adapters.readers_source import use_of
-from tokenreduce.patching import Undo
-from tokenreduce.plan import Prune
 
-__all__ = ["KNOWN", "attach_hands", "hands_of", "is_vlm", "outside", "own_code", "raw_of", "whole"]
+__all__ = ["KNOWN", "VLMS", "hands_of", "is_vlm", "outside", "own_code"]
 
 LIBRARIES = ("timm", "open_clip", "transformers")
-#: Models around a tower: "own" reads what its adapter serves (pooled features, the class token, means, maps), "all"
-#: and "keys" see the module's page; "dense" hands out maps of all places, whoever reads them; "maps" is "all" on a fixed grid, so that the image cannot be made smaller.
+#: Image/video language models that are served, by the names that users know.
+VLMS = (
+    "LLaVA-1.5", "LLaVA-NeXT", "LLaVA-NeXT-Video", "LLaVA-OneVision", "Video-LLaVA", "Qwen2-VL", "Qwen2.5-VL",
+    "Qwen3-VL", "InternVL", "Idefics3", "SmolVLM", "PaliGemma", "Gemma3",
+)  # fmt: skip
+#: Models around a tower, by what they read: "own" is what the adapter of the tower serves (pooled features, the class
+#: token, means); for "all" and "keys" see the module's page. "dense" hands out maps of all places itself, so whoever
+#: stands around it is served; "maps" is "all" on a fixed grid, so that the image cannot be made smaller.
 KNOWN: dict[str, dict[str, str]] = {
     "own": {
         "timm": "ModelEma ModelEmaV2 ModelEmaV3",
         "open_clip": "CLIP CustomTextCLIP CoCa TimmModel",
         "transformers": (
-            "CLIPModel CLIPVisionModelWithProjection CLIPForImageClassification SiglipModel SiglipForImageClassification "
+            "CLIPModel CLIPVisionModelWithProjection CLIPForImageClassification SiglipModel "
+            "SiglipForImageClassification "
             "Siglip2Model Siglip2ForImageClassification Dinov2ForImageClassification "
             "Dinov2WithRegistersForImageClassification ViTForImageClassification ViTForMaskedImageModeling "
             "VideoMAEForPreTraining VideoMAEForVideoClassification VivitForVideoClassification "
@@ -77,8 +82,6 @@ _BEHIND = {
 _NEUTRAL = ("torch", "accelerate", "builtins", "abc", "typing", "collections", "contextlib", "functools")
 #: Config attributes that name the tokens of a prompt that images take the place of.
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-#: On tokens that were handed over: the reduced ones, for the tower's own pooling, or for its norm alone.
-_RAW, _LEFT = "_tokenreduce_raw", "_tokenreduce_left"
 
 
 # -- code that is not a library's --------------------------------------------------------------------------------------
@@ -167,9 +170,9 @@ def is_vlm(module: Any) -> bool:
     config: Any = getattr(module, "config", None)
     if _top(type(module)) != "transformers" or not hasattr(config, "get_text_config"):
         return False
-    if not any(hasattr(module, f"get_{kind}_features") for kind in ("image", "video")):
-        if not hasattr(config, "vision_config"):
-            return False
+    sees = any(hasattr(module, f"get_{kind}_features") for kind in ("image", "video"))
+    if not sees and not hasattr(config, "vision_config"):
+        return False
     if any(isinstance(getattr(config, name, None), int) for name in _PLACEHOLDERS):
         return True
     return module.can_generate() and config.get_text_config() is not config
@@ -206,9 +209,9 @@ def _used(code: dict[str, FunctionType], chains: list[str], holder: nn.Module, t
     uses = {use_of(function, chain): name for name, function in code.items() for chain in chains}
     if "reads" in uses:
         raise TypeError(
-            f"{type(holder).__name__}.{uses['reads']} reads tokens of {tower.family} between its blocks, where a patched "
-            f"model has fewer of them; run the blocks with 'for block in self.{chains[0]}: x = block(x)' and nothing "
-            "else in the loop, or use forward_intermediates of timm or open_clip, which returns all tokens"
+            f"{type(holder).__name__}.{uses['reads']} reads tokens of {tower.family} between its blocks, where a "
+            f"patched model has fewer of them; run the blocks with 'for block in self.{chains[0]}: x = block(x)' and "
+            "nothing else in the loop, or use forward_intermediates of timm or open_clip, which returns all tokens"
         )
     return "inside" if "passes" in uses else "all"
 
@@ -231,30 +234,34 @@ def _inside(tower: Tower) -> str:
     base = next(c for c in type(module).__mro__ if _top(c) in LIBRARIES)
     if "forward_intermediates" in code:
         raise TypeError(
-            f"{type(module).__name__} has a forward_intermediates of its own, which would get fewer tokens; leave it to "
-            f"{base.__name__}"
+            f"{type(module).__name__} has a forward_intermediates of its own, which would get fewer tokens; "
+            f"leave it to {base.__name__}"
         )
     how = _used(code, [name], module, tower)
     return "inside" if any(n in _BEHIND[_top(base)] or n == "__call__" for n in code) else how
 
 
 def _foreign_behind(module: Any, container: nn.Module) -> bool:
-    """Whether a user's own part stands behind the blocks where tokens pass: a norm, a pooler, a head without pooling."""
+    """Whether a part of a user's own stands where tokens pass behind the blocks: a norm, a pooler, a head."""
     pooled = ("fc_norm", "head_drop", "head", "head_dist") if getattr(module, "global_pool", "") else ()
     children = list(module.named_children())
     at = next(i for i, (_, c) in enumerate(children) if c is container)
-    return any(_foreign(type(m)) for name, c in children[at + 1 :] if name not in pooled for m in c.modules())
+    return any(_own_part(c) for name, c in children[at + 1 :] if name not in pooled)
+
+
+def _own_part(part: nn.Module) -> bool:
+    """A library's own part reads as it was written, also where its weights were wrapped or quantised."""
+    if _top(type(part)) == "torch":
+        return any(_own_part(c) for c in part.children())
+    return _foreign(type(part))
 
 
 def outside(model: nn.Module) -> TypeError:
     """What to say of an image/video language model that is not supported."""
-    from tokenreduce.adapters import supported
-
-    names = supported()["transformers"]
     return TypeError(
         f"{type(model).__name__} is an image/video language model outside the supported families: how it reads the "
         "tokens of its vision tower is not known, so no method acts there. Supported are: "
-        f"{', '.join(names[names.index('LLaVA-1.5') :])}"
+        f"{', '.join(VLMS)}"
     )
 
 
@@ -263,109 +270,6 @@ def _unknown(reader: type | None, tower: Tower) -> TypeError:
     fits = ", ".join(sorted(n for lib, n in _HOW if lib == _top(reader)))
     return TypeError(
         f"{name} reads the tokens of {tower.name or 'its tower'} ({tower.family}) in a way that no adapter knows, and "
-        f"would count merged or dropped ones wrongly. Models around a tower that are supported: {fits}; the tower alone "
-        "can be patched where you read its tokens yourself"
+        f"may count merged or dropped ones wrongly. Models around a tower that are supported: {fits}; a module of your "
+        "own around the tower is given all tokens"
     )
-
-
-# -- handing tokens over -----------------------------------------------------------------------------------------------
-def _reduced(x: Any) -> State | None:
-    state = state_of(x) if isinstance(x, Tensor) else None
-    return state if state is not None and state.plans else None
-
-
-def whole(x: Tensor, state: State, prefix: int) -> Tensor:
-    """(B,K,C) back to (B,N,C): merged tokens are copied, dropped ones are the mean over patches that are left, each
-    counted by its size."""
-    plan = full_plan(state)
-    if plan is None or plan.is_identity:
-        return x
-    patches = x[:, prefix:]
-    size = state.size if state.size is not None else x.new_ones(x.shape[:2])
-    return plan.expand(x, pool_mean(patches, size[:, prefix:]).unsqueeze(1))
-
-
-def raw_of(x: Tensor) -> Tensor:
-    """The reduced tokens that ``x`` was made of by :func:`hand_over`, or ``x`` itself."""
-    return getattr(x, _RAW, x)
-
-
-def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefix: int, keep: bool) -> Any:
-    """Forward hook on a part of a tower that returns its tokens: all of them again. ``keep`` lets the tower's own
-    pooling find the reduced ones."""
-    state = _reduced(output)
-    if state is None:
-        return None
-    full = whole(output, state, prefix)
-    setattr(full, _RAW if keep else _LEFT, output)
-    return full
-
-
-def fill_again(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefix: int) -> Any:
-    """Forward hook on a norm behind :func:`hand_over`: places of dropped tokens hold the mean of normed tokens, which
-    is not the norm of their mean."""
-    left = getattr(args[0], _LEFT, getattr(args[0], _RAW, None))
-    state = _reduced(left)
-    plan = None if state is None else full_plan(state)
-    if plan is None or state is None or output.shape != args[0].shape:
-        return None
-    return whole(plan.gather(output), state, prefix)
-
-
-def hand_out(module: nn.Module, args: tuple[Any, ...], output: Any, *, one: Callable[[Tensor, State], Tensor]) -> Any:
-    """Forward hook on a transformers tower: ``one`` makes what is handed out of each of its token sequences."""
-
-    def each(value: Any) -> Any:
-        state = _reduced(value)
-        if state is not None:
-            return one(value, state)
-        return tuple(each(v) for v in value) if type(value) is tuple else value
-
-    if isinstance(output, dict):
-        for key, value in output.items():
-            if value is not None:
-                output[key] = each(value)
-        return output
-    return each(output)
-
-
-def as_all(x: Tensor, state: State, *, prefix: int) -> Tensor:
-    return whole(x, state, prefix)
-
-
-def as_keys(x: Tensor, state: State, *, prefix: int) -> Tensor:
-    """Tokens for a cross-attention without a mask; see the module's page.
-
-    Raises ``ValueError`` where some tokens are merged and others dropped: no number of copies weighs those right.
-    """
-    plan = full_plan(state)
-    if plan is None or plan.is_identity:
-        return x
-    if isinstance(plan, Prune) and plan.valid is None:
-        return x
-    if bool((plan.sources() < 0).any()):
-        raise ValueError(
-            "the decoder attends to the tokens of this encoder without a mask, so that tokens can be merged or dropped, "
-            "not both; choose a method that only merges (tome, pitome) or only drops as many in every image (evit)"
-        )
-    return plan.expand(x)
-
-
-def attach_hands(tower: Tower, undo: Undo) -> None:
-    """Hand the tokens of a patched ``tower`` over as ``tower.hands`` says."""
-    module: Any = tower.module
-    if tower.hands == "own":
-        return
-    inside, prefix = tower.hands == "inside", tower.prefix
-    if inside:
-        undo.hook(tower.blocks[-1], functools.partial(hand_over, prefix=prefix, keep=False))
-        for norm in ("norm", "layernorm", "ln_post"):  # a norm of all tokens, by the name that the libraries use
-            if isinstance(getattr(module, norm, None), nn.Module):
-                undo.hook(getattr(module, norm), functools.partial(fill_again, prefix=prefix))
-    if _top(next(c for c in type(module).__mro__ if _top(c) in LIBRARIES)) == "transformers":
-        one = as_keys if tower.hands == "keys" else as_all
-        undo.hook(module, functools.partial(hand_out, one=functools.partial(one, prefix=prefix)))
-    elif not inside:
-        undo.hook(getattr(module, "norm", None) or module.transformer, functools.partial(hand_over, prefix=prefix, keep=True))
-        if hasattr(module, "ln_post"):
-            undo.hook(module.ln_post, functools.partial(fill_again, prefix=prefix))

@@ -82,7 +82,7 @@ class _Uses(ast.NodeVisitor):
                 self.found.add("reads")
         self.generic_visit(node)
 
-    visit_ListComp = visit_GeneratorExp = visit_SetComp = visit_DictComp = _comprehension
+    visit_ListComp = visit_GeneratorExp = visit_SetComp = visit_DictComp = _comprehension  # noqa: N815
 
     def visit_Call(self, node: ast.Call) -> None:
         func = node.func

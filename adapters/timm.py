@@ -38,7 +38,7 @@ from tokenreduce.adapters.encoder import (
     pool_mean,
     state_of,
 )
-from tokenreduce.adapters.readers import raw_of
+from tokenreduce.adapters.handing import raw_of
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 

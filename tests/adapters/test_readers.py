@@ -6,6 +6,8 @@ tokens are counted, and a token counted once too few shows, because the kinds ar
 
 from __future__ import annotations
 
+import copy
+import pickle
 import types
 from typing import Any
 
@@ -255,7 +257,7 @@ def test_a_module_around_a_timm_tower(kind, pool):
 
 
 def test_a_module_that_runs_single_blocks_is_refused():
-    with pytest.raises(TypeError, match="Middle.forward reads tokens.*between its blocks"):
+    with pytest.raises(TypeError, match=r"Middle.forward reads tokens.*between its blocks"):
         tr.patch(Middle(timm_vit()), "tome:r=2")
 
 
@@ -465,7 +467,9 @@ def test_cross_attention_to_what_is_left_is_that_with_the_others_masked():
 def test_readers_of_a_backbone_get_maps(reader):
     import transformers as hf
 
-    backbone = hf.Dinov2Config(**SMALL, out_features=["stage1", "stage2", "stage3"], reshape_hidden_states=reader == "UperNet")
+    backbone = hf.Dinov2Config(
+        **SMALL, out_features=["stage1", "stage2", "stage3"], reshape_hidden_states=reader == "UperNet"
+    )
     if reader == "UperNet":
         made = hf.UperNetConfig(backbone_config=backbone, hidden_size=16, use_auxiliary_head=False, pool_scales=[1, 2])
         model, name = hf.UperNetForSemanticSegmentation(made), "logits"
@@ -503,6 +507,92 @@ def test_a_library_model_that_nobody_checked_is_refused():
     Novel.__module__ = "transformers.models.novel.modeling_novel"
     for model in (Novel(hf("ViTModel", "ViTConfig")), nn.Sequential(Mine(hf("ViTModel", "ViTConfig")))):
         for call in (tr.describe, lambda m: tr.patch(m, "tome:r=2")):
-            with pytest.raises(TypeError, match="Novel reads.*in a way that no adapter knows.*SiglipModel"):
+            with pytest.raises(TypeError, match=r"Novel reads.*in a way that no adapter knows.*SiglipModel"):
                 call(model)
         assert "tokenreduce" not in repr(model)
+
+
+# -- timm inside timm and transformers ---------------------------------------------------------------------------------
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS = dict(img_size=SIDE * PATCH, patch_size=PATCH, embed_dim=32, depth=3, num_heads=2)
+
+
+def flat(maps: Any) -> torch.Tensor:
+    return torch.cat([m.flatten() for m in maps])
+
+
+def test_features_only_models_give_maps_to_whoever_reads_them():
+    import timm
+
+    model = without_positions(timm.create_model(ARCHITECTURE, features_only=True, **ARGUMENTS))
+    for reader in (model, nn.Sequential(model)):
+        check_equal_tokens(reader, lambda m: flat(m(pictures())))
+
+
+def test_timm_models_in_transformers():
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    config = TimmWrapperConfig(architecture=ARCHITECTURE, model_args=ARGUMENTS)
+    model = without_positions(TimmWrapperModel(config))
+    check_equal_tokens(model, lambda m: m(pictures()).pooler_output)
+    check_equal_tokens(nn.Sequential(model), lambda m: m(pictures()).last_hidden_state.mean(1))
+
+
+def test_the_backbone_of_timm_in_transformers():
+    from transformers import TimmBackbone, TimmBackboneConfig
+
+    config = TimmBackboneConfig(backbone=ARCHITECTURE, use_pretrained_backbone=False, out_indices=[1, 2])
+    model = without_positions(TimmBackbone(config))
+    x = pictures(side=14, patch=16, batch=1)
+    check_equal_tokens(model, lambda m: flat(m(x).feature_maps), "tome:r=4")
+
+
+# -- what the tower is called by ---------------------------------------------------------------------------------------
+class Alias(Features):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        vit = self.backbone
+        return vit.blocks[0](vit._pos_embed(vit.patch_embed(x))).mean(1)
+
+
+def test_a_local_name_of_the_tower_is_seen_through():
+    with pytest.raises(TypeError, match=r"Alias.forward reads tokens.*between its blocks"):
+        tr.patch(Alias(timm_vit()), "tome:r=2")
+
+
+def test_describe_says_who_reads():
+    assert "handed out again" in str(tr.describe(Features(timm_vit())))
+    assert "a decoder attends" in str(tr.describe(encoder_decoder()))
+    patched = tr.patch(Features(timm_vit()), MERGE)
+    assert tr.describe(patched).towers[0].hands == "all"
+    assert "its tokens" not in str(tr.describe(timm_vit()))
+
+
+def test_copies_and_compiled_models_hand_out_the_same():
+    model, x = Features(timm_vit(global_pool="avg")), pictures()
+    with torch.no_grad():
+        plain = model(x)
+        want = tr.patch(model, MERGE)(x)
+        assert torch.equal(copy.deepcopy(model)(x), want)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), want)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), want)
+        assert torch.equal(tr.unpatch(model)(x), plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_parts_of_ones_own_inside_a_tower():
+    class Runs(nn.Sequential):
+        pass
+
+    class Norm(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) - super().forward(x).mean(1, keepdim=True)
+
+    model = timm_vit()
+    model.norm = Norm(32)
+    check_equal_tokens(model, lambda m: m(pictures()))
+    model.blocks = Runs(*model.blocks)
+    with pytest.raises(TypeError, match="Runs runs the blocks of timm VisionTransformer"):
+        tr.patch(model, MERGE)
+    tower = hf("ViTModel", "ViTConfig")
+    tower.pooler = MeanHead()
+    check_equal_tokens(tower, lambda m: m(pictures()).pooler_output)
