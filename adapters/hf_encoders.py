@@ -206,8 +206,8 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     head = getattr(module, "head", None)
     if head is not None:
         undo.pre_hook(head, forget_mask)
-    if hasattr(head, "attention"):
-        undo.pre_hook(head.attention, weigh_keys)
+    if (attention := getattr(head, "attention", None)) is not None:
+        undo.pre_hook(attention, weigh_keys)
     if tower.reader is not None and tower.how:
         undo.pre_hook(tower.reader, wish)
         undo.hook(module, functools.partial(regroup, how=tower.how, prefix=prefix))

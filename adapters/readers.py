@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -96,12 +96,14 @@ def _foreign(kind: Any) -> bool:
 
 
 def _plain(value: Any) -> FunctionType | None:
+    """The function behind a method, a property, a partial or a decorated function; None for anything else."""
     if isinstance(value, property):
         value = value.fget
     elif isinstance(value, functools.partial):
         value = value.func
-    value = getattr(value, "__func__", value)
-    found = inspect.unwrap(value) if callable(value) else value
+    value = getattr(value, "__func__", value) if isinstance(value, (MethodType, staticmethod, classmethod)) else value
+    found = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+    found = found.__func__ if isinstance(found, MethodType) else found
     return found if isinstance(found, FunctionType) else None
 
 

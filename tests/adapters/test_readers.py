@@ -142,6 +142,31 @@ def test_its_mean_after_pruning_is_that_of_what_is_left(name):
         torch.testing.assert_close(got, model.head(want), rtol=1e-4, atol=1e-4)
 
 
+def test_an_eva_subclass_with_blocks_and_rotary_tables_of_its_own():
+    from timm.models.eva import Eva
+
+    class Mean(Eva):
+        def forward_features(self, x, attn_mask=None, is_causal=False):
+            x, rope = self._pos_embed(self.patch_embed(x))
+            for _, block in enumerate(self.blocks):
+                if self.grad_checkpointing:
+                    x = torch.utils.checkpoint.checkpoint(block, x, rope)
+                else:
+                    x = block(x, rope=rope)
+            return self.norm(x)[:, self.num_prefix_tokens :].mean(1)
+
+        def forward_head(self, x, pre_logits=False):
+            return self.head(x)
+
+    check_equal_tokens(timm_vit(Mean, use_rot_pos_emb=False), lambda m: m(pictures()))
+    roped = timm_vit(Mean, use_rot_pos_emb=True)
+    assert tr.describe(roped).towers[0].hands == "inside"
+    with torch.no_grad():
+        want = roped(pictures())
+        assert torch.equal(tr.patch(roped, "tome:r=0")(pictures()), want)
+        assert not torch.equal(tr.patch(tr.unpatch(roped), MERGE)(pictures()), want)
+
+
 def test_blocks_read_in_between_are_refused():
     from timm.models.vision_transformer import VisionTransformer
 
