@@ -18,7 +18,7 @@ from torch import nn
 
 from tokenreduce.adapters.encoder import Tower
 from tokenreduce.adapters.handing import attach_hands
-from tokenreduce.adapters.readers import VLMS, hands_of, is_vlm, outside
+from tokenreduce.adapters.readers import VLMS, hands_of, is_vlm, outside, own_code
 from tokenreduce.reducer import Reducer
 
 __all__ = ["Description", "attach", "describe", "supported"]
@@ -94,7 +94,8 @@ def _served(inner: nn.Module, tower: Tower) -> bool:
 def _placed(model: nn.Module, adapter: ModuleType, tower: Tower) -> Tower:
     maps = isinstance(tower.module, getattr(adapter, "BACKBONES", ()))
     hands = hands_of(model, tower, maps)
-    return replace(tower, hands=hands, resizes=tower.resizes and hands != "maps")
+    fixed = hands in ("maps", "inside") or "_embeds" in own_code(tower.module)  # lays its patches out itself
+    return replace(tower, hands=hands, resizes=tower.resizes and not fixed)
 
 
 def _unsupported(model: nn.Module) -> TypeError:
@@ -125,6 +126,11 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
         importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo, towers)
         return
     for adapter, tower in towers:
+        if own_code(tower.module) and not tower.resizes and any(r.site() == "input" for r in reducers):
+            raise ValueError(
+                f"{type(tower.module).__name__} lays its patches out in code of its own, so it cannot be resized here; "
+                "give the model smaller images instead"
+            )
         adapter.attach(tower, reducers, undo)
         if not getattr(adapter, "EXPANDS", False):  # those that do hand out all tokens by themselves
             attach_hands(tower, undo)

@@ -86,7 +86,8 @@ def as_all(x: Tensor, state: State, *, prefix: int) -> Tensor:
 def as_keys(x: Tensor, state: State, *, prefix: int) -> Tensor:
     """Tokens for a cross-attention without a mask; see the module's page.
 
-    Raises ``ValueError`` where some tokens are merged and others dropped: no number of copies weighs those right.
+    Raises ``ValueError`` where some tokens are merged and others dropped, or more in one image than in another: no
+    number of copies weighs those right.
     """
     plan = full_plan(state)
     if plan is None or plan.is_identity:
@@ -95,8 +96,9 @@ def as_keys(x: Tensor, state: State, *, prefix: int) -> Tensor:
         return x
     if bool((plan.sources() < 0).any()):
         raise ValueError(
-            "the decoder attends to the tokens of this encoder without a mask, so that tokens can be merged or "
-            "dropped, not both; choose a method that only merges (tome, pitome) or only drops (uniform)"
+            "the decoder attends to the tokens of this encoder without a mask, so that tokens can be "
+            "merged, or dropped in equal numbers from every image, not both; choose a method that only merges (tome, "
+            "pitome) or only drops (uniform)"
         )
     return plan.expand(x)
 

@@ -220,6 +220,13 @@ def test_code_that_only_manages_blocks_is_no_reader():
     check_equal_tokens(model, lambda m: m(pictures()))
 
 
+def test_a_subclass_that_lays_its_patches_out_itself_takes_no_smaller_images():
+    model = timm_vit(subclasses()["MAE"])
+    assert "resize" not in tr.describe(model).methods()
+    with pytest.raises(ValueError, match="MAE lays its patches out.*smaller images"):
+        tr.patch(model, "resize:keep=0.5")
+
+
 def test_a_forward_features_on_the_instance():
     model = timm_vit()
 
