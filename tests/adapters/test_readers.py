@@ -223,7 +223,7 @@ def test_code_that_only_manages_blocks_is_no_reader():
 def test_a_subclass_that_lays_its_patches_out_itself_takes_no_smaller_images():
     model = timm_vit(subclasses()["MAE"])
     assert "resize" not in tr.describe(model).methods()
-    with pytest.raises(ValueError, match="MAE lays its patches out.*smaller images"):
+    with pytest.raises(ValueError, match=r"MAE lays its patches out.*smaller images"):
         tr.patch(model, "resize:keep=0.5")
 
 
