@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from tokenreduce.adapters.encoder import Tower
+from tokenreduce.adapters.handing import attach_hands
+from tokenreduce.adapters.readers import VLMS, hands_of, is_vlm, outside, own_code
 from tokenreduce.reducer import Reducer
 
 __all__ = ["Description", "attach", "describe", "supported"]
@@ -54,40 +56,52 @@ def supported() -> dict[str, tuple[str, ...]]:
             "DINOv3",
             "VideoMAE",
             "ViViT",
-            "LLaVA-1.5",
-            "LLaVA-NeXT",
-            "LLaVA-NeXT-Video",
-            "LLaVA-OneVision",
-            "Video-LLaVA",
-            "Qwen2-VL",
-            "Qwen2.5-VL",
-            "Qwen3-VL",
-            "InternVL",
-            "Idefics3",
-            "SmolVLM",
-            "PaliGemma",
-            "Gemma3",
+            *VLMS,
         ),
     }
 
 
-def _towers(model: nn.Module) -> list[tuple[ModuleType, Tower]]:
-    """Every tower in ``model`` with its adapter; a tower inside another one belongs to the outer."""
+def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, Tower]]:
+    """Every tower in ``model`` with its adapter, and who reads its tokens; a tower inside another one belongs to the
+    outer. The towers of a language model with visual tokens are served by what acts before it.
+
+    Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked.
+    """
     found: list[tuple[ModuleType, Tower]] = []
     for adapter in _adapters():
         for tower in adapter.towers(model):
             found.append((adapter, tower))
-    return [
+    outer = [
         (a, t)
         for a, t in found
         if not any(
             o is not t and t.name.startswith(o.name + "." if o.name else "") and t.name != o.name for _, o in found
         )
     ]
+    if language is not None:
+        return [(a, t) for a, t in outer if _served(language.inner, t)]
+    return [(a, _placed(model, a, t)) for a, t in outer]
+
+
+def _served(inner: nn.Module, tower: Tower) -> bool:
+    """Whether a tower of a language model runs as its library wrote it, so that its tokens can be given back."""
+    try:
+        return hands_of(inner, tower, known=(type(inner).__name__,)) in ("own", "all")
+    except TypeError:
+        return False
+
+
+def _placed(model: nn.Module, adapter: ModuleType, tower: Tower) -> Tower:
+    maps = isinstance(tower.module, getattr(adapter, "BACKBONES", ()))
+    hands = hands_of(model, tower, maps)
+    fixed = hands in ("maps", "inside") or "_embeds" in own_code(tower.module)  # lays its patches out itself
+    return replace(tower, hands=hands, resizes=tower.resizes and not fixed)
 
 
 def _unsupported(model: nn.Module) -> TypeError:
     known = "; ".join(f"{library}: {', '.join(names)}" for library, names in supported().items())
+    if (odd := next((m for m in model.modules() if is_vlm(m)), None)) is not None:
+        return outside(odd)
     return TypeError(f"no adapter for {type(model).__name__}. Supported are models that contain one of: {known}")
 
 
@@ -96,7 +110,8 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
 
     Raises ``TypeError`` for a model without adapter and ``ValueError`` for a stage that it does not have.
     """
-    towers, language = _towers(model), _language(model)
+    language = _language(model)
+    towers = _towers(model, language)
     if not towers and language is None:
         raise _unsupported(model)
     stages = _stages(towers, language)
@@ -111,7 +126,14 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
         importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo, towers)
         return
     for adapter, tower in towers:
+        if own_code(tower.module) and not tower.resizes and any(r.site() == "input" for r in reducers):
+            raise ValueError(
+                f"{type(tower.module).__name__} lays its patches out in code of its own, so it cannot be resized here; "
+                "give the model smaller images instead"
+            )
         adapter.attach(tower, reducers, undo)
+        if not getattr(adapter, "EXPANDS", False):  # those that do hand out all tokens by themselves
+            attach_hands(tower, undo)
 
 
 def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:
@@ -159,6 +181,13 @@ def _stages(towers: Any, language: Any) -> tuple[str, ...]:
     return (*stages, "encoder") if towers else stages
 
 
+#: What the code behind a tower is given, see :mod:`tokenreduce.adapters.readers`.
+_HANDED = {
+    "all": "all are handed out again, merged ones as copies (what reads them counts on that)",
+    "keys": "a decoder attends to them: merged ones are handed out as copies, dropped ones not",
+}
+
+
 @dataclass(frozen=True)
 class Description:
     """What can act where in a model. ``print`` shows a table; ``towers`` has the facts."""
@@ -200,6 +229,8 @@ class Description:
                 f"           class token: {'yes' if t.cls else 'no'}; evidence: {', '.join(t.evidence)}"
                 + (f"; keys are {t.rope}-RoPE" if t.rope else ""),
             ]
+            if t.hands != "own":
+                lines.append(f"           its tokens: {_HANDED['keys' if t.hands == 'keys' else 'all']}")
         if self.language is not None:
             where = self.language.name or "(the model itself)"
             lines += [
@@ -222,7 +253,8 @@ def describe(model: nn.Module) -> Description:
     """The sites of ``model``. Raises ``TypeError`` for a model without adapter."""
     from tokenreduce.patching import reducers_of
 
-    towers, language = tuple(t for _, t in _towers(model)), _language(model)
+    language = _language(model)
+    towers = tuple(t for _, t in _towers(model, language))
     if not towers and language is None:
         raise _unsupported(model)
     return Description(type(model).__name__, towers, reducers_of(model), language)

@@ -304,7 +304,7 @@ def full_plan(state: State) -> Plan | None:
 def expand_patches(patches: Tensor, state: State, prefix: int) -> Tensor:
     """Patch tokens (B,K-prefix,C) back to (B,N-prefix,C): merged tokens are copied, dropped ones are zero."""
     plan = full_plan(state)
-    if plan is None:
+    if plan is None or plan.k < plan.n == patches.shape[1] + prefix:  # all there, or made whole behind the last block
         return patches
     head = patches.new_zeros(patches.shape[0], prefix, patches.shape[2])
     return plan.expand(torch.cat([head, patches], 1))[:, prefix:]
@@ -342,6 +342,7 @@ class Tower:
     evidence: tuple[str, ...]
     rope: str | None = None
     resizes: bool = True  # whether the model takes smaller images, for methods that act on the input
+    hands: str = "own"  # who reads the tokens behind it, see tokenreduce.adapters.readers
 
     @property
     def tokens(self) -> int | None:

@@ -33,6 +33,7 @@ from tokenreduce.adapters.hf_attention import listen
 from tokenreduce.adapters.hf_layers import EVIDENCE
 from tokenreduce.adapters.hf_outputs import dense_norm, dense_states, forget_mask, regroup, weigh_keys, wish
 from tokenreduce.adapters.hf_resize import attach_resize, pair
+from tokenreduce.adapters.readers import own_code
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 
@@ -152,13 +153,16 @@ def towers(model: nn.Module) -> Iterator[Tower]:
                 patch = pair(config.patch_size)
                 grid = (size[0] // patch[0], size[1] // patch[1])
         reader, how = readers.get(id(module), (None, ""))
+        drawn = how == "dense"
+        if reader is not None and own_code(reader):  # a subclass may read its tokens in another way
+            how = ""
         rope = "pre" if family is _DINO3 else None
         # Video encoders have fixed position tables.
-        resizes = grid is not None and len(grid) == 2 and how != "dense" and not isinstance(module, BACKBONES)
+        resizes = grid is not None and len(grid) == 2 and not drawn and not isinstance(module, BACKBONES)
         layers = tuple(module.get_submodule(family.layers).children())
         yield HFTower(
             name, module, f"transformers {family.title}", layers, {family.layer: family.patched},
-            family.prefix(config), family.cls, grid, EVIDENCE, rope, resizes, family, reader, how,
+            family.prefix(config), family.cls, grid, EVIDENCE, rope, resizes, layout=family, reader=reader, how=how,
         )  # fmt: skip
 
 
@@ -202,8 +206,9 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     head = getattr(module, "head", None)
     if head is not None:
         undo.pre_hook(head, forget_mask)
-        undo.pre_hook(head.attention, weigh_keys)
-    if tower.reader is not None:
+    if (attention := getattr(head, "attention", None)) is not None:
+        undo.pre_hook(attention, weigh_keys)
+    if tower.reader is not None and tower.how:
         undo.pre_hook(tower.reader, wish)
         undo.hook(module, functools.partial(regroup, how=tower.how, prefix=prefix))
     for reducer in reducers:

@@ -49,6 +49,7 @@ from tokenreduce.adapters.encoder import (
     pool_mean,
     state_of,
 )
+from tokenreduce.adapters.handing import raw_of
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 
@@ -224,6 +225,13 @@ ATTENTIONS: dict[type, type] = {
 # -- pooling and dense outputs -----------------------------------------------------------------------------------------
 def pool(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """open_clip's ``_pool`` for reduced tokens (B,K,C): the pooled features and the tokens, see the module's page."""
+    raw = raw_of(x)
+    if raw is not x:  # somebody reads all tokens; pooled features are those of the reduced ones
+        pooled, tokens = pool(model, raw)
+        if model.attn_pool is None:
+            whole, tokens = type(model)._pool(model, x)
+            pooled = pooled if model.pool_type in ("avg", "tok") else whole
+        return pooled, tokens
     state = state_of(x)
     if state is None or state.size is None:
         return type(model)._pool(model, x)

@@ -38,6 +38,7 @@ from tokenreduce.adapters.encoder import (
     pool_mean,
     state_of,
 )
+from tokenreduce.adapters.handing import raw_of
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 
@@ -288,6 +289,7 @@ ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 # -- pooling and dense outputs -----------------------------------------------------------------------------------------
 def pool(model: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
     """timm's ``pool`` for reduced tokens: means count every token by its size, attention pooling gets log sizes."""
+    given, x = x, raw_of(x)
     state = state_of(x)
     stock = functools.partial(type(model).pool, model)
     if state is None or state.size is None:
@@ -298,7 +300,7 @@ def pool(model: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         return model.attn_pool(x[:, skip:], attn_mask=log_size(state, skip, x.dtype)[:, None, None, :])
     kind = model.global_pool if pool_type is None else pool_type
     if kind not in ("avg", "avgmax", "max"):
-        return stock(x, pool_type)
+        return stock(given, pool_type)
     skip = 0 if getattr(model, "pool_include_prefix", False) else p
     x, size = x[:, skip:], state.size[:, skip:]
     present = x if state.valid is None else x.masked_fill(~state.valid[:, skip:, None], float("-inf"))
@@ -389,7 +391,8 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     if pooling is not None and type(pooling).__name__ != "AttentionPoolLatent":
         raise TypeError(f"{tower.family}: {type(pooling).__name__} cannot weigh merged tokens; AttentionPoolLatent can")
     attach_tower(tower, reducers, undo)
-    undo.hook(model.norm, carry_state)
+    if hasattr(model, "norm"):  # a subclass may have taken it out
+        undo.hook(model.norm, carry_state)
     undo.set(model, "pool", functools.partial(pool, model))
     resize = next((r for r in reducers if r.site() == "input"), None)
     undo.set(model, "forward_intermediates", functools.partial(forward_intermediates, model, resize))

@@ -91,9 +91,18 @@ def patch(model: M, *reducers: Reducer | str) -> M:
     """Put one or more reducers into ``model``, in place, and return it.
 
     ``reducers`` are instances or text (``"tome:r=8+visionzip:keep=64"``). The model may be a timm, open_clip or
-    transformers model or any module that contains one. Raises ``TypeError`` for a model without adapter and
-    ``ValueError`` for a patched model, no method, or settings that the model cannot serve; the model is then
-    unchanged.
+    transformers model or any module that contains one.
+
+    Pooled features and logits count every token by its size. Token sequences of ``model`` itself (``forward_features``,
+    ``last_hidden_state``) are the tokens that are left, and so are outputs of single blocks, as a hook on them sees
+    them. Where ``model`` is a module of your own around a vision transformer, or a subclass with token reading code of
+    its own, that code is given all tokens again: merged ones as copies in every place they stand for, places of dropped
+    ones hold the mean of what is left. A mean over them is right, and so is any reading of merged tokens.
+
+    Raises ``TypeError`` for a model without adapter, for models of timm, open_clip and transformers around a vision
+    transformer whose reading of its tokens is not known (image/video language models outside the supported families
+    among them), and for code that reads tokens between blocks; ``ValueError`` for a patched model, no method, or
+    settings that the model cannot serve. The model is then unchanged.
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced

@@ -1,0 +1,90 @@
+"""Image/video language models outside the supported families: an error by name, at patch and by describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import transformers as hf
+from torch import nn
+
+import tokenreduce as tr
+
+VISION = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+)
+TEXT = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    vocab_size=120, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def _llama() -> Any:
+    return hf.LlamaConfig(**TEXT)
+
+
+def _siglip() -> Any:
+    return hf.SiglipVisionConfig(**VISION)
+
+
+def vip_llava() -> Any:
+    vision = hf.CLIPVisionConfig(**VISION)
+    config = hf.VipLlavaConfig(vision_config=vision, text_config=_llama(), vision_feature_layers=[-2, -1])
+    return hf.VipLlavaForConditionalGeneration(config)
+
+
+def aya_vision() -> Any:
+    return hf.AyaVisionForConditionalGeneration(hf.AyaVisionConfig(vision_config=_siglip(), text_config=_llama()))
+
+
+def deepseek_vl() -> Any:
+    config = hf.DeepseekVLConfig(vision_config=VISION, text_config=_llama(), image_token_id=99)
+    return hf.DeepseekVLForConditionalGeneration(config)
+
+
+def t5gemma2() -> Any:
+    from transformers.models.t5gemma2 import configuration_t5gemma2 as t5
+
+    text = TEXT | dict(head_dim=16, layer_types=["full_attention"] * 2)
+    encoder = dict(text_config=text, vision_config=VISION, image_token_id=99, mm_tokens_per_image=4)
+    return hf.T5Gemma2ForConditionalGeneration(t5.T5Gemma2Config(encoder=encoder, decoder=text, image_token_id=99))
+
+
+def lfm2_vl() -> Any:
+    vision = {k: v for k, v in VISION.items() if k != "image_size"} | dict(num_patches=16)
+    text = hf.Lfm2Config(**TEXT, layer_types=["conv", "full_attention"])
+    return hf.Lfm2VlForConditionalGeneration(
+        hf.Lfm2VlConfig(vision_config=hf.Siglip2VisionConfig(**vision), text_config=text, image_token_id=99)
+    )
+
+
+def mistral3() -> Any:
+    """Its tower has no adapter either."""
+    vision = hf.PixtralVisionConfig(**VISION)
+    return hf.Mistral3ForConditionalGeneration(hf.Mistral3Config(vision_config=vision, text_config=_llama()))
+
+
+@pytest.mark.parametrize("build", [vip_llava, aya_vision, deepseek_vl, t5gemma2, lfm2_vl, mistral3])
+@pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
+def test_refused_by_name(build: Callable[[], Any], around: Callable[[Any], nn.Module]) -> None:
+    inside = build()
+    model = around(inside)
+    calls = [tr.describe] + [lambda m, s=s: tr.patch(m, s) for s in ("tome@encoder:r=1", "fastv:layer=1,keep=0.5")]
+    for call in calls:
+        with pytest.raises(
+            TypeError, match=f"{type(inside).__name__} is an image/video language model outside.*LLaVA-1.5"
+        ):
+            call(model)
+    assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
+
+
+def test_the_inner_model_alone_is_refused_too() -> None:
+    with pytest.raises(TypeError, match="VipLlavaModel is an image/video language model outside"):
+        tr.patch(vip_llava().model, "tome:r=1")
+
+
+def test_a_tower_beside_one_is_no_part_of_it() -> None:
+    tower = hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION))
+    both = nn.ModuleDict({"tower": tower, "other": mistral3()})
+    assert [t.name for t in tr.describe(both).towers] == ["tower"]
