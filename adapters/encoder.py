@@ -39,7 +39,8 @@ from tokenreduce.trace import Step, Trace, active
 
 __all__ = [
     "Ask", "Attended", "Reduced", "Site", "State", "Tower", "asks", "attach_tower", "carry_state", "collect_states",
-    "expand_patches",    "full_plan", "log_size", "may_be_reduced", "pool_mean", "set_state", "sites_for", "state_of",
+    "expand_patches", "full_plan", "log_size", "may_be_reduced", "may_reduce", "planned", "pool_mean", "set_state",
+    "sites_for", "state_of",
 ]  # fmt: skip
 
 _ON_BLOCK = "_tokenreduce_site"
@@ -63,10 +64,10 @@ class Ask:
     """What a block asks of an attention module besides its output: to add ``bias`` (B,1,1,N) to the logits, to attend
     with the map ``given`` (B,H,N,N), and to show what :class:`Attended` has. Goes in as keyword ``tokenreduce_ask``."""
 
-    __slots__ = ("bias", "given", "keys", "queries", "rotated", "values")
+    __slots__ = ("bias", "given", "keys", "needs", "queries", "rotated", "values")
 
-    def __init__(self, bias: Tensor | None = None, given: Tensor | None = None) -> None:
-        self.bias, self.given = bias, given
+    def __init__(self, bias: Tensor | None = None, needs: tuple[str, ...] = (), given: Tensor | None = None) -> None:
+        self.bias, self.needs, self.given = bias, needs, given
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -143,7 +144,7 @@ class Reduced:
             x, state, given = self._reduce_before(site, reducer, x, state, context)
         entered = x
         if given is not None:
-            got = self._attend_with(x, given, context)
+            got = self._attend_with(x, given, self._context(context, state))
         else:
             needs = () if reducer is None or where == "before" else reducer.gathers()
             got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
@@ -292,9 +293,18 @@ def may_be_reduced(blocks: Iterable[nn.Module], x: Tensor, stock: int | None) ->
     ``stock`` is the number of tokens that every forward of the tower starts with, None where that depends on the image
     (then a reduced large image may have as many tokens as a small one). Methods with ``ragged`` may fill up to it.
     """
-    sites = [block.__dict__[_ON_BLOCK] for block in blocks]
-    acting = [site.reducer for site in sites if site.reducer is not None and not _keeps_all(site.reducer)]
+    acting = _acting(blocks)
     return bool(acting) and (x.shape[1] != stock or any(reducer.ragged for reducer in acting))
+
+
+def may_reduce(blocks: Iterable[nn.Module]) -> bool:
+    """Whether a reducer in patched ``blocks`` may do anything."""
+    return bool(_acting(blocks))
+
+
+def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
+    reducers = [block.__dict__[_ON_BLOCK].reducer for block in blocks]
+    return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
 
 
 def _keeps_all(reducer: Reducer) -> bool:

@@ -21,8 +21,8 @@ def refuse_own(module: nn.Module, *names: str) -> None:
     for name in names or ("forward",):
         if name in module.__dict__:
             raise ValueError(
-                f"{type(module).__name__} has a {name} of its own on the instance, which token reduction would go "
-                f"around or could not weigh tokens in; remove it (del module.{name}), use a hook on the module "
+                f"{type(module).__name__} has a method {name} of its own on the instance, which token reduction would "
+                f"go around or could not weigh tokens in; remove it (del module.{name}), use a hook on the module "
                 "instead (hooks run), or call tr.patch before accelerate's dispatch puts one there"
             )
 

@@ -63,7 +63,7 @@ class _TimmBlock(Reduced):
         return {"attn_mask": None}
 
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
-        ask = Ask(bias) if asks(bias, needs) else None
+        ask = Ask(bias, needs) if asks(bias, needs) else None
         return attend(self.attn, self._normed(x), ask, **self._stock(context))
 
     def _project(self, x: Tensor, context: Any) -> Attended:
@@ -180,7 +180,7 @@ class ReducedParallelThingsBlock(_TimmBlock, ParallelThingsBlock):
 
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
         asked = asks(bias, needs)
-        got = self._branches(x, lambda attn, y: attend(attn, y, Ask(bias) if asked else None))
+        got = self._branches(x, lambda attn, y: attend(attn, y, Ask(bias, needs) if asked else None))
         return self._stacked(got, self._summed(got))
 
     def _project(self, x: Tensor, context: Any) -> Attended:

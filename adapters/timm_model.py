@@ -36,7 +36,11 @@ class ReducedModel(nn.Module):
     """Mixin of timm's ``VisionTransformer`` and ``Eva``."""
 
     def _pos_embed(self, x: Tensor) -> Any:
-        out = super()._pos_embed(x)  # type: ignore[misc]
+        if not x.shape[0] and x.dim() == 4:  # timm flattens these with a -1, which no tensor without elements takes
+            out = super()._pos_embed(x.new_zeros(1, *x.shape[1:]))  # type: ignore[misc]
+            out = (out[0][:0], *out[1:]) if isinstance(out, tuple) else out[:0]
+        else:
+            out = super()._pos_embed(x)  # type: ignore[misc]
         entry = entry_of(x)
         if entry is None and x.dim() == 4:
             entry = Entry((x.shape[1], x.shape[2]))

@@ -38,7 +38,7 @@ from tokenreduce.adapters.vlm_labels import attach_labels
 from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
 from tokenreduce.adapters.vlm_middle import attach_middle, is_middle, taken
 from tokenreduce.adapters.vlm_projector import attach_projector
-from tokenreduce.adapters.vlm_prompt import start, whole_prefill
+from tokenreduce.adapters.vlm_prompt import WholePrefill, start
 from tokenreduce.adapters.vlm_reduce import reduce_before
 from tokenreduce.adapters.vlm_seen import Vision
 from tokenreduce.adapters.vlm_tower import vision_of
@@ -167,7 +167,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         _check_implementation(found.layers[i], i, windows[i])
     undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows, again=any(again)))
     if found.generator is not None:
-        undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
+        undo.mix_in(found.generator, WholePrefill)
         attach_labels(found.generator, undo)
     if before:
         attach_projector(found, before[0], windows, undo, films, marking)

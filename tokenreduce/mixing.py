@@ -14,8 +14,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["mixed"]
+__all__ = ["assembled", "mixed", "parts"]
 
+_PARTS = "_tokenreduce_parts"
 _made: weakref.WeakKeyDictionary[type, dict[type, weakref.ref[type]]] = weakref.WeakKeyDictionary()
 
 
@@ -31,11 +32,24 @@ def mixed(kind: type, mixin: type) -> type:
     if found is None:
         body = {
             "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
-            "__reduce_ex__": _reducing(kind, mixin), **_signed(kind, mixin),
+            "__reduce_ex__": _reducing(kind, mixin), _PARTS: (*parts(kind), mixin), **_signed(kind, mixin),
         }  # fmt: skip
         found = types.new_class(kind.__name__, (mixin, kind), exec_body=lambda space: space.update(body))
         made[mixin] = weakref.ref(found)
     return found
+
+
+def parts(kind: type) -> tuple[type, ...]:
+    """The class and the mixins that ``kind`` was made of, itself alone if it was not; these can be pickled."""
+    found: tuple[type, ...] = vars(kind).get(_PARTS, (kind,))
+    return found
+
+
+def assembled(kind: type, *mixins: type) -> type:
+    """The class of which these are the :func:`parts`."""
+    for mixin in mixins:
+        kind = mixed(kind, mixin)
+    return kind
 
 
 def _signed(kind: type, mixin: type) -> dict[str, Callable[..., Any]]:
@@ -67,6 +81,5 @@ def _reducing(kind: type, mixin: type) -> Callable[..., Any]:
 
 
 def _new(kind: type, *mixins: type) -> Any:
-    for mixin in mixins:
-        kind = mixed(kind, mixin)
-    return kind.__new__(kind)
+    made = assembled(kind, *mixins)
+    return made.__new__(made)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tokenreduce.mixing import mixed
+from tokenreduce.mixing import assembled, mixed, parts
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import list_methods, parse
 
@@ -38,7 +38,7 @@ class Undo:
 
     def swap_class(self, module: nn.Module, kind: type[nn.Module]) -> None:
         """Give ``module`` another class (a subclass of its own, defined at module level)."""
-        self.actions.append(("class", module, "", (type(module), kind)))
+        self.actions.append(("class", module, "", (parts(type(module)), parts(kind))))
         module.__class__ = kind
 
     def mix_in(self, module: nn.Module, mixin: type) -> None:
@@ -70,7 +70,7 @@ class Undo:
             )
         current = {id(module): (module, new[1]) for kind, module, _, new in self.actions if kind == "class"}
         for module, kind in current.values():
-            if type(module) is not kind:
+            if parts(type(module)) != kind:
                 raise ValueError(
                     f"{type(module).__name__} got another class after tr.patch (parametrizations, FSDP); take that "
                     "back before tr.unpatch, or do it before tr.patch"
@@ -81,7 +81,7 @@ class Undo:
         while self.actions:
             kind, module, name, old = self.actions.pop()
             if kind == "class":
-                module.__class__ = old[0]
+                module.__class__ = assembled(*old[0])
             elif kind == "attribute":
                 if old is _Nothing:
                     module.__dict__.pop(name, None)
