@@ -28,7 +28,7 @@ from tokenreduce.adapters.encoder import Attended, Reduced, Site
 from tokenreduce.adapters.hf_attention import CALL, Call
 from tokenreduce.adapters.joint import JointState
 from tokenreduce.adapters.state import State, entry_of, set_state
-from tokenreduce.adapters.stock import refuse_hooks, refuse_own
+from tokenreduce.adapters.stock import refuse_own, refuse_pre_hooks
 from tokenreduce.evidence import Evidence
 from tokenreduce.reducer import Reducer
 
@@ -131,7 +131,7 @@ class _Layer(Reduced):
     def _project(self, x: Tensor, context: Any) -> Attended:
         attn, core = self._core()
         for module in (attn, core):
-            refuse_hooks(module, "where a method looks at queries and keys before the layer attends")
+            refuse_pre_hooks(module)
         y, width = self._normed(x), _width(core)
         old = core is not attn
         q, k = (_heads(y, projection, width) for projection in self._projections(core, old))

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tokenreduce.adapters.encoder import Ask
-from tokenreduce.adapters.stock import refuse_hooks, refuse_own, refuse_patched
+from tokenreduce.adapters.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.patching import Undo
 
 __all__ = ["listen", "show"]
@@ -170,7 +170,7 @@ _KINDS: dict[type, tuple[type, type]] = {
 
 def show(attn: Any, x: Tensor) -> Heads:
     """Queries, keys and values (B,H,N,d) of normed features ``x`` without attending."""
-    refuse_hooks(attn, "where a method looks at queries and keys before the block attends")
+    refuse_pre_hooks(attn)
     return _split(attn, x) if isinstance(attn, nn.MultiheadAttention) else _normalised(attn, x)
 
 

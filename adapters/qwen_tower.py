@@ -35,7 +35,7 @@ from tokenreduce.adapters.encoder import Attended, Reduced, Site, Tower, _collec
 from tokenreduce.adapters.hf_attention import CALL, Call
 from tokenreduce.adapters.packed import Layout, Packed, Part
 from tokenreduce.adapters.state import lost, set_state, state_of
-from tokenreduce.adapters.stock import refuse_hooks, refuse_own, refuse_patched
+from tokenreduce.adapters.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
@@ -221,7 +221,7 @@ class _Block(Reduced):
     def _look(self, x: Tensor, packed: Packed, context: Context) -> PackedAsk:
         """Queries, keys and values of ``x`` without attending."""
         call, now, attn = PackedAsk(packed, None, True), context.at(packed), self.attn  # type: ignore[attr-defined]
-        refuse_hooks(attn, "where a method looks at queries and keys before the block attends")
+        refuse_pre_hooks(attn)
         normed = self.norm1(x)  # type: ignore[attr-defined]
         call.queries, call.keys, call.values, call.rotated = project(attn, normed, now.rope, attn._stock)
         return call

@@ -7,12 +7,11 @@ own cannot be given token sizes or asked for keys; it is refused by name, never 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 from torch import nn
 
-__all__ = ["refuse_hooks", "refuse_own", "refuse_patched"]
+__all__ = ["refuse_hooks", "refuse_own", "refuse_patched", "refuse_pre_hooks"]
 
 
 def refuse_own(module: nn.Module, *names: str) -> None:
@@ -23,7 +22,7 @@ def refuse_own(module: nn.Module, *names: str) -> None:
             raise ValueError(
                 f"{type(module).__name__} has a method {name} of its own on the instance, which token reduction would "
                 f"go around or could not weigh tokens in; remove it (del module.{name}), use a hook on the module "
-                "instead (hooks run), or call tr.patch before accelerate's dispatch puts one there"
+                "instead (hooks run), or call tr.patch before dispatching the model (accelerate puts one there)"
             )
 
 
@@ -38,12 +37,20 @@ def refuse_patched(kind: type, name: str = "forward") -> None:
         )
 
 
+def refuse_pre_hooks(module: nn.Module) -> None:
+    """Raise ``ValueError`` where pre-hooks of others are on an attention module whose queries and keys a method looks
+    at before it is called: they would be of other features than those that the hooks make."""
+    for hook in module._forward_pre_hooks.values():
+        if not _ours(hook):
+            raise ValueError(
+                f"a forward pre-hook on {type(module).__name__} may change what a method that acts before the "
+                "attention has looked at; remove the hook, or put it on the block or on a projection inside"
+            )
+
+
 def refuse_hooks(module: nn.Module, why: str) -> None:
-    """Raise ``ValueError`` where hooks of others are on ``module``, which is not run as a module: ``why`` says when."""
-    tables = (
-        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks,
-    )  # fmt: skip
-    if any(not _ours(hook) for hook in itertools.chain(*(table.values() for table in tables))):
+    """Raise ``ValueError`` where hooks are on ``module``, which is not run as a module: ``why`` says when."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         raise ValueError(
             f"a hook on {type(module).__name__} would not run {why}; remove the hook, or put it on the block around it "
             "or on a module inside"

@@ -17,7 +17,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoder import Ask, Attended
-from tokenreduce.adapters.stock import refuse_hooks, refuse_own, refuse_patched
+from tokenreduce.adapters.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.patching import Undo
 
 __all__ = ["ATTENTIONS", "attend", "listen", "project", "scores"]
@@ -65,7 +65,7 @@ def attend(attn: nn.Module, x: Tensor, ask: Ask | None, **stock: Any) -> Attende
 
 def project(attn: nn.Module, x: Tensor, rope: Tensor | None) -> Attended:
     """Queries, keys and values of ``x`` without attending."""
-    refuse_hooks(attn, "where a method looks at queries and keys before the block attends")
+    refuse_pre_hooks(attn)
     return Attended(x, *_heads(attn, x, rope))
 
 

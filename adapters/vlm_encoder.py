@@ -68,7 +68,7 @@ def expand_output(tower: Any, args: tuple[Any, ...], output: Any, *, prefix: int
     """Forward hook on a tower: every hidden state gets its patches back."""
     states = getattr(output, "hidden_states", None)
     if states is not None:
-        output.hidden_states = tuple(expand_states(h, prefix) for h in states)
+        output.hidden_states = tuple(None if h is None else expand_states(h, prefix) for h in states)
     if getattr(output, "last_hidden_state", None) is not None:
         output.last_hidden_state = expand_states(output.last_hidden_state, prefix)
     return output
@@ -79,7 +79,7 @@ def expand_states(x: Tensor, prefix: int) -> Tensor:
 
     Raises ``RuntimeError`` for tokens that lost what they are.
     """
-    state = known(x, "the language model's part")
+    state = known(x, "the language model's projector")
     plan = None if state is None else full_plan(state)
     if plan is None or plan.is_identity:
         return x
