@@ -64,6 +64,8 @@ class _Layer(Reduced):
     attention_name: str = "attention"
     #: Attention modules that drop or reserve ``attention_mask`` in some versions carry the call by keyword.
     by_keyword: bool = False
+    #: The stock layer calls its attention with keywords alone, which pre-hooks on it see.
+    all_keywords: bool = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
         if self._tokenreduce_site.layer == 0 and attention_mask is not None:
@@ -116,7 +118,9 @@ class _Layer(Reduced):
             refuse_own(attn)
             refuse_own(core)
         y = self._normed(x)
-        if not self.by_keyword:
+        if self.all_keywords:
+            got = attn(hidden_states=y, attention_mask=mask, **kwargs)
+        elif not self.by_keyword:
             got = attn(y, attention_mask=mask, **kwargs)
         else:
             name = CALL if isinstance(mask, Call) else "attention_mask"
@@ -194,6 +198,7 @@ class ReducedViTLayer(_Layer, vit.ViTLayer):
 class _ClipLayer(_Layer):
     norms = ("layer_norm1", "layer_norm2")
     attention_name = "self_attn"
+    all_keywords = True
 
 
 class ReducedCLIPLayer(_ClipLayer, clip.CLIPEncoderLayer):

@@ -19,8 +19,9 @@ def refuse_own(module: nn.Module, *names: str) -> None:
     instance."""
     for name in names or ("forward",):
         if name in module.__dict__:
+            kind = next(c for c in type(module).__mro__ if not c.__module__.startswith("tokenreduce."))
             raise ValueError(
-                f"{type(module).__name__} has a method {name} of its own on the instance, which token reduction would "
+                f"{kind.__name__} has a method {name} of its own on the instance, which token reduction would "
                 f"go around or could not weigh tokens in; remove it (del module.{name}), use a hook on the module "
                 "instead (hooks run), or call tr.patch before dispatching the model (accelerate puts one there)"
             )

@@ -71,7 +71,7 @@ MODELS = {
     "dinov2 with registers": (_hf("Dinov2WithRegistersModel"), PIXELS),
     "dinov3": (_hf("DINOv3ViTModel"), PIXELS),
 }
-everywhere = pytest.mark.parametrize("build, inputs", MODELS.values(), ids=MODELS)
+everywhere = pytest.mark.parametrize(("build", "inputs"), MODELS.values(), ids=MODELS)
 
 
 def _run(model: nn.Module, spec: str, inputs: dict) -> tr.Trace:
@@ -145,9 +145,6 @@ def test_pictures_are_of_this_image():
     from tokenreduce.picture import look
 
     loaded = SimpleNamespace(
-        model=tiny_vit(dynamic_img_size=True),
-        forward=lambda model, x: model(x),
-        name="tiny",
-        transform=lambda image: WIDE[0],
+        model=tiny_vit(dynamic_img_size=True), forward=lambda model, x: model(x), transform=lambda image: WIDE[0]
     )
     assert look(loaded, Image.new("RGB", (36, 16)), "tome:r=4").grid == (4, 9)

@@ -126,7 +126,7 @@ READERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("build, where", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(("build", "where"), READERS.values(), ids=READERS)
 @torch.no_grad()
 def test_readers_of_transformers_towers_say_so(build, where):
     model = build()

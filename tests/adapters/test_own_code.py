@@ -145,7 +145,7 @@ def test_layers_in_place_of_linear_ones_are_called(name):
     torch.manual_seed(1)
     for attention in attentions(model):
         for child, module in list(attention.named_children()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not isinstance(attention, nn.MultiheadAttention):
                 setattr(attention, child, Adapted(module))
     want = first_tensor(model(**inputs))
     for spec in KEEP_ALL:
@@ -160,7 +160,7 @@ class Scaled(nn.Module):
         return weight * 1.1
 
 
-@pytest.mark.parametrize("name, parameter", [("open_clip vit", "in_proj_weight"), ("timm vit", "qkv.weight")])
+@pytest.mark.parametrize(("name", "parameter"), [("open_clip vit", "in_proj_weight"), ("timm vit", "qkv.weight")])
 @torch.no_grad()
 def test_parametrized_weights(name, parameter):
     model, inputs = built(name)
@@ -176,13 +176,10 @@ def test_parametrized_weights(name, parameter):
 
 def test_a_class_that_changed_since_is_not_taken_back_silently():
     model = tr.patch(tiny_vit(), "tome:r=2")
-    parametrize.register_parametrization(model.blocks[0], "scale", Scaled()) if hasattr(
-        model.blocks[0], "scale"
-    ) else None
     attention = model.blocks[0].attn
     kind = type(attention)
     attention.__class__ = type("Wrapped", (kind,), {})
-    with pytest.raises(ValueError, match="another class after tr.patch"):
+    with pytest.raises(ValueError, match="another class"):
         tr.unpatch(model)
     attention.__class__ = kind
     tr.unpatch(model)
@@ -208,7 +205,7 @@ def test_global_hooks_run():
 @torch.no_grad()
 def test_a_pre_hook_where_a_method_looks_before_the_attention():
     model = tiny_vit()
-    model.blocks[0].attn.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.blocks[1].attn.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     tr.patch(model, "mctf:r=2")
     with pytest.raises(ValueError, match="pre-hook on Attention"):
         model(images())
