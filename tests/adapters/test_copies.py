@@ -106,3 +106,30 @@ def test_deep_copies_and_pickles_are_patched_on_their_own(name):
     tr.unpatch(model)
     assert type(model) is kind
     assert set(vars(model)) == attributes
+
+
+@pytest.mark.parametrize(("name", "part"), [("llava", "multi_modal_projector"), ("qwen2_5_vl", "visual")])
+@torch.no_grad()
+def test_shallow_copies_of_language_models_encode_with_what_they_have(name, part):
+    from vlms import VLMS, prompts
+
+    vlm = VLMS[name]
+    model, inputs = vlm.build().eval(), prompts(vlm, ((9, "i"), (5, "i")))
+    given = {n: v for n, v in inputs.items() if n in ("pixel_values", "image_grid_thw")}
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    tr.patch(model, "fastervlm:keep=4")
+
+    def features(inner: nn.Module) -> Tensor:
+        return torch.cat(list(inner.get_image_features(**given, return_dict=True).pooler_output))
+
+    own, other = model.model, copy.copy(model.model)
+    other._modules = dict(own._modules)
+    setattr(other, part, scaled(getattr(own, part), 2.0))
+    got, before = features(other), features(own)
+    setattr(own, part, getattr(other, part))
+    assert torch.equal(features(own), got)
+    assert not torch.equal(before, got)
+    made = copy.deepcopy(model)
+    assert torch.equal(made(**inputs).logits, model(**inputs).logits)
+    tr.unpatch(made)
+    assert {n: type(m) for n, m in made.named_modules()} == kinds
