@@ -54,7 +54,7 @@ def assembled(kind: type, *mixins: type) -> type:
 
 def _signed(kind: type, mixin: type) -> dict[str, Callable[..., Any]]:
     """The methods that ``mixin`` puts before those of ``kind``, with the signatures that callers look up."""
-    out = {}
+    out: dict[str, Callable[..., Any]] = {}
     for name, method in vars(mixin).items():
         stock = getattr(kind, name, None)
         if isinstance(method, types.FunctionType) and inspect.isfunction(stock) and not name.startswith("__"):
@@ -72,7 +72,8 @@ def _reducing(kind: type, mixin: type) -> Callable[..., Any]:
     """``__reduce_ex__`` of a class made of these two; ``kind`` may be such a class itself."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
-        how, args, *rest = kind.__reduce_ex__(self, max(2, protocol))
+        stock: Any = kind
+        how, args, *rest = stock.__reduce_ex__(self, max(2, protocol))
         if how is copyreg.__newobj__:  # type: ignore[attr-defined]
             return (_new, (kind, mixin), *rest)
         return (_new, (*args, mixin), *rest) if how is _new else (how, args, *rest)
@@ -81,5 +82,5 @@ def _reducing(kind: type, mixin: type) -> Callable[..., Any]:
 
 
 def _new(kind: type, *mixins: type) -> Any:
-    made = assembled(kind, *mixins)
+    made: Any = assembled(kind, *mixins)
     return made.__new__(made)

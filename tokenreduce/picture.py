@@ -295,7 +295,7 @@ def looked(loaded: Any, image: Image.Image, chosen: Sequence[Reducer], steps: Se
             size = max(1, seen.width * grid[1] // cols), max(1, seen.height * grid[0] // rows)
             title += f", image of {seen.width}x{seen.height} resized to {size[0]}x{size[1]}"
             seen = seen.resize(size, Image.Resampling.BILINEAR)
-    return Look(seen, grid, tower.prefix, len(tower.blocks), tuple(steps), title)
+    return Look(seen, (grid[0], grid[1]), tower.prefix, len(tower.blocks), tuple(steps), title)
 
 
 def patch_size(module: Any) -> tuple[int, int]:
