@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.state import Entry, note_entry
@@ -21,9 +22,17 @@ def note_patches(
     note_entry(output, Entry(tuple(side // each for side, each in zip(sides, patch, strict=True))))
 
 
-def note_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook on SigLIP2's embeddings, which get patches and their (rows, columns) per image: those of all images
-    where they are the same."""
-    shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
-    found = {tuple(shape) for shape in shapes.tolist()}
-    note_entry(output, Entry(found.pop() if len(found) == 1 else None))
+def note_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    """Forward hook on SigLIP2's embeddings, which get patches and their (rows, columns) per image.
+
+    The grid is that of all images where they are the same. Other shapes of as many patches are one row each, since
+    nothing else holds for all of them. A compiled graph does not know the shapes, and then no grid is known.
+    """
+    if torch.compiler.is_compiling():
+        note_entry(output, Entry())
+        return
+    found = {tuple(shape) for shape in (args[1] if len(args) > 1 else kwargs["spatial_shapes"]).tolist()}
+    n = output.shape[1]
+    if len(found) > 1:
+        found = {(1, n)} if all(rows * cols == n for rows, cols in found) else set()
+    note_entry(output, Entry(found.pop() if found else None))

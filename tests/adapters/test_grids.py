@@ -101,6 +101,13 @@ def test_windows_are_of_this_image(build, inputs):
     assert trace.tokens[-1] == prefix + 3 + 9
 
 
+def test_other_shapes_of_as_many_patches_are_no_square():
+    shapes = NAFLEX | dict(spatial_shapes=torch.tensor([[4, 9], [9, 4]]))
+    trace = _run(_siglip2(), "mustdrop-merge:threshold=-1", shapes)
+    assert trace.steps[0].grid == (1, 36)
+    assert trace.tokens[-1] == 36  # no window is one in both images
+
+
 @torch.no_grad()
 def test_patch_dropout_and_masked_clips_have_no_grid():
     model = tr.patch(tiny_vit(patch_drop_rate=0.5).train(), "uniform:keep=0.5")
