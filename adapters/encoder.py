@@ -2,15 +2,16 @@
 
 How it works. A patched block's class is swapped for a subclass that mixes in :class:`Reduced` and says how its family
 computes the attention half and the MLP half. Between them the site hands evidence to the reducer and applies its
-plan. Sizes, positions and the plans so far live in a :class:`State` attached to the activation tensor that a block
-returns, and the next block reads it from its input. Nothing about a forward is stored on a module, so threads,
-activation checkpointing, deepcopy and compiled graphs are safe.
+plan. Sizes, positions and the plans so far live in a :class:`~tokenreduce.adapters.state.State` attached to the
+activation tensor that a block returns, and the next block reads it from its input. Nothing about a forward is stored
+on a module, so threads, activation checkpointing, deepcopy and compiled graphs are safe.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -19,84 +20,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.state import (
+    State,
+    carry_state,
+    entry_of,
+    expand_patches,
+    full_plan,
+    log_size,
+    pool_mean,
+    set_state,
+    state_of,
+)
+from tokenreduce.adapters.stock import refuse_own, refuse_patched
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import Step, Trace, active
 
 __all__ = [
-    "Attended", "Reduced", "Site", "State", "Tower", "attach_tower", "carry_state", "collect_states", "full_plan",
-    "pool_mean", "set_state", "sites_for", "state_of",
+    "Ask", "Attended", "Reduced", "Site", "State", "Tower", "asks", "attach_tower", "carry_state", "collect_states",
+    "expand_patches", "full_plan", "log_size", "may_be_reduced", "may_reduce", "planned", "pool_mean", "set_state",
+    "sites_for", "state_of",
 ]  # fmt: skip
 
-_ON_TENSOR = "_tokenreduce_state"
 _ON_BLOCK = "_tokenreduce_site"
-
-
-class State:
-    """What is known about the tokens of one activation tensor (B,N,C). Never changed in place."""
-
-    __slots__ = ("entry", "origin", "plans", "proportional", "size", "valid")
-
-    def __init__(
-        self,
-        entry: int,
-        size: Tensor | None = None,
-        valid: Tensor | None = None,
-        origin: Tensor | None = None,
-        plans: tuple[Plan, ...] = (),
-        proportional: bool = False,
-    ) -> None:
-        self.entry = entry
-        self.size = size
-        self.valid = valid
-        self.origin = origin
-        self.plans = plans
-        self.proportional = proportional
-
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """(B,1,1,N) to add to attention logits: log size where it counts, -inf for slots that are not there."""
-        if self.size is None or not (self.proportional or self.valid is not None):
-            return None
-        bias = self.size.float().log() if self.proportional else torch.zeros_like(self.size, dtype=torch.float32)
-        if self.valid is not None:
-            bias = bias.masked_fill(~self.valid, float("-inf"))
-        return bias.to(dtype)[:, None, None, :]
-
-    def patches(self, x: Tensor, prefix: int) -> int:
-        """How many of the tokens ``x`` (B,N,C) are there and not protected, over all rows."""
-        if self.valid is not None:
-            return int(self.valid[:, prefix:].sum())
-        return x.shape[0] * (x.shape[1] - prefix)
-
-    def after(self, plan: Plan, proportional: bool) -> State:
-        """The state of the tokens that ``plan`` leaves."""
-        valid = plan.validity()
-        size = plan.reduce_size(self.size)
-        if self.valid is not None and size is not None:
-            # What joins the slot of a padded token fills it; looking at the slot's own token would lose it.
-            valid = size > 0
-        if size is None and valid is not None:
-            size = valid.float()
-        origin = plan.representatives() if self.origin is None else plan.gather(self.origin)
-        return State(self.entry, size, valid, origin, (*self.plans, plan), proportional or self.proportional)
-
-
-def state_of(x: Tensor) -> State | None:
-    """The state that a patched block left on its output, or None."""
-    return getattr(x, _ON_TENSOR, None)
-
-
-def set_state(x: Tensor, state: State | None) -> Tensor:
-    if state is not None:
-        setattr(x, _ON_TENSOR, state)
-    return x
-
-
-def carry_state(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook for a norm behind the last block: pooling then still knows sizes and plans."""
-    if isinstance(output, Tensor):
-        set_state(output, state_of(args[0]))
 
 
 class Attended(NamedTuple):
@@ -113,6 +60,34 @@ class Attended(NamedTuple):
     rotated: tuple[Tensor, Tensor] | None = None
 
 
+class Ask:
+    """What a block asks of an attention module besides its output: to add ``bias`` (B,1,1,N) to the logits, to attend
+    with the map ``given`` (B,H,N,N), and to show what :class:`Attended` has. Goes in as keyword ``tokenreduce_ask``."""
+
+    __slots__ = ("bias", "given", "keys", "needs", "queries", "rotated", "values")
+
+    def __init__(self, bias: Tensor | None = None, needs: tuple[str, ...] = (), given: Tensor | None = None) -> None:
+        self.bias, self.needs, self.given = bias, needs, given
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.rotated: tuple[Tensor, Tensor] | None = None
+
+    def answer(self, out: Tensor) -> Attended:
+        """``out`` and what was shown. Raises ``RuntimeError`` where the module did not get the question."""
+        if self.values is None:
+            raise RuntimeError(
+                "the attention module of a patched block ran other code than its library's and ignored token sizes; "
+                "call tr.unpatch, undo what replaced its forward, and patch again"
+            )
+        return Attended(out, self.queries, self.keys, self.values, self.rotated)
+
+
+def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
+    """Whether the stock attention is not enough: there is a bias to add or something to see."""
+    return bias is not None or any(need != "before" for need in needs)
+
+
 @dataclass(frozen=True)
 class Site:
     """One block's place: its layer and the reducer that acts there, if any. Frozen and picklable."""
@@ -122,7 +97,6 @@ class Site:
     prefix: int
     cls: bool
     reducer: Reducer | None = None
-    grid: tuple[int, ...] | None = None
     rope: str | None = None
     label: str = ""
 
@@ -170,7 +144,7 @@ class Reduced:
             x, state, given = self._reduce_before(site, reducer, x, state, context)
         entered = x
         if given is not None:
-            got = self._attend_with(x, given, context)
+            got = self._attend_with(x, given, self._context(context, state))
         else:
             needs = () if reducer is None or where == "before" else reducer.gathers()
             got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
@@ -189,8 +163,7 @@ class Reduced:
             x, state = self._reduce(site, reducer, x, state, seen, middle)
         trace = active()
         if trace is not None and where in (None, "input"):
-            step = Step("encoder", site.layer, x.shape[1], patches=state.patches(x, site.prefix))
-            trace.add(self, step)  # type: ignore[arg-type]
+            self._note(trace, site, None, x, None, state)
         collected = _collected()
         if collected is not None:
             collected.append(state)
@@ -209,7 +182,8 @@ class Reduced:
                     "blocks makes new tensors (reentrant checkpointing, FSDP, a custom loop). Use non-reentrant "
                     "checkpointing, patch before wrapping, and run patched blocks in order."
                 )
-            state = State(x.shape[1])
+            entry = entry_of(x)
+            state = State(x.shape[1], grid=None if entry is None else entry.grid)
         return state
 
     def _evidence(self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None) -> Evidence:
@@ -219,7 +193,7 @@ class Reduced:
             got.queries,
             size=state.size,
             protected=site.prefix,
-            grid=site.grid if site.grid and state.entry == site.prefix + math.prod(site.grid) else None,
+            grid=state.full_grid(site.prefix),
             values=got.values,
             valid=state.valid,
             before=before,
@@ -238,17 +212,20 @@ class Reduced:
     ) -> tuple[Tensor, State]:
         trace = active()
         with nullcontext() if trace is None else trace.clock():
-            plan = reducer.plan(self._evidence(site, x, state, got, before))
+            plan = planned(reducer, self._evidence(site, x, state, got, before))
             if not plan.is_identity:
                 x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state
 
-    def _note(self, trace: Trace, site: Site, reducer: Reducer, x: Tensor, plan: Plan, state: State) -> None:
-        acted = None if plan.is_identity else plan
-        left = state.patches(x, site.prefix)
-        step = Step("encoder", site.layer, x.shape[1], acted, reducer.spec(), patches=left)
+    def _note(
+        self, trace: Trace, site: Site, reducer: Reducer | None, x: Tensor, plan: Plan | None, state: State
+    ) -> None:
+        acted = None if plan is None or plan.is_identity else plan
+        name = "" if reducer is None else reducer.spec()
+        left, grid = state.patches(x, site.prefix), state.full_grid(site.prefix)
+        step = Step("encoder", site.layer, x.shape[1], acted, name, patches=left, grid=grid)
         trace.add(self, step)  # type: ignore[arg-type]
 
     def _reduce_before(
@@ -264,7 +241,7 @@ class Reduced:
         trace = active()
         with nullcontext() if trace is None else trace.clock():
             evidence = self._evidence(site, x, state, got, None)
-            plan = reducer.plan(evidence)
+            plan = planned(reducer, evidence)
             given = None
             if not plan.is_identity:
                 given = plan.reduce_attention(evidence.attention("all"), state.size).to(x.dtype)
@@ -272,6 +249,23 @@ class Reduced:
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state, given
+
+
+def planned(reducer: Reducer, evidence: Evidence) -> Plan:
+    """The reducer's plan; for an empty batch that of one sample of equal tokens, without the sample."""
+    if evidence.batch:
+        return reducer.plan(evidence)
+    one = copy.copy(evidence)
+    for name, value in vars(evidence).items():
+        if isinstance(value, Tensor):
+            setattr(one, name, _ones(value))
+        elif isinstance(value, tuple) and value and all(isinstance(t, Tensor) for t in value):
+            setattr(one, name, tuple(map(_ones, value)))
+    return reducer.plan(one).rows_at(torch.empty(0, dtype=torch.long, device=evidence.x.device))
+
+
+def _ones(t: Tensor) -> Tensor:
+    return t.new_ones(1, *t.shape[1:]) if t.dim() and not t.shape[0] else t
 
 
 # -- states of every layer, for dense outputs ------------------------------------------------------------------------
@@ -293,37 +287,29 @@ def collect_states() -> Iterator[list[State]]:
         _collecting.reset(token)
 
 
-def full_plan(state: State) -> Plan | None:
-    """All plans so far as one, from the tokens at the entry to those that are left; None when none acted."""
-    composed: Plan | None = None
-    for plan in state.plans:
-        composed = plan if composed is None else composed.then(plan)
-    return composed
+def may_be_reduced(blocks: Iterable[nn.Module], x: Tensor, stock: int | None) -> bool:
+    """Whether tokens ``x`` (B,N,C) without a state may be what a reducer in patched ``blocks`` left.
+
+    ``stock`` is the number of tokens that every forward of the tower starts with, None where that depends on the image
+    (then a reduced large image may have as many tokens as a small one). Methods with ``ragged`` may fill up to it.
+    """
+    acting = _acting(blocks)
+    return bool(acting) and (x.shape[1] != stock or any(reducer.ragged for reducer in acting))
 
 
-def expand_patches(patches: Tensor, state: State, prefix: int) -> Tensor:
-    """Patch tokens (B,K-prefix,C) back to (B,N-prefix,C): merged tokens are copied, dropped ones are zero."""
-    plan = full_plan(state)
-    if plan is None or plan.k < plan.n == patches.shape[1] + prefix:  # all there, or made whole behind the last block
-        return patches
-    head = patches.new_zeros(patches.shape[0], prefix, patches.shape[2])
-    return plan.expand(torch.cat([head, patches], 1))[:, prefix:]
+def may_reduce(blocks: Iterable[nn.Module]) -> bool:
+    """Whether a reducer in patched ``blocks`` may do anything."""
+    return bool(_acting(blocks))
 
 
-# -- pooling ---------------------------------------------------------------------------------------------------------
-def pool_mean(x: Tensor, size: Tensor) -> Tensor:
-    """Mean over tokens (B,K,C) to (B,C), each counted ``size`` (B,K) times; half precision is summed in float32."""
-    w = size.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
-    return ((x * w).sum(1) / w.sum(1)).to(x.dtype)
+def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
+    reducers = [block.__dict__[_ON_BLOCK].reducer for block in blocks]
+    return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
 
 
-def log_size(state: State, skip: int, dtype: torch.dtype) -> Tensor:
-    """(B,K-skip) log sizes, -inf for slots that are not there: a key bias for attention pooling."""
-    assert state.size is not None
-    bias = state.size.float().log()
-    if state.valid is not None:
-        bias = bias.masked_fill(~state.valid, float("-inf"))
-    return bias[:, skip:].to(dtype)
+def _keeps_all(reducer: Reducer) -> bool:
+    keep = getattr(reducer, "keep", None)
+    return isinstance(keep, float) and keep >= 1.0
 
 
 # -- attaching -------------------------------------------------------------------------------------------------------
@@ -353,7 +339,7 @@ class Tower:
 def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
     """One site per block. Raises ``ValueError`` where a reducer does not fit or two act in one layer."""
     depth = len(tower.blocks)
-    base = Site(0, depth, tower.prefix, tower.cls, None, tower.grid, tower.rope, tower.name)
+    base = Site(0, depth, tower.prefix, tower.cls, None, tower.rope, tower.name)
     sites = []
     for layer in range(depth):
         acting = [r for r in reducers if r.site() != "input" and r.acts(layer, depth)]
@@ -382,11 +368,8 @@ def attach_tower(tower: Tower, reducers: tuple[Reducer, ...], undo: Any) -> None
         if type(block) not in tower.classes:
             known = ", ".join(sorted(c.__name__ for c in tower.classes))
             raise TypeError(f"{tower.family}: block class {type(block).__name__} is not supported; supported: {known}")
-        if "forward" in vars(block):
-            raise ValueError(
-                f"{type(block).__name__} has a forward of its own on the instance (accelerate's dispatch puts one "
-                "there); call tr.patch before dispatching the model"
-            )
+        refuse_own(block)
+        refuse_patched(type(block))
     for block, site in zip(tower.blocks, sites, strict=True):
         undo.set(block, _ON_BLOCK, site)
         undo.swap_class(block, tower.classes[type(block)])

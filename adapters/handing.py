@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoder import State, Tower, full_plan, pool_mean, state_of
+from tokenreduce.adapters.encoder import Tower
+from tokenreduce.adapters.state import Entry, State, full_plan, note_entry, pool_mean, state_of
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Prune
 
@@ -48,6 +49,7 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefix: 
         return None
     full = whole(output, state, prefix)
     setattr(full, _RAW if keep else _LEFT, output)
+    note_entry(full, Entry())  # as many as entered, and nothing to weigh
     return full
 
 
@@ -59,7 +61,9 @@ def fill_again(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefix:
     plan = None if state is None else full_plan(state)
     if plan is None or state is None or output.shape != args[0].shape:
         return None
-    return whole(plan.gather(output), state, prefix)
+    full = whole(plan.gather(output), state, prefix)
+    note_entry(full, Entry())
+    return full
 
 
 def hand_out(module: nn.Module, args: tuple[Any, ...], output: Any, *, one: Callable[[Tensor, State], Tensor]) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -50,11 +51,14 @@ class Call:
         record: keep queries, keys and values.
         rotate: ``(rotate_function, cos, sin)`` to rotate queries and keys here, after they were recorded; the module
             itself must then have been given empty tables.
+        given: (B,H,N,N) the map to attend with, in place of queries and keys.
         only: raise :class:`Seen` once they are recorded, and attend to nothing.
         take: (B,K) keys and values to attend to, of those that the cache shows; ``mask`` and records are of these.
     """
 
-    __slots__ = ("bias", "keys", "mask", "only", "queries", "record", "rotate", "rotated", "take", "values")
+    __slots__ = (
+        "bias", "given", "keys", "mask", "only", "queries", "reached", "record", "rotate", "rotated", "take", "values",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -65,9 +69,12 @@ class Call:
         rotate: tuple[Callable[..., tuple[Tensor, Tensor]], Tensor, Tensor] | None = None,
         only: bool = False,
         take: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> None:
         self.mask, self.bias, self.record, self.rotate, self.only = mask, bias, record, rotate, only
-        self.take = take
+        self.take, self.given = take, given
+        #: Whether the attention function got it; a module with other code than its library's may not hand it on.
+        self.reached = False
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -100,7 +107,7 @@ def attend(
     name = stock.config._attn_implementation
     call = attention_mask if isinstance(attention_mask, Call) else kwargs.pop(CALL, None)
     if call is not None:
-        attention_mask = call.mask
+        attention_mask, call.reached = call.mask, True
         if call.take is not None:
             where = call.take[:, None, :, None]
             key, value = (t.gather(2, where.expand(-1, t.shape[1], -1, t.shape[-1])) for t in (key, value))
@@ -108,6 +115,9 @@ def attend(
             call.queries, call.keys, call.values = query, key, value
         if call.only:
             raise Seen
+        if call.given is not None:
+            rows = F.dropout(call.given.to(value.dtype), kwargs.get("dropout") or 0.0, module.training)
+            return (rows @ value).transpose(1, 2).contiguous(), None
         if call.rotate is not None:
             turn, cos, sin = call.rotate
             query, key = turn(query, key, cos, sin)

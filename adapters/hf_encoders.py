@@ -28,12 +28,15 @@ from transformers.models.vit import modeling_vit as vit
 from transformers.models.vivit import modeling_vivit as vivit
 
 from tokenreduce.adapters import hf_layers, hf_video
-from tokenreduce.adapters.encoder import Tower, attach_tower, carry_state
+from tokenreduce.adapters.encoder import Tower, attach_tower, may_reduce
 from tokenreduce.adapters.hf_attention import listen
+from tokenreduce.adapters.hf_entry import note_patches, note_shapes
 from tokenreduce.adapters.hf_layers import EVIDENCE
 from tokenreduce.adapters.hf_outputs import dense_norm, dense_states, forget_mask, regroup, weigh_keys, wish
 from tokenreduce.adapters.hf_resize import attach_resize, pair
 from tokenreduce.adapters.readers import own_code
+from tokenreduce.adapters.state import carry_state
+from tokenreduce.adapters.stock import refuse_own, refuse_patched
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 
@@ -170,7 +173,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """Put ``reducers`` into a transformers tower.
 
     Raises ``TypeError`` for layer or attention classes that are not known, ``ValueError`` for ``resize`` in a model
-    that cannot take smaller images, or for a classifier that reads a single patch.
+    that cannot take smaller images, for a classifier that reads a single patch, or where methods were replaced.
     """
     assert isinstance(tower, HFTower)
     assert tower.layout is not None
@@ -178,6 +181,8 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     layout, prefix = tower.layout, tower.prefix
     attentions = [getattr(layer, layout.patched.attention_name) for layer in tower.blocks]  # type: ignore[attr-defined]
     for attn in attentions:
+        refuse_own(attn)
+        refuse_patched(type(attn))
         if type(attn) is not layout.attention:
             raise TypeError(
                 f"{tower.family}: attention class {type(attn).__name__} is not supported; "
@@ -197,16 +202,21 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
                     f"{tower.family}: attention class {kind.__name__} is not supported; "
                     f"supported: {layout.core[0].__name__}"
                 )
+            refuse_own(core)
+            refuse_patched(kind)
             undo.swap_class(core, layout.core[1])
     undo.pre_hook(module, check_inputs)
+    _note_grid(tower, undo)
     if isinstance(module, BACKBONES):
         _attach_backbone(module, layout, prefix, undo)
     elif layout.norm is not None and getattr(module, layout.norm) is not None:
         undo.hook(getattr(module, layout.norm), carry_state)
     head = getattr(module, "head", None)
     if head is not None:
-        undo.pre_hook(head, forget_mask)
+        refuse_own(head)
+        undo.pre_hook(head, functools.partial(forget_mask, reduces=may_reduce(tower.blocks)))
     if (attention := getattr(head, "attention", None)) is not None:
+        refuse_own(attention)
         undo.pre_hook(attention, weigh_keys)
     if tower.reader is not None and tower.how:
         undo.pre_hook(tower.reader, wish)
@@ -214,6 +224,18 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     for reducer in reducers:
         if reducer.site() == "input":
             attach_resize(tower, reducer, undo, flag=layout.flag)
+
+
+def _note_grid(tower: Tower, undo: Undo) -> None:
+    """Let the tokens of a forward say its own grid of patches, up to the first layer."""
+    module: Any = tower.module
+    if isinstance(module, siglip2.Siglip2VisionModel):
+        undo.hook(module.embeddings, note_shapes, with_kwargs=True)
+    else:
+        note = functools.partial(note_patches, patch=hf_video.token_size(module.config))
+        undo.hook(module.embeddings, note, with_kwargs=True)
+    if hasattr(module, "pre_layrnorm"):  # CLIP's norm before its layers
+        undo.hook(module.pre_layrnorm, carry_state)
 
 
 def _attach_backbone(module: Any, layout: Family, prefix: int, undo: Undo) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
@@ -25,9 +24,11 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 from transformers.models.vit import modeling_vit as vit
 
-from tokenreduce.adapters.encoder import Attended, Reduced, Site, State, set_state
+from tokenreduce.adapters.encoder import Attended, Reduced, Site
 from tokenreduce.adapters.hf_attention import CALL, Call
 from tokenreduce.adapters.joint import JointState
+from tokenreduce.adapters.state import State, entry_of, set_state
+from tokenreduce.adapters.stock import refuse_own, refuse_pre_hooks
 from tokenreduce.evidence import Evidence
 from tokenreduce.reducer import Reducer
 
@@ -61,9 +62,10 @@ class _Layer(Reduced):
     _tokenreduce_site: Site
     norms: tuple[str, str] = ("norm1", "norm2")
     attention_name: str = "attention"
-    out: str = "o_proj"
     #: Attention modules that drop or reserve ``attention_mask`` in some versions carry the call by keyword.
     by_keyword: bool = False
+    #: The stock layer calls its attention with keywords alone, which pre-hooks on it see.
+    all_keywords: bool = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
         if self._tokenreduce_site.layer == 0 and attention_mask is not None:
@@ -111,16 +113,29 @@ class _Layer(Reduced):
         return Attended(out, call.queries, call.keys, call.values, call.rotated)
 
     def _call(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
-        attn, y = getattr(self, self.attention_name), self._normed(x)
-        if not self.by_keyword:
+        attn, core = self._core()
+        if isinstance(mask, Call):
+            refuse_own(attn)
+            refuse_own(core)
+        y = self._normed(x)
+        if self.all_keywords:
+            got = attn(hidden_states=y, attention_mask=mask, **kwargs)
+        elif not self.by_keyword:
             got = attn(y, attention_mask=mask, **kwargs)
         else:
             name = CALL if isinstance(mask, Call) else "attention_mask"
             got = attn(y, **({} if mask is None else {name: mask}), **kwargs)
+        if isinstance(mask, Call) and not mask.reached:
+            raise RuntimeError(
+                f"{type(attn).__name__} ran other code than its library's, which ignored token sizes; call tr.unpatch, "
+                "undo what replaced it, and patch again"
+            )
         return got[0] if isinstance(got, tuple) else got
 
     def _project(self, x: Tensor, context: Any) -> Attended:
         attn, core = self._core()
+        for module in (attn, core):
+            refuse_pre_hooks(module)
         y, width = self._normed(x), _width(core)
         old = core is not attn
         q, k = (_heads(y, projection, width) for projection in self._projections(core, old))
@@ -136,13 +151,8 @@ class _Layer(Reduced):
         return None
 
     def _attend_with(self, x: Tensor, attention: Tensor, context: Any) -> Attended:
-        attn, core = self._core()
-        old = core is not attn
-        y = self._normed(x)
-        v = _heads(y, core.value if old else core.v_proj, _width(core))
-        attention = F.dropout(attention.to(v.dtype), p=_dropout(core), training=self.training)  # type: ignore[attr-defined]
-        heads = (attention @ v).transpose(1, 2).flatten(2)
-        return Attended(attn.output(heads, y) if old else getattr(attn, self.out)(heads), values=v)
+        call = Call(record=True, given=attention)
+        return Attended(self._call(x, call, context.kwargs), values=call.values)
 
     # -- the rest: plain residual branches (CLIP, SigLIP)
     def _residual(self, x: Tensor, out: Tensor) -> Tensor:
@@ -154,10 +164,6 @@ class _Layer(Reduced):
 
 def _width(attn: Any) -> int:
     return attn.head_dim if hasattr(attn, "head_dim") else attn.attention_head_size
-
-
-def _dropout(attn: Any) -> float:
-    return next(getattr(attn, n) for n in ("attention_dropout", "dropout_prob", "dropout") if hasattr(attn, n))
 
 
 def _note_padding(x: Tensor, mask: Any) -> None:
@@ -175,7 +181,8 @@ def _note_padding(x: Tensor, mask: Any) -> None:
     if row.dtype.is_floating_point and mask.dim() == 4:
         row = row > torch.finfo(row.dtype).min / 2
     valid = row.to(torch.bool).expand(x.shape[0], -1)
-    set_state(x, State(x.shape[1], valid.float(), valid))
+    entry = entry_of(x)
+    set_state(x, State(x.shape[1], valid.float(), valid, grid=None if entry is None else entry.grid))
 
 
 class ReducedViTLayer(_Layer, vit.ViTLayer):
@@ -191,7 +198,7 @@ class ReducedViTLayer(_Layer, vit.ViTLayer):
 class _ClipLayer(_Layer):
     norms = ("layer_norm1", "layer_norm2")
     attention_name = "self_attn"
-    out = "out_proj"
+    all_keywords = True
 
 
 class ReducedCLIPLayer(_ClipLayer, clip.CLIPEncoderLayer):
@@ -218,14 +225,9 @@ class ReducedInternVLLayer(_Layer, internvl.InternVLVisionLayer):
     """Branches with layer scale; queries and keys may be normalised over all heads together."""
 
     norms = ("layernorm_before", "layernorm_after")
-    out = "projection_layer"
 
     def _projections(self, core: Any, old: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         return lambda y: core.q_norm(core.q_proj(y)), lambda y: core.k_norm(core.k_proj(y))
-
-    def _attend_with(self, x: Tensor, attention: Tensor, context: Any) -> Attended:
-        got = super()._attend_with(x, attention, context)
-        return got._replace(out=self.attention.projection_dropout(got.out))
 
     def _residual(self, x: Tensor, out: Tensor) -> Tensor:
         return self.lambda_1 * out + x

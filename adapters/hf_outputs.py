@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoder import State, expand_patches, log_size, pool_mean, state_of
+from tokenreduce.adapters.state import State, expand_patches, known, log_size, pool_mean, state_of
 
 __all__ = ["dense_norm", "dense_states", "forget_mask", "regroup", "weigh_keys", "wish"]
 
@@ -25,9 +25,20 @@ def _reduced(x: Any) -> State | None:
     return state if state is not None and state.plans else None
 
 
-def forget_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pre-hook on an attention pooling head: SigLIP2 hands it the mask of the original tokens."""
-    return None if _reduced(args[0]) is None else (args[:1], {})
+def _acted(x: Any, what: str) -> State | None:
+    """The same. Raises ``RuntimeError`` for a tensor that lost what its tokens are."""
+    state = known(x, what)
+    return state if state is not None and state.plans else None
+
+
+def forget_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, reduces: bool) -> Any:
+    """Pre-hook on an attention pooling head: SigLIP2 hands it the mask of the original tokens. ``reduces`` is whether
+    its tower has a method that does anything.
+
+    Raises ``RuntimeError`` for tokens that may be reduced and have lost their sizes.
+    """
+    found = _acted(args[0], type(module).__name__) if reduces else _reduced(args[0])
+    return None if found is None else (args[:1], {})
 
 
 def weigh_keys(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -61,7 +72,7 @@ def regroup(module: nn.Module, args: tuple[Any, ...], output: Any, *, how: str, 
     if not getattr(args[0], _WISH, False):
         return None
     x = output.last_hidden_state
-    state = _reduced(x)
+    state = _acted(x, f"the {how} of all tokens")
     if state is None:
         return None
     patches = x[:, prefix:]
@@ -91,7 +102,7 @@ def dense_states(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefi
         return None
     last = len(states) - 1
     output.hidden_states = tuple(
-        h if h is None or (i == last and normed == "last") else _dense(h, _reduced(h), prefix)
+        h if h is None or (i == last and normed == "last") else _dense(h, _acted(h, "the feature map"), prefix)
         for i, h in enumerate(states)
     )
     return output
@@ -99,4 +110,4 @@ def dense_states(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefi
 
 def dense_norm(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, prefix: int) -> Tensor:
     """Forward hook on a backbone's final norm; see :func:`dense_states`."""
-    return _dense(output, _reduced(args[0]), prefix)
+    return _dense(output, _acted(args[0], "the feature map"), prefix)

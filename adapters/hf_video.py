@@ -22,6 +22,7 @@ __all__ = [
     "ReducedVivitLayer",
     "check_head",
     "clip_grid",
+    "token_size",
 ]
 
 _DIVIDED = (
@@ -69,15 +70,20 @@ class ReducedVivitLayer(_Layer, vivit.VivitLayer):
     _feed_forward = ReducedViTLayer._feed_forward
 
 
-def clip_grid(config: Any, image: tuple[int, int]) -> tuple[int, int, int] | None:
-    """(frames, rows, columns) of the tubelets of a clip of ``config.num_frames`` images; None for an image model."""
+def token_size(config: Any) -> tuple[int, ...]:
+    """Pixels of one token: (rows, columns), or (frames, rows, columns) of the tubelets of a clip."""
+    patch = getattr(config, "patch_size", None)
+    sides = (patch, patch) if isinstance(patch, int) else tuple(patch or ())
     tubelet = getattr(config, "tubelet_size", None)
     if tubelet is None:
-        return None
-    if isinstance(tubelet, int):
-        patch = config.patch_size
-        tubelet = (tubelet, patch, patch) if isinstance(patch, int) else (tubelet, *patch)
-    return config.num_frames // tubelet[0], image[0] // tubelet[1], image[1] // tubelet[2]
+        return sides
+    return (tubelet, *sides) if isinstance(tubelet, int) else tuple(tubelet)
+
+
+def clip_grid(config: Any, image: tuple[int, int]) -> tuple[int, int, int] | None:
+    """(frames, rows, columns) of the tubelets of a clip of ``config.num_frames`` images; None for an image model."""
+    size = token_size(config)
+    return (config.num_frames // size[0], image[0] // size[1], image[1] // size[2]) if len(size) == 3 else None
 
 
 def check_head(reader: nn.Module) -> None:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoder import Attended, Site, State, set_state, state_of
+from tokenreduce.adapters.encoder import Attended, Site
+from tokenreduce.adapters.state import State, entry_of, set_state, state_of
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan
 
@@ -104,8 +105,7 @@ class JointState(State):
         return Attended(got.out, heads(got.queries), heads(got.keys), heads(got.values))
 
     def site(self, site: Site) -> Site:
-        grid = None if site.grid is None else (self.count, *site.grid)
-        return replace(site, prefix=self.count * site.prefix, cls=False, grid=grid)
+        return replace(site, prefix=self.count * site.prefix, cls=False)
 
     # -- what frames have in tokens ---------------------------------------------------------------------------------
     def _places(self, device: torch.device) -> Tensor:
@@ -128,7 +128,7 @@ class JointState(State):
         assert shares is not None
         return JointState(
             self.entry, self.count, self.prefix, shares.unflatten(0, (plan.batch, self.count)), size=left.size,
-            valid=left.valid, origin=left.origin, plans=left.plans, proportional=left.proportional,
+            valid=left.valid, origin=left.origin, plans=left.plans, proportional=left.proportional, grid=left.grid,
         )  # fmt: skip
 
     def _weights(self, shares: Tensor) -> Tensor:
@@ -162,7 +162,8 @@ class JointState(State):
     def dress(self, evidence: Evidence, site: Site, attention: bool) -> Evidence:
         """``evidence`` of rows; where ``attention`` is asked for, rows see what their frame sees."""
         evidence.entry = self.count * self.entry
-        evidence.grid = site.grid
+        grid = self.full_grid(self.prefix)
+        evidence.grid = None if grid is None else (self.count, *grid)
         evidence.proportional = False  # the mask has it
         if attention:
             rows, device = evidence.batch, evidence.x.device
@@ -184,7 +185,9 @@ def join_frames(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     x, length = args[0], FRAMES.get()
     if length == 1 or state_of(x) is not None:  # activation checkpointing replays with the same tensor
         return
-    set_state(x, JointState(x.shape[1], check_frames(frames, length), prefix))
+    entry = entry_of(x)
+    grid = None if entry is None else entry.grid
+    set_state(x, JointState(x.shape[1], check_frames(frames, length), prefix, grid=grid))
 
 
 def check_frames(frames: int, length: int, what: str = "frames") -> int:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.encoder import State, full_plan
 from tokenreduce.adapters.joint import check_frames
+from tokenreduce.adapters.state import State, full_plan
 from tokenreduce.plan import Chain, Identity, Merge, Plan, Pool, Prune
 
 __all__ = ["Layout", "Packed", "Part", "patchwise"]
@@ -109,7 +109,8 @@ class Packed:
 
     @classmethod
     def entry(cls, layout: Layout) -> Packed:
-        return cls(layout, tuple(Part(State(p.shape[1]), p) for p in layout.places))
+        pairs = zip(layout.places, layout.shapes, strict=True)
+        return cls(layout, tuple(Part(State(place.shape[1], grid=shape), place) for place, shape in pairs))
 
     # -- in a block ------------------------------------------------------------------------------------------------
     def after(self, x: Tensor, plans: list[Plan], proportional: bool) -> tuple[Tensor, Packed]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -32,9 +31,11 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
-from tokenreduce.adapters.encoder import Attended, Reduced, Site, Tower, _collected, attach_tower, set_state, state_of
+from tokenreduce.adapters.encoder import Attended, Reduced, Site, Tower, _collected, attach_tower
 from tokenreduce.adapters.hf_attention import CALL, Call
 from tokenreduce.adapters.packed import Layout, Packed, Part
+from tokenreduce.adapters.state import lost, set_state, state_of
+from tokenreduce.adapters.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
@@ -181,6 +182,7 @@ class _Block(Reduced):
         across = packed.seen(context.bounds)
         call = PackedAsk(packed, packed.bias() if across is None else None, record, across)
         now, attn, entered = context.at(packed), self.attn, x  # type: ignore[attr-defined]
+        refuse_own(attn)
         out = attn(
             self.norm1(x),  # type: ignore[attr-defined]
             cu_seqlens=now.bounds, position_embeddings=now.rope, **{**now.kwargs, CALL: call},
@@ -219,6 +221,7 @@ class _Block(Reduced):
     def _look(self, x: Tensor, packed: Packed, context: Context) -> PackedAsk:
         """Queries, keys and values of ``x`` without attending."""
         call, now, attn = PackedAsk(packed, None, True), context.at(packed), self.attn  # type: ignore[attr-defined]
+        refuse_pre_hooks(attn)
         normed = self.norm1(x)  # type: ignore[attr-defined]
         call.queries, call.keys, call.values, call.rotated = project(attn, normed, now.rope, attn._stock)
         return call
@@ -248,7 +251,7 @@ class _Block(Reduced):
                     (mine["turned queries"], mine["turned keys"]) if mine else None,
                 )  # fmt: skip
                 evidence = self._evidence(
-                    replace(site, grid=shape), part.take(features), part.state, got,  # type: ignore[arg-type]
+                    site, part.take(features), part.state, got,
                     None if entered is None else part.take(entered),
                 )  # fmt: skip
                 if len(shape) == 3:  # several frames, of which every unit sees its own
@@ -298,22 +301,32 @@ def lay_out(
         order = qwen2_5.get_vision_window_index(  # type: ignore[attr-defined]
             grids, tower.spatial_merge_size, tower.window_size, tower.patch_size
         )[0]
-    pixels = args[0] if args else kwargs["hidden_states"]
+    if not args:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("hidden_states"),)
+    pixels = args[0]
     layout = Layout.of(grids.tolist(), tower.spatial_merge_size, order, pixels.device, frames)
     return args, {**kwargs, LAYOUT: layout}
 
 
 def expand_tokens(merger: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Forward hook on a merger: every unit gets its token."""
+    """Forward hook on a merger: every unit gets its token. Raises ``RuntimeError`` for patches that lost which units
+    they are of."""
     packed: Any = state_of(args[0])
-    return packed.expand(output, 1) if isinstance(packed, Packed) else None
+    if not isinstance(packed, Packed):
+        raise lost(type(merger).__name__)
+    return packed.expand(output, 1)
 
 
 def expand_states(tower: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook on a tower: every hidden state gets its patches back."""
+    """Forward hook on a tower: every hidden state gets its patches back. Raises ``RuntimeError`` where one has lost
+    which they are."""
+    patches = len(args[0])
 
     def whole(x: Any) -> Any:
         packed: Any = state_of(x)
+        if not isinstance(packed, Packed) and len(x) != patches:
+            raise lost("the output")
         return packed.expand(x, packed.layout.unit) if isinstance(packed, Packed) else x
 
     if getattr(output, "last_hidden_state", None) is not None:
@@ -372,11 +385,8 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
                 f"{tower.family}: attention class {type(block.attn).__name__} is not supported; "
                 f"supported: {stock.__name__}"
             )
-        if "forward" in vars(block.attn):
-            raise ValueError(
-                f"{type(block.attn).__name__} has a forward of its own on the instance (accelerate's dispatch puts one "
-                "there); call tr.patch before dispatching the model"
-            )
+        refuse_own(block.attn)  # type: ignore[arg-type]
+        refuse_patched(stock)
     attach_tower(tower, reducers, undo)
     for block in tower.blocks:
         undo.swap_class(block.attn, patched)  # type: ignore[arg-type]

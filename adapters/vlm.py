@@ -50,7 +50,7 @@ from tokenreduce.adapters.vlm_labels import attach_labels
 from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
 from tokenreduce.adapters.vlm_middle import attach_middle, is_middle, taken
 from tokenreduce.adapters.vlm_projector import attach_projector
-from tokenreduce.adapters.vlm_prompt import start, start_alone, whole_prefill
+from tokenreduce.adapters.vlm_prompt import WholePrefill, start, start_alone
 from tokenreduce.adapters.vlm_reduce import reduce_before
 from tokenreduce.adapters.vlm_retrieval import attach_retrieval, check_owner, limits, note_run, owner_of
 from tokenreduce.adapters.vlm_seen import Vision
@@ -203,7 +203,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         undo.pre_hook(found.inner, note_run)
     undo.pre_hook(found.text, functools.partial(start_alone, inner=found.inner, begin=begin, arrived=arrived))
     if found.generator is not None:
-        undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
+        undo.mix_in(found.generator, WholePrefill)
         attach_labels(found.generator, undo)
     if before:
         attach_projector(found, before[0], windows, undo, films, marking)

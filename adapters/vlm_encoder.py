@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.encoder import State, Tower, full_plan, state_of
+from tokenreduce.adapters.encoder import Tower
 from tokenreduce.adapters.joint import JointState, join_frames
+from tokenreduce.adapters.state import State, full_plan, known
 from tokenreduce.patching import Undo
 from tokenreduce.plan import Identity, Plan
 from tokenreduce.projector import Projector
@@ -67,15 +68,18 @@ def expand_output(tower: Any, args: tuple[Any, ...], output: Any, *, prefix: int
     """Forward hook on a tower: every hidden state gets its patches back."""
     states = getattr(output, "hidden_states", None)
     if states is not None:
-        output.hidden_states = tuple(expand_states(h, prefix) for h in states)
+        output.hidden_states = tuple(None if h is None else expand_states(h, prefix) for h in states)
     if getattr(output, "last_hidden_state", None) is not None:
         output.last_hidden_state = expand_states(output.last_hidden_state, prefix)
     return output
 
 
 def expand_states(x: Tensor, prefix: int) -> Tensor:
-    """(V,K,C) back to (V,prefix+patches,C): merged patches are copied, dropped ones take the mean of what is left."""
-    state = state_of(x)
+    """(V,K,C) back to (V,prefix+patches,C): merged patches are copied, dropped ones take the mean of what is left.
+
+    Raises ``RuntimeError`` for tokens that lost what they are.
+    """
+    state = known(x, "the language model's projector")
     plan = None if state is None else full_plan(state)
     if plan is None or plan.is_identity:
         return x

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, run_of
@@ -14,11 +15,18 @@ from tokenreduce.adapters.vlm_given import Arrived, Brought, brought_by, say_lat
 from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
 
-__all__ = ["start", "start_alone", "whole_prefill"]
+__all__ = ["WholePrefill", "start", "start_alone"]
 
 
-def whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate``'s prefill: in chunks, the first would choose tokens before the question is there."""
+class WholePrefill(nn.Module):
+    """Mixin of models that generate."""
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        return whole_prefill(super()._prefill, *args, **kwargs)  # type: ignore[misc]
+
+
+def whole_prefill(stock: Callable[..., Any], input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate``'s prefill, ``stock``: in chunks, the first would choose tokens before the question is there."""
     if generation_config.prefill_chunk_size is not None:
         raise ValueError(
             f"prefill_chunk_size={generation_config.prefill_chunk_size} is not supported on a patched model, which "
@@ -32,7 +40,7 @@ def whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args:
     if run is not None and cached and given == input_ids.shape[1]:
         # A turn that brings the cached tokens again: the library would take as many off as the cache holds.
         input_ids = input_ids[:, run.columns(cached) :]
-    return type(generator)._prefill(generator, input_ids, generation_config, *args, **kwargs)
+    return stock(input_ids, generation_config, *args, **kwargs)
 
 
 def start(

@@ -1,7 +1,7 @@
 """What the vision tower of an image/video language model saw, carried to the entry of its language model.
 
 ``generate`` runs ``get_image_features`` before the model's forward, and repeats its result for beams. Both ways are one
-here: that method is wrapped on the instance, hooks inside it collect queries and keys of the blocks that a method looks
+here: that method is wrapped in a subclass, hooks inside it collect queries and keys of the blocks that a method looks
 at (and what enters the projector), and the wrapper puts all of it on the object that the method returns, which
 ``generate`` hands on. Within a plain forward the same object waits in a context variable. Nothing is kept on modules.
 """
@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from tokenreduce.adapters.vlm import Language
 
 __all__ = ["attach_tower_evidence", "encode", "encoded_in", "vision_of"]
+
+#: Where a model has the blocks whose evidence is gathered, and what else.
+_WATCH = "_tokenreduce_watch"
 
 #: Inner model class -> (towers, blocks in them, projector, kind).
 PARTS: dict[str, tuple[tuple[str, ...], str, str | None, str]] = {
@@ -106,13 +110,11 @@ def attach_tower_evidence(found: Language, looks: tuple[Look, ...], more: tuple[
     assert vision is not None
     wanted = tuple(sorted({resolve(look, vision.depth, vision.feature) for look in looks}))
     inner: Any = found.inner
-    for kind in ("image", "video"):
-        name = f"get_{kind}_features"
-        if not hasattr(inner, name):
+    for mixin in (WatchedImages, WatchedVideos):
+        if not any(hasattr(inner, name) for name in vars(mixin) if name.startswith("get_")):
             continue
-        wrapped = functools.partial(encode, inner, kind, wanted, more)
-        wrapped.__signature__ = inspect.signature(getattr(inner, name))  # type: ignore[attr-defined]
-        undo.set(inner, name, wrapped)
+        undo.mix_in(inner, mixin)
+    undo.set(inner, _WATCH, (wanted, more))
     for tower, blocks in zip(vision.towers, vision.blocks, strict=True):
         undo.pre_hook(tower, before_tower)
         undo.hook(tower, after_tower)
@@ -132,12 +134,25 @@ def attach_tower_evidence(found: Language, looks: tuple[Look, ...], more: tuple[
         undo.hook(head, watch_head)
 
 
-def encode(inner: Any, kind: str, blocks: tuple[int, ...], more: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+class WatchedImages(nn.Module):
+    """Mixin of models with ``get_image_features``."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return encode(self, "image", super().get_image_features, args, kwargs)  # type: ignore[misc]
+
+
+class WatchedVideos(nn.Module):
+    """Mixin of models with ``get_video_features``."""
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        return encode(self, "video", super().get_video_features, args, kwargs)  # type: ignore[misc]
+
+
+def encode(inner: Any, kind: str, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``get_image_features`` or ``get_video_features`` of ``inner`` with what its tower saw put on the result."""
-    name = f"get_{kind}_features"
-    stock = getattr(type(inner), name)
     if WATCHING.get() is not None:  # Qwen3-VL's videos go through its get_image_features
-        return stock(inner, *args, **kwargs)
+        return stock(*args, **kwargs)
+    blocks, more = inner.__dict__[_WATCH]
     vision = vision_of(inner)
     assert vision is not None
     seen = Encoded(vision, blocks, wanted=more)
@@ -145,11 +160,11 @@ def encode(inner: Any, kind: str, blocks: tuple[int, ...], more: tuple[str, ...]
     clip = FRAMES.set(_frames(args, kwargs) if kind == "video" else 1)
     try:
         with collect_states() as seen.states:
-            output = stock(inner, *args, **kwargs)
+            output = stock(*args, **kwargs)
     finally:
         FRAMES.reset(clip)
         WATCHING.reset(token)
-    given = inspect.signature(stock).bind(inner, *args, **kwargs).arguments
+    given = inspect.signature(stock).bind(*args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
     features = output.pooler_output if hasattr(output, "pooler_output") else None
     if features is None:  # a tuple was asked for, which carries nothing

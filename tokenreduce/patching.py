@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tokenreduce.mixing import assembled, mixed, parts
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import list_methods, parse
 
@@ -31,12 +32,18 @@ class Undo:
     """
 
     reducers: tuple[Reducer, ...] = ()
+    #: The patched model; another one in a shallow copy of it.
+    model: nn.Module | None = None
     actions: list[tuple[str, nn.Module, str, Any]] = field(default_factory=list)
 
     def swap_class(self, module: nn.Module, kind: type[nn.Module]) -> None:
         """Give ``module`` another class (a subclass of its own, defined at module level)."""
-        self.actions.append(("class", module, "", type(module)))
+        self.actions.append(("class", module, "", (parts(type(module)), parts(kind))))
         module.__class__ = kind
+
+    def mix_in(self, module: nn.Module, mixin: type) -> None:
+        """Put the methods of ``mixin`` (a class at module level) in front of those of the module's class."""
+        self.swap_class(module, mixed(type(module), mixin))
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set a plain attribute on the instance, whatever the class defines."""
@@ -53,12 +60,28 @@ class Undo:
         handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
         self.actions.append(("post", module, "", handle.id))
 
+    def check(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` where ``model`` cannot be taken back to what it was: in a shallow copy, and where a
+        module got another class since."""
+        if self.model is not model:
+            raise ValueError(
+                "this is a shallow copy (copy.copy) or a replica of a patched model, whose modules it shares; unpatch "
+                "the model that you gave to tr.patch, or copy it with copy.deepcopy"
+            )
+        current = {id(module): (module, new[1]) for kind, module, _, new in self.actions if kind == "class"}
+        for module, kind in current.values():
+            if parts(type(module)) != kind:
+                raise ValueError(
+                    f"{type(module).__name__} got another class after tr.patch (parametrizations, FSDP); take that "
+                    "back before tr.unpatch, or do it before tr.patch"
+                )
+
     def revert(self) -> None:
         """Take everything back."""
         while self.actions:
             kind, module, name, old = self.actions.pop()
             if kind == "class":
-                module.__class__ = old
+                module.__class__ = assembled(*old[0])
             elif kind == "attribute":
                 if old is _Nothing:
                     module.__dict__.pop(name, None)
@@ -116,7 +139,7 @@ def patch(model: M, *reducers: Reducer | str) -> M:
         raise ValueError(
             "the model is patched already; call tr.unpatch(model) first (several methods go into one patch)"
         )
-    undo = Undo(chosen)
+    undo = Undo(chosen, model)
     try:
         attach(model, chosen, undo)
     except BaseException:
@@ -129,7 +152,8 @@ def patch(model: M, *reducers: Reducer | str) -> M:
 def unpatch(model: M) -> M:
     """Take every patch out of ``model``; its outputs are bit-identical to before. Returns the model.
 
-    Raises ``ValueError`` when the model is not patched, or was patched as part of a larger one.
+    Raises ``ValueError`` when the model is not patched, was patched as part of a larger one, is a shallow copy of a
+    patched one, or has modules whose class was changed since.
     """
     found = list(_patches(model))
     if not found:
@@ -138,6 +162,8 @@ def unpatch(model: M) -> M:
         if any(isinstance(m, Reduced) for m in model.modules()):
             raise ValueError("this module was patched through its parent; unpatch the model that you gave to tr.patch")
         raise ValueError("the model is not patched; there is nothing to undo (tr.patch(model, ...) patches it)")
+    for _, module, undo in found:
+        undo.check(module)
     for _, module, undo in found:
         undo.revert()
         del module.__dict__[MARK]

@@ -17,7 +17,7 @@ from tokenreduce.reducer import Reducer
 from tokenreduce.registry import parse
 from tokenreduce.trace import Step
 
-__all__ = ["Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "show", "view"]
+__all__ = ["Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "patch_size", "show", "view"]
 
 MARGIN, INK, PAPER = 12, (28, 28, 28), (255, 255, 255)
 
@@ -282,18 +282,27 @@ def only_tower(model: Any) -> Any:
 def looked(loaded: Any, image: Image.Image, chosen: Sequence[Reducer], steps: Sequence[Step]) -> Look:
     """A :class:`Look` at the ``steps`` that ``chosen`` took on ``image``. Raises ``ValueError`` as :func:`look`."""
     tower = only_tower(loaded.model)
-    full = grid = tower.grid
-    if full is None or grid is None:
-        raise ValueError(f"{tower.family} takes images of any size and says no grid; load it with a fixed image size")
+    # That of this forward: a model that takes images of any size has no other, and its own may have as many patches.
+    grid = steps[0].grid if steps else tower.grid
+    if grid is None or len(grid) != 2:
+        raise ValueError(f"{tower.family} says no grid of patches for this image; load it with a fixed image size")
     seen = view(loaded.transform, image)
     title = "+".join(r.spec() for r in chosen)
     for reducer in chosen:
         if reducer.site() == "input":  # the model saw a smaller image, so the picture shows that one
-            grid = getattr(reducer, "grid")(grid)  # noqa: B009 - only these reducers have it
-            size = max(1, seen.width * grid[1] // full[1]), max(1, seen.height * grid[0] // full[0])
+            high, wide = patch_size(tower.module)
+            rows, cols = seen.height // high, seen.width // wide
+            size = max(1, seen.width * grid[1] // cols), max(1, seen.height * grid[0] // rows)
             title += f", image of {seen.width}x{seen.height} resized to {size[0]}x{size[1]}"
             seen = seen.resize(size, Image.Resampling.BILINEAR)
-    return Look(seen, grid, tower.prefix, len(tower.blocks), tuple(steps), title)
+    return Look(seen, (grid[0], grid[1]), tower.prefix, len(tower.blocks), tuple(steps), title)
+
+
+def patch_size(module: Any) -> tuple[int, int]:
+    """Rows and columns of pixels of a patch of a vision tower."""
+    owner = getattr(module, "patch_embed", getattr(module, "config", module))
+    side = owner.patch_size
+    return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
 
 
 def show(

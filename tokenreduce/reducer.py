@@ -57,6 +57,8 @@ class Reducer:
     title: ClassVar[str] = ""
     position: ClassVar[str] = "middle"
     needs: ClassVar[tuple[str, ...]] = ()
+    #: Whether samples of a batch may keep different numbers of tokens (plans with ``valid``).
+    ragged: ClassVar[bool] = False
 
     def __init_subclass__(
         cls,

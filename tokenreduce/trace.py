@@ -44,6 +44,9 @@ class Step:
     #: Encoder stage: patches of all views together that leave it, where views of one size come as one step of several
     #: (Qwen's towers); ``tokens`` is then of one view.
     patches: int | None = None
+    #: Encoder stage: (rows, columns) of patches at the tower's entry in this forward, or (frames, rows, columns) of a
+    #: clip; None where they fill no grid.
+    grid: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -666,7 +666,7 @@ def test_resize_and_merging_combine():
     assert torch.isfinite(got).all()
     with tr.patched(model, Shrink(4, 4), Grid(seen)):
         model(x)
-    assert seen == [(None, 17)] * LAYERS
+    assert seen == [((4, 4), 17)] * LAYERS
 
 
 # -- FLOPs -----------------------------------------------------------------------------------------------------------

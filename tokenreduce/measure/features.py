@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenreduce.patching import describe
+from tokenreduce.picture import patch_size
 
 __all__ = ["feature_maps"]
 
@@ -24,12 +25,13 @@ def feature_maps(loaded: Any) -> Callable[[Any], Tensor]:
     if not towers or towers[0].grid is None or len(towers[0].grid) != 2:
         raise ValueError(f"{loaded.name} has no vision tower with a grid of patches; give a plain vision transformer")
     tower = towers[0]
-    rows, columns = tower.grid
+    high, wide = patch_size(tower.module)
     device = next(loaded.model.parameters()).device
 
     @torch.no_grad()
     def encode(frames: Any) -> Tensor:
         x = torch.stack([loaded.transform(Image.fromarray(frame)) for frame in frames]).to(device)
+        rows, columns = x.shape[-2] // high, x.shape[-1] // wide
         seen: list[Tensor] = []
 
         def keep(block: Any, args: Any, output: Any) -> None:

@@ -74,7 +74,7 @@ def compare_image(
         with torch.no_grad(), patched(model, *some), record(model) as trace, _layers(tower, trace) as layers:
             out = _answered(loaded, model, x)
         sides.append(ImageSide(out[0].float().cpu(), tuple(trace.tokens), tuple(layers), trace.flops))
-    look = looked(loaded, image, chosen, trace.steps if chosen else ())
+    look = looked(loaded, image, chosen, trace.steps)
     return ImageComparison(chosen, sides[0], sides[-1], look, tuple(trace.notes))
 
 

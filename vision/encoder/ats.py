@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class ATS(
 
     Raises ``ValueError`` for bad settings, and for layers that the model does not have.
     """
+
+    ragged: ClassVar[bool] = True
 
     layers: tuple[int, ...] | None = None
     num_tokens: int | tuple[int | None, ...] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class MustDropMerge(
     Raises ``ValueError`` for settings outside these ranges, a layer that the model does not have, or tokens that are
     protected by a mask.
     """
+
+    ragged: ClassVar[bool] = True
 
     threshold: float = 0.8
     keep: int | float | None = None

@@ -1,0 +1,174 @@
+"""What travels with the tokens of one activation tensor: sizes, positions, plans so far, and the grid at the entry.
+
+Everything is an attribute of the tensor, so nothing about a forward is stored on a module. The price: whatever makes a
+new tensor (``clone``, ``detach``, ``cat``, indexing, another dtype) loses it. Blocks, norms and poolings of a patched
+tower hand it on, and where sizes are needed and gone, :func:`lost` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.plan import Plan
+
+__all__ = [
+    "Entry", "State", "carry_state", "entry_of", "expand_patches", "full_plan", "known", "log_size", "lost",
+    "note_entry", "pool_mean", "set_state", "state_of",
+]  # fmt: skip
+
+_ON_TENSOR = "_tokenreduce_state"
+_AT_ENTRY = "_tokenreduce_entry"
+Grid = tuple[int, ...]
+
+
+class Entry(NamedTuple):
+    """Marks tokens before the first block: the grid of patches of *this* forward, None where they fill none."""
+
+    grid: Grid | None = None
+
+
+class State:
+    """What is known about the tokens of one activation tensor (B,N,C). Never changed in place.
+
+    ``grid`` is that of the patches at the entry of this forward, (rows, columns) or (frames, rows, columns).
+    """
+
+    __slots__ = ("entry", "grid", "origin", "plans", "proportional", "size", "valid")
+
+    def __init__(
+        self,
+        entry: int,
+        size: Tensor | None = None,
+        valid: Tensor | None = None,
+        origin: Tensor | None = None,
+        plans: tuple[Plan, ...] = (),
+        proportional: bool = False,
+        grid: Grid | None = None,
+    ) -> None:
+        self.entry = entry
+        self.size = size
+        self.valid = valid
+        self.origin = origin
+        self.plans = plans
+        self.proportional = proportional
+        self.grid = grid
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(B,1,1,N) to add to attention logits: log size where it counts, -inf for slots that are not there."""
+        if self.size is None or not (self.proportional or self.valid is not None):
+            return None
+        bias = self.size.float().log() if self.proportional else torch.zeros_like(self.size, dtype=torch.float32)
+        if self.valid is not None:
+            bias = bias.masked_fill(~self.valid, float("-inf"))
+        return bias.to(dtype)[:, None, None, :]
+
+    def patches(self, x: Tensor, prefix: int) -> int:
+        """How many of the tokens ``x`` (B,N,C) are there and not protected, over all rows."""
+        if self.valid is not None:
+            return int(self.valid[:, prefix:].sum())
+        return x.shape[0] * (x.shape[1] - prefix)
+
+    def full_grid(self, prefix: int) -> Grid | None:
+        """:attr:`grid` where the tokens at the entry filled it behind ``prefix`` tokens, else None (patch dropout,
+        masked patches)."""
+        return self.grid if self.grid is not None and self.entry == prefix + math.prod(self.grid) else None
+
+    def after(self, plan: Plan, proportional: bool) -> State:
+        """The state of the tokens that ``plan`` leaves."""
+        valid = plan.validity()
+        size = plan.reduce_size(self.size)
+        if self.valid is not None and size is not None:
+            # What joins the slot of a padded token fills it; looking at the slot's own token would lose it.
+            valid = size > 0
+        if size is None and valid is not None:
+            size = valid.float()
+        origin = plan.representatives() if self.origin is None else plan.gather(self.origin)
+        proportional = proportional or self.proportional
+        return State(self.entry, size, valid, origin, (*self.plans, plan), proportional, self.grid)
+
+
+# -- on the tensor -----------------------------------------------------------------------------------------------------
+def state_of(x: Tensor) -> State | None:
+    """The state that a patched block left on its output, or None."""
+    return getattr(x, _ON_TENSOR, None)
+
+
+def set_state(x: Tensor, state: State | None) -> Tensor:
+    if state is not None:
+        setattr(x, _ON_TENSOR, state)
+    return x
+
+
+def entry_of(x: Tensor) -> Entry | None:
+    """The mark of tokens that no block has seen, or None."""
+    return getattr(x, _AT_ENTRY, None)
+
+
+def note_entry(x: Tensor, entry: Entry | None) -> Tensor:
+    """Mark ``x`` as tokens before the first block."""
+    if entry is not None:
+        setattr(x, _AT_ENTRY, entry)
+    return x
+
+
+def carry_state(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook for norms before the first and behind the last block: what follows still knows the tokens."""
+    if isinstance(output, Tensor):
+        note_entry(set_state(output, state_of(args[0])), entry_of(args[0]))
+
+
+def lost(what: str) -> RuntimeError:
+    """The error of ``what`` (a pooling, a head) that needs token sizes and gets a tensor without them."""
+    return RuntimeError(
+        f"{what} of a patched model needs the sizes of merged tokens, and this tensor of features has lost them: they "
+        "travel on the tensor that the model's blocks return, and clone, detach, indexing, cat, a change of dtype or "
+        "device, and hooks that return a new tensor leave them behind. Give it that tensor itself (change dtype and "
+        "device of the model or of the pooled output instead), or call tr.unpatch first for features of an unpatched "
+        "model"
+    )
+
+
+def known(x: Tensor, what: str) -> State | None:
+    """The state of ``x``, None for tokens before the first block. Raises ``RuntimeError`` where it got :func:`lost`."""
+    state = state_of(x)
+    if state is None and entry_of(x) is None:
+        raise lost(what)
+    return state
+
+
+# -- all plans at once -------------------------------------------------------------------------------------------------
+def full_plan(state: State) -> Plan | None:
+    """All plans so far as one, from the tokens at the entry to those that are left; None when none acted."""
+    composed: Plan | None = None
+    for plan in state.plans:
+        composed = plan if composed is None else composed.then(plan)
+    return composed
+
+
+def expand_patches(patches: Tensor, state: State, prefix: int) -> Tensor:
+    """Patch tokens (B,K-prefix,C) back to (B,N-prefix,C): merged tokens are copied, dropped ones are zero."""
+    plan = full_plan(state)
+    if plan is None or plan.k < plan.n == patches.shape[1] + prefix:  # all there, or made whole behind the last block
+        return patches
+    head = patches.new_zeros(patches.shape[0], prefix, patches.shape[2])
+    return plan.expand(torch.cat([head, patches], 1))[:, prefix:]
+
+
+# -- pooling -----------------------------------------------------------------------------------------------------------
+def pool_mean(x: Tensor, size: Tensor) -> Tensor:
+    """Mean over tokens (B,K,C) to (B,C), each counted ``size`` (B,K) times; half precision is summed in float32."""
+    w = size.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
+    return ((x * w).sum(1) / w.sum(1)).to(x.dtype)
+
+
+def log_size(state: State, skip: int, dtype: torch.dtype) -> Tensor:
+    """(B,K-skip) log sizes, -inf for slots that are not there: a key bias for attention pooling."""
+    assert state.size is not None
+    bias = state.size.float().log()
+    if state.valid is not None:
+        bias = bias.masked_fill(~state.valid, float("-inf"))
+    return bias[:, skip:].to(dtype)
