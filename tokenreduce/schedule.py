@@ -21,7 +21,7 @@ class Scheduled(Reducer):
     a count or a ratio, reached by equal steps.
     """
 
-    r: int | Sequence[int] = 0
+    r: int | Sequence[int] | tuple[int, float] = 0
     inflect: float = 0.0
     keep: int | float | None = None
 
@@ -30,8 +30,6 @@ class Scheduled(Reducer):
         if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
             object.__setattr__(self, "inflect", r[1])
             object.__setattr__(self, "r", r[0])
-        elif isinstance(r, Sequence) and not isinstance(r, str):
-            object.__setattr__(self, "r", tuple(r))
         check_keep(self.keep)
         layer_schedule(self.r, len(self.r) if isinstance(self.r, tuple) else 1, self.inflect)
         if self.keep is not None and self.r != 0:
