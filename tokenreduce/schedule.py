@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from tokenreduce.budget import Keep, check_count, check_keep, geometric, layer_schedule, linear, quarters
 from tokenreduce.evidence import Evidence
@@ -31,12 +32,15 @@ class Scheduled(Reducer):
             object.__setattr__(self, "inflect", r[1])
             object.__setattr__(self, "r", r[0])
         check_keep(self.keep)
-        layer_schedule(self.r, len(self.r) if isinstance(self.r, tuple) else 1, self.inflect)
+        self._removed(len(self.r) if isinstance(self.r, tuple) else 1)
         if self.keep is not None and self.r != 0:
             raise ValueError("give r or keep, not both")
 
     def acts(self, layer: int, depth: int) -> bool:
-        return self.keep is not None or layer_schedule(self.r, depth, self.inflect)[layer] > 0
+        return self.keep is not None or self._removed(depth)[layer] > 0
+
+    def _removed(self, depth: int) -> tuple[int, ...]:
+        return layer_schedule(cast("int | Sequence[int]", self.r), depth, self.inflect)
 
     def amount(self, evidence: Evidence) -> int:
         """Tokens to remove at this layer."""
@@ -45,7 +49,7 @@ class Scheduled(Reducer):
             left = linear(self.keep, evidence.entry - protected, evidence.layer, evidence.depth)
             return max(0, evidence.free() - left)
         depth = max(evidence.depth, len(self.r) if isinstance(self.r, tuple) else 1)
-        return layer_schedule(self.r, depth, self.inflect)[evidence.layer]
+        return self._removed(depth)[evidence.layer]
 
 
 def check_layers(layers: tuple[int, ...] | None, name: str) -> None:

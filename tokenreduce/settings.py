@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 __all__ = ["check", "describe", "fit", "fits", "hints"]
 
@@ -29,23 +29,41 @@ def check(settings: Any) -> None:
     """Give every field of a frozen dataclass instance a value of the kind that its annotation names: lists become
     tuples, numbers of numpy Python's own. Raises ``ValueError`` that names method, setting, value and what it takes."""
     kind = type(settings)
-    for field in fields(kind):
-        value = getattr(settings, field.name)
-        got = fit(value, hints(kind)[field.name])
+    for name, default, hint, plain in _fields(cast(Any, kind)):
+        value = getattr(settings, name)
+        if type(value) in plain and (type(value) is not float or math.isfinite(value)):
+            continue  # the usual case, made short: reducers are made anew in every forward
+        got = fit(value, hint)
         if not fits(got):
-            if value is field.default:  # the author's own choice
+            if value is default:  # the author's own choice
                 continue
-            what = f"{getattr(kind, 'name', '') or kind.__name__}: {field.name} is {describe(hints(kind)[field.name])}"
-            plain = _python(value)
-            finite = "; numbers are finite" if isinstance(plain, float) and not math.isfinite(plain) else ""
-            raise ValueError(f"{what}, not {value!r}{finite}")
+            number = _python(value)
+            finite = "; numbers are finite" if isinstance(number, float) and not math.isfinite(number) else ""
+            owner = getattr(kind, "name", "") or kind.__name__
+            raise ValueError(f"{owner}: {name} is {describe(hint)}, not {value!r}{finite}")
         if got is not value:
-            object.__setattr__(settings, field.name, got)
+            object.__setattr__(settings, name, got)
 
 
 @functools.cache
+def _fields(kind: type) -> tuple[tuple[str, Any, Any, frozenset[type]], ...]:
+    """Name, default, hint, and the types whose values all fit as they are, of every field."""
+    samples = (-98765, 0.98765, True, "\0", None)
+    out = []
+    for field in fields(kind):
+        hint = hints(kind)[field.name]
+        plain = frozenset(type(sample) for sample in samples if fit(sample, hint) is sample)
+        out.append((field.name, field.default, hint, plain))
+    return tuple(out)
+
+
 def hints(kind: type) -> Mapping[str, Any]:
     """Field name to annotation, evaluated; ``Any`` where that cannot be done, so that nothing is checked there."""
+    return _hints(cast(Any, kind))
+
+
+@functools.cache
+def _hints(kind: type) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         scope = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
