@@ -9,6 +9,8 @@ from tokenreduce import Evidence, list_methods
 from tokenreduce.registry import get_class
 
 ENCODER_METHODS = list_methods(stage="encoder")
+#: What ``paper`` of a method is: an arXiv id, or nothing. Those of the library's own stand in the README's tables, too.
+PAPER = r"(\d{4}\.\d{5})?"
 
 
 def tiny_vit(**changes) -> nn.Module:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 import torch
+from support import PAPER
 from threads import mixed_up
 from vlms import batch, llava
 
@@ -106,7 +108,7 @@ def test_documented(name):
     kind = get_class(name, "cache")
     assert kind.__doc__
     assert kind.title
-    assert kind.paper
+    assert re.fullmatch(PAPER, kind.paper)
     assert "Raises ``ValueError``" in kind.__doc__
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
-from support import ENCODER_METHODS, acting_layer, evidence, images, tiny_vit, with_keep
+from support import ENCODER_METHODS, PAPER, acting_layer, evidence, images, tiny_vit, with_keep
 from threads import mixed_up
 
 import tokenreduce as tr
@@ -164,7 +165,7 @@ def test_documented(name):
     assert kind.__doc__
     assert not kind.__doc__.startswith(kind.__name__ + "(")
     assert kind.title
-    assert kind.paper or name in ("random", "uniform", "resize") or kind.__module__.startswith("tokenreduce_plugin")
+    assert re.fullmatch(PAPER, kind.paper)
 
 
 # -- in a model ------------------------------------------------------------------------------------------------------

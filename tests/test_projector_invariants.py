@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 
 import pytest
 import torch
+from support import PAPER
 from visual import ORIGINS, frames, visual
 
 import tokenreduce as tr
@@ -217,7 +219,7 @@ def test_documented(name):
     assert kind.__doc__
     assert not kind.__doc__.startswith(kind.__name__ + "(")
     assert kind.title
-    assert kind.paper or name in ("random", "uniform", "pool", "resize", "uniform-frames", "pool-frames")
+    assert re.fullmatch(PAPER, kind.paper)
     assert "Raises ``ValueError``" in kind.__doc__
 
 

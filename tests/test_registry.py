@@ -13,9 +13,10 @@ import tokenreduce as tr
 from tokenreduce.reducer import STAGES, parse_spec, split_specs
 from tokenreduce.registry import get_class
 
-# The example that CONTRIBUTING.md gives to authors of methods, so that it cannot rot.
-GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
-PLUGIN = re.search(r"```python\n(.*?)```", GUIDE.read_text(), re.S).group(1)
+ROOT = Path(__file__).parent.parent
+# The examples that CONTRIBUTING.md gives to authors of methods, so that they cannot rot: as they stand, each in a file.
+PLUGINS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+NAMES = [re.search(r'name="(\w+)"', code).group(1) for code in PLUGINS]
 
 
 def test_unknown_names_get_suggestions():
@@ -146,17 +147,54 @@ def run(*command: str, plugin, timeout=300) -> str:
 
 
 @pytest.fixture
-def plugin(tmp_path):
-    file = tmp_path / "loudest.py"
-    file.write_text(PLUGIN)
-    return file
+def plugins(tmp_path):
+    for name, code in zip(NAMES, PLUGINS, strict=True):
+        (tmp_path / f"{name}.py").write_text(code)
+    return tmp_path
 
 
-def test_a_method_in_one_new_file_is_listed_and_passes_the_table(plugin):
-    code = "import tokenreduce as tr; print(tr.list_methods('loud*'), tr.Loudest(keep=0.5).spec())"
-    assert run("-c", code, plugin=plugin).strip() == "['loudest'] loudest:keep=0.5"
-    out = run("-m", "pytest", "tests/test_invariants.py", "-k", "loudest", "-p", "no:cacheprovider", plugin=plugin)
+def test_the_guides_methods_are_listed_and_work(plugins):
+    code = "import tokenreduce as tr; print([n for n in tr.list_methods() if n in " + repr(NAMES) + "])"
+    assert NAMES == ["loudest", "attended"]
+    assert run("-c", code, plugin=plugins).strip() == str(sorted(NAMES))
+    code = (
+        "import tokenreduce as tr; loud, seen = tr.Loudest(keep=0.5), tr.get_method('attended:keep=5')\n"
+        "print(loud.spec(), seen.spec(), tr.FasterVLM.choose.__code__.co_code == type(seen).choose.__code__.co_code)\n"
+        "tr.get_method('loudest:keep=no')"
+    )
+    env = {**os.environ, "TOKENREDUCE_PLUGINS": str(plugins)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "loudest:keep=0.5 attended:keep=5 True"
+    assert "ValueError: loudest: keep is an int or a float, not 'no'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("loudest", "tests/test_invariants.py"), ("attended", "tests/test_projector_invariants.py")]
+)
+def test_the_guides_methods_pass_the_table(plugins, name, table):
+    out = run("-m", "pytest", table, "-k", name, "-p", "no:cacheprovider", plugin=plugins)
     assert " passed" in out
+    assert "skipped" not in out
+
+
+def test_the_readme_gives_the_papers_that_the_classes_give():
+    """A method is in the table of its stage or of videos; names in other tables (results) have no paper beside them."""
+    given: dict[str, set[str]] = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if not line.startswith("| `"):
+            continue
+        papers = re.findall(r"\[([^]]+)\]\(https://arxiv\.org/abs/([^)]+)\)", line)
+        assert all(text == link for text, link in papers), line
+        names = re.findall(r"`([\w-]+)`", line.split("|")[1])
+        if papers:
+            assert len(papers) in (1, len(names)), line
+            for name, (paper, _) in zip(names, papers * (len(names) // len(papers)), strict=True):
+                given.setdefault(name, set()).add(paper)
+    assert len(given) > 45
+    assert given == {name: {get_class(name).paper} for name in given}
+    for name in given:
+        kind = get_class(name)
+        assert kind.paper in f"{sys.modules[kind.__module__].__doc__} {kind.__doc__}", name
 
 
 def test_installed_packages_bring_methods_by_entry_point(monkeypatch):

@@ -55,12 +55,14 @@ def layer_schedule(r: int | Sequence[int], depth: int, inflect: float = 0.0) -> 
     >>> layer_schedule(13, 12, -1.0)
     (26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0)
     """
-    if isinstance(r, Sequence):
+    if isinstance(r, Sequence) and not isinstance(r, str):
         if len(r) > depth:
             raise ValueError(f"r lists {len(r)} layers but the model has {depth}")
         for value in r:
             check_count(value, "r")
         return tuple(r) + (0,) * (depth - len(r))
+    if not isinstance(r, int):
+        raise ValueError(f"r is an int >= 0 or a list with one for each layer, not {r!r}")
     check_count(r, "r")
     if not -1 <= inflect <= 1:
         raise ValueError(f"inflect is in [-1, 1], not {inflect!r}")

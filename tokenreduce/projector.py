@@ -208,16 +208,17 @@ def share(total: int, room: list[int]) -> list[int]:
     """``total`` tokens shared out evenly among views that have ``room`` for so many; the first take the rest, and what
     a view has no room for goes to the others.
 
-    >>> share(10, [6, 6, 6]), share(10, [1, 6, 6]), share(99, [2, 3])
-    ([4, 3, 3], [1, 5, 4], [2, 3])
+    >>> share(10, [6, 6, 6]), share(10, [1, 6, 6]), share(99, [2, 3]), share(50, [20, 20, 20, 10])
+    ([4, 3, 3], [1, 5, 4], [2, 3], [14, 13, 13, 10])
     """
-    out = [0] * len(room)
-    left = min(total, sum(room))
-    while left:
-        open_views = [i for i, r in enumerate(room) if out[i] < r]
-        each, rest = divmod(left, len(open_views))
-        for n, i in enumerate(open_views):
-            given = min(each + (n < rest), room[i] - out[i])
-            out[i] += given
-            left -= given
+    rest, level, wider = min(total, sum(room)), 0, len(room)
+    for r in sorted(room):  # fill all to the narrowest, those that are wider to the next, ...
+        if (r - level) * wider > rest:
+            break
+        rest, level, wider = rest - (r - level) * wider, r, wider - 1
+    if wider:
+        level, rest = level + rest // wider, rest % wider
+    out = [min(r, level) for r in room]
+    for i in [i for i, r in enumerate(room) if r > level][:rest]:
+        out[i] += 1
     return out

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tokenreduce.evidence import Evidence, Look
 from tokenreduce.plan import Plan
+from tokenreduce.settings import check, fit, fits, hints
 
 __all__ = ["STAGES", "Reducer", "format_spec", "parse_spec", "split_specs"]
 
@@ -46,7 +48,9 @@ class Reducer:
             keep: int | float = 1.0
             def plan(self, evidence): ...
 
-    ``needs`` lists the evidence an adapter must gather, ``position`` where in an encoder block the plan acts.
+    ``needs`` lists the evidence an adapter must gather, ``position`` where in an encoder block the plan acts. What its
+    fields are annotated with is what settings take: values of another kind are a ``ValueError`` before its own
+    ``__post_init__`` runs, see :func:`tokenreduce.settings.check`.
     Encoder methods have a field ``keep`` (the share or number of patch tokens left after the last layer), which is
     what benchmarks sweep.
     """
@@ -87,10 +91,16 @@ class Reducer:
             raise TypeError(
                 f"{cls.__name__}: stage is one of {STAGES}, position one of {POSITIONS}, needs among {EVIDENCE}"
             )
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _checked_first(cls.__post_init__)  # type: ignore[method-assign]
         if name:
             from tokenreduce.registry import register
 
             register(cls)
+
+    def __post_init__(self) -> None:
+        if type(self).__post_init__ is Reducer.__post_init__:
+            check(self)
 
     # -- what a method says ----------------------------------------------------------------------------------------
     def plan(self, evidence: Evidence) -> Plan:
@@ -155,15 +165,42 @@ class Reducer:
     @staticmethod
     def from_json(text: str | Mapping[str, Any]) -> Reducer:
         """A reducer from :meth:`to_json`'s text or an equal mapping. Raises ``ValueError`` for unknown names."""
-        settings = dict(json.loads(text) if isinstance(text, str) else text)
+        given = json.loads(text) if isinstance(text, str) else text
         from tokenreduce.registry import get_class
 
-        if "method" not in settings:
-            raise ValueError("a reducer's JSON has a key 'method'")
+        if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+            raise ValueError("a reducer's JSON is an object with a key 'method', the method's name, and its settings")
+        settings = dict(given)
         return build(get_class(settings.pop("method")), settings)
 
     def __str__(self) -> str:
         return self.spec()
+
+
+def _checked_first(own: Callable[..., None]) -> Callable[..., None]:
+    """``own``, a class's ``__post_init__``, behind the check of what kinds its settings are."""
+
+    @functools.wraps(own)
+    def checked(self: Reducer, *args: Any) -> None:
+        if type(self).__post_init__ is checked:  # else a subclass calls it, and has checked
+            try:
+                check(self)
+            except ValueError as error:
+                raise ValueError(f"{error}{_more(str(error), own, self, *args)}") from None
+        own(self, *args)
+
+    return checked
+
+
+def _more(error: str, own: Callable[..., None], *args: Any) -> str:
+    """What the method itself says about settings of a wrong kind: it knows the values that it takes, too."""
+    try:
+        own(*args)
+    except ValueError as other:
+        return f" ({str(other).removesuffix(', not ' + error.rpartition(', not ')[2].partition(';')[0])})"
+    except Exception:  # it was not made for such values
+        return ""
+    return ""
 
 
 def build(kind: type[Reducer], settings: Mapping[str, Any]) -> Reducer:
@@ -183,19 +220,31 @@ def format_spec(name: str, settings: Mapping[str, Any]) -> str:
             return str(value).lower()
         if isinstance(value, tuple | list):
             return "[" + ",".join(text(v) for v in value) + "]"
-        return str(value)
+        return _quoted(value) if isinstance(value, str) else str(value)
 
     return name + (":" + ",".join(f"{k}={text(v)}" for k, v in settings.items()) if settings else "")
 
 
+def _quoted(value: str) -> str:
+    """``value``, in quotes where it would be read as something else."""
+    if value and value == value.strip() and _value(value) == value and not set(value) & set("[]+,\"'"):
+        return value
+    quote = '"' if "'" in value else "'"
+    return quote + value + quote
+
+
 def _split(text: str, at: str) -> list[str]:
-    """Split outside square brackets."""
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
+    """Split outside square brackets and outside values in quotes."""
+    parts, depth, start, i = [], 0, 0, 0
+    while i < len(text):
+        c = text[i]
+        if c in "'\"" and text[:i].rstrip()[-1:] in ("", *"=,[") and (end := text.find(c, i + 1)) > 0:
+            i = end
         depth += (c == "[") - (c == "]")
         if c == at and depth == 0:
             parts.append(text[start:i])
             start = i + 1
+        i += 1
     return [p.strip() for p in [*parts, text[start:]]]
 
 
@@ -210,18 +259,35 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return text.strip("'\"")
+    return _unquoted(text)
 
 
-def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
-    """``"tome:r=13,prop_attn=false"`` to its name and settings. Raises ``ValueError`` for malformed text."""
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text.strip("'\"")
+
+
+def _read(raw: str, hint: Any) -> Any:
+    """The value that ``raw`` is for a setting that takes ``hint``; of another kind where it is none of that."""
+    value = _value(raw)
+    for got in (fit(value, hint, words=True), fit(_unquoted(raw), hint)):
+        if fits(got):
+            return got
+    return value
+
+
+def parse_spec(text: str, kind: type[Reducer] | None = None) -> tuple[str, dict[str, Any]]:
+    """``"tome:r=13,prop_attn=false"`` to its name and settings, as ``kind`` takes them: what is "no" for a setting
+    that is text is false for one that is a bool. Raises ``ValueError`` for malformed text."""
     name, _, rest = text.strip().partition(":")
+    known = {} if kind is None else hints(kind)
     settings: dict[str, Any] = {}
     for item in _split(rest, ",") if rest.strip() else []:
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip() or not value.strip():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
             raise ValueError(f"cannot read {item!r} in {text!r}: write method:setting=value,setting=value")
-        settings[key.strip()] = _value(value.strip())
+        if key in settings:
+            raise ValueError(f"{text!r} gives {key} twice")
+        settings[key] = _read(value, known[key]) if key in known else _value(value)
     if not name:
         raise ValueError(f"cannot read {text!r}: it names no method; write method:setting=value")
     return name, settings

@@ -106,8 +106,8 @@ def get_method(spec: str, stage: str | None = None) -> Reducer:
     """
     if len(split_specs(spec)) > 1:
         raise ValueError(f"{spec!r} names several methods; pass it to tr.patch(model, spec) or tr.parse(spec)")
-    name, settings = parse_spec(spec)
-    return build(get_class(name, stage), settings)
+    kind = get_class(parse_spec(spec)[0], stage)
+    return build(kind, parse_spec(spec, kind)[1])
 
 
 def parse(*reducers: Reducer | str, stage: str | None = None) -> tuple[Reducer, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from tokenreduce.budget import Keep, check_count, check_keep, geometric, layer_schedule, linear, quarters
 from tokenreduce.evidence import Evidence
@@ -21,7 +22,7 @@ class Scheduled(Reducer):
     a count or a ratio, reached by equal steps.
     """
 
-    r: int | Sequence[int] = 0
+    r: int | Sequence[int] | tuple[int, float] = 0
     inflect: float = 0.0
     keep: int | float | None = None
 
@@ -30,15 +31,16 @@ class Scheduled(Reducer):
         if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
             object.__setattr__(self, "inflect", r[1])
             object.__setattr__(self, "r", r[0])
-        elif isinstance(r, Sequence) and not isinstance(r, str):
-            object.__setattr__(self, "r", tuple(r))
         check_keep(self.keep)
-        layer_schedule(self.r, len(self.r) if isinstance(self.r, tuple) else 1, self.inflect)
+        self._removed(len(self.r) if isinstance(self.r, tuple) else 1)
         if self.keep is not None and self.r != 0:
             raise ValueError("give r or keep, not both")
 
     def acts(self, layer: int, depth: int) -> bool:
-        return self.keep is not None or layer_schedule(self.r, depth, self.inflect)[layer] > 0
+        return self.keep is not None or self._removed(depth)[layer] > 0
+
+    def _removed(self, depth: int) -> tuple[int, ...]:
+        return layer_schedule(cast("int | Sequence[int]", self.r), depth, self.inflect)
 
     def amount(self, evidence: Evidence) -> int:
         """Tokens to remove at this layer."""
@@ -47,7 +49,7 @@ class Scheduled(Reducer):
             left = linear(self.keep, evidence.entry - protected, evidence.layer, evidence.depth)
             return max(0, evidence.free() - left)
         depth = max(evidence.depth, len(self.r) if isinstance(self.r, tuple) else 1)
-        return layer_schedule(self.r, depth, self.inflect)[evidence.layer]
+        return self._removed(depth)[evidence.layer]
 
 
 def check_layers(layers: tuple[int, ...] | None, name: str) -> None:

@@ -104,8 +104,9 @@ class Solver:
         number ``r`` of tokens to remove per layer is solved for ``r`` where ``keep`` does not reach far enough.
         Raises ``ValueError`` for a method without ``keep``, or with ``keep`` given in its spec.
         """
-        name, settings = parse_spec(spec)
+        name, _ = parse_spec(spec)
         kind = get_class(name)
+        _, settings = parse_spec(spec, kind)
         known = {f.name: f.default for f in fields(kind)}
         if "keep" not in known or "keep" in settings:
             why = "fixes keep itself" if "keep" in settings else f"{name} has no setting keep to solve for"

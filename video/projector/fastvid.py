@@ -30,11 +30,12 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
 
     The video is cut where adjacent frames are less similar than ``dyseg_tau``, and further at the least similar ones
     until there are ``dyseg_c`` segments. A segment's part of ``keep`` is that of its frames. ``stprune_d`` of it are
-    context tokens, as many in each anchor: the last frame of the segment and every ``dtm_p``-th before it. Salient
-    tokens are those of highest attention in the vision tower. Context tokens (targets) are the density peaks (DPC-KNN
-    scores) among an anchor's other tokens. For every anchor anew, each token of the segment that is not salient joins
-    the anchor's target with the highest cosine; of n that joined with mean m, a target x becomes w x + (1 - w) m, with
-    w = max(1 / (n + 1), dtm_beta). Outputs are in the order of the prompt, at the place of their token.
+    context tokens, shared out among the anchors: the last frame of the segment and every ``dtm_p``-th before it.
+    Salient tokens are those of highest attention in the vision tower. Context tokens (targets) are the density peaks
+    (DPC-KNN scores) among an anchor's other tokens. For every anchor anew, each token of the segment that is not
+    salient joins the anchor's target with the highest cosine; of n that joined with mean m, a target x becomes
+    w x + (1 - w) m, with w = max(1 / (n + 1), dtm_beta). Outputs are in the order of the prompt, at the place of their
+    token.
 
     Published code for SigLIP takes saliency and the features by which frames are compared from the tower's own pooling
     head: the attention of its query, and what it makes of a frame. So does ``score="auto"`` where the tower still has
@@ -45,9 +46,9 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
 
     Different from the official code: the number of outputs is ``keep`` (there rounding loses some). Frame t of T
     answers for floor((t+1) keep / T) - floor(t keep / T) of it, so that fewer than one per frame are spread evenly.
-    What division among anchors leaves, and context tokens that an anchor beside its salient ones has no room for,
-    become salient tokens; these are shared out evenly in a segment, the first frames take the rest. ``dyseg_c`` is at
-    most T; ties go to the lower index (there noise); an all-zero token is similar to none.
+    Context tokens that no anchor takes become salient tokens; these are shared out evenly in a segment, the first
+    frames take the rest. ``dyseg_c`` is at most T; ties go to the lower index (there noise); an all-zero token is
+    similar to none.
 
     Args:
         keep: visual tokens of a whole video that stay, a count or a ratio.
@@ -58,8 +59,13 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
         stprune_d: share of context tokens.
         dtm_p: step between anchors.
         dtm_beta: least weight of a target's own value.
-        pool: tokens that join targets: "all" that are not salient, targets of this and other anchors too (as in the
-            code for LLaVA-OneVision), or "others", without this anchor's targets (for LLaVA-Video and Qwen2.5-VL).
+        pool: which of the two published codes is followed. "all" (LLaVA-OneVision): all tokens that are not salient
+            join targets, targets of this and other anchors too; context tokens are rounded down frame by frame, every
+            anchor takes as many, at most what it has room for beside its salient tokens, and the rest of the division
+            is left. "others" (Qwen2.5-VL): this anchor's targets do not join; context tokens are rounded down for the
+            whole segment, at least one, the anchors at its end take one more of what division leaves, and none takes
+            more than half of a frame (in a segment of one frame: all of it). The code for LLaVA-Video is the same
+            without "at least one" and the half.
         score: "head" is the pooling head, refused where a tower has none; others as in
             :class:`~tokenreduce.projector.Salient`, "auto" takes the head first.
         layer: see :class:`~tokenreduce.projector.Salient`; None with "head".
@@ -124,19 +130,29 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
         if self.dyseg_ignore is not None:
             ends = (alike < self.dyseg_ignore).nonzero().flatten().tolist()
         ends.append(frames - 1)
-        anchors = set(ends[:: -self.dtm_p])
-        # The share of one frame is rounded down, as published, but not for the rounding of the product.
-        context = frames * int(budget * self.stprune_d / frames + 1e-6)
-        salient = min(n, -(-(budget - context) // len(ends)))
-        each = min(context // len(anchors), n - salient)
-        contexts = [each if t in anchors else 0 for t in range(frames)]
+        anchors = ends[:: -self.dtm_p]
+        parts = self._targets(budget, frames, n, len(ends), len(anchors))
+        contexts = [0] * frames
+        for t, part in zip(anchors, parts, strict=True):
+            contexts[t] = part
         salients = [0] * frames
-        left = budget - each * len(anchors)
+        left = budget - sum(contexts)
         for mine in (ends, [t for t in range(frames) if t not in ends]):
             for t, count in zip(mine, share(left, [n - contexts[t] for t in mine]), strict=True):
                 salients[t] = count
             left = budget - sum(contexts) - sum(salients)
         return salients, contexts
+
+    def _targets(self, budget: int, frames: int, n: int, ends: int, anchors: int) -> list[int]:
+        """Context tokens of each anchor, from the last one back, of a segment in which ``ends`` frames keep tokens."""
+        # Rounded down, as published, but not for the rounding of the product.
+        if self.pool == "all":
+            context = frames * int(budget * self.stprune_d / frames + 1e-6)
+            salient = min(n, -(-(budget - context) // ends))
+            return [min(context // anchors, n - salient)] * anchors
+        context = min(max(int(budget * self.stprune_d + 1e-6), 1), budget)
+        most = n if frames == 1 else n // 2
+        return [min(part, most) for part in share(context, [context] * anchors)]
 
     def _sample(
         self, x: Tensor, scores: Tensor, alike: Tensor, keep: int, p: int

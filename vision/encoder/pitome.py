@@ -31,6 +31,7 @@ class Preset(NamedTuple):
     first: int | None = None  # number of early layers, half of the depth (rounded up) by default
     site: str = "middle"
     by_size: bool = True
+    prop_attn: bool = False
 
 
 PRESETS = {
@@ -40,7 +41,7 @@ PRESETS = {
     "clip": Preset(0.95, 0.95, early="energy", metric="x"),
     "clip_hf": Preset(0.9, 0.9, early="tome", metric="x", first=13, site="after", by_size=False),
     "blip": Preset(0.9, 0.9, early="energy", metric="x"),
-    "blip2": Preset(0.75, 0.4, early="energy"),
+    "blip2": Preset(0.75, 0.4, early="energy", prop_attn=True),
 }
 
 
@@ -66,7 +67,8 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
             12 "tome", then "energy", compares features after the MLP, plain means), "blip" (0.9, "energy",
             compares features), "blip2" (0.75 - 0.4*layer/depth, "energy").
         metric: "keys" (averaged over heads) or "x" (features); by default that of the preset.
-        prop_attn: proportional attention. Off by default: the authors' code tracks sizes but never passes them on.
+        prop_attn: proportional attention. None is that of the preset: on for "blip2", off for the others, where the
+            authors' code tracks sizes but never passes them on.
 
     Decisions: all prefix tokens are protected, not only the class token; the energy subtracts the margin as the code
     does (the paper's text keeps the cosine where it is above the margin); "tome" counts the prefix in T as the code
@@ -81,7 +83,7 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
     alpha: float = 1.0
     preset: str = "deit"
     metric: str | None = None
-    prop_attn: bool = False
+    prop_attn: bool | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -100,6 +102,10 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
             raise ValueError(f"margin is a number m or a pair (m, s) for m - s*layer/depth, not {self.margin!r}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or self.alpha < 0:
             raise ValueError(f"alpha is a number >= 0, not {self.alpha!r}")
+
+    @property
+    def proportional(self) -> bool:
+        return PRESETS[self.preset].prop_attn if self.prop_attn is None else self.prop_attn
 
     def acts(self, layer: int, depth: int) -> bool:
         return self.keep is not None or self.ratio < 1

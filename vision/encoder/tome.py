@@ -1,4 +1,4 @@
-"""Token Merging, ToMe (arXiv 2210.09461), with its k-th and random variants."""
+"""Token Merging, ToMe (arXiv 2210.09461), with its k-th variant."""
 
 from __future__ import annotations
 

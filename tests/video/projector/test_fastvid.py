@@ -83,14 +83,20 @@ def reference(x, score, t, keep, c=8, tau=0.9, ignore=None, share=0.4, step=4, b
         budget = b * keep // t - a * keep // t
         ends = [f for f in range(a, b) if f == b - 1 or ignore is None or alike[f] < ignore]
         anchors = ends[::-1][::step]
-        context = w * int(budget / w * share + 1e-9)
-        room = n - min(n, -(-(budget - context) // len(ends)))
-        each = min(context // len(anchors), room)
+        goals = dict.fromkeys(range(a, b), 0)  # context tokens of every frame
+        if pool == "all":
+            context = w * int(budget / w * share + 1e-9)
+            room = n - min(n, -(-(budget - context) // len(ends)))
+            goals |= dict.fromkeys(anchors, min(context // len(anchors), room))
+        elif budget:
+            for turn in range(max(int(budget * share + 1e-9), 1)):
+                goals[anchors[turn % len(anchors)]] += 1
+            if w > 1:
+                goals = {f: min(goal, n // 2) for f, goal in goals.items()}
         others = [f for f in range(a, b) if f not in ends]
-        count = dict(
-            zip(ends, shared(budget - each * len(anchors), [n - each * (f in anchors) for f in ends]), strict=True)
-        )
-        left = budget - each * len(anchors) - sum(count.values())
+        left = budget - sum(goals.values())
+        count = dict(zip(ends, shared(left, [n - goals[f] for f in ends]), strict=True))
+        left -= sum(count.values())
         count |= dict(zip(others, shared(left, [n] * len(others)), strict=True))
         salient = set()
         for f in range(a, b):
@@ -99,9 +105,11 @@ def reference(x, score, t, keep, c=8, tau=0.9, ignore=None, share=0.4, step=4, b
         for f, j in salient:
             out[f * n + j] = {f * n + j: 1.0}
         rest = [(f, j) for f in range(a, b) for j in range(n) if (f, j) not in salient]
-        for f in anchors if each else ():
+        for f in anchors:
+            if not goals[f]:
+                continue
             mine = [j for g, j in rest if g == f]
-            targets = sorted(mine[i] for i in density_order(x[f, mine])[:each])
+            targets = sorted(mine[i] for i in density_order(x[f, mine])[: goals[f]])
             joined = {j: [] for j in targets}
             for g, i in rest:
                 if pool == "others" and g == f and i in targets:
@@ -132,6 +140,8 @@ SETTINGS = [
     {}, {"pool": "others"}, {"dtm_p": 1}, {"dtm_p": 3, "dtm_beta": 0.0}, {"dyseg_ignore": 0.995}, {"dyseg_tau": -1.0},
     {"dyseg_c": 1, "dyseg_tau": -1.0, "pool": "others"}, {"stprune_d": 1.0}, {"stprune_d": 0.0}, {"dyseg_c": 100},
     {"dyseg_c": 2, "dyseg_tau": -1.0, "dyseg_ignore": 0.995, "dtm_p": 2},
+    {"dyseg_c": 2, "dyseg_tau": -1.0, "dyseg_ignore": 0.995, "dtm_p": 2, "pool": "others"},
+    {"stprune_d": 0.9, "dtm_p": 2, "pool": "others"}, {"stprune_d": 0.0, "dtm_p": 1, "pool": "others"},
 ]  # fmt: skip
 NAMES = {
     "dyseg_c": "c", "dyseg_tau": "tau", "dyseg_ignore": "ignore", "stprune_d": "share", "dtm_p": "step",
@@ -181,6 +191,9 @@ def test_keep_is_exact_and_in_order(t, keep, pool, tau):
         torch.testing.assert_close(plan.matrix().sum(-1), torch.ones(2, plan.k, dtype=torch.float64))
 
 
+OTHERS = {"pool": "others"}
+
+
 @pytest.mark.parametrize(
     ("settings", "alike", "n", "budget", "salients", "contexts"),
     [
@@ -199,6 +212,22 @@ def test_keep_is_exact_and_in_order(t, keep, pool, tau):
         ({"dyseg_ignore": 0.95, "dtm_p": 1}, [0.99, 0.9, 0.96], 20, 20, [0, 6, 0, 6], [0, 4, 0, 4]),
         # The last frames have no room for all: the others get what is left.
         ({"dyseg_ignore": 0.95}, [0.99, 0.9, 0.96], 6, 14, [1, 6, 1, 5], [0, 0, 0, 1]),
+        # The other published arithmetic: int(152 * 0.4) = 60 of the whole segment.
+        (OTHERS, [1.0] * 7, 196, 152, [12] * 4 + [11] * 4, [0, 0, 0, 30, 0, 0, 0, 30]),
+        # int(98 * 0.4) = 39 for two anchors: the later one has the one that division leaves.
+        (OTHERS, [1.0] * 4, 196, 98, [12, 12, 12, 12, 11], [19, 0, 0, 0, 20]),
+        (OTHERS | {"dtm_p": 1}, [1.0] * 3, 196, 26, [4] * 4, [2, 2, 3, 3]),
+        # At least one, also of so few that their share is none, and where the share is zero.
+        (OTHERS, [1.0] * 3, 9, 2, [1, 0, 0, 0], [0, 0, 0, 1]),
+        (OTHERS, [1.0] * 3, 9, 1, [0] * 4, [0, 0, 0, 1]),
+        (OTHERS | {"stprune_d": 0.0}, [1.0] * 3, 9, 9, [2] * 4, [0, 0, 0, 1]),
+        (OTHERS, [1.0] * 3, 9, 0, [0] * 4, [0] * 4),
+        # 24 for one anchor of 20 tokens, which takes 10; the others are salient, as evenly as there is room.
+        (OTHERS, [1.0] * 3, 20, 60, [14, 13, 13, 10], [0, 0, 0, 10]),
+        (OTHERS | {"stprune_d": 0.9}, [1.0], 9, 12, [4, 4], [0, 4]),
+        # A frame alone has no such limit.
+        (OTHERS | {"stprune_d": 0.9}, [], 9, 8, [1], [7]),
+        (OTHERS | {"dyseg_ignore": 0.95, "dtm_p": 1}, [0.99, 0.9, 0.96], 20, 23, [0, 7, 0, 7], [0, 4, 0, 5]),
     ],
 )  # fmt: skip
 def test_quotas(settings, alike, n, budget, salients, contexts):
@@ -234,7 +263,8 @@ def test_a_token_feeds_every_anchor():
 def test_the_pool_may_leave_the_targets_out():
     x = film(4, 3, 4, scene=4)[None]
     e = given(x, 4, 3, 4)
-    both = [FastVID(0.5, dyseg_c=1, dyseg_tau=-1.0, pool=p).plan(e) for p in ("all", "others")]
+    # Of 12 outputs 4 are context in both arithmetics: one of three in each of four frames, a third of the segment.
+    both = [FastVID(12, stprune_d=0.34, dyseg_c=1, dyseg_tau=-1.0, pool=p).plan(e) for p in ("all", "others")]
     assert torch.equal(both[0].representatives(), both[1].representatives())
     merged = ~both[0].untouched()[0]
     assert merged.any()

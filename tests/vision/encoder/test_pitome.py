@@ -259,5 +259,11 @@ def test_bad_settings(settings, names):
 def test_settings_as_text():
     assert tr.get_method("pitome:ratio=0.9,margin=[0.6,0]") == tr.PiToMe(ratio=0.9, margin=(0.6, 0))
     assert not tr.PiToMe().acts(0, 12)
+    # Of the authors' patches, that for BLIP-2 alone hands the sizes to attention.
+    for preset in ("deit", "augreg", "mae", "clip", "clip_hf", "blip", "blip2"):
+        assert tr.PiToMe(ratio=0.9, preset=preset).proportional is (preset == "blip2")
+        for given in (True, False):
+            assert tr.PiToMe(ratio=0.9, preset=preset, prop_attn=given).proportional is given
+    assert tr.get_method("pitome:preset=blip2,prop_attn=off").proportional is False
     assert not tr.PiToMe(ratio=0.9).proportional
     assert tr.PiToMe(ratio=0.9, prop_attn=True).proportional
