@@ -7,8 +7,6 @@ text. What is left cannot be told, and is said once: nothing is reduced in silen
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 import warnings
 from dataclasses import dataclass, field, replace
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Arrived", "Brought", "attach_given", "brought_by", "say_late", "say_strange"]
 
+#: Where a model has its :class:`Arrived`.
+_ARRIVED = "_tokenreduce_arrived"
 #: Channels that are compared; as many rows agree in all of them only where they are the same.
 _CHANNELS = 64
 #: Calls of get_image_features that are remembered for one prompt.
@@ -92,24 +92,32 @@ class Brought:
 def attach_given(found: Language, arrived: Arrived, undo: Undo) -> None:
     """Remember in ``arrived`` what ``get_image_features`` and ``get_video_features`` make, so that it is known in
     embeddings that the caller merges."""
-    inner: Any = found.inner
-    for kind in ("image", "video"):
-        name = f"get_{kind}_features"
-        if not hasattr(inner, name):
-            continue
-        within = inner.__dict__.get(name)  # what gathers evidence, if anything does
-        wrapped = functools.partial(remember, inner, kind, arrived, within)
-        wrapped.__signature__ = inspect.signature(getattr(inner, name))  # type: ignore[attr-defined]
-        undo.set(inner, name, wrapped)
+    undo.set(found.inner, _ARRIVED, arrived)
+    for name, mixin in (("get_image_features", RememberedImages), ("get_video_features", RememberedVideos)):
+        if hasattr(found.inner, name):
+            undo.mix_in(found.inner, mixin)
 
 
-def remember(inner: Any, kind: str, arrived: Arrived, within: Any, *args: Any, **kwargs: Any) -> Any:
-    """``get_image_features`` or ``get_video_features`` of ``inner``, whose rows are remembered."""
-    stock = getattr(type(inner), f"get_{kind}_features")
-    output = stock(inner, *args, **kwargs) if within is None else within(*args, **kwargs)
+class RememberedImages(nn.Module):
+    """Mixin of models with ``get_image_features``."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return remember(self, "image", super().get_image_features(*args, **kwargs))  # type: ignore[misc]
+
+
+class RememberedVideos(nn.Module):
+    """Mixin of models with ``get_video_features``."""
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        return remember(self, "video", super().get_video_features(*args, **kwargs))  # type: ignore[misc]
+
+
+def remember(inner: Any, kind: str, output: Any) -> Any:
+    """``output`` of ``get_image_features`` or ``get_video_features`` of ``inner``, whose rows are remembered."""
     features = getattr(output, "pooler_output", None)
     inside = WATCHING.get() is not None  # Qwen3-VL's videos go through its get_image_features
     if features is not None and not inside and not torch.compiler.is_compiling():
+        arrived: Arrived = vars(inner)[_ARRIVED]
         arrived.add(kind, features, inner.get_input_embeddings().weight.dtype, encoded_in(output))
     return output
 
