@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, rows_of
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, softcap_of
+from tokenreduce.adapters.vlm_later import columns_of_mask
 from tokenreduce.evidence import Earlier, Evidence, Prompt
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import DecodeStep, active
@@ -51,8 +52,10 @@ class Aside:
 
 @dataclass
 class Again:
-    """What decode steps of one generation remember. Keys of the dictionaries are layers where a method chooses."""
+    """What decode steps of one generation remember. Keys of the dictionaries are layers where a method chooses, which
+    are those ``at``."""
 
+    at: tuple[int, ...] = ()
     #: (B,L) the new token's attention in the step before, mean over heads, and which columns it left.
     earlier: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     #: (B,S) column of every cache slot from the layer on, -1 for none; only once a token came back there.
@@ -60,6 +63,11 @@ class Again:
     aside: dict[int, Aside] = field(default_factory=dict)
     #: Rotary tables of the prompt's columns.
     tables: tuple[Tensor, ...] | None = None
+
+    def revived_at(self, layer: int) -> int | None:
+        """The layer since which the choice that holds in ``layer`` was made, where tokens came back."""
+        since = max((i for i in self.at if i <= layer), default=None)
+        return since if since in self.slots else None
 
     def reorder(self, rows: Tensor) -> None:
         """Follow beams: row i is what row ``rows[i]`` was."""
@@ -191,6 +199,11 @@ def choose_again(
     run.check_batch(x.shape[0])
     if step.new > 1:
         return _turn(layer, args, kwargs, step, index, site)
+    if step.masked:
+        raise ValueError(
+            "attention_mask says by itself what a new token sees, where a method on this model chooses that in every "
+            "decode step; give a padding mask (batch, tokens), or leave that method out"
+        )
     if site.method is not None:
         with torch.no_grad():
             x = _choose(layer, x, step, index, site, cache, kwargs["position_embeddings"])
@@ -231,8 +244,8 @@ def _columns(run: Run, layer: int, since: int | None, slots: int) -> Tensor:
     if known is not None:
         if known.shape[1] != slots:
             raise ValueError(
-                f"the cache of layer {layer} holds {slots} tokens where {known.shape[1]} were put; cropping a cache "
-                f"(assisted decoding) is not supported with methods that bring tokens back"
+                f"the cache of layer {layer} holds {slots} tokens where {known.shape[1]} were put; crop the cache as a "
+                f"whole (cache.crop), not its layers"
             )
         return known
     cut, (b, length), device = run.cut_at(layer), run.visual.shape, run.visual.device
@@ -417,7 +430,10 @@ def _turn(
     new = torch.arange(total - n, total, device=x.device).expand(len(x), -1)
     if site.method is not None:
         run.again.slots[index] = torch.cat([_columns(run, index, index, past), _real(run, new)], 1)
-    columns = run.again.slots[site.since]
+    columns, stock = run.again.slots[site.since], kwargs.get("attention_mask")
+    if isinstance(stock, Tensor) and stock.dim() == 4:
+        mask = columns_of_mask(stock, columns, columns >= 0, step, cache)
+        return args, {**kwargs, "attention_mask": mask, "position_ids": None, CALL: Call(mask)}
     mask = ((columns >= 0)[:, None] & (columns[:, None] <= new[..., None]))[:, None]
     own = torch.arange(columns.shape[1], device=x.device) == past + torch.arange(n, device=x.device)[:, None]
     mask = mask | (own & ~mask.any(-1, keepdim=True))

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, run_of
+from tokenreduce.adapters.vlm_batching import is_paged
+from tokenreduce.adapters.vlm_cache import forget_run
 from tokenreduce.adapters.vlm_decode import Again
+from tokenreduce.adapters.vlm_drafts import sees_images
 from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
 
@@ -23,13 +26,8 @@ def whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args:
             f"chooses tokens by the whole prompt; leave it None"
         )
     model_kwargs = args[0] if args else kwargs.get("model_kwargs", {})
-    cache, mask = cache_in(model_kwargs), model_kwargs.get("attention_mask")
-    run = None if cache is None else run_of(cache)
-    cached = 0 if run is None else int(cache.get_seq_length())
-    given = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[-1]
-    if run is not None and cached and given == input_ids.shape[1]:
-        # A turn that brings the cached tokens again: the library would take as many off as the cache holds.
-        input_ids = input_ids[:, run.columns(cached) :]
+    if getattr(generation_config, "is_assistant", False):
+        kwargs["is_first_iteration"] = sees_images(generator, model_kwargs)
     return type(generator)._prefill(generator, input_ids, generation_config, *args, **kwargs)
 
 
@@ -40,32 +38,23 @@ def start(
     *,
     ids: tuple[int, ...],
     slides: bool,
-    again: bool = False,
+    again: tuple[int, ...] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the inner model: make the run of this generation, or take it from the cache.
 
-    What a later turn brings, images included, stays as it is. With ``again`` a method chooses in decode, too.
+    What a later turn brings, images included, stays as it is. ``again`` are the layers where a method chooses in
+    decode, too.
     """
     FORWARD.set(None)
     cache = cache_in(kwargs)
+    if cache is not None and is_paged(cache):
+        return None
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if cache is not None and cache.get_seq_length() > 0:
         run = run_of(cache)
-        if run is None:
-            return None
-        new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
-        cached = int(cache.get_seq_length())
-        columns = run.columns(cached) + new
-        if columns > cached + new:
-            _check_turn(kwargs.get("attention_mask"), columns, new)
-        if new > 1 and kwargs.get("attention_mask") is not None:
-            real = _padding(kwargs["attention_mask"], run.visual.shape[0], columns, slides)
-            later = None if real is None else real[:, run.length :]
-            run.later = None if later is None or bool(later.all()) else later
-        return args, {
-            **kwargs,
-            KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None, new=new),
-        }
+        return None if run is None else (args, {**kwargs, KEYWORD: _later(run, cache, tokens, kwargs, slides)})
+    if cache is not None:
+        forget_run(cache)
     if tokens is not None:
         marks = [tokens == i for i in ids]
     else:
@@ -80,7 +69,7 @@ def start(
     newline = getattr(inner, "image_newline", None)
     given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
     step = Step(
-        Run(visual.shape[1], visual, padding, again=Again() if again else None),
+        Run(visual.shape[1], visual, padding, again=Again(again) if again else None),
         prefill=True,
         newline=newline,
         encoded={k: e for k, e in given.items() if e is not None},
@@ -91,19 +80,29 @@ def start(
     return args, {**kwargs, KEYWORD: step}
 
 
-def _check_turn(mask: Any, columns: int, new: int) -> None:
+def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any], slides: bool) -> Step:
+    """The step of a call on a cache that holds the prompt; its columns are the caller's, dropped ones included."""
+    new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
+    past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
+    flat = isinstance(mask, Tensor) and mask.dim() == 2
+    grows = not any(hasattr(layer, "max_cache_len") for layer in cache.layers)
+    if flat and run.cut_at(0) is not None:
+        _check_turn(mask, past + new, new)
+    # Masks with rows are taken as they are; what remembers padding needs it where they say no more than that.
+    if new > 1 and mask is not None and (flat or not (grows or slides)):
+        real = _padding(mask, run.visual.shape[0], past + new, slides)
+        later = None if real is None else real[:, run.length :]
+        run.later = None if later is None or bool(later.all()) else later
+    return Step(run, prefill=False, new=new, past=past, masked=mask is not None and not flat and grows)
+
+
+def _check_turn(mask: Tensor, columns: int, new: int) -> None:
     """On a cache that is shorter than what the caller gave, masks show what the caller thinks is in there."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        if mask.shape[1] != columns:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, but there are {columns} tokens: {columns - new} before "
-                f"this call, visual tokens that were dropped included, and {new} new ones; pass only tokens that are "
-                f"new, with the mask of all"
-            )
-    elif mask is not None and new > 1:
+    if mask.shape[1] != columns:
         raise ValueError(
-            "a later turn on a static cache is not supported with projector-stage methods; leave cache_implementation "
-            "at its default"
+            f"attention_mask has {mask.shape[1]} columns, but there are {columns} tokens: {columns - new} before "
+            f"this call, visual tokens that were dropped included, and {new} new ones; pass only tokens that are "
+            f"new, with the mask of all"
         )
 
 
@@ -130,11 +129,6 @@ def _padding(mask: Any, batch: int, columns: int, slides: bool) -> Tensor | None
             f"takes the whole prompt in one call"
         )
     if mask.dim() == 4:
-        if slides and mask.shape[2] != columns:
-            raise ValueError(
-                "a later turn on a static cache is not supported where every layer has a sliding window; leave "
-                "cache_implementation at its default"
-            )
         square = mask[:, 0, :, :columns]
         row = square.diagonal(dim1=1, dim2=2) if slides else square[:, -1]
         mask = row if row.dtype == torch.bool else row == 0
