@@ -11,7 +11,6 @@ import functools
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenreduce.adapters.generation import Run, attach_run, run_of
@@ -68,29 +67,28 @@ def crop(cache: Any, number: int) -> None:
         return
     past, again = int(seen(cache)), run.again
     left = max(past + number, 0) if number <= 0 else min(number, past)
-    since = [None if again is None else again.revived_at(i) for i in range(len(cache.layers))]
-    gone = [run.slots_behind(i, left, past) if at is None else 0 for i, at in enumerate(since)]
-    kept = {} if again is None else {i: slots_before(columns, left) for i, columns in again.slots.items()}
-    for layer, at, n in zip(cache.layers, since, gone, strict=True):
-        if at is None:
-            layer.crop(-n)
+    known = {} if again is None else {i: slots_before(run, i, columns, left) for i, columns in again.slots.items()}
+    gone = []
+    for i in range(len(cache.layers)):
+        since = None if again is None else again.revived_at(i)
+        if again is None or since is None:
+            gone.append(run.slots_behind(i, left, past))
         else:
-            take = kept[at][0].clamp(min=0)[:, None, :, None]
-            layer.keys, layer.values = (
-                t.gather(2, take.to(t.device).expand(-1, t.shape[1], -1, t.shape[3])) for t in (layer.keys, layer.values)
-            )
-    if left == past:
-        return
-    if again is not None:
-        again.slots = {i: columns for i, (_, columns) in kept.items()}
-        again.earlier = {}  # what the step before saw is not known any more
-    run.crop(left)
+            gone.append(again.slots[since].shape[1] - known[since])
+    for layer, n in zip(cache.layers, gone, strict=True):
+        layer.crop(-n)
+    if left < past:
+        if again is not None:
+            again.crop(left, known)
+        run.crop(left)
 
 
-def slots_before(columns: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    """Slots (B,S) of those whose ``columns`` (B,N) are before ``left``, in their order, -1 in front where a row has
-    fewer; and their columns."""
-    slot = torch.arange(columns.shape[1], device=columns.device).masked_fill(columns >= left, -1)
-    width = int((slot >= 0).sum(1).max())
-    take = slot.sort(dim=1).values[:, columns.shape[1] - width :]
-    return take, columns.gather(1, take.clamp(min=0)).masked_fill(take < 0, -1)
+def slots_before(run: Run, layer: int, columns: Tensor, left: int) -> int:
+    """How many slots of ``layer``, where tokens came back and which has ``columns`` (B,S), were filled when it held the
+    first ``left`` columns. What came back with a later token goes with that, and may come back again."""
+    new = ((columns >= run.length) & (columns < left)).any(0).nonzero()
+    if len(new):
+        return int(new[-1]) + 1
+    cut = run.cut_at(layer)
+    held = run.length if cut is None else cut.index.shape[1]
+    return held - (run.slots_behind(layer, left, run.length) if left < run.length else 0)

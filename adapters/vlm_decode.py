@@ -30,6 +30,10 @@ from tokenreduce.trace import DecodeStep, active
 __all__ = ["Again", "Site", "check_later", "choose_again", "follow_beams", "last_only", "set_aside"]
 
 
+#: Steps that are remembered for when a cache is cropped: more than drafts have tokens.
+_STEPS = 32
+
+
 @dataclass(frozen=True)
 class Site:
     """A decoder layer in decode: the method that chooses before it, if any; the layer ``since`` which the choice that
@@ -56,8 +60,9 @@ class Again:
     are those ``at``."""
 
     at: tuple[int, ...] = ()
-    #: (B,L) the new token's attention in the step before, mean over heads, and which columns it left.
-    earlier: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    #: The steps before, the last one last, as many as drafts may take back: the new token's column, its attention (B,L),
+    #: mean over heads, and which columns it left.
+    earlier: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
     #: (B,S) column of every cache slot from the layer on, -1 for none; only once a token came back there.
     slots: dict[int, Tensor] = field(default_factory=dict)
     aside: dict[int, Aside] = field(default_factory=dict)
@@ -69,9 +74,14 @@ class Again:
         since = max((i for i in self.at if i <= layer), default=None)
         return since if since in self.slots else None
 
+    def crop(self, left: int, slots: dict[int, int]) -> None:
+        """Forget columns from ``left`` on; ``slots`` of those that are known stay, from each layer on."""
+        self.slots = {k: self.slots[k][:, :n] for k, n in slots.items()}
+        self.earlier = {k: [s for s in steps if s[0] < left] for k, steps in self.earlier.items()}
+
     def reorder(self, rows: Tensor) -> None:
         """Follow beams: row i is what row ``rows[i]`` was."""
-        self.earlier = {k: (a[rows], s[rows]) for k, (a, s) in self.earlier.items()}
+        self.earlier = {k: [(c, a[rows], s[rows]) for c, a, s in steps] for k, steps in self.earlier.items()}
         self.slots = {k: s[rows] for k, s in self.slots.items()}
         self.aside = {k: Aside(a.x[rows], a.here[rows]) for k, a in self.aside.items()}
 
@@ -286,7 +296,7 @@ def _choose(
     row = _row(layer, call, shown)
     prompt = (shown >= 0) & (shown < run.length)
     at = shown.clamp(min=0, max=run.length - 1)
-    known = run.again.earlier.get(index)
+    known = run.again.earlier.setdefault(index, [])
     evidence = Evidence(
         row.new_zeros(*shown.shape, 0),
         attention=row,
@@ -297,7 +307,7 @@ def _choose(
         depth=site.depth,
         entry=run.length,
         prompt=Prompt(run.visual_at(-1), run.column_mask(-1)),
-        earlier=None if known is None else Earlier(*(t.gather(1, at) for t in known)),
+        earlier=Earlier(*(t.gather(1, at) for t in known[-1][1:])) if known else None,
     )
     plan = method.plan(evidence)
     stay = plan.sources() >= 0
@@ -309,7 +319,8 @@ def _choose(
     means = row[:, :, 0].mean(1)
     slot = torch.where(prompt, shown, run.length)
     attention = means.new_zeros(b, run.length + 1).scatter(1, slot, means)
-    run.again.earlier[index] = (attention[:, :-1], live[:, : run.length])
+    known.append((total - 1, attention[:, :-1], live[:, : run.length]))
+    del known[:-_STEPS]
     if method.later() == "revive":
         x, pick = _come_back(step, x, index, live, cache, tables, plan.is_identity)
     else:
