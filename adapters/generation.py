@@ -266,8 +266,7 @@ class Deep:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the model within a run: the ``newline`` embedding that the model puts at row ends of an image, and
-    whether the caller has ``given`` position ids."""
+    """One call of the model within a run, and the ``newline`` embedding that the model puts at row ends of an image."""
 
     run: Run
     prefill: bool
@@ -278,7 +277,6 @@ class Step:
     #: Whether the caller says for every new token what it sees (a 4-D mask on a cache that grows).
     masked: bool = False
     newline: Tensor | None = None
-    given: bool = True
     #: Masks that are made, for the layers that need the same.
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
     #: Rotary tables of the columns that a cut left, and the stock ones they are from.

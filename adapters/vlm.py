@@ -335,7 +335,9 @@ def enter(
         if run.cut_at(index) is not None:
             run.check_batch(args[0].shape[0])
             name = _check_implementation(layer, index, window)
-            kwargs["attention_mask"] = later_mask(kwargs.get("attention_mask"), args[0], step, index, cache, window, name)
+            kwargs["attention_mask"] = later_mask(
+                kwargs.get("attention_mask"), args[0], step, index, cache, window, name
+            )
         if records:
             run.calls[index] = kwargs[CALL] = Call(kwargs.get("attention_mask"), record=True)
         return args, kwargs

@@ -49,6 +49,6 @@ def check_text(prompt: Any, ids: tuple[int, ...]) -> None:
     found = sorted(set(ids) & set(map(int, prompt)))
     if found:
         raise ValueError(
-            f"a prompt has the token {found[0]}, which stands for an image or a video, and continuous batching takes no "
-            f"images; call model.generate with the images, which also takes batches"
+            f"a prompt has the token {found[0]}, which stands for an image or a video, and continuous batching takes "
+            f"no images; call model.generate with the images, which also takes batches"
         )

@@ -60,8 +60,8 @@ class Again:
     are those ``at``."""
 
     at: tuple[int, ...] = ()
-    #: The steps before, the last one last, as many as drafts may take back: the new token's column, its attention (B,L),
-    #: mean over heads, and which columns it left.
+    #: The steps before, the last one last, as many as drafts may take back: the new token's column, its attention
+    #: (B,L), mean over heads, and which columns it left.
     earlier: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
     #: (B,S) column of every cache slot from the layer on, -1 for none; only once a token came back there.
     slots: dict[int, Tensor] = field(default_factory=dict)

@@ -64,7 +64,10 @@ class Drafts:
         if drafted is not None:
             ids, logits = drafted
             n, length = input_ids.shape[1], ids.shape[1]
-            if length > n and bool((ids[:, :n] == input_ids.to(ids.device)).all()):
+            right = length > n and bool((ids[:, :n] == input_ids.to(ids.device)).all())
+            # How sure the assistant was, which the library sets against what turns out right, from this round on.
+            del getattr(self.stock, "probs", [])[: 1 if right else None]
+            if right:
                 return ids, None if logits is None else logits[:, n - length :]
         return stock(self.stock, input_ids, **kwargs)
 

@@ -20,11 +20,19 @@ __all__ = ["columns_of_mask", "later_mask"]
 def later_mask(
     stock: Any, x: Tensor, step: Step, index: int, cache: Any, window: int | None, implementation: str
 ) -> Tensor | None:
-    """The mask of decoder layer ``index`` for ``x`` (B,Q,C), new tokens; ``stock`` is what the library passed."""
+    """The mask of decoder layer ``index`` for ``x`` (B,Q,C), new tokens; ``stock`` is what the library passed.
+
+    Raises ``ValueError`` for a mask that flash attention cannot take.
+    """
     run, mine, queries = step.run, cache.layers[index], x.shape[1]
     past = int(mine.get_seq_length())
     slots, offset = mine.get_mask_sizes(queries)
     if "flash" in implementation:
+        if step.masked and isinstance(stock, Tensor):
+            raise ValueError(
+                f"{implementation} takes no mask that says what every token sees; give a padding mask (batch, tokens), "
+                f"or call model.set_attn_implementation('sdpa')"
+            )
         return run.flash_mask(index, past + queries, slots)
     key = (id(run.cut_at(index)), id(stock), past, slots, offset, window, implementation)
     if key not in step.masks:

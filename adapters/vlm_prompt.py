@@ -27,7 +27,7 @@ def whole_prefill(generator: Any, input_ids: Any, generation_config: Any, *args:
         )
     model_kwargs = args[0] if args else kwargs.get("model_kwargs", {})
     if getattr(generation_config, "is_assistant", False):
-        kwargs["is_first_iteration"] = sees_images(generator, model_kwargs)
+        args, kwargs["is_first_iteration"] = args[:1], sees_images(generator, model_kwargs)
     return type(generator)._prefill(generator, input_ids, generation_config, *args, **kwargs)
 
 
@@ -86,7 +86,7 @@ def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any], 
     past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
     flat = isinstance(mask, Tensor) and mask.dim() == 2
     grows = not any(hasattr(layer, "max_cache_len") for layer in cache.layers)
-    if flat and run.cut_at(0) is not None:
+    if isinstance(mask, Tensor) and (flat or grows) and run.cuts:
         _check_turn(mask, past + new, new)
     # Masks with rows are taken as they are; what remembers padding needs it where they say no more than that.
     if new > 1 and mask is not None and (flat or not (grows or slides)):
@@ -97,12 +97,12 @@ def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any], 
 
 
 def _check_turn(mask: Tensor, columns: int, new: int) -> None:
-    """On a cache that is shorter than what the caller gave, masks show what the caller thinks is in there."""
-    if mask.shape[1] != columns:
+    """Masks (B,S) and (B,1,Q,S) show what the caller thinks is cached: all that was given, not what layers hold."""
+    if mask.dim() not in (2, 4) or mask.shape[-1] != columns:
         raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns, but there are {columns} tokens: {columns - new} before "
-            f"this call, visual tokens that were dropped included, and {new} new ones; pass only tokens that are "
-            f"new, with the mask of all"
+            f"attention_mask has {mask.shape[-1]} columns for {columns} tokens: {columns - new} before this call, "
+            f"visual tokens that were dropped included, and {new} new ones; give (batch, tokens) or "
+            f"(batch, 1, new tokens, tokens), and only tokens that are new"
         )
 
 

@@ -22,7 +22,9 @@ SPECS = {
     "tower evidence": "visionzip:keep=6",
     "tower": "tome:r=2",
     "two": "divprune:keep=8+fastv:layer=2,keep=3",
-}
+}  #: Methods that choose in decode, too.
+AGAIN = ["lazyllm:pruning_layers=[1,2],percentile=50", "dycoke-cache:layer=2,p=0.6,gate=0.5"]
+
 
 def noisy(model):
     """A copy that mostly agrees."""
@@ -88,14 +90,14 @@ def test_a_patched_target_answers_as_it_does_alone(name, spec, draft):
     assert float((plain[1][:, 0] - want[1][:, 0]).abs().max()) > 1e-2, "the reduction changes something"
 
 
-@pytest.mark.parametrize("spec", [*SPECS.values(), "lazyllm:pruning_layers=[1,2],percentile=50", "dycoke-cache:layer=2"])
+@pytest.mark.parametrize("spec", [*SPECS.values(), *AGAIN])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_patched_draft_leaves_the_target_alone(name, spec):
     inputs, model = prompt(name), VLMS[name].model
     want = generate(model, inputs)
     draft = tr.patch(noisy(model), spec)
     if spec.startswith("visionzip"):
-        with pytest.raises(ValueError, match="patch that one with visionzip:keep=1.0"):
+        with pytest.raises(ValueError, match=r"patch that one with visionzip:keep=1\.0"):
             generate(model, inputs, assistant_model=draft)
         model = tr.patch(copy.deepcopy(model), "visionzip:keep=1.0")
     with tr.record(draft, flops=False) as trace, calls(model) as sizes:
@@ -152,7 +154,6 @@ def test_methods_that_choose_in_every_step_are_refused(spec):
 
 # -- cropped caches --------------------------------------------------------------------------------------------------
 CROPPED = ["fastv:layer=2,keep=4", "divprune:keep=4", "divprune:keep=8+fastv:layer=1,keep=3", "visionzip:keep=6"]
-AGAIN = ["lazyllm:pruning_layers=[1,2],percentile=50", "dycoke-cache:layer=2,p=0.6,gate=0.5"]
 
 
 def steps(model, inputs, cache, calls):
