@@ -52,7 +52,7 @@ def start(
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if cache is not None and cache.get_seq_length() > 0:
         run = run_of(cache)
-        return None if run is None else (args, {**kwargs, KEYWORD: _later(run, cache, tokens, kwargs, slides)})
+        return None if run is None else (args, {**kwargs, KEYWORD: _later(run, cache, tokens, kwargs)})
     if cache is not None:
         forget_run(cache)
     if tokens is not None:
@@ -80,7 +80,7 @@ def start(
     return args, {**kwargs, KEYWORD: step}
 
 
-def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any], slides: bool) -> Step:
+def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any]) -> Step:
     """The step of a call on a cache that holds the prompt; its columns are the caller's, dropped ones included."""
     new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
     past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
@@ -88,9 +88,9 @@ def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any], 
     grows = not any(hasattr(layer, "max_cache_len") for layer in cache.layers)
     if isinstance(mask, Tensor) and (flat or grows) and run.cuts:
         _check_turn(mask, past + new, new)
-    # Masks with rows are taken as they are; what remembers padding needs it where they say no more than that.
-    if new > 1 and mask is not None and (flat or not (grows or slides)):
-        real = _padding(mask, run.visual.shape[0], past + new, slides)
+    # Masks with rows are taken as they are, in every call; methods that choose in decode still have to know padding.
+    if new > 1 and mask is not None and (flat or (run.again is not None and not grows)):
+        real = _padding(mask, run.visual.shape[0], past + new, slides=False)
         later = None if real is None else real[:, run.length :]
         run.later = None if later is None or bool(later.all()) else later
     return Step(run, prefill=False, new=new, past=past, masked=mask is not None and not flat and grows)
