@@ -20,7 +20,7 @@ from tokenreduce.plan import Plan, Prune, take
 
 __all__ = [
     "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_as", "cache_in", "cache_of", "columns_kept",
-    "gather_mask", "rows_of", "run_of",
+    "gather_mask", "lowest_of", "rows_of", "run_of",
 ]  # fmt: skip
 
 #: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
@@ -97,18 +97,62 @@ class Run:
     again: Any = None
     front: int = 0
 
-    def columns(self, cached: int) -> int:
-        """Tokens that the caller gave when layer 0 has ``cached`` of them: more, where tokens went before it."""
-        cut = self.cut_at(0)
+    def columns(self, cached: Any, layer: int = 0) -> Any:
+        """Tokens that the caller gave when ``layer`` has ``cached`` of them: more, where tokens went before it."""
+        cut = self.cut_at(layer)
         return cached if cut is None else cached + self.length - cut.index.shape[1]
 
     def check_batch(self, rows: int) -> None:
         """Raise ``ValueError`` for a cache that now has other rows."""
         if rows != self.visual.shape[0]:
             raise ValueError(
-                f"the cache was made for a batch of {self.visual.shape[0]} and is used for {rows}; contrastive and "
-                f"assisted decoding repeat a cache and are not supported on a patched model"
+                f"the cache was made for a batch of {self.visual.shape[0]} and is used for {rows}; caches of a patched "
+                f"model are not repeated or thinned out: give the prompt once per row (num_return_sequences does)"
             )
+
+    def slots_behind(self, layer: int, left: int, past: int) -> int:
+        """How many of the last slots of ``layer`` hold columns from ``left`` on, of ``past`` columns in all.
+
+        Raises ``ValueError`` where that is not the same number in every row.
+        """
+        cut = self.cut_at(layer)
+        if cut is None or left >= self.length:
+            return past - left
+        behind = cut.index >= left if cut.valid is None else (cut.index >= left) & cut.valid
+        counts = set(behind.sum(1).tolist())
+        if len(counts) > 1:
+            raise ValueError(
+                f"layer {layer} keeps {sorted(counts)} of the columns from {left} on, another number in every row, so "
+                f"that no crop leaves {left}; crop to {self.length} or more, or one row at a time"
+            )
+        return past - self.length + counts.pop()
+
+    def crop(self, left: int) -> None:
+        """Forget all columns but the first ``left``."""
+        if self.later is not None:
+            self.later = self.later[:, : left - self.length] if left > self.length else None
+        if left >= self.length:
+            return
+        entry = self.cut_at(-1)
+        if self.shift is not None and entry is not None:
+            self.shift = self.shift - (self.length - left - self.slots_behind(-1, left, self.length))
+        for cut in self.cuts:
+            k = cut.index.shape[1] - self.slots_behind(cut.layer, left, self.length)
+            cut.index, cut.local = cut.index[:, :k], cut.local[:, :k]
+            cut.valid = None if cut.valid is None else cut.valid[:, :k]
+            cut.seen = None if cut.seen is None else cut.seen[:, :k]
+        self.length, self.visual = left, self.visual[:, :left]
+        self.mask = None if self.mask is None else self.mask[:, :left]
+
+    def slot_columns(self, layer: int, total: int) -> tuple[Tensor, Tensor]:
+        """(B,T) column of each of the first ``total`` slots of ``layer``, whether they are filled yet or not, and
+        which are there at all."""
+        cut = self._cut(layer)
+        b, k = cut.index.shape
+        behind = torch.arange(self.length, self.length + max(total - k, 0), device=cut.index.device).expand(b, -1)
+        there = torch.ones_like(cut.index, dtype=torch.bool) if cut.valid is None else cut.valid
+        there = torch.cat([there, torch.ones_like(behind, dtype=torch.bool)], 1)
+        return torch.cat([cut.index, behind], 1)[:, :total], there[:, :total]
 
     def cut_at(self, layer: int) -> Cut | None:
         """The cut that holds in ``layer``: the last one at or before it."""
@@ -235,16 +279,17 @@ class Deep:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the model within a run: the ``newline`` embedding that the model puts at row ends of an image, and
-    whether the caller has ``given`` position ids."""
+    """One call of the model within a run, and the ``newline`` embedding that the model puts at row ends of an image."""
 
     run: Run
     prefill: bool
     deep: Deep | None = None
-    #: Tokens per sample that come new, in decode.
+    #: In decode: tokens per sample that come new, and columns that there were before.
     new: int = 0
+    past: int = 0
+    #: Whether the caller says for every new token what it sees (a 4-D mask on a cache that grows).
+    masked: bool = False
     newline: Tensor | None = None
-    given: bool = True
     #: Masks that are made, for the layers that need the same.
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
     #: Rotary tables of the columns that a cut left, and the stock ones they are from.
@@ -295,7 +340,7 @@ def run_of(cache: Any) -> Run | None:
     return getattr(cache, _ON_CACHE, None)
 
 
-def attach_run(cache: Any, run: Run) -> None:
+def attach_run(cache: Any, run: Run | None) -> None:
     setattr(cache, _ON_CACHE, run)
 
 
@@ -321,7 +366,7 @@ def gather_mask(
         own_rows = index[:, None, front:, None] - front
         rows = full.gather(2, own_rows.expand(-1, full.shape[1], -1, full.shape[3]))
         out = rows.gather(3, index[:, None, None, :].expand(-1, full.shape[1], q, -1))
-    lowest = False if out.dtype == torch.bool else torch.finfo(out.dtype).min
+    lowest = lowest_of(out)
     if slots > k:
         out = torch.cat([out, out.new_full((*out.shape[:3], slots - k), lowest)], 3)
     if valid is None:
@@ -333,3 +378,8 @@ def gather_mask(
     if out.dtype == torch.bool:
         return (out & ~hidden) | own
     return out.masked_fill(hidden, lowest).masked_fill(own, 0.0)
+
+
+def lowest_of(mask: Tensor) -> bool | float:
+    """What hides a key in a mask of this type."""
+    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

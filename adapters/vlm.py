@@ -24,7 +24,6 @@ from tokenreduce.adapters.generation import (
     Cut,
     Deep,
     Step,
-    attach_run,
     cache_in,
     gather_mask,
     rows_of,
@@ -32,7 +31,9 @@ from tokenreduce.adapters.generation import (
 )
 from tokenreduce.adapters.hf_attention import CALL, Call, is_causal, listen
 from tokenreduce.adapters.vlm_ahead import drop_prompt, keep_prompt, look_ahead
-from tokenreduce.adapters.vlm_decode import Site, check_later, choose_again, follow_beams, last_only, set_aside
+from tokenreduce.adapters.vlm_batching import attach_batching
+from tokenreduce.adapters.vlm_cache import keep_run
+from tokenreduce.adapters.vlm_decode import Site, check_later, choose_again, last_only, set_aside
 from tokenreduce.adapters.vlm_decoders import (
     carries,
     check_deep,
@@ -44,9 +45,11 @@ from tokenreduce.adapters.vlm_decoders import (
     take_up,
     window_of,
 )
+from tokenreduce.adapters.vlm_drafts import attach_drafts
 from tokenreduce.adapters.vlm_encoder import Everything, attach_encoder
 from tokenreduce.adapters.vlm_given import Arrived, attach_given
 from tokenreduce.adapters.vlm_labels import attach_labels
+from tokenreduce.adapters.vlm_later import later_mask
 from tokenreduce.adapters.vlm_marks import TOWER, needs_marks
 from tokenreduce.adapters.vlm_middle import attach_middle, is_middle, taken
 from tokenreduce.adapters.vlm_projector import attach_projector
@@ -193,8 +196,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         check_implementation(found.layers[i], i, windows[i])
     arrived = Arrived()
     begin = functools.partial(
-        start, ids=found.ids, slides=None not in windows, again=any(again), arrived=arrived,
-        types=FAMILIES[found.family].types, methods=methods, front=first == depth and not any(windows),
+        start, ids=found.ids, slides=None not in windows, again=tuple(i for i, r in enumerate(again) if r is not None),
+        arrived=arrived, types=FAMILIES[found.family].types, methods=methods, front=first == depth and not any(windows),
     )  # fmt: skip
     if found.owner is not None:
         attach_retrieval(found, undo)
@@ -204,6 +207,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     undo.pre_hook(found.text, functools.partial(start_alone, inner=found.inner, begin=begin, arrived=arrived))
     if found.generator is not None:
         undo.mix_in(found.generator, WholePrefill)
+        attach_batching(found.generator, found.ids, undo)
+        attach_drafts(found.generator, next((r for r in again if r is not None), None), undo)
         attach_labels(found.generator, undo)
     if before:
         attach_projector(found, before[0], windows, undo, films, marking)
@@ -320,14 +325,16 @@ def enter(
         if CALL in kwargs or (run.cut_at(index) is None and not records):
             return None
         if run.cut_at(index) is not None:
-            kwargs["attention_mask"] = _decode_mask(layer, args[0], step, index, cache, window)
+            run.check_batch(args[0].shape[0])
+            name = check_implementation(layer, index, window)
+            kwargs["attention_mask"] = later_mask(
+                kwargs.get("attention_mask"), args[0], step, index, cache, window, name
+            )
         if records:
             run.calls[index] = kwargs[CALL] = Call(kwargs.get("attention_mask"), record=True)
         return args, kwargs
     if cache is not None and run_of(cache) is not run:
-        attach_run(cache, run)
-        if run.again is not None:
-            follow_beams(cache, run)
+        keep_run(cache, run)
     x, entry = args[0], run.cut_at(-1)
     if index == 0 and entry is not None:
         x = rows_of(x, entry.local)
@@ -372,20 +379,3 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
         # The stock tables are held as well, so that no other can get their ids while they are a key.
         step.tables[key] = (tables, tuple(rows_of(t, cut.here) for t in tables))
     return step.tables[key][1]
-
-
-def _decode_mask(layer: Any, x: Tensor, step: Step, index: int, cache: Any, window: int | None) -> Tensor | None:
-    run, mine, queries = step.run, cache.layers[index], x.shape[1]
-    run.check_batch(x.shape[0])
-    name = check_implementation(layer, index, window)
-    past = int(mine.get_seq_length())
-    slots, offset = mine.get_mask_sizes(queries)
-    if "flash" in name:
-        return run.flash_mask(index, past + queries, slots)
-    key = (id(run.cut_at(index)), past, slots, offset, window, name)
-    if key not in step.masks:
-        mask = run.decode_mask(index, past, queries, slots, offset, window)
-        if mask is not None and name == "eager":
-            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-        step.masks[key] = mask
-    return step.masks[key]

@@ -23,11 +23,16 @@ from torch import Tensor
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, rows_of
 from tokenreduce.adapters.hf_attention import CALL, Call, implementation, softcap_of
 from tokenreduce.adapters.vlm_decoders import needs_ids
+from tokenreduce.adapters.vlm_later import columns_of_mask
 from tokenreduce.evidence import Earlier, Evidence, Prompt
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import DecodeStep, active
 
 __all__ = ["Again", "Site", "check_later", "choose_again", "follow_beams", "last_only", "set_aside"]
+
+
+#: Steps that are remembered for when a cache is cropped: more than drafts have tokens.
+_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,32 @@ class Aside:
 
 @dataclass
 class Again:
-    """What decode steps of one generation remember. Keys of the dictionaries are layers where a method chooses."""
+    """What decode steps of one generation remember. Keys of the dictionaries are layers where a method chooses, which
+    are those ``at``."""
 
-    #: (B,L) the new token's attention in the step before, mean over heads, and which columns it left.
-    earlier: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    at: tuple[int, ...] = ()
+    #: The steps before, the last one last, as many as drafts may take back: the new token's column, its attention
+    #: (B,L), mean over heads, and which columns it left.
+    earlier: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
     #: (B,S) column of every cache slot from the layer on, -1 for none; only once a token came back there.
     slots: dict[int, Tensor] = field(default_factory=dict)
     aside: dict[int, Aside] = field(default_factory=dict)
     #: Rotary tables of the prompt's columns.
     tables: tuple[Tensor, ...] | None = None
 
+    def revived_at(self, layer: int) -> int | None:
+        """The layer since which the choice that holds in ``layer`` was made, where tokens came back."""
+        since = max((i for i in self.at if i <= layer), default=None)
+        return since if since in self.slots else None
+
+    def crop(self, left: int, slots: dict[int, int]) -> None:
+        """Forget columns from ``left`` on; ``slots`` of those that are known stay, from each layer on."""
+        self.slots = {k: self.slots[k][:, :n] for k, n in slots.items()}
+        self.earlier = {k: [s for s in steps if s[0] < left] for k, steps in self.earlier.items()}
+
     def reorder(self, rows: Tensor) -> None:
         """Follow beams: row i is what row ``rows[i]`` was."""
-        self.earlier = {k: (a[rows], s[rows]) for k, (a, s) in self.earlier.items()}
+        self.earlier = {k: [(c, a[rows], s[rows]) for c, a, s in steps] for k, steps in self.earlier.items()}
         self.slots = {k: s[rows] for k, s in self.slots.items()}
         self.aside = {k: Aside(a.x[rows], a.here[rows]) for k, a in self.aside.items()}
 
@@ -192,6 +210,11 @@ def choose_again(
     run.check_batch(x.shape[0])
     if step.new > 1:
         return _turn(layer, args, kwargs, step, index, site)
+    if step.masked:
+        raise ValueError(
+            "attention_mask says by itself what a new token sees, where a method on this model chooses that in every "
+            "decode step; give a padding mask (batch, tokens), or leave that method out"
+        )
     if site.method is not None:
         with torch.no_grad():
             x = _choose(layer, x, step, index, site, cache, kwargs["position_embeddings"])
@@ -232,8 +255,8 @@ def _columns(run: Run, layer: int, since: int | None, slots: int) -> Tensor:
     if known is not None:
         if known.shape[1] != slots:
             raise ValueError(
-                f"the cache of layer {layer} holds {slots} tokens where {known.shape[1]} were put; cropping a cache "
-                f"(assisted decoding) is not supported with methods that bring tokens back"
+                f"the cache of layer {layer} holds {slots} tokens where {known.shape[1]} were put; crop the cache as a "
+                f"whole (cache.crop), not its layers"
             )
         return known
     cut, (b, length), device = run.cut_at(layer), run.visual.shape, run.visual.device
@@ -274,7 +297,7 @@ def _choose(
     row = _row(layer, call, shown)
     prompt = (shown >= 0) & (shown < run.length)
     at = shown.clamp(min=0, max=run.length - 1)
-    known = run.again.earlier.get(index)
+    known = run.again.earlier.setdefault(index, [])
     evidence = Evidence(
         row.new_zeros(*shown.shape, 0),
         attention=row,
@@ -285,7 +308,7 @@ def _choose(
         depth=site.depth,
         entry=run.length,
         prompt=Prompt(run.visual_at(-1), run.column_mask(-1)),
-        earlier=None if known is None else Earlier(*(t.gather(1, at) for t in known)),
+        earlier=Earlier(*(t.gather(1, at) for t in known[-1][1:])) if known else None,
     )
     plan = method.plan(evidence)
     stay = plan.sources() >= 0
@@ -297,7 +320,8 @@ def _choose(
     means = row[:, :, 0].mean(1)
     slot = torch.where(prompt, shown, run.length)
     attention = means.new_zeros(b, run.length + 1).scatter(1, slot, means)
-    run.again.earlier[index] = (attention[:, :-1], live[:, : run.length])
+    known.append((total - 1, attention[:, :-1], live[:, : run.length]))
+    del known[:-_STEPS]
     if method.later() == "revive":
         x, pick = _come_back(step, x, index, live, cache, tables, plan.is_identity)
     else:
@@ -418,7 +442,10 @@ def _turn(
     new = torch.arange(total - n, total, device=x.device).expand(len(x), -1)
     if site.method is not None:
         run.again.slots[index] = torch.cat([_columns(run, index, index, past), _real(run, new)], 1)
-    columns = run.again.slots[site.since]
+    columns, stock = run.again.slots[site.since], kwargs.get("attention_mask")
+    if isinstance(stock, Tensor) and stock.dim() == 4:
+        mask = columns_of_mask(stock, columns, columns >= 0, step, cache)
+        return args, {**kwargs, "attention_mask": mask, "position_ids": None, CALL: Call(mask)}
     mask = ((columns >= 0)[:, None] & (columns[:, None] <= new[..., None]))[:, None]
     own = torch.arange(columns.shape[1], device=x.device) == past + torch.arange(n, device=x.device)[:, None]
     mask = mask | (own & ~mask.any(-1, keepdim=True))

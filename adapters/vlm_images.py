@@ -101,7 +101,9 @@ def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[Image]:
     if needy:
         raise ValueError(
             f"{reducer.name} looks at what the vision tower saw, but the image features of this call were made "
-            f"elsewhere; pass pixel_values, or make the features with the patched model's get_image_features"
+            f"elsewhere; pass pixel_values, or make the features with the patched model's get_image_features. An "
+            f"assistant gets those of the model that it drafts for: patch that one with {reducer.name}:keep=1.0, which "
+            f"drops nothing there"
         )
     for kind, here in step.kinds.items():
         if bool((mine := here & rest).any()):

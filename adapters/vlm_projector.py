@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.clip_text import joint_space
-from tokenreduce.adapters.generation import KEYWORD, Step, cache_in
+from tokenreduce.adapters.generation import KEYWORD, Step
 from tokenreduce.adapters.vlm_images import Group, film_places, groups, take_rows, tokenizer_of
 from tokenreduce.adapters.vlm_marks import TOWER, marks_of
 from tokenreduce.adapters.vlm_seen import ARRIVING
@@ -334,18 +334,14 @@ def _host(stay: Tensor, rows: Tensor, columns: Tensor, plan: Plan, evidence: Vis
 def _positions_later(
     args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, new: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Position ids (B,Q) or (3 or 4,B,Q) of ``new`` tokens behind a shortened cache."""
+    """Compact position ids (B,Q) or (3 or 4,B,Q) of ``new`` tokens behind a shortened prompt."""
     run = step.run
     ids: Any = kwargs.get("position_ids")
     if run.cut_at(-1) is None:
         return None
     run.check_batch(kwargs["inputs_embeds"].shape[0])
-    if not step.given:  # the library counts from the length of the cache
-        past = int(cache_in(kwargs).get_seq_length())
-        if ids is None:
-            ids = torch.arange(past, past + new, device=run.visual.device)[None]
-        if ids.shape[-1] == new:
-            ids = ids + (run.columns(past) - past)
-    if run.shift is not None:
-        ids = ids - run.shift.to(ids.device)
-    return args, {**kwargs, "position_ids": ids}
+    if run.shift is None:
+        return None
+    if ids is None:
+        ids = torch.arange(step.past, step.past + new, device=run.visual.device)[None]
+    return args, {**kwargs, "position_ids": ids - run.shift.to(ids.device)}

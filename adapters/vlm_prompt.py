@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, run_of
+from tokenreduce.adapters.vlm_batching import is_paged
+from tokenreduce.adapters.vlm_cache import forget_run
 from tokenreduce.adapters.vlm_decode import Again
+from tokenreduce.adapters.vlm_drafts import sees_images
 from tokenreduce.adapters.vlm_given import Arrived, Brought, brought_by, say_late, say_strange
 from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
@@ -22,10 +25,12 @@ class WholePrefill(nn.Module):
     """Mixin of models that generate."""
 
     def _prefill(self, *args: Any, **kwargs: Any) -> Any:
-        return whole_prefill(super()._prefill, *args, **kwargs)  # type: ignore[misc]
+        return whole_prefill(self, super()._prefill, *args, **kwargs)  # type: ignore[misc]
 
 
-def whole_prefill(stock: Callable[..., Any], input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+def whole_prefill(
+    generator: Any, stock: Callable[..., Any], input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any
+) -> Any:
     """``generate``'s prefill, ``stock``: in chunks, the first would choose tokens before the question is there."""
     if generation_config.prefill_chunk_size is not None:
         raise ValueError(
@@ -33,13 +38,8 @@ def whole_prefill(stock: Callable[..., Any], input_ids: Any, generation_config: 
             f"chooses tokens by the whole prompt; leave it None"
         )
     model_kwargs = args[0] if args else kwargs.get("model_kwargs", {})
-    cache, mask = cache_in(model_kwargs), model_kwargs.get("attention_mask")
-    run = None if cache is None else run_of(cache)
-    cached = 0 if run is None else int(cache.get_seq_length())
-    given = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[-1]
-    if run is not None and cached and given == input_ids.shape[1]:
-        # A turn that brings the cached tokens again: the library would take as many off as the cache holds.
-        input_ids = input_ids[:, run.columns(cached) :]
+    if getattr(generation_config, "is_assistant", False):
+        args, kwargs["is_first_iteration"] = args[:1], sees_images(generator, model_kwargs)
     return stock(input_ids, generation_config, *args, **kwargs)
 
 
@@ -50,7 +50,7 @@ def start(
     *,
     ids: tuple[int, ...],
     slides: bool,
-    again: bool = False,
+    again: tuple[int, ...] = (),
     arrived: Arrived,
     types: str,
     methods: str,
@@ -59,12 +59,15 @@ def start(
     """Pre-hook on the inner model: make the run of this generation, or take it from the cache; the keyword is None
     where nothing is reduced.
 
-    What a later turn brings, images included, stays as it is, and is said. With ``again`` a method chooses in decode,
-    too. ``arrived`` are features that the caller may have merged, ``types`` is the argument that names visual tokens,
-    and ``methods`` what messages say. With ``front``, images behind a cached text are a prompt like any other.
+    What a later turn brings, images included, stays as it is, and is said. ``again`` are the layers where a method
+    chooses in decode, too. ``arrived`` are features that the caller may have merged, ``types`` is the argument that
+    names visual tokens, and ``methods`` what messages say. With ``front``, images behind a cached text are a prompt
+    like any other.
     """
     FORWARD.set(None)
     cache = cache_in(kwargs)
+    if cache is not None and is_paged(cache):
+        return args, {**kwargs, KEYWORD: None}
     tokens = kwargs.get("input_ids", args[0] if args else None)
     new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -76,20 +79,12 @@ def start(
         front = front and run is None and int(cache.layers[0].get_mask_sizes(new)[0]) == past + new
         if images and not front:
             say_late(methods, run is not None)
-        if run is None and not (images and front):
+        if run is not None:
+            return args, {**kwargs, KEYWORD: _later(run, cache, tokens, kwargs)}
+        if not (images and front):
             return args, {**kwargs, KEYWORD: None}
-    if past and run is not None:
-        columns = run.columns(past) + new
-        if columns > past + new:
-            _check_turn(kwargs.get("attention_mask"), columns, new)
-        if new > 1 and kwargs.get("attention_mask") is not None:
-            real = _padding(kwargs["attention_mask"], run.visual.shape[0], columns, slides)
-            later = None if real is None else real[:, run.length :]
-            run.later = None if later is None or bool(later.all()) else later
-        return args, {
-            **kwargs,
-            KEYWORD: Step(run, prefill=False, given=kwargs.get("position_ids") is not None, new=new),
-        }
+    elif cache is not None:
+        forget_run(cache)
     if brought is None:
         brought = _brought(inner, tokens, kwargs, ids, arrived, types)
     brought = brought.behind(past) if past else brought
@@ -103,7 +98,7 @@ def start(
     newline = getattr(inner, "image_newline", None)
     given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
     step = Step(
-        Run(visual.shape[1], visual, padding, again=Again() if again else None, front=past),
+        Run(visual.shape[1], visual, padding, again=Again(again) if again else None, front=past),
         prefill=True,
         newline=newline,
         encoded={**{k: e for k, e in given.items() if e is not None}, **brought.encoded},
@@ -142,19 +137,29 @@ def _brought(
     return Brought({k: tokens == i for k, i in zip(("image", "video"), ids, strict=False)})
 
 
-def _check_turn(mask: Any, columns: int, new: int) -> None:
-    """On a cache that is shorter than what the caller gave, masks show what the caller thinks is in there."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        if mask.shape[1] != columns:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, but there are {columns} tokens: {columns - new} before "
-                f"this call, visual tokens that were dropped included, and {new} new ones; pass only tokens that are "
-                f"new, with the mask of all"
-            )
-    elif mask is not None and new > 1:
+def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any]) -> Step:
+    """The step of a call on a cache that holds the prompt; its columns are the caller's, dropped ones included."""
+    new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
+    past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
+    flat = isinstance(mask, Tensor) and mask.dim() == 2
+    grows = not any(hasattr(layer, "max_cache_len") for layer in cache.layers)
+    if isinstance(mask, Tensor) and (flat or grows) and run.cuts:
+        _check_turn(mask, past + new, new)
+    # Masks with rows are taken as they are, in every call; methods that choose in decode still have to know padding.
+    if new > 1 and mask is not None and (flat or (run.again is not None and not grows)):
+        real = _padding(mask, run.visual.shape[0], past + new, slides=False)
+        later = None if real is None else real[:, run.length :]
+        run.later = None if later is None or bool(later.all()) else later
+    return Step(run, prefill=False, new=new, past=past, masked=mask is not None and not flat and grows)
+
+
+def _check_turn(mask: Tensor, columns: int, new: int) -> None:
+    """Masks (B,S) and (B,1,Q,S) show what the caller thinks is cached: all that was given, not what layers hold."""
+    if mask.dim() not in (2, 4) or mask.shape[-1] != columns:
         raise ValueError(
-            "a later turn on a static cache is not supported with projector-stage methods; leave cache_implementation "
-            "at its default"
+            f"attention_mask has {mask.shape[-1]} columns for {columns} tokens: {columns - new} before this call, "
+            f"visual tokens that were dropped included, and {new} new ones; give (batch, tokens) or "
+            f"(batch, 1, new tokens, tokens), and only tokens that are new"
         )
 
 
@@ -181,11 +186,6 @@ def _padding(mask: Any, batch: int, columns: int, slides: bool) -> Tensor | None
             f"takes the whole prompt in one call"
         )
     if mask.dim() == 4:
-        if slides and mask.shape[2] != columns:
-            raise ValueError(
-                "a later turn on a static cache is not supported where every layer has a sliding window; leave "
-                "cache_implementation at its default"
-            )
         square = mask[:, 0, :, :columns]
         row = square.diagonal(dim1=1, dim2=2) if slides else square[:, -1]
         mask = row if row.dtype == torch.bool else row == 0

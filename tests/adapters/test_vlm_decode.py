@@ -264,7 +264,8 @@ def test_refusals_name_the_reason(name, spec, message):
     assert "tokenreduce" not in repr(model)
 
 
-def test_cropped_caches_are_noticed():
+def test_layers_cropped_by_themselves_are_noticed():
+    """A cache can be cropped as a whole (test_vlm_assisted.py); its layers hold what only the whole knows."""
     vlm = VLMS["llava"]
     inputs = prompts(vlm, ((9, "i"),))
     with torch.no_grad(), tr.patched(vlm.model, "lazyllm:pruning_layers=[1,2],percentile=60"):
@@ -272,7 +273,8 @@ def test_cropped_caches_are_noticed():
             **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True
         )
         cache = cache_of(out)
-        cache.crop(-1)
+        for layer in cache.layers:
+            layer.crop(-1)
         mask = torch.ones(1, out.sequences.shape[1] - 1, dtype=torch.long)
-        with pytest.raises(ValueError, match="cropping a cache"):
+        with pytest.raises(ValueError, match="crop the cache as a whole"):
             vlm.model(input_ids=torch.tensor([[5]]), attention_mask=mask, past_key_values=cache)

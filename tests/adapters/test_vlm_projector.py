@@ -469,28 +469,25 @@ def test_generate_again_on_the_cache(name, whole):
     close(got, want)
 
 
-def test_a_cache_that_is_used_by_its_length_is_an_error():
-    """Counting the cache, as one would on an unpatched model, silently brings tokens again that are there."""
+def test_a_cache_can_be_used_by_its_length():
+    """It counts what the caller gave, so that new tokens and masks are found as on an unpatched model; a mask of what
+    the layers hold is an error."""
     vlm = VLMS["llava"]
     inputs = prompts(vlm, CASES["alone"])
     with torch.no_grad(), tr.patched(vlm.model, tr.DivPrune(keep=4)):
-        cache = vlm.model(**inputs, use_cache=True).past_key_values
         ids = torch.cat([inputs["input_ids"], torch.tensor([[15, 17]])], 1)
         length = ids.shape[1]
-        wrong = {"input_ids": ids[:, cache.get_seq_length() :], "attention_mask": torch.ones_like(ids)}
-        with pytest.raises(
-            ValueError, match=f"attention_mask has {length} columns, but there are {length + 12} tokens"
-        ):
-            vlm.model(**wrong, past_key_values=cache)
-        one = {"input_ids": ids[:, -1:], "attention_mask": torch.ones(1, int(cache.get_seq_length()) + 1)}
-        with pytest.raises(ValueError, match="visual tokens that were dropped included"):
-            vlm.model(**one, past_key_values=cache)
-        fixed = vlm.model.generate(
-            **inputs, max_new_tokens=2, cache_implementation="static", return_dict_in_generate=True
-        )
-        again = {"attention_mask": torch.ones(1, 1, 2, length).bool()}
-        with pytest.raises(ValueError, match="a later turn on a static cache is not supported"):
-            vlm.model(input_ids=torch.tensor([[5, 6]]), past_key_values=fixed.past_key_values, **again)
+        made = []
+        for given in ({}, {"attention_mask": torch.ones_like(ids)}):
+            cache = vlm.model(**inputs, use_cache=True).past_key_values
+            assert cache.get_seq_length() == length - 2
+            assert cache.layers[0].get_seq_length() == length - 2 - 12
+            new = ids[:, cache.get_seq_length() :]
+            made.append(vlm.model(input_ids=new, past_key_values=cache, **given).logits)
+        close(*made)
+        short = {"input_ids": ids[:, -1:], "attention_mask": torch.ones(1, length - 12 + 1)}
+        with pytest.raises(ValueError, match=f"attention_mask has {length - 11} columns for {length + 1} tokens"):
+            vlm.model(**short, past_key_values=cache)
 
 
 def test_training_passes_gradients_only_through_what_is_left():
