@@ -161,6 +161,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     again = [next((r for r in here if r.later()), None) for here in present]
     first = next((i for i, here in enumerate(present) if here), depth)
     behind = 0 if before else first  # the first layer that may see fewer tokens
+    attach_labels(found.inner, found.generator, undo)
     if behind == depth:
         return
     for i in range(max(behind - 1, 0), depth):
@@ -168,7 +169,6 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     undo.pre_hook(found.inner, functools.partial(start, ids=found.ids, slides=None not in windows, again=any(again)))
     if found.generator is not None:
         undo.set(found.generator, "_prefill", functools.partial(whole_prefill, found.generator))
-        attach_labels(found.generator, undo)
     if before:
         attach_projector(found, before[0], windows, undo, films, marking)
     if FAMILIES[found.family].deep:

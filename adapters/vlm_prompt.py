@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokenreduce.adapters.generation import KEYWORD, Run, Step, cache_in, run_of
 from tokenreduce.adapters.vlm_decode import Again
-from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
 
 __all__ = ["start", "whole_prefill"]
@@ -46,7 +45,6 @@ def start(
 
     What a later turn brings, images included, stays as it is. With ``again`` a method chooses in decode, too.
     """
-    FORWARD.set(None)
     cache = cache_in(kwargs)
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if cache is not None and cache.get_seq_length() > 0:
@@ -87,7 +85,6 @@ def start(
         ids=tokens,
         kinds=dict(zip(("image", "video"), marks, strict=False)),
     )
-    FORWARD.set(step.run)
     return args, {**kwargs, KEYWORD: step}
 
 
