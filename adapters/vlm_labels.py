@@ -10,17 +10,22 @@ Row j predicts column j+1. So the row of a kept column is its own; the row of a 
 (and the last row, which predicts what comes next) is that of the last kept column before it; and the row of a dropped
 column in front of a dropped one predicts nothing: it is zeros, without a gradient. Labels of dropped columns do not
 count: they are -100 in the copy of the labels that the model computes with.
+
+What a call asks for is read by a hook on the model with the head. Wrappers that call its ``forward`` directly (PEFT)
+pass by its hooks; then it is read from that forward's frame.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 import threading
 import warnings
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -59,7 +64,7 @@ class Kept:
             index = torch.arange(self.length, device=self.device).expand(self.batch, -1)
         return index, torch.ones_like(index, dtype=torch.bool) if self.valid is None else self.valid
 
-    @cached_property
+    @functools.cached_property
     def slots(self) -> Tensor:
         """(B,L) which of the K slots holds a column, -1 where it was dropped."""
         index, valid = self.pair()
@@ -79,7 +84,8 @@ class Kept:
 
 @dataclass
 class Ask:
-    """What a call of the generator asks of its inner model."""
+    """What a call of the model with the head asks of its ``inner`` model: whether it ``wanted`` the caller's columns,
+    its ``logits_to_keep`` and labels, and whether it counts labels itself (``num_items_in_batch``)."""
 
     inner: nn.Module
     wanted: bool
@@ -88,6 +94,16 @@ class Ask:
     shifted: Tensor | None
     counted: bool
     kept: Kept | None = None
+
+    @staticmethod
+    def of(generator: Any, given: dict[str, Any], always: bool) -> Ask:
+        """The last row is the same in both forms, so that ``logits_to_keep=1``, as in ``generate``, wants nothing."""
+        keep = given.get("logits_to_keep", 0)
+        one, some = (False, True) if isinstance(keep, Tensor) else (keep == 1, keep != 0)
+        labels, shifted = (given.get(name) for name in ("labels", "shift_labels"))
+        counted = given.get("num_items_in_batch") is not None  # without labels, a trainer computes its loss outside
+        asks = labels is not None or shifted is not None or counted or some
+        return Ask(generator.model, not one and (always or asks or generator.training), keep, labels, shifted, counted)
 
 
 class _Last(threading.local):
@@ -99,6 +115,8 @@ class _Last(threading.local):
 
 _LAST = _Last()
 _ASK: ContextVar[Ask | None] = ContextVar("tokenreduce_ask", default=None)
+#: The call whose labels are not copies yet, between its inner model and its loss.
+_LOSS: ContextVar[Ask | None] = ContextVar("tokenreduce_loss", default=None)
 
 
 def attach_labels(inner: nn.Module, generator: nn.Module | None, undo: Undo) -> None:
@@ -106,39 +124,33 @@ def attach_labels(inner: nn.Module, generator: nn.Module | None, undo: Undo) -> 
 
     Raises ``ValueError`` where such logits are wanted of a model without a head.
     """
-    undo.hook(inner, place, with_kwargs=True)
+    always = undo.logits == "caller"
+    undo.hook(inner, functools.partial(place, always=always), with_kwargs=True)
     if generator is None:
-        if undo.logits == "caller":
+        if always:
             raise ValueError(
                 f"logits='caller' needs a model with a language head (...ForConditionalGeneration) around "
                 f"{type(inner).__name__}; patch that one, or leave logits out"
             )
         return
-    undo.pre_hook(generator, partial(ask, always=undo.logits == "caller"))
+    undo.pre_hook(generator, functools.partial(ask, always=always))
     undo.hook(generator, answer, with_kwargs=True, always=True)
+    if "self.loss_function" in inspect.getsource(type(generator).forward):  # not Gemma3 in early releases
+        stock: Any = generator.loss_function
+        undo.set(generator, "_loss_function", functools.partial(loss_of, stock))
 
 
 def ask(
     generator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, always: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook on the model with the head: whether this call wants its caller's columns.
-
-    The last row is the same in both forms, so that ``logits_to_keep=1``, as in ``generate``, never does.
-    """
+    """Pre-hook on the model with the head: what this call asks for, with copies of its labels to write into."""
     if len(args) > 1:  # labels may be among them
         names = list(inspect.signature(type(generator).forward).parameters)[1:]
         args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
-    keep, given = kwargs.get("logits_to_keep", 0), {}
-    one = not isinstance(keep, Tensor) and keep == 1
-    for name in ("labels", "shift_labels"):
-        if isinstance(kwargs.get(name), Tensor):
-            given[name] = _own(generator, kwargs[name])
-    some = isinstance(keep, Tensor) or keep != 0
-    wanted = not one and (always or bool(given) or generator.training or some)
-    counted = kwargs.get("num_items_in_batch") is not None
-    labels, shifted = given.get("labels"), given.get("shift_labels")
-    _ASK.set(Ask(generator.model, wanted, keep, labels, shifted, counted))
-    return args, {**kwargs, **given}
+    given = {k: _own(generator, kwargs[k]) for k in ("labels", "shift_labels") if isinstance(kwargs.get(k), Tensor)}
+    kwargs = {**kwargs, **given}
+    _ASK.set(Ask.of(generator, kwargs, always))
+    return args, kwargs
 
 
 def _own(generator: Any, labels: Tensor) -> Tensor:
@@ -147,25 +159,33 @@ def _own(generator: Any, labels: Tensor) -> Tensor:
     return labels.clone() if device is None else labels.to(device, copy=True)
 
 
-def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, always: bool) -> Any:
     """Hook on the inner model: note what is left, and put it at the caller's columns where that is wanted."""
-    step, asked = kwargs.get(KEYWORD), _ASK.get()
+    step, mine = kwargs.get(KEYWORD), _ASK.get()
+    _LOSS.set(None)
     hidden: Tensor = output[0]
     if step is None:
         cache = cache_in(kwargs)
         if cache is not None and int(cache.get_seq_length()) > hidden.shape[1]:
             return None  # a later step of a prompt without visual tokens
-        kept = Kept(*hidden.shape[:2], hidden.device)
+        kept = Kept(hidden.shape[0], hidden.shape[1], hidden.device)
     else:
         kept = Kept.of(step.run)
     _LAST.kept[inner] = kept
     _note(output, kept)
-    mine = asked if asked is not None and asked.inner is inner else None
-    if mine is not None:
+    hooked = mine is not None and mine.inner is inner
+    if hooked and mine is not None:
         mine.kept = kept
-    if step is None or not step.prefill or kept.index is None or mine is None:
+    if step is None or not step.prefill or kept.index is None:
         return None
-    _ignore_dropped(mine, kept)
+    mine = mine if hooked else _passed_by(inner, always)
+    if mine is None:
+        return None
+    mine.kept = kept
+    if hooked:
+        _ignore_dropped(mine, mine.labels, mine.shifted)
+    elif mine.labels is not None:
+        _LOSS.set(mine)
     if not mine.wanted:
         return None
     hidden = kept.expand(hidden)
@@ -173,6 +193,30 @@ def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         return (hidden, *output[1:])
     output.last_hidden_state = hidden
     return output
+
+
+def _passed_by(inner: nn.Module, always: bool) -> Ask | None:
+    """What is asked by a forward that was called without its hooks and has called ``inner``, None if none has."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and "labels" in frame.f_code.co_varnames:
+            seen = frame.f_locals
+            caller = seen.get("self")
+            if isinstance(caller, nn.Module) and caller._modules.get("model") is inner:
+                return Ask.of(caller, {**seen.get("kwargs", {}), **seen}, always)
+        frame = frame.f_back
+    return None
+
+
+def loss_of(stock: Any, logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """``stock`` loss; where the call passed by our hooks, with copies of its labels, -100 at dropped columns."""
+    asked, shifted = _LOSS.get(), kwargs.get("shift_labels")
+    _LOSS.set(None)
+    if asked is not None:
+        labels, shifted = (t if t is None else t.clone() for t in (labels, shifted))
+        _ignore_dropped(asked, labels, shifted)
+        kwargs = kwargs if shifted is None else {**kwargs, "shift_labels": shifted}
+    return stock(logits, labels, *args, **kwargs)
 
 
 def answer(generator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -189,30 +233,32 @@ def _note(output: Any, kept: Kept) -> None:
         setattr(output, _KEPT, kept)
 
 
-def _ignore_dropped(asked: Ask, kept: Kept) -> None:
-    """Write -100 to the labels of dropped columns, in the copies that the model goes on with.
+def _ignore_dropped(asked: Ask, labels: Tensor | None, shifted: Tensor | None) -> None:
+    """Write -100 to the labels of dropped columns, in place.
 
     Raises ``ValueError`` for labels of other columns than those of the logits.
     """
+    kept = asked.kept
+    assert kept is not None
     gone = kept.slots < 0
     following = torch.cat([gone[:, 1:], torch.zeros_like(gone[:, :1])], 1)
-    for labels, ignored in ((asked.labels, gone), (asked.shifted, following)):
-        if labels is None:
+    for given, ignored in ((labels, gone), (shifted, following)):
+        if given is None:
             continue
-        ignored = _picked(ignored, asked.keep).to(labels.device)
-        if labels.shape != ignored.shape:
+        ignored = _picked(ignored, asked.keep).to(given.device)
+        if given.shape != ignored.shape:
             raise ValueError(
-                f"labels of shape {tuple(labels.shape)} for logits at {tuple(ignored.shape)} columns: give labels of "
+                f"labels of shape {tuple(given.shape)} for logits at {tuple(ignored.shape)} columns: give labels of "
                 f"the {kept.length} columns of the prompt, or of those that logits_to_keep names (labels[:, -n:] "
                 f"with logits_to_keep=n)"
             )
-        if asked.counted and bool((ignored & (labels != -100)).any()):
+        if asked.counted and bool((ignored & (given != -100)).any()):
             warnings.warn(
                 "labels of visual tokens that were dropped do not count in the loss, but num_items_in_batch counts "
                 "them; set the labels of image and video placeholders to -100",
                 stacklevel=2,
             )
-        labels.masked_fill_(ignored, -100)
+        given.masked_fill_(ignored, -100)
 
 
 def _picked(t: Tensor, keep: Any) -> Tensor:

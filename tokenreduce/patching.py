@@ -104,20 +104,22 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     ``logits`` says at which columns an image/video language model returns its logits when it gets a prompt of L
     columns, K of which are left:
 
-    - ``"auto"``: at the caller's L columns when ``labels`` or ``shift_labels`` are given, in training mode, and when
-      ``logits_to_keep`` names columns (the last n, or a tensor of columns of the caller's prompt); else at the K
-      columns that are left, which :func:`kept_columns` names.
-    - ``"caller"``: always at the caller's columns: for evaluation that computes its loss or its metrics outside of the
-      model (``Trainer`` with ``label_smoothing_factor`` or ``compute_loss_func``, TRL with ``compute_metrics``).
+    - ``"auto"``: at the caller's L columns when ``labels``, ``shift_labels`` or ``num_items_in_batch`` are given, in
+      training mode, and when ``logits_to_keep`` names columns (the last n, or a tensor of columns of the caller's
+      prompt); else at the K columns that are left, which :func:`kept_columns` names.
+    - ``"caller"``: always at the caller's columns, for evaluation whose loss or metrics are computed outside of the
+      model from a call without any of these.
 
     At the caller's columns, the row of a dropped token in front of a kept one is that of the last kept token before it,
     so that ``logits[:, :-1]`` against ``labels[:, 1:]`` is the loss that the model computes; other rows of dropped
     tokens are zeros, and labels of dropped tokens do not count. Methods that choose by the text see all of the prompt
     that the model is given, an answer to be learned included.
 
-    Tried with ``transformers.Trainer`` and with TRL's SFT, DPO and GRPO trainers. ``Trainer`` itself does not shift
-    labels under ``label_smoothing_factor`` for models that it does not count as causal language models (all families
-    but Gemma 3), with and without us: compute that loss in ``compute_loss_func``.
+    ``transformers.Trainer`` works as it does without us: with ``label_smoothing_factor`` it shifts no labels for models
+    that it does not count as causal language models (all families but Gemma 3; compute that loss in
+    ``compute_loss_func``). Of TRL's SFT, DPO and GRPO trainers, which load a reference model from the checkpoint,
+    patch that one, too (``ref_model=`` or ``trainer.ref_model``), and patch with ``logits="caller"`` for
+    ``SFTTrainer(compute_metrics=...)``.
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced

@@ -282,6 +282,45 @@ def test_the_sum_over_a_batch_of_batches():
             vlm.model(**inputs, labels=inputs["input_ids"], num_items_in_batch=torch.tensor(20))
 
 
+class Around(torch.nn.Module):
+    """What PEFT does: it calls the forward of the model itself, by its hooks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model.forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_wrappers_that_pass_by_hooks(name):
+    model = VLMS[name].model
+    around = Around(model)
+    inputs = prompts(VLMS[name], ROWS)
+    labels = labelled(inputs)
+    loud, some = inputs["input_ids"].clone(), torch.tensor([0, 7, 9, 20])
+    more = (
+        {"labels": labels}, {"labels": loud}, {"labels": loud, "shift_labels": shifted(loud)}, {"logits_to_keep": 9},
+        {"labels": loud[:, -9:], "logits_to_keep": 9}, {"logits_to_keep": some}, {"logits_to_keep": 1}, {},
+        {"num_items_in_batch": torch.tensor(9)},
+    )  # fmt: skip
+    for logits in ("auto", "caller"):
+        with torch.no_grad(), tr.patched(model, MIXED, logits=logits):
+            for given in more:
+                want, got = model(**inputs, **given), around(**inputs, **given)
+                assert torch.equal(got.logits, want.logits)
+                assert want.loss is None or torch.equal(got.loss, want.loss)
+                assert torch.equal(tr.kept_columns(around)[0], tr.kept_columns(want)[0])
+            assert torch.equal(loud, inputs["input_ids"])
+            around.train()
+            try:
+                assert around(**inputs).logits.shape[1] == labels.shape[1]
+                assert model.model(**inputs).last_hidden_state.shape[1] < labels.shape[1], "nobody asked"
+            finally:
+                around.eval()
+
+
 def test_unpatched_is_as_before():
     model = llava()
     inputs = prompts(VLMS["llava"], ((9, "i"), (6, "i")))
