@@ -118,8 +118,8 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     ``transformers.Trainer`` works as it does without us: with ``label_smoothing_factor`` it shifts no labels for models
     that it does not count as causal language models (all families but Gemma 3; compute that loss in
     ``compute_loss_func``). Of TRL's SFT, DPO and GRPO trainers, which load a reference model from the checkpoint,
-    patch that one, too (``ref_model=`` or ``trainer.ref_model``), and patch with ``logits="caller"`` for
-    ``SFTTrainer(compute_metrics=...)``.
+    patch that one, too (``ref_model=`` or ``trainer.ref_model``), and patch with ``logits="caller"`` for an
+    ``SFTTrainer`` that evaluates with ``compute_metrics`` or ``label_smoothing_factor``.
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced
