@@ -261,7 +261,7 @@ def test_trl_grpo(qwen, tmp_path):
         more = dict(max_completion_length=6, num_generations=2, beta=0.1, generation_kwargs=said)
         trainer = GRPOTrainer(
             model=qwen.model(spec), processing_class=qwen.processor, args=GRPOConfig(**settings(tmp_path, **more)),
-            train_dataset=qwen.grpo, reward_funcs=lambda completions, **k: [float(i) for i, _ in enumerate(completions)],
+            train_dataset=qwen.grpo, reward_funcs=lambda completions, **k: [float(i) for i in range(len(completions))],
         )  # fmt: skip
         if spec is not None:
             tr.patch(trainer.ref_model, spec)
