@@ -125,6 +125,8 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     if language is not None:
         importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo, towers)
         return
+    if undo.logits == "caller":
+        raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
     for adapter, tower in towers:
         if own_code(tower.module) and not tower.resizes and any(r.site() == "input" for r in reducers):
             raise ValueError(

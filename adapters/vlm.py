@@ -188,6 +188,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     again = [next((r for r in here if r.later()), None) for here in present]
     first = next((i for i, here in enumerate(present) if here), depth)
     behind = 0 if before else first  # the first layer that may see fewer tokens
+    attach_labels(found.inner, found.generator, undo)
     if behind == depth:
         return
     check_layers(found.layers, behind, acting, again)
@@ -209,7 +210,6 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         undo.mix_in(found.generator, WholePrefill)
         attach_batching(found.generator, found.ids, undo)
         attach_drafts(found.generator, next((r for r in again if r is not None), None), undo)
-        attach_labels(found.generator, undo)
     if before:
         attach_projector(found, before[0], windows, undo, films, marking)
     attach_given(found, arrived, undo)

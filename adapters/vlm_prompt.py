@@ -15,7 +15,6 @@ from tokenreduce.adapters.vlm_cache import forget_run
 from tokenreduce.adapters.vlm_decode import Again
 from tokenreduce.adapters.vlm_drafts import sees_images
 from tokenreduce.adapters.vlm_given import Arrived, Brought, brought_by, say_late, say_strange
-from tokenreduce.adapters.vlm_labels import FORWARD
 from tokenreduce.adapters.vlm_seen import encoded_in
 
 __all__ = ["WholePrefill", "start", "start_alone"]
@@ -64,7 +63,6 @@ def start(
     names visual tokens, and ``methods`` what messages say. With ``front``, images behind a cached text are a prompt
     like any other.
     """
-    FORWARD.set(None)
     cache = cache_in(kwargs)
     if cache is not None and is_paged(cache):
         return args, {**kwargs, KEYWORD: None}
@@ -106,7 +104,6 @@ def start(
         kinds=brought.kinds,
         places=brought.places,
     )
-    FORWARD.set(step.run)
     return args, {**kwargs, KEYWORD: step}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tokenreduce.evidence import Evidence
-from tokenreduce.patching import describe, patch, patched, reduce_tokens, unpatch
+from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
 from tokenreduce.plan import Merge, Mix, Plan, Pool, Prune
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import get_method, list_methods, parse
@@ -93,7 +93,8 @@ __all__ = [
     "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SparseVLM",
     "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames",
     "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe",
-    "get_method", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch", "zoo",
+    "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch",
+    "zoo",
 ]  # fmt: skip
 
 

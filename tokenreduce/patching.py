@@ -9,13 +9,13 @@ from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenreduce.mixing import assembled, mixed, parts
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import list_methods, parse
 
-__all__ = ["Undo", "describe", "patch", "patched", "reduce_tokens", "reducers_of", "twin", "unpatch"]
+__all__ = ["Undo", "describe", "kept_columns", "patch", "patched", "reduce_tokens", "reducers_of", "twin", "unpatch"]
 
 MARK = "_tokenreduce"
 M = TypeVar("M", bound=nn.Module)
@@ -35,6 +35,8 @@ class Undo:
     #: The patched model; another one in a shallow copy of it.
     model: nn.Module | None = None
     actions: list[tuple[str, nn.Module, str, Any]] = field(default_factory=list)
+    #: Whether logits stand at the caller's columns always, see :func:`patch`.
+    logits: str = "auto"
 
     def swap_class(self, module: nn.Module, kind: type[nn.Module]) -> None:
         """Give ``module`` another class (a subclass of its own, defined at module level)."""
@@ -55,9 +57,12 @@ class Undo:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         self.actions.append(("pre", module, "", handle.id))
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
-        """Register a forward hook; ``hook`` is a module-level function or a partial of one."""
-        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
+    def hook(
+        self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False, always: bool = False
+    ) -> None:
+        """Register a forward hook, which runs behind errors as well if ``always``; ``hook`` is a module-level function
+        or a partial of one."""
+        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=always)
         self.actions.append(("post", module, "", handle.id))
 
     def check(self, model: nn.Module) -> None:
@@ -93,6 +98,7 @@ class Undo:
             else:
                 module._forward_hooks.pop(old, None)
                 module._forward_hooks_with_kwargs.pop(old, None)
+                module._forward_hooks_always_called.pop(old, None)
 
 
 class _Nothing:
@@ -110,10 +116,11 @@ def reducers_of(model: nn.Module) -> tuple[Reducer, ...]:
     return tuple(r for _, _, undo in _patches(model) for r in undo.reducers)
 
 
-def patch(model: M, *reducers: Reducer | str) -> M:
+def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     """Put one or more reducers into ``model``, in place, and return it.
 
     ``reducers`` are instances or text (``"tome:r=8+visionzip:keep=64"``). The model may be a timm, open_clip or
+<<<<<<< HEAD
     transformers model or any module that contains one.
 
     Pooled features and logits count every token by its size. Token sequences of ``model`` itself (``forward_features``,
@@ -126,6 +133,31 @@ def patch(model: M, *reducers: Reducer | str) -> M:
     transformer whose reading of its tokens is not known (image/video language models outside the supported families
     among them), and for code that reads tokens between blocks; ``ValueError`` for a patched model, no method, or
     settings that the model cannot serve. The model is then unchanged.
+=======
+    transformers model or any module that contains one. Raises ``TypeError`` for a model without adapter and
+    ``ValueError`` for a patched model, no method, or settings that the model cannot serve; the model is then
+    unchanged.
+
+    ``logits`` says at which columns an image/video language model returns its logits when it gets a prompt of L
+    columns, K of which are left:
+
+    - ``"auto"``: at the caller's L columns when ``labels``, ``shift_labels`` or ``num_items_in_batch`` are given, in
+      training mode, and when ``logits_to_keep`` names columns (the last n, or a tensor of columns of the caller's
+      prompt); else at the K columns that are left, which :func:`kept_columns` names.
+    - ``"caller"``: always at the caller's columns, for evaluation whose loss or metrics are computed outside of the
+      model from a call without any of these.
+
+    At the caller's columns, the row of a dropped token in front of a kept one is that of the last kept token before it,
+    so that ``logits[:, :-1]`` against ``labels[:, 1:]`` is the loss that the model computes; other rows of dropped
+    tokens are zeros, and labels of dropped tokens do not count. Methods that choose by the text see all of the prompt
+    that the model is given, an answer to be learned included.
+
+    ``transformers.Trainer`` works as it does without us: with ``label_smoothing_factor`` it shifts no labels for models
+    that it does not count as causal language models (all families but Gemma 3; compute that loss in
+    ``compute_loss_func``). Of TRL's SFT, DPO and GRPO trainers, which load a reference model from the checkpoint,
+    patch that one, too (``ref_model=`` or ``trainer.ref_model``), and patch with ``logits="caller"`` for an
+    ``SFTTrainer`` that evaluates with ``compute_metrics`` or ``label_smoothing_factor``.
+>>>>>>> 0f6c8fb0656babb5cb4919fb87eb2e15fcd60e6f
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced
@@ -139,7 +171,13 @@ def patch(model: M, *reducers: Reducer | str) -> M:
         raise ValueError(
             "the model is patched already; call tr.unpatch(model) first (several methods go into one patch)"
         )
+<<<<<<< HEAD
     undo = Undo(chosen, model)
+=======
+    if logits not in ("auto", "caller"):
+        raise ValueError(f"logits={logits!r}: choose 'auto' or 'caller'")
+    undo = Undo(chosen, logits=logits)
+>>>>>>> 0f6c8fb0656babb5cb4919fb87eb2e15fcd60e6f
     try:
         attach(model, chosen, undo)
     except BaseException:
@@ -173,11 +211,11 @@ def unpatch(model: M) -> M:
 class patched(ContextDecorator):  # noqa: N801 - a verb, used like open()
     """``with tr.patched(model, tr.ToMe(r=8)) as m: ...`` or as a decorator; unpatches also after errors."""
 
-    def __init__(self, model: nn.Module, *reducers: Reducer | str) -> None:
-        self.model, self.reducers = model, reducers
+    def __init__(self, model: nn.Module, *reducers: Reducer | str, logits: str = "auto") -> None:
+        self.model, self.reducers, self.logits = model, reducers, logits
 
     def __enter__(self) -> nn.Module:
-        return patch(self.model, *self.reducers)
+        return patch(self.model, *self.reducers, logits=self.logits)
 
     def __exit__(self, *error: object) -> None:
         unpatch(self.model)
@@ -189,10 +227,11 @@ def twin(model: M) -> M:
     return copy.deepcopy(model, shared)
 
 
-def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:
+def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F], F]:
     """Decorate a function that returns a model, or an ``nn.Module`` class: what it builds comes out patched.
 
     A factory may return the model alone or a tuple with the model in it (``open_clip.create_model_and_transforms``).
+    ``logits`` is that of :func:`patch`.
     """
     parse(*reducers)  # a mistake shows here, not at the first model
 
@@ -204,7 +243,7 @@ def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:
             def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
                 original(self, *args, **kwargs)
                 if type(self) is target:  # a subclass is still being built at this point
-                    patch(self, *reducers)
+                    patch(self, *reducers, logits=logits)
 
             target.__init__ = init  # type: ignore[misc, method-assign]
             return target
@@ -216,7 +255,7 @@ def reduce_tokens(*reducers: Reducer | str) -> Callable[[F], F]:
             model = next((p for p in parts if isinstance(p, nn.Module)), None)
             if model is None:
                 raise TypeError(f"{target.__name__} returned {type(made).__name__}, which holds no nn.Module to patch")
-            patch(model, *reducers)
+            patch(model, *reducers, logits=logits)
             return made
 
         return factory  # type: ignore[return-value]
@@ -229,3 +268,26 @@ def describe(model: nn.Module) -> Any:
     from tokenreduce.adapters import describe as by_adapter
 
     return by_adapter(model)
+
+
+def kept_columns(source: Any) -> tuple[Tensor, Tensor]:
+    """Which columns of the caller's prompt came out of a patched image/video language model.
+
+    Args:
+        source: the output object of a forward or of ``generate`` (with its cache), or the model: its last forward in
+            this thread.
+
+    Returns:
+        ``(columns, valid)``, (B,K) long and bool, of the prompt of L columns: ``out.logits[b, i]`` stands for column
+        ``columns[b, i]`` where ``valid[b, i]``, when logits come at the columns that are left (see :func:`patch`).
+        Columns ascend, padding is among them, and slots that are not valid, where samples keep different numbers, come
+        first. All L columns where nothing was dropped. In decode they are those of the prompt. ``hidden_states`` and
+        ``attentions`` of layers before the last have the columns that were left there.
+
+    Raises ``ValueError`` for a model that is not patched or has not run, and for an output that does not say.
+    """
+    from tokenreduce.adapters.vlm_labels import kept_of
+
+    if isinstance(source, nn.Module) and not reducers_of(source):
+        raise ValueError("the model is not patched, nothing is dropped; tr.patch(model, ...) patches it")
+    return kept_of(source)
