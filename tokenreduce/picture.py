@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from tokenreduce.images import as_rgb
+from tokenreduce.labels import label_of
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import parse
@@ -62,14 +64,14 @@ def draw_regions(
 ) -> Image.Image:
     """:func:`draw` where ``region`` (rows, cols) says the token that each patch went into, -1 where it is gone."""
     rows, cols = region.shape
-    before = np.asarray(_enlarged(image.convert("RGB"), (rows, cols), side))
+    before = np.asarray(_enlarged(as_rgb(image), (rows, cols), side))
     return _beside(before, _painted(before, region), _caption(region, prefix, title))
 
 
 def overlay(image: Image.Image, region: np.ndarray, *, side: int = 448) -> Image.Image:
     """The right half of :func:`draw_regions`: ``image`` with what became of its tokens drawn over it."""
     rows, cols = region.shape
-    return Image.fromarray(_painted(np.asarray(_enlarged(image.convert("RGB"), (rows, cols), side)), region))
+    return Image.fromarray(_painted(np.asarray(_enlarged(as_rgb(image), (rows, cols), side)), region))
 
 
 def _regions(plan: Plan | None, grid: tuple[int, int], prefix: int, sample: int) -> np.ndarray:
@@ -286,7 +288,7 @@ def looked(loaded: Any, image: Image.Image, chosen: Sequence[Reducer], steps: Se
     if full is None or grid is None:
         raise ValueError(f"{tower.family} takes images of any size and says no grid; load it with a fixed image size")
     seen = view(loaded.transform, image)
-    title = "+".join(r.spec() for r in chosen)
+    title = label_of(chosen)
     for reducer in chosen:
         if reducer.site() == "input":  # the model saw a smaller image, so the picture shows that one
             grid = getattr(reducer, "grid")(grid)  # noqa: B009 - only these reducers have it
@@ -309,5 +311,10 @@ def show(
     ``layer`` (0-based) says after which layer to look, the last one by default. Raises ``ValueError`` for a layer that
     the model does not have, and what :func:`look` raises.
     """
-    _check_layer(layer, len(only_tower(loaded.model).blocks))
+    check_layer(loaded, layer)
     return look(loaded, image, reducers).draw(layer, side=side)
+
+
+def check_layer(loaded: Any, layer: int | None) -> None:
+    """Raise ``ValueError`` for a 0-based ``layer`` that the model does not have, before anything is computed."""
+    _check_layer(layer, len(only_tower(loaded.model).blocks))

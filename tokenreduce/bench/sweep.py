@@ -16,8 +16,11 @@ from typing import Any
 
 from tokenreduce.bench.runs import Run, hardware, open_run, versions
 from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
+from tokenreduce.bench.times import consistent
+from tokenreduce.labels import label_of
 from tokenreduce.reducer import Reducer, build, format_spec, parse_spec
 from tokenreduce.registry import get_class, list_methods, parse
+from tokenreduce.words import counted
 
 __all__ = [
     "BASELINES", "BUDGETS", "UNREDUCED", "Point", "Solver", "Watch", "is_baseline", "points", "split_methods", "sweep",
@@ -187,8 +190,8 @@ def full_name(kind: type[Reducer], stages: Sequence[str]) -> str:
 
 
 def spec_of(reducers: Sequence[Reducer], stages: Sequence[str]) -> str:
-    """``reducers`` as text with full names."""
-    return "+".join(full_name(type(r), stages) + r.spec().removeprefix(r.name) for r in reducers)
+    """``reducers`` as text with full names and the budget that they run at."""
+    return label_of(reducers, [full_name(type(r), stages) for r in reducers])
 
 
 def check_methods(
@@ -311,7 +314,8 @@ def _measure(task: Task, solver: Solver, point: Point, rows: Sequence[dict[str, 
     if axis.key not in row:
         row[axis.key] = solver.share(reducers)
     row["notes"] = [*notes, *row.get("notes", [])]
-    return row
+    unreduced = next((r for r in rows if r["id"] == UNREDUCED), None)
+    return consistent(row, unreduced) if reducers else row
 
 
 def sweep(
@@ -363,7 +367,7 @@ def sweep(
         done = {r["id"] for r in run.good}
         if run.rows:
             again = f"; {len(run.errors)} with an error are measured again" if run.errors else ""
-            watch.say(f"{len(done)} of {len(ids)} rows are there already in {run.folder}{again}")
+            watch.say(f"{len(done)} of {counted(len(ids), 'row')} are there already in {run.folder}{again}")
         watch.plan(len(ids), len(done))
         for point in todo:
             if point.id in done:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tokenreduce.bench.data import Batch, Images, load_data
 from tokenreduce.bench.hits import Answers, agreement, ranks, scores
 from tokenreduce.bench.models import Loaded, load_model
+from tokenreduce.bench.times import ITSELF, speed_keys
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import fused_attention, interleaved
@@ -196,8 +197,8 @@ class VisionTask:
 
         ``tokens`` leave each layer, ``mean_tokens`` is their mean, ``entry_tokens`` enter the first layer; ``gmacs``
         and ``flops`` are per image; ``agreement`` is the share of images with the unreduced model's answer;
-        ``speedup`` is the stock model's time over this one's; ``peak_mb`` is 10^6 bytes above what was held before;
-        ``reduction_share`` (CPU) the part of the forward that makes and applies plans.
+        ``speedup`` is the stock model's time over this one's, with its interval; ``peak_mb`` is 10^6 bytes above what
+        was held before; ``reduction_share`` (CPU) the part of the forward that makes and applies plans.
         """
         ready, reducers = self._ready, tuple(reducers)
         assert ready.baseline is not None
@@ -354,7 +355,7 @@ class VisionTask:
         return {
             "seconds_per_image": seconds,
             "images_per_s": 1 / seconds,
-            "speedup": times["stock"].ratio(times["this"]),
+            **speed_keys(times["stock"].against(times["this"]) if reduced else ITSELF),
             "peak_mb": peak / 1e6,
             "reduction_share": share,
         }

@@ -18,8 +18,10 @@ from tokenreduce.adapters.generation import cache_of
 from tokenreduce.bench.questions import Item, load_questions, matches
 from tokenreduce.bench.sweep import full_name
 from tokenreduce.bench.task import Axis
+from tokenreduce.bench.times import ITSELF, speed_keys
 from tokenreduce.bench.vision import _whole
 from tokenreduce.bench.vlms import DTYPES, LoadedVlm, load_vlm, pick_device
+from tokenreduce.images import as_rgb
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.generation import _generate, cache_bytes, layers_of, patches_left, patches_of, visual_columns
 from tokenreduce.measure.question import Question, ask, prompt_text
@@ -394,7 +396,7 @@ class VlmTask:
         bos = processor.tokenizer.bos_token
         if bos and texts[0].startswith(bos):  # else it would be there twice
             settings["add_special_tokens"] = False
-        made = dict(processor(images=[[picture.convert("RGB")] for _, picture in opened], text=texts, **settings))
+        made = dict(processor(images=[[as_rgb(picture)] for _, picture in opened], text=texts, **settings))
         made.pop("labels", None)
         return _Batch([item for item, _ in opened], made)
 
@@ -510,7 +512,7 @@ class VlmTask:
                 share = None  # kernels run behind the CPU's clock
         return {
             "first_token_s": times["this"].median,
-            "speedup": times["stock"].ratio(times["this"]),
+            **speed_keys(times["stock"].against(times["this"]) if reduced else ITSELF),
             "reduction_share": share,
         }
 

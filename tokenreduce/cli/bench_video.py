@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli.bench import FULL_REPEATS, REPEATS, run
+from tokenreduce.cli.bench import FULL_REPEATS, REPEATS, Json, run
 from tokenreduce.cli.shared import console
 
 __all__ = ["command"]
@@ -71,6 +71,7 @@ def command(
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All methods and questions, and more timed rounds.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Video language models: accuracy by question type, tokens per frame, FLOPs, time of every part and KV cache.
 
@@ -101,7 +102,17 @@ def command(
     if few and not reduce:
         said.append("sweeping a few methods of each stage (--methods '*' takes all)")
     if said:
-        console().print(f"{'; '.join(said)}; --full takes everything", soft_wrap=True)
+        console(stderr=as_json).say(f"{'; '.join(said)}; --full takes everything")
     _quiet_bars()
     budgets = budgets or BUDGETS[full]
-    run(ctx, {out: task}, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=place)
+    run(
+        ctx,
+        {out: task},
+        out,
+        methods=methods,
+        budgets=budgets,
+        reduce=reduce or [],
+        fresh=fresh,
+        device=place,
+        as_json=as_json,
+    )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.generation import cache_of, columns_order
+from tokenreduce.labels import label_of
 from tokenreduce.measure.question import Question
-from tokenreduce.measure.timing import Timing, synchronise, turns
+from tokenreduce.measure.timing import Speedup, Timing, synchronise, turns
 from tokenreduce.patching import describe, patched, reducers_of
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import DecodeStep, Step, Trace, record
@@ -105,7 +106,8 @@ class Comparison:
 
     @property
     def spec(self) -> str:
-        return "+".join(r.spec() for r in self.reducers)
+        """The reducers as text, with the budget that they ran at."""
+        return label_of(self.reducers)
 
     @property
     def agree(self) -> bool:
@@ -128,16 +130,38 @@ class Comparison:
             "cache_bytes": (a.cache, b.cache),
         }
         out: dict[str, float | None] = {k: x / y if x is not None and y else None for k, (x, y) in pairs.items()}
-        out["first_token_s"] = a.first.ratio(b.first)
-        out["tokens_per_s"] = None if a.step is None or b.step is None else a.step.ratio(b.step)
-        return out
+        return {**out, **{k: None if v is None else v.ratio for k, v in self.speedups().items()}}
+
+    def speedups(self) -> dict[str, Speedup | None]:
+        """The ratios of times with their intervals."""
+        a, b = self.stock, self.reduced
+        step = None if a.step is None or b.step is None else a.step.against(b.step)
+        return {"first_token_s": a.first.against(b.first), "tokens_per_s": step}
+
+    def clock(self) -> dict[str, tuple[float, float] | None]:
+        """Seconds without and with the reduction to the first token and for each further one (``step_s``): the stock
+        model's median, and that over the speed-up, so that times and ratios never contradict each other."""
+        first, step = self.speedups().values()
+        assert first is not None
+        a, b = self.stock.first.median, None if self.stock.step is None else self.stock.step.median
+        return {
+            "first_token_s": (a, first.after(a)), "step_s": None if step is None or b is None else (b, step.after(b)),
+        }  # fmt: skip
+
+    def _seconds(self, side: int) -> dict[str, float | None]:
+        clock = self.clock()
+        first, step = clock["first_token_s"], clock["step_s"]
+        assert first is not None
+        return {"first_token_s": first[side], "tokens_per_s": None if step is None else 1 / step[side]}
 
     def to_dict(self) -> dict[str, Any]:
         """What the command prints with ``--json``."""
         return {
             "prompt": self.question.prompt, "text": self.question.text, "images": len(self.question.images),
             "reduce": self.spec, "agree": self.agree, "common_tokens": self.common, "rounds": self.rounds,
-            "stock": self.stock.to_dict(), "reduced": self.reduced.to_dict(), "ratio": self.ratios(),
+            "stock": {**self.stock.to_dict(), **self._seconds(0)},
+            "reduced": {**self.reduced.to_dict(), **self._seconds(1)}, "ratio": self.ratios(),
+            "interval": {k: None if v is None else [v.low, v.high] for k, v in self.speedups().items()},
             "sites": [
                 {"stage": s.stage, "layer": s.layer, "method": s.method, "before": s.before, "after": s.after}
                 for s in self.sites

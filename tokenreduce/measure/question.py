@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from tokenreduce.images import as_rgb
+
 __all__ = ["Question", "ask", "prompt_text"]
 
 #: Processors of models that were trained on another form than images, line break, prompt.
@@ -49,7 +51,7 @@ def ask(processor: Any, images: Sequence[Image.Image], prompt: str) -> Question:
         raise ValueError("the prompt is empty; ask something about the image")
     if not images:
         raise ValueError("no image is given; give at least one")
-    pictures = tuple(image.convert("RGB") for image in images)
+    pictures = tuple(map(as_rgb, images))
     text = prompt_text(processor, len(pictures), prompt)
     settings: dict[str, Any] = {}
     bos = getattr(processor.tokenizer, "bos_token", None)
