@@ -16,6 +16,8 @@ __all__ = ["append", "append_line", "cannot_write", "make_folder", "write_bytes"
 def cannot_write(path: str | Path, error: OSError, step: str = "choose another place") -> OSError:
     """The error to raise where ``path`` could not be written: what, why, and the next step."""
     why = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        why = "a file is where a folder should be"
     made = OSError(f"cannot write {path}: {why}; {step}")
     made.errno = error.errno
     return made
@@ -46,7 +48,7 @@ def writing(path: str | Path, step: str = "choose another place") -> Iterator[Pa
         special = target.exists() and not target.is_file()
     except OSError as error:
         raise cannot_write(path, error, step) from error
-    partial = target if special else target.with_name(f".{secrets.token_hex(4)}.partial{target.suffix}")
+    partial = path if special else target.with_name(f".{secrets.token_hex(4)}.partial{target.suffix}")
     try:
         yield partial
         if not special:

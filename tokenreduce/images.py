@@ -18,7 +18,10 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["PictureError", "as_rgb", "large_pictures", "open_picture", "why"]
+__all__ = ["EXTENSIONS", "PictureError", "as_rgb", "large_pictures", "natural", "open_picture", "why"]
+
+#: Endings of files that are taken for pictures.
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 
 #: Floats whose highest is between 1 and this may be of either range: 0 to 1 overshot, or 0 to 255 in the dark.
 DIM = 16
@@ -126,3 +129,14 @@ def _grey(image: Image.Image, wide: bool) -> np.ndarray:
         if isinstance(clear, int):
             values = np.where(np.asarray(image) == clear, 255, values)
     return (values + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A key that sorts names by the numbers in them.
+
+    >>> sorted(["f10.png", "f9.png", "F1.png"], key=natural)
+    ['F1.png', 'f9.png', 'f10.png']
+    """
+    parts = re.split(r"(\d+)", name)
+    # Of equal numbers the one with fewer zeros in front comes first, so that the order never hangs on the system's.
+    return tuple((int(p), len(p), "") if i % 2 else (-1, 0, p.lower()) for i, p in enumerate(parts))

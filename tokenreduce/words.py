@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from typing import Any
 
-__all__ = ["ascii_for", "counted", "speak_everywhere"]
+__all__ = ["ascii_for", "counted", "speak_everywhere", "spoken"]
 
 #: Signs that have no letters inside which ``unicodedata`` could find.
 SIGNS = {
@@ -37,6 +37,11 @@ def ascii_for(character: str) -> str:
         return character
     plain = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii() and c.isprintable())
     return SIGNS.get(character) or plain or "?"
+
+
+def spoken(text: str, encoding: str) -> str:
+    """``text`` as a stream of ``encoding`` shows it; for what is laid out in columns before it is written."""
+    return text.encode(encoding, _HANDLER).decode(encoding)
 
 
 def _readable(error: UnicodeError) -> tuple[str, int]:

@@ -150,11 +150,12 @@ def test_mvbench(tmp_path):
         (clips / "a.mp4", "action_sequence", ("B",), (1.5, 4.0)),
         (tmp_path / "video/elsewhere/b.mp4", "action_sequence", ("B",), None),
         (clips / "gone.mp4", "action_sequence", ("B",), None),
+        (tmp_path / "video/tvqa/frames_fps3_hq/d", "episodic_reasoning", ("B",), None),
     ]
+    assert items[-1].rate == 3
     reasons = [p["reason"] for p in problems.values()]
     assert "2 files below" in reasons[0]
     assert "'z' is not among the options x, y" in reasons[1]
-    assert "a folder of frames; only video files are read" in reasons[2]
     assert "no JSON" in reasons[3]
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tokenreduce.bench.labels import check_numbers, digits_of, match_names, shown
 from tokenreduce.bench.models import Loaded
+from tokenreduce.images import EXTENSIONS
 
 __all__ = ["EXTENSIONS", "READERS", "Problem", "Read", "Source", "kind_of"]
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 KINDS = "digits, world, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
 #: Other names under which the split that was asked for may lie.
 SPLITS = {

@@ -29,6 +29,7 @@ def command(
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video, spread evenly; 8 by default.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the video, in place of --frames.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, and what every timed round decodes.")
     ] = 32,
@@ -61,10 +62,10 @@ def command(
         picture_format(show, "--show")
     if bool(image) == (video is not None):
         raise ValueError("give --image (it may be repeated) or --video, and not both")
-    if video is None and (frames is not None or fps is not None):
-        raise ValueError("--frames and --fps are for --video")
+    if video is None and not (frames is fps is rate is None):
+        raise ValueError("--frames, --fps and --rate are for --video")
     pictures = [open_image(path) for path in image or []]
-    film = None if video is None else _film(video, frames, fps)
+    film = None if video is None else _film(video, frames, fps, rate)
     _quiet_bars()
     loaded = load_vlm(model, device, dtype)
     if film is None:
@@ -93,12 +94,14 @@ def command(
         console().say(f"wrote {show}")
 
 
-def _film(path: Path, frames: int | None, fps: float | None) -> Any:
+def _film(path: Path, frames: int | None, fps: float | None, rate: float | None) -> Any:
     from tokenreduce.video import read_frames
 
     if frames is not None and fps is not None:
         raise ValueError("give --frames or --fps, not both")
-    return read_frames(path, fps=fps) if fps is not None else read_frames(path, n=frames or 8)
+    if fps is not None:
+        return read_frames(path, fps=fps, rate=rate)
+    return read_frames(path, n=frames or 8, rate=rate)
 
 
 def _check_words(tokenizer: Any, question: Question) -> None:

@@ -8,16 +8,20 @@ import shlex
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from tokenreduce.cli.optional import missing
-from tokenreduce.files import writing
-from tokenreduce.words import speak_everywhere
+from tokenreduce.files import cannot_write, writing
+from tokenreduce.words import speak_everywhere, spoken
 
 __all__ = [
     "Friendly",
@@ -61,6 +65,14 @@ class Screen(Console):
         if not self.limited:
             self.width = UNLIMITED
 
+    def print(self, *objects: Any, **how: Any) -> None:
+        if not self.encoding.startswith("utf"):
+            for table in objects:
+                if isinstance(table, Table):
+                    _speak(table, self.encoding)
+        with _written("standard error" if self.stderr else "standard output"):
+            super().print(*objects, **how)
+
     def say(self, text: str, style: str | None = None) -> None:
         """Print ``text``, broken between words at the width and never inside one; each line of it begins a new one."""
         for line in text.splitlines() or [""]:
@@ -74,6 +86,20 @@ class Screen(Console):
             line.strip(), self.width, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=False,
             break_on_hyphens=False,
         )  # fmt: skip
+
+
+def _speak(table: Table, encoding: str) -> None:
+    """Replace what the encoding lacks before the columns are laid out: two letters for a sign would shift them."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Text):
+            return Text(spoken(value.plain, encoding), style=value.style)
+        return spoken(value, encoding) if isinstance(value, str) else value
+
+    table.title, table.caption = told(table.title), told(table.caption)
+    for column in table.columns:
+        column.header = told(column.header)
+        column._cells = [told(cell) for cell in column._cells]
 
 
 def console(*, stderr: bool = False) -> Screen:
@@ -95,7 +121,18 @@ def print_json(value: Any) -> None:
 
     wide = (getattr(sys.stdout, "encoding", None) or "ascii").lower().startswith("utf")
     text = json.dumps(plain(value), indent=2, ensure_ascii=not wide, allow_nan=False)
-    typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    with _written("standard output"):
+        typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+@contextmanager
+def _written(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # `tokenreduce ... | head` is no error
+        raise
+    except OSError as error:
+        raise cannot_write(f"to {where}", error, "send it elsewhere, or make room") from error
 
 
 class Friendly(TyperGroup):

@@ -28,6 +28,7 @@ def command(
         str, typer.Option(help="Whose patches are remembered: world-vit, timm:NAME, open_clip:NAME/TAG, hf:FOLDER.")
     ] = "world-vit",
     fps: Annotated[float, typer.Option(help="Frames per second that are looked at.")] = 1.0,
+    rate: Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")] = None,
     capacities: Annotated[str, typer.Option(help="pyramid: frames at full, half and quarter side length.")] = "2,2,12",
     reducer: Annotated[
         str, typer.Option(help="clips: temporal method that compresses each clip of 16 frames.")
@@ -51,7 +52,7 @@ def command(
         raise ValueError(f"--memory is {' or '.join(MEMORIES)}, not {memory!r}")
     make = _maker(memory, capacities, reducer, chunk)
     make(None)  # wrong settings show before anything is read
-    film = open_video(file)
+    film = open_video(file, rate=fps if rate is None and file.is_dir() else rate)
     wanted = film.choose(fps=fps)
     bank = make(feature_maps(load_model(encoder, device)))
     if state is not None and state.exists():
