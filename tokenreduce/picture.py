@@ -18,6 +18,7 @@ from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import parse
 from tokenreduce.trace import Step
+from tokenreduce.words import counted
 
 __all__ = ["Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "show", "view"]
 
@@ -138,7 +139,7 @@ def _caption(region: np.ndarray, prefix: int, title: str) -> str:
     values, counts = np.unique(region[region >= 0], return_counts=True)
     dropped = int((region < 0).sum())
     merged = int((counts > 1).sum())
-    parts = [f"{prefix + region.size} -> {prefix + len(values)} tokens"]
+    parts = [f"{prefix + region.size} -> {counted(prefix + len(values), 'token')}"]
     if prefix:
         parts.append(f"{prefix} of them prefix")
     if merged:

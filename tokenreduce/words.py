@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from typing import Any
 
-__all__ = ["ascii_for", "counted", "speak_everywhere", "spoken"]
+__all__ = ["are", "ascii_for", "counted", "speak_everywhere", "spoken"]
 
 #: Signs that have no letters inside which ``unicodedata`` could find.
 SIGNS = {
@@ -25,6 +25,11 @@ def counted(n: int, noun: str, plural: str | None = None) -> str:
     ('1 row', '2,000 rows', '0 classes')
     """
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def are(n: int) -> str:
+    """The verb behind :func:`counted`."""
+    return "is" if n == 1 else "are"
 
 
 def ascii_for(character: str) -> str:

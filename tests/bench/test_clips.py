@@ -156,7 +156,7 @@ def test_mvbench(tmp_path):
     reasons = [p["reason"] for p in problems.values()]
     assert "2 files below" in reasons[0]
     assert "'z' is not among the options x, y" in reasons[1]
-    assert "no JSON" in reasons[3]
+    assert "no JSON" in reasons[2]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json"])

@@ -174,7 +174,7 @@ def test_empty_and_flat_folders_are_errors(tmp_path, four):
     with pytest.raises(ValueError, match=r"no class folders; the layout is"):
         load_data(str(tmp_path), "test", four)
     (tmp_path / "0.jpg").write_bytes(encoded("coffee", 0))
-    with pytest.raises(ValueError, match=r"holds 1 images but no class folders"):
+    with pytest.raises(ValueError, match=r"holds 1 image but no class folders"):
         load_data(str(tmp_path), "test", four)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no image")
@@ -191,8 +191,8 @@ def test_what_is_left_out_is_noted(tmp_path, four):
     data = load_data(str(root), "test", four)
     assert len(data) == 3
     assert sorted(data.notes) == [
-        "1 files that are no images are left out: coffee/readme.txt",
-        "1 images outside of class folders are left out: loose.png",
+        "1 file that is no image is left out: coffee/readme.txt",
+        "1 image outside of class folders is left out: loose.png",
         "class folders without an image: zebra",
     ]
 

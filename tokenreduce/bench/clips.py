@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenreduce.bench.mvbench import MVBENCH, MVBENCH_RATE
 from tokenreduce.bench.questions import WORLD_QUESTIONS, Item, normalised
+from tokenreduce.words import are, counted
 
 __all__ = ["LAYOUTS", "ClipItem", "Clips", "chosen", "lettered", "load_clips"]
 
@@ -22,24 +24,6 @@ LAYOUTS = ("auto", "world", "jsonl", "mvbench", "videomme", "egoschema")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 EXAMPLE = '{"video": "clip.mp4", "question": "...", "answer": "...", "options": ["...", "..."], "type": "..."}'
-#: Frames per second of the folders of frames in it (tvqa/frames_fps3_hq), which its authors read at that rate.
-MVBENCH_RATE = 3.0
-#: Where MVBench (arXiv 2311.17005) keeps the videos of a task, below video/.
-MVBENCH = {
-    "star/Charades_v1_480": ("action_sequence", "action_prediction", "object_interaction"),
-    "ssv2_video": ("action_antonym",),
-    "Moments_in_Time_Raw/videos": ("fine_grained_action",),
-    "FunQA_test/test": ("unexpected_action",),
-    "clevrer/video_validation": (
-        "object_existence", "moving_direction", "moving_count", "moving_attribute", "counterfactual_inference",
-    ),
-    "perception/videos": ("object_shuffle", "action_count", "state_change", "character_order"),
-    "sta/sta_video": ("action_localization",),
-    "scene_qa/video": ("scene_transition",),
-    "nturgbd": ("fine_grained_pose",),
-    "vlnqa": ("egocentric_navigation",),
-    "tvqa/frames_fps3_hq": ("episodic_reasoning",),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -392,7 +376,7 @@ def _egoschema(path: Path, notes: list[str]) -> Iterator[tuple[str, _Make]]:
 
         yield place, make
     if hidden:
-        notes.append(f"{hidden} questions without a public answer are left out")
+        notes.append(f"{counted(hidden, 'question')} without a public answer {are(hidden)} left out")
 
 
 _READERS: dict[str, Callable[[Path, list[str]], Iterator[tuple[str, _Make]]]] = {

@@ -13,7 +13,7 @@ from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import TOLERANCE, UNREDUCED
 from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.bench.times import within_noise
-from tokenreduce.words import counted
+from tokenreduce.words import are, counted
 
 __all__ = [
     "COLUMNS", "Column", "again", "cell", "columns", "compact", "failure", "in_bytes", "label", "misses", "notes",
@@ -204,7 +204,7 @@ def notes(run: Run, brief: bool = False) -> list[str]:
             lines.append(f"  and {len(problems) - len(listed)} more, all listed in report.html")
     if run.missing:
         points = counted(len(run.info.get("points", [])), "row")
-        lines.append(f"{len(run.missing)} of {points} {'is' if len(run.missing) == 1 else 'are'} still to be measured")
+        lines.append(f"{len(run.missing)} of {points} {are(len(run.missing))} still to be measured")
     if run.repaired:
         lines.append(run.repaired)
     return lines

@@ -36,7 +36,7 @@ def run_script(
     if out is not None:
         write_text(out, "", "choose another place with --out")
     screen = console()
-    screen.print(title, markup=False)
+    screen.say(title)
     with screen.status("loading, and evaluating the unreduced model"):
         task.prepare()
     rows: list[dict[str, Any]] = []

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.runs import Run, hardware, open_run, versions
 from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
 from tokenreduce.bench.times import consistent
+from tokenreduce.bench.watch import Point, Watch
 from tokenreduce.labels import label_of
 from tokenreduce.reducer import Reducer, build, format_spec, parse_spec
 from tokenreduce.registry import get_class, list_methods, parse
@@ -36,37 +37,6 @@ TOLERANCE = 0.03
 def is_baseline(method: str) -> bool:
     """Whether a row's method is a baseline, at whatever stage: ``random`` and ``random@projector``."""
     return method.partition("@")[0] in (*BASELINES, "pool", "pool-frames", "uniform-frames")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One row to measure: a method (with fixed settings, if any) at a budget, or an explicit spec without one."""
-
-    id: str
-    method: str
-    spec: str
-    budget: float | None = None
-    solved: bool = False
-
-    @classmethod
-    def at(cls, spec: str, budget: float) -> Point:
-        return cls(f"{spec}@{budget:g}", spec, spec, budget, True)
-
-
-class Watch:
-    """What a sweep tells while it runs. The base class is silent."""
-
-    def say(self, message: str) -> None:
-        """Something the user should read once."""
-
-    def plan(self, total: int, done: int) -> None:
-        """``done`` of ``total`` points have a row already."""
-
-    def begin(self, point: Point) -> None:
-        """A point is about to be measured."""
-
-    def end(self, point: Point, row: dict[str, Any]) -> None:
-        """Its row is on the disk."""
 
 
 class Solver:

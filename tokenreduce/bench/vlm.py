@@ -30,6 +30,7 @@ from tokenreduce.patching import describe, patched, twin
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import get_class, get_method
 from tokenreduce.trace import Trace, record
+from tokenreduce.words import counted
 
 __all__ = ["STAGES", "VlmTask"]
 
@@ -303,7 +304,8 @@ class VlmTask:
     def _notes(self, ready: _Ready, reducers: tuple[Reducer, ...], answers: _Answers, said: list[str]) -> list[str]:
         notes = list(dict.fromkeys(said))
         if answers.broken:
-            notes.append(f"{answers.broken} questions gave NaN or infinite outputs; they count as wrong")
+            they = "it counts" if answers.broken == 1 else "they count"
+            notes.append(f"{counted(answers.broken, 'question')} gave NaN or infinite outputs; {they} as wrong")
         return notes if reducers else [*ready.notes, *notes, *self._served()[1]]
 
     # -- questions: what tasks on other inputs replace --------------------------------------------------------------
@@ -438,7 +440,7 @@ class VlmTask:
         if not out.said:
             listed = [ready.problems[key] for key in sorted(ready.problems)][:5]
             first = "".join(f"\n  {p['path']}: {p['reason']}" for p in listed)
-            raise ValueError(f"none of the {len(ready.items)} questions of {self.data} can be used:{first}")
+            raise ValueError(f"none of the {counted(len(ready.items), 'question')} of {self.data} can be used:{first}")
         return out._replace(broken=broken)
 
     @property

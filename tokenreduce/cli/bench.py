@@ -109,7 +109,7 @@ def vision(
     for name, source in models.items():
         most = limit if limit is not None or full else QUICK.get(source, QUICK_ELSEWHERE)
         if most is not None and limit is None:
-            said.append(f"evaluating at most {most:,} images of {source} (--limit changes that)")
+            said.append(f"evaluating at most {counted(most, 'image')} of {source} (--limit changes that)")
         jobs[out / name if len(models) > 1 else out] = VisionTask(
             model=name,
             data=source,
@@ -231,7 +231,11 @@ def vlm(
         few=not full and methods is None,
     )
     if not full:
-        said = [] if limit is not None else [f"asking at most {QUICK_QUESTIONS} questions (--limit changes that)"]
+        said = (
+            []
+            if limit is not None
+            else [f"asking at most {counted(QUICK_QUESTIONS, 'question')} (--limit changes that)"]
+        )
         if methods is None and not reduce:
             said.append("sweeping a few methods of each stage (--methods '*' takes all)")
         if said:

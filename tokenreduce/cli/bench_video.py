@@ -9,6 +9,7 @@ import typer
 
 from tokenreduce.cli.bench import FULL_REPEATS, REPEATS, Json, run
 from tokenreduce.cli.shared import console
+from tokenreduce.words import counted
 
 __all__ = ["command"]
 
@@ -98,7 +99,7 @@ def command(
         repeats=repeats if repeats is not None else FULL_REPEATS if full else REPEATS, max_new_tokens=max_new_tokens,
         stages=tuple(s.strip() for s in stage.split(",") if s.strip()), few=few,
     )  # fmt: skip
-    said = [] if limit is not None or full else [f"asking at most {QUICK} questions (--limit changes that)"]
+    said = [] if limit is not None or full else [f"asking at most {counted(QUICK, 'question')} (--limit changes that)"]
     if few and not reduce:
         said.append("sweeping a few methods of each stage (--methods '*' takes all)")
     if said:

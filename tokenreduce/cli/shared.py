@@ -60,8 +60,10 @@ class Screen(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         speak_everywhere()
         super().__init__(highlight=False, stderr=stderr)
-        told = os.environ.get("COLUMNS", "")
-        self.limited = self.is_terminal or told.isdigit()
+        # Programs with GNU readline (a Python with history, test runners) hand LINES and COLUMNS of nothing in
+        # particular to what they start; somebody who means it sets COLUMNS alone.
+        told = os.environ.get("COLUMNS", "").isdigit() and "LINES" not in os.environ
+        self.limited = self.is_terminal or told
         if not self.limited:
             self.width = UNLIMITED
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from tokenreduce.images import as_rgb
+from tokenreduce.words import counted
 
 __all__ = ["Question", "ask", "prompt_text"]
 
@@ -70,7 +71,9 @@ def prompt_text(processor: Any, count: int, prompt: str, kind: str = "image") ->
     token = getattr(processor, f"{kind}_token", None)
     if token and token in prompt:
         if prompt.count(token) != count:
-            raise ValueError(f"the prompt has {prompt.count(token)} {token} for {count} {kind}s; write one for each")
+            raise ValueError(
+                f"the prompt has {prompt.count(token)} {token} for {counted(count, kind)}; write one for each"
+            )
         return prompt
     if getattr(processor, "chat_template", None) is not None:
         content = [{"type": kind}] * count + [{"type": "text", "text": prompt}]
