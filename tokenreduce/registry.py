@@ -110,7 +110,7 @@ def _place(error: BaseException, file: Path | None) -> str:
     ]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno))
-    own = [f for f in frames if file is None or Path(f[0]) == file]
+    own = [f for f in frames if file is None or Path(f[0]).resolve() == file.resolve()]
     if file is not None and frames and not own:
         own = [(str(file), None)]
     if not own:
