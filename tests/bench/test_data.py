@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from pictures import PHOTOS, TIMM, WNIDS, bomb, crop, encoded, hf_classifier, image_folder, tiny_clip
@@ -444,7 +446,7 @@ def test_questions_open_their_pictures_alike(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     good, wild, gone = load_questions(str(tmp_path / "q.jsonl"))
     assert len(np.unique(np.asarray(good.open()))) == 256
-    with pytest.raises(ValueError, match="^its values go from 0 to 1008"):
+    with pytest.raises(ValueError, match=r"^its values go from 0 to 1008"):
         wild.open()
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         gone.open()
