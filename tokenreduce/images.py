@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +41,7 @@ class PictureError(ValueError):
 
 
 def open_picture(
-    source: str | Path | IO[bytes], *, name: str = "", formats: Sequence[str] | None = None, upright: bool = True
+    source: str | Path | IO[bytes], *, name: str = "", formats: tuple[str, ...] | None = None, upright: bool = True
 ) -> Image.Image:
     """The picture in a file, or in an open one, as RGB.
 
