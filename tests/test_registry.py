@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 import tokenreduce as tr
+from tokenreduce import registry
 from tokenreduce.reducer import STAGES, parse_spec, split_specs
 from tokenreduce.registry import get_class
 
@@ -217,3 +219,48 @@ def test_a_plugin_that_is_not_there_is_an_error(tmp_path):
     code = "import tokenreduce as tr; tr.list_methods()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "TOKENREDUCE_PLUGINS names" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("x = 1\ndef f(:\n    pass\n", 2, "SyntaxError: invalid syntax"),
+        ("import os\n\n\ndef g():\n    raise RuntimeError('boom\\nmore')\n\n\ng()\n", 5, "RuntimeError: boom more"),
+        ("import nosuchlibrary\n", 1, "ModuleNotFoundError: No module named 'nosuchlibrary'"),
+        ("import json\njson.loads('{')\n", 2, "JSONDecodeError"),  # the line of the file, not of the library
+        ("raise SystemExit(3)\n", 1, "SystemExit: 3"),
+        ("assert False\n", 1, "AssertionError: no message"),
+        (
+            "from tokenreduce import Reducer\nclass X(Reducer, name='tome', stage='encoder'):\n    pass\n", 2,
+            "two methods are called 'tome'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_broken_plugin_is_named_with_its_line(tmp_path, monkeypatch, text, line, said) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for place in (file, Path("mine.py"), tmp_path):
+        with pytest.raises(ImportError) as error:
+            registry._import_plugin(place)
+        message = str(error.value)
+        assert f"{file}, line {line} cannot be loaded" in message
+        assert said in message
+        assert "TOKENREDUCE_PLUGINS" in message
+        assert "\n" not in message
+    assert "tokenreduce_plugin_mine" not in sys.modules
+
+
+def test_a_plugin_that_is_no_python_file(tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ImportError, match=r"mine.txt, which is no Python file"):
+        registry._import_plugin(tmp_path / "mine.txt")
+    (tmp_path / "bytes.py").write_bytes(b"\xff\xfe = 1\n")
+    with pytest.raises(ImportError, match=r"bytes.py.* cannot be loaded: SyntaxError"):
+        registry._import_plugin(tmp_path / "bytes.py")
+
+
+def test_a_broken_entry_point_names_its_package() -> None:
+    point = EntryPoint("mine", "nosuchpackage.methods", "tokenreduce.methods")
+    with pytest.raises(ImportError, match=r"methods of nosuchpackage.methods .* ModuleNotFoundError"):
+        registry._import_point(point)

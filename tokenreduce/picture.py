@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from tokenreduce.images import as_rgb
+from tokenreduce.labels import label_of
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import parse
 from tokenreduce.trace import Step
+from tokenreduce.words import counted
 
 __all__ = ["Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "patch_size", "show", "view"]
 
@@ -62,14 +65,14 @@ def draw_regions(
 ) -> Image.Image:
     """:func:`draw` where ``region`` (rows, cols) says the token that each patch went into, -1 where it is gone."""
     rows, cols = region.shape
-    before = np.asarray(_enlarged(image.convert("RGB"), (rows, cols), side))
+    before = np.asarray(_enlarged(as_rgb(image), (rows, cols), side))
     return _beside(before, _painted(before, region), _caption(region, prefix, title))
 
 
 def overlay(image: Image.Image, region: np.ndarray, *, side: int = 448) -> Image.Image:
     """The right half of :func:`draw_regions`: ``image`` with what became of its tokens drawn over it."""
     rows, cols = region.shape
-    return Image.fromarray(_painted(np.asarray(_enlarged(image.convert("RGB"), (rows, cols), side)), region))
+    return Image.fromarray(_painted(np.asarray(_enlarged(as_rgb(image), (rows, cols), side)), region))
 
 
 def _regions(plan: Plan | None, grid: tuple[int, int], prefix: int, sample: int) -> np.ndarray:
@@ -136,7 +139,7 @@ def _caption(region: np.ndarray, prefix: int, title: str) -> str:
     values, counts = np.unique(region[region >= 0], return_counts=True)
     dropped = int((region < 0).sum())
     merged = int((counts > 1).sum())
-    parts = [f"{prefix + region.size} -> {prefix + len(values)} tokens"]
+    parts = [f"{prefix + region.size} -> {counted(prefix + len(values), 'token')}"]
     if prefix:
         parts.append(f"{prefix} of them prefix")
     if merged:
@@ -287,7 +290,7 @@ def looked(loaded: Any, image: Image.Image, chosen: Sequence[Reducer], steps: Se
     if grid is None or len(grid) != 2:
         raise ValueError(f"{tower.family} says no grid of patches for this image; load it with a fixed image size")
     seen = view(loaded.transform, image)
-    title = "+".join(r.spec() for r in chosen)
+    title = label_of(chosen)
     for reducer in chosen:
         if reducer.site() == "input":  # the model saw a smaller image, so the picture shows that one
             high, wide = patch_size(tower.module)
@@ -318,5 +321,10 @@ def show(
     ``layer`` (0-based) says after which layer to look, the last one by default. Raises ``ValueError`` for a layer that
     the model does not have, and what :func:`look` raises.
     """
-    _check_layer(layer, len(only_tower(loaded.model).blocks))
+    check_layer(loaded, layer)
     return look(loaded, image, reducers).draw(layer, side=side)
+
+
+def check_layer(loaded: Any, layer: int | None) -> None:
+    """Raise ``ValueError`` for a 0-based ``layer`` that the model does not have, before anything is computed."""
+    _check_layer(layer, len(only_tower(loaded.model).blocks))

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from tokenreduce.files import write_bytes
 from tokenreduce.plan import Chain, Identity, Plan
 
 __all__ = ["load", "save"]
 
 
 def save(plan: Plan, path: str | Path) -> None:
-    """Write ``plan`` to ``path``."""
+    """Write ``plan`` to ``path``, whole or not at all. Raises ``OSError`` that names it."""
     tensors: dict[str, Tensor] = {}
     described = _describe(plan, "", tensors)
-    save_file({k: t.contiguous() for k, t in tensors.items()}, str(path), {"plan": json.dumps(described)})
+    write_bytes(path, to_bytes({k: t.contiguous() for k, t in tensors.items()}, {"plan": json.dumps(described)}))
 
 
 def load(path: str | Path) -> Plan:

@@ -19,7 +19,8 @@ import os
 import pkgutil
 import sys
 import threading
-from importlib.metadata import entry_points
+import traceback
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from tokenreduce.reducer import STAGES, Reducer, build, parse_spec, split_specs
@@ -40,7 +41,10 @@ def register(kind: type[Reducer]) -> None:
 
 
 def load_all() -> dict[str, type[Reducer]]:
-    """Import every method once; returns name to class."""
+    """Import every method once; returns name to class.
+
+    Raises ``ImportError`` that names file and line for a plug-in that cannot be loaded.
+    """
     global _loaded
     with _lock:
         if not _loaded:
@@ -49,7 +53,7 @@ def load_all() -> dict[str, type[Reducer]]:
                 for root in ("tokenreduce.vision", "tokenreduce.video"):
                     _import_methods(root)
                 for point in entry_points(group="tokenreduce.methods"):
-                    point.load()
+                    _import_point(point)
                 for place in filter(None, os.environ.get("TOKENREDUCE_PLUGINS", "").split(os.pathsep)):
                     _import_plugin(Path(place))
             except BaseException:
@@ -74,11 +78,50 @@ def _import_plugin(place: Path) -> None:
     for file in files:
         name = f"tokenreduce_plugin_{file.stem}"
         spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
+        if spec is None or spec.loader is None:
+            raise ImportError(f"TOKENREDUCE_PLUGINS names {file}, which is no Python file: its name must end in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            remedy = "mend the file, or take it out of TOKENREDUCE_PLUGINS"
+            raise ImportError(
+                f"the plug-in {_place(error, file)} cannot be loaded: {_said(error)}; {remedy}"
+            ) from error
+
+
+def _import_point(point: EntryPoint) -> None:
+    try:
+        point.load()
+    except (Exception, SystemExit) as error:
+        package = point.dist.name if point.dist is not None else point.value
+        where = ", ".join(filter(None, (point.value, _place(error, None))))
+        raise ImportError(
+            f"the methods of {package} ({where}) cannot be loaded: {_said(error)}; mend or uninstall {package}"
+        ) from error
+
+
+def _place(error: BaseException, file: Path | None) -> str:
+    """Where in a plug-in ``error`` arose: its file and the last line of it that ran."""
+    frames = [
+        (f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename
+    ]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))
+    own = [f for f in frames if file is None or Path(f[0]).resolve() == file.resolve()]
+    if file is not None and frames and not own:
+        own = [(str(file), None)]
+    if not own:
+        return str(file or "")
+    name, line = own[-1]
+    return f"{name}, line {line}" if line else name
+
+
+def _said(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split()) or 'no message'}"
 
 
 def get_class(name: str, stage: str | None = None) -> type[Reducer]:

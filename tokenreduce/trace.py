@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.plan import Plan
+from tokenreduce.words import counted
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -38,9 +39,9 @@ class Step:
     method: str = ""
     #: Projector stage: rows (P,1) and columns (P,N) of the views that were chosen from together, and the plan on them;
     #: ``plan`` then says which columns of the prompt stay.
-    parts: tuple[tuple[Tensor, Tensor, Plan], ...] = ()
+    parts: tuple[tuple[Tensor, Tensor, Plan], ...] = field(default=(), repr=False)
     #: For each of ``parts``: (P,K) the column that each output of its plan takes, -1 where there is none.
-    hosts: tuple[Tensor, ...] = ()
+    hosts: tuple[Tensor, ...] = field(default=(), repr=False)
     #: Encoder stage: patches of all views together that leave it, where views of one size come as one step of several
     #: (Qwen's towers); ``tokens`` is then of one view.
     patches: int | None = None
@@ -56,11 +57,11 @@ class DecodeStep:
 
     layer: int
     method: str
-    seen: Tensor
-    back: Tensor
+    seen: Tensor = field(repr=False)
+    back: Tensor = field(repr=False)
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """What happened in the forwards inside :func:`record`, in the order of execution."""
 
@@ -96,6 +97,18 @@ class Trace:
     def flops(self) -> int:
         """Floating point operations counted by ``torch.utils.flop_counter`` (two per multiply-add)."""
         return 0 if self._counter is None else int(self._counter.get_total_flops())
+
+    def __repr__(self) -> str:
+        acted = [s for s in self.steps if s.plan is not None]
+        said = [counted(len(self.steps), "step"), counted(len(acted), "plan")]
+        if self.steps:
+            counts = [str(t) for i, t in enumerate(self.tokens) if i == 0 or t != self.tokens[i - 1]]
+            said.append(f"tokens {'>'.join(counts if len(counts) <= 6 else [*counts[:3], '..', counts[-1]])}")
+        said += [f"{counted(len(self.decode), 'choice')} in decode"] if self.decode else []
+        said += [f"{self.flops / 1e9:.3g} GFLOPs"] if self._counter is not None else []
+        said += [f"{self.seconds * 1e3:.1f} ms of its own"] if self.timing else []
+        said += [counted(len(self.notes), "note")] if self.notes else []
+        return f"Trace({', '.join(said)})"
 
     def note(self, message: str) -> None:
         if message not in self.notes:

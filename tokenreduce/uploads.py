@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from tokenreduce.apart import apart
+from tokenreduce.images import BROKEN, PictureError, as_rgb, large_pictures, why
 
 __all__ = ["IMAGES", "VIDEOS", "image_from", "is_video", "video_from"]
 
@@ -36,29 +36,16 @@ def image_from(path: str | Path, *, most_bytes: int = MOST_BYTES, most_pixels: i
         raise ValueError(f"{path.name} is no image that is read here; use one of {', '.join(IMAGES)}")
     _check_bytes(path, most_bytes)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            with Image.open(path, formats=sorted(set(IMAGES.values()))) as opened:
-                width, height = opened.size
-                if width * height > most_pixels:
-                    raise ValueError(
-                        f"{path.name} has {width:,} x {height:,} pixels; at most {most_pixels / 1e6:g} million are "
-                        "read, make it smaller"
-                    )
-                opened.draft("RGB", (LONGEST, LONGEST))  # JPEG is decoded at a smaller size where that is enough
-                opened.load()
-                return _plain(opened)
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        why = "its contents are no image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"{path.name} cannot be read as an image: {why}") from error
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+        with large_pictures(), Image.open(path, formats=sorted(set(IMAGES.values()))) as opened:
+            width, height = opened.size
+            if width * height > most_pixels:
+                most = f"at most {most_pixels / 1e6:g} million are read; make it smaller"
+                raise PictureError(path.name, f"it has {width:,} x {height:,} pixels, and {most}")
+            opened.draft("RGB", (LONGEST, LONGEST))  # JPEG is decoded at a smaller size where that is enough
+            image = as_rgb(opened, upright=True)
+    except BROKEN as error:
+        reason = "its contents are no image" if isinstance(error, UnidentifiedImageError) else why(error)
+        raise PictureError(path.name, reason) from error
     if max(image.size) > LONGEST:
         image.thumbnail((LONGEST, LONGEST), Image.Resampling.BICUBIC)
     return image

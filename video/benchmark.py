@@ -16,7 +16,6 @@ This is a script: unlike the methods beside it, it imports the benchmark, and no
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,18 +66,21 @@ def command(
         seed=seed,
     )  # fmt: skip
     _quiet_bars()
-    run_script(task, chosen, f"{model} on {data}", _table, out, "questions")
+    run_script(task, chosen, f"{model} on {data}", _table, out, "question")
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
 
     from tokenreduce.bench.columns import BY_TYPE, COLUMNS, Column, cell
+    from tokenreduce.words import counted
 
     shown = [c for c in COLUMNS if c.key in KEYS and any(row.get(c.key) is not None for row in rows)]
     kinds = [k for k in rows[0] if k.startswith(BY_TYPE) and not k.endswith("_stderr")]
     shown += [Column(k, f"{k.removeprefix(BY_TYPE)} %", lambda v: f"{100 * v:.1f}", "") for k in kinds]
-    made = Table(title=f"{rows[0]['questions']:,} questions, {rows[0]['frames']} frames of each clip")
+    made = Table(
+        title=f"{counted(rows[0]['questions'], 'question')}, {counted(rows[0]['frames'], 'frame')} of each clip"
+    )
     made.title_justify = "left"
     made.add_column("method", overflow="fold")
     for column in shown:
@@ -90,13 +92,9 @@ def _table(rows: list[dict[str, Any]], width: int) -> Any:
 
 def main() -> None:
     """Entry point: bad input becomes one message and exit status 2."""
-    from tokenreduce.cli.shared import EXPECTED, complain
+    from tokenreduce.cli.shared import run_program
 
-    try:
-        app(prog_name="python -m tokenreduce.video.benchmark")
-    except EXPECTED as error:
-        complain(f"error: {error}")
-        sys.exit(2)
+    run_program(app, "python -m tokenreduce.video.benchmark")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenreduce.video.errors import VideoError, need
+from tokenreduce.words import counted
 
 __all__ = ["Index", "Way", "check_file", "flow", "pictures", "read_index", "video_stream"]
 
@@ -267,7 +268,7 @@ def _warnings(container: Any, stream: Any, packets: _Packets, end: float, step: 
     out = []
     broken = packets.whole.count(False)
     if broken:
-        out.append(f"{broken} incomplete packet{'s' * (broken > 1)} left out: the file is damaged or cut off")
+        out.append(f"{counted(broken, 'incomplete packet')} left out: the file is damaged or cut off")
     stated = _stated_end(container, stream)
     # Stated lengths are rounded, and count the sound that ends a little later.
     if stated is not None and stated - end > max(3 * step, 0.02 * stated):

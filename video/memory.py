@@ -187,12 +187,17 @@ class StreamingMemory(ABC):
             raise ValueError(f"this state is not of a {type(self).__name__} of these settings: {wrong}") from wrong
 
     def save(self, path: str | Path) -> None:
-        """Write settings and state to a safetensors file; functions are not saved."""
-        from safetensors.torch import save_file
+        """Write settings and state to a safetensors file, whole or not at all; functions are not saved.
+
+        Raises ``OSError`` that names the file.
+        """
+        from safetensors.torch import save as to_bytes
+
+        from tokenreduce.files import write_bytes
 
         about = {"kind": type(self).__name__, "settings": self.settings()}
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(state, str(path), {"memory": json.dumps(about)})
+        write_bytes(path, to_bytes(state, {"memory": json.dumps(about)}))
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu", **functions: Any) -> StreamingMemory:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -25,6 +26,7 @@ from tokenreduce.video import pyav_reader
 from tokenreduce.video.decord_reader import Decord, Distrust, open_alone
 from tokenreduce.video.errors import VideoError, need
 from tokenreduce.video.index import Index, check_file, read_index
+from tokenreduce.video.picture_reader import Animation, Folder, open_pictures
 from tokenreduce.video.sampling import at_times, by_fps, uniform
 
 __all__ = ["READERS", "Frames", "Video", "VideoError", "open_video", "read_frames"]
@@ -43,7 +45,7 @@ class Frames:
         fps: mean frames per second of the file.
         duration: seconds of the file, to the end of its last frame.
         count: frames in the file.
-        reader: "decord" or "pyav", which decoded them.
+        reader: "decord", "pyav" or "pillow", which decoded them.
         start: what the file itself calls the time of its first frame, in seconds; ``times + start`` is on its clock.
         rotation: degrees clockwise by which pictures were turned, as the file asks.
         missing: frames asked for that could not be decoded; they are left out of all the above.
@@ -51,8 +53,8 @@ class Frames:
     """
 
     frames: NDArray[np.uint8] = field(repr=False)
-    times: NDArray[np.float64]
-    indices: NDArray[np.int64]
+    times: NDArray[np.float64] = field(repr=False)
+    indices: NDArray[np.int64] = field(repr=False)
     fps: float
     duration: float
     count: int
@@ -79,13 +81,16 @@ class Video:
         times: (count,) float64 seconds of all its frames.
         fps, duration, count, start, rotation, warnings: as in :class:`Frames`.
         size: width and height of an upright frame.
-        reader: "decord" or "pyav".
+        reader: "decord", "pyav", or "pillow" for animated WebP and folders of frames.
         why: why PyAV reads it though decord was there to be used; empty otherwise.
     """
 
-    def __init__(self, path: Path, index: Index, decord: Decord | None, why: str = "", insist: bool = False) -> None:
+    def __init__(
+        self, path: Path, index: Index, decord: Decord | None, why: str = "", insist: bool = False,
+        pictures: Folder | Animation | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.why, self._insist = path, why, insist
-        self._index, self._decord = index, decord
+        self._index, self._decord, self._pictures = index, decord, pictures
         self.times = index.times
         self.fps, self.duration, self.count = index.fps, index.duration, index.count
         self.start, self.rotation, self.warnings = index.start, index.rotation, index.warnings
@@ -93,6 +98,8 @@ class Video:
 
     @property
     def reader(self) -> str:
+        if self._pictures is not None:
+            return "pillow"
         return "pyav" if self._decord is None else "decord"
 
     def choose(
@@ -148,16 +155,19 @@ class Video:
                 if importlib.util.find_spec("av") is None:
                     raise VideoError(self.path, str(doubt), "install PyAV: pip install 'tokenreduce[video]'") from doubt
                 self._decord, self.why = None, str(doubt)
+        broken: list[str] = []
         if pictures is None:
-            pictures, missing, patched = self._by_pyav(wanted, width, height)
+            pictures, missing, patched, broken = self._by_frame(wanted, width, height)
             if patched:
                 warnings.append(f"{patched} of the frames read are damaged, and were patched up by the decoder")
         if missing:
             lost = set(missing)
             asked, wanted = [i for i in asked if i not in lost], [i for i in wanted if i not in lost]
-            warnings.append(f"{len(missing)} of the frames asked for cannot be decoded and are left out")
+            first = f" ({broken[0]})" if broken else ""
+            warnings.append(f"{len(missing)} of the frames asked for cannot be decoded and are left out{first}")
             if not asked:
-                raise VideoError(self.path, "none of the frames asked for can be decoded", "copy or download it again")
+                reason = f"none of the frames asked for can be decoded{first}"
+                raise VideoError(self.path, reason, "copy or download it again")
         if asked != wanted:
             pictures = pictures[np.searchsorted(wanted, asked)]
         return Frames(
@@ -178,34 +188,50 @@ class Video:
         self._decord.decode(wanted, keep)
         return out
 
-    def _by_pyav(self, wanted: list[int], width: int, height: int) -> tuple[NDArray[np.uint8], list[int], int]:
+    def _by_frame(
+        self, wanted: list[int], width: int, height: int
+    ) -> tuple[NDArray[np.uint8], list[int], int, list[str]]:
+        """With PyAV or Pillow: frames, those missing, how many are patched up, and what is wrong with the missing."""
         out = np.empty((len(wanted), height, width, 3), np.uint8)
         places = {i: at for at, i in enumerate(wanted)}
 
         def keep(i: int, picture: np.ndarray) -> None:
             out[places[i]] = _scaled(picture, width, height)
 
-        missing, patched = pyav_reader.decode(self.path, self._index, wanted, keep)
+        said: list[str] = []
+        patched = 0
+        if self._pictures is not None:
+            missing, said = self._pictures.decode(wanted, keep)
+        else:
+            missing, patched = pyav_reader.decode(self.path, self._index, wanted, keep)
         if missing:
             lost = set(missing)
             out = out[[at for at, i in enumerate(wanted) if i not in lost]]
-        return out, missing, patched
+        return out, missing, patched, said
 
 
-def open_video(path: str | PathLike[str], reader: str = "auto") -> Video:
+def open_video(path: str | PathLike[str], reader: str = "auto", *, rate: float | None = None) -> Video:
     """Look at a video file: count, times and size of its frames, and which reader gives the right ones.
 
     Args:
-        path: the file.
-        reader: "auto" is decord where it can be relied on, PyAV otherwise (``Video.why`` says why). "decord" insists,
-            and raises where decord would give wrong frames; "pyav" never uses decord.
+        path: the file, or a folder whose pictures are the frames, in the order of the numbers in their names.
+        reader: "auto" is decord where it can be relied on, PyAV otherwise (``Video.why`` says why), and Pillow for
+            folders and animated WebP. "decord" insists, and raises where decord would give wrong frames; "pyav" never
+            uses decord.
+        rate: frames per second of a folder of frames, 1 by default.
 
-    Raises :class:`VideoError` for a file that cannot be read, ``ValueError`` for an unknown reader, ``ImportError``
-    where what is needed is not installed.
+    Raises :class:`VideoError` for a file that cannot be read, and a folder without pictures or with pictures of several
+    sizes; ``ValueError`` for an unknown reader or a rate that makes no sense; ``ImportError`` where what is needed is
+    not installed.
     """
     if reader not in READERS:
         raise ValueError(f"reader is one of {', '.join(READERS)}, not {reader!r}")
     path = Path(path)
+    pictures = open_pictures(path, rate)
+    if pictures is not None and (reader == "auto" or path.is_dir()):
+        if reader != "auto":
+            raise VideoError(path, f"{reader} reads video files, and this is a folder", 'use reader="auto"')
+        return Video(path, pictures.index, None, pictures=pictures)
     has = {name: importlib.util.find_spec(name) is not None for name in ("av", "decord")}
     if reader == "decord" or not has["av"]:
         need("decord" if reader != "pyav" else "av")
@@ -235,11 +261,13 @@ def read_frames(
     max_pixels: int | None = None,
     reader: str = "auto",
     repeat: bool = False,
+    rate: float | None = None,
 ) -> Frames:
     """Frames of a video file, chosen by exactly one of ``n``, ``fps``, ``indices`` and ``times``.
 
     Args:
-        path: the file.
+        path: the file, an animated picture, or a folder whose pictures are the frames (sorted by the numbers in their
+            names).
         n: that many, spread evenly with the first and the last one, ``linspace(0, count - 1, n)`` cut to integers as
             LLaVA does. A file with fewer gives each of its frames once; with ``repeat=True`` still n, some repeatedly.
         fps: the frame on screen every ``1/fps`` seconds, by timestamps; each frame at most once.
@@ -249,6 +277,8 @@ def read_frames(
         max_pixels: shrink frames to at most this many pixels each. Frames are never enlarged.
         reader: "auto", "decord" or "pyav", see :func:`open_video`.
         repeat: see ``n``.
+        rate: of a folder, how many of its frames make a second. Without it, ``fps`` says so, alone (then all frames are
+            read) or beside one of the others, and without both it is 1.
 
     A file that is cut off or damaged gives what can be read and says so in ``warnings`` and ``missing``.
 
@@ -256,7 +286,10 @@ def read_frames(
     video, without picture or frames, of an unknown codec, or without the frame asked for; ``ValueError`` for settings
     that make no sense; ``ImportError`` where neither decord nor PyAV is installed.
     """
-    video = open_video(path, reader)
+    if rate is None and fps is not None and Path(path).is_dir():
+        rate, fps = fps, None
+        n, repeat = (sys.maxsize, False) if n is None and indices is None and times is None else (n, repeat)
+    video = open_video(path, reader, rate=rate)
     chosen = video.choose(n, fps=fps, indices=indices, times=times, repeat=repeat)
     return video.read(chosen, size=size, max_pixels=max_pixels)
 

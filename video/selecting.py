@@ -60,6 +60,7 @@ def select_frames(
     max_pixels: int | None = None,
     reader: str = "auto",
     batch: int = 32,
+    rate: float | None = None,
 ) -> Selection:
     """``n`` frames of a video file, or of :class:`Frames` read before (then those are the candidates).
 
@@ -75,7 +76,7 @@ def select_frames(
         pool: candidates per second.
         most: at most that many candidates, spread evenly.
         pairs: choose pairs of neighbouring candidates, for models whose temporal patches hold two frames; n is even.
-        size, max_pixels, reader: of the frames returned, as in :func:`tokenreduce.video.read_frames`.
+        size, max_pixels, reader, rate: of the frames returned, as in :func:`tokenreduce.video.read_frames`.
         batch: candidates decoded and encoded at a time.
 
     Raises ``ValueError`` for settings that make no sense, :class:`VideoError` for files that cannot be read.
@@ -92,7 +93,7 @@ def select_frames(
     if method in ("aks", "diverse") and encoder is None:
         notes.append(f"chosen by uniform: {method} needs an encoder")
         method = "uniform"
-    source = _Read(video) if isinstance(video, Frames) else open_video(video, reader)
+    source = _Read(video) if isinstance(video, Frames) else open_video(video, reader, rate=rate)
     if method == "uniform":
         chosen = uniform(source.count, n, pairs=pairs)
         return _selection(_take(source, chosen, size, max_pixels), notes, method)

@@ -16,7 +16,6 @@ This is a script: unlike the methods beside it, it imports the benchmark, and no
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,16 +57,17 @@ def command(
         model=model, data=data, split=split, limit=limit, batch=batch, workers=workers, device=device, amp=amp,
         classes=classes, repeats=repeats, threads=threads, seed=seed,
     )  # fmt: skip
-    run_script(task, chosen, f"{model} on {data}", _table, out, "images")
+    run_script(task, chosen, f"{model} on {data}", _table, out, "image")
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
 
     from tokenreduce.bench.columns import COLUMNS, cell
+    from tokenreduce.words import counted
 
     shown = [c for c in COLUMNS if c.key in KEYS and any(row.get(c.key) is not None for row in rows)]
-    made = Table(title=f"{rows[0]['images']:,} images", title_justify="left")
+    made = Table(title=counted(rows[0]["images"], "image"), title_justify="left")
     made.add_column("method", overflow="fold")
     for column in shown:
         made.add_column(column.label, justify="right", no_wrap=width >= 120)
@@ -78,13 +78,9 @@ def _table(rows: list[dict[str, Any]], width: int) -> Any:
 
 def main() -> None:
     """Entry point: bad input becomes one message and exit status 2."""
-    from tokenreduce.cli.shared import EXPECTED, complain
+    from tokenreduce.cli.shared import run_program
 
-    try:
-        app(prog_name="python -m tokenreduce.vision.imagenet")
-    except EXPECTED as error:
-        complain(f"error: {error}")
-        sys.exit(2)
+    run_program(app, "python -m tokenreduce.vision.imagenet")
 
 
 if __name__ == "__main__":

@@ -150,12 +150,13 @@ def test_mvbench(tmp_path):
         (clips / "a.mp4", "action_sequence", ("B",), (1.5, 4.0)),
         (tmp_path / "video/elsewhere/b.mp4", "action_sequence", ("B",), None),
         (clips / "gone.mp4", "action_sequence", ("B",), None),
+        (tmp_path / "video/tvqa/frames_fps3_hq/d", "episodic_reasoning", ("B",), None),
     ]
+    assert items[-1].rate == 3
     reasons = [p["reason"] for p in problems.values()]
     assert "2 files below" in reasons[0]
     assert "'z' is not among the options x, y" in reasons[1]
-    assert "a folder of frames; only video files are read" in reasons[2]
-    assert "no JSON" in reasons[3]
+    assert "no JSON" in reasons[2]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json"])
@@ -264,3 +265,30 @@ def test_files_that_are_no_clips(tmp_path):
             (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=name):
             Sampler().read(ClipItem(0, "what", ("x",), None, tmp_path / name))
+
+
+def test_folders_of_frames_are_shown_at_their_rate(tmp_path):
+    from PIL import Image
+
+    from tokenreduce.bench.clip_frames import Sampler
+
+    folder = tmp_path / "video/tvqa/frames_fps3_hq/clip"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / f"{i + 1}.png")
+    row = {"question": "what", "candidates": ["x", "y"], "answer": "y", "video": "clip", "start": 1.0, "end": 3.0}
+    dump(tmp_path / "json/episodic_reasoning.json", [row])
+    (item,), problems, _ = load_clips(str(tmp_path))
+    assert problems == {}
+    shown = Sampler(frames=3).read(item)
+    assert shown.times.tolist() == [1, 2, 3]
+    assert shown.frames[:, 0, 0, 0].tolist() == [60, 120, 180]
+    assert Sampler(frames=None, fps=1.0).read(item).times.tolist() == [1, 2, 3]
+    lines = [{"question": "what", "answer": "y", "video": str(folder), **more} for more in ({"fps": 6}, {}, {"fps": 0})]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    items, problems, _ = load_clips(str(tmp_path / "q.jsonl"))
+    assert [i.rate for i in items] == [6, None]
+    assert "above 0, not 0" in problems[2]["reason"]
+    assert Sampler(frames=2).read(items[0]).times.tolist() == pytest.approx([0, 11 / 6])
+    assert Sampler(frames=2).read(items[1]).times.tolist() == [0, 11]
+    assert len(Sampler(frames=None, fps=4.0).read(items[1]).times) == 12

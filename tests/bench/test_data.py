@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from pictures import PHOTOS, TIMM, WNIDS, bomb, crop, encoded, hf_classifier, image_folder, tiny_clip
@@ -174,7 +176,7 @@ def test_empty_and_flat_folders_are_errors(tmp_path, four):
     with pytest.raises(ValueError, match=r"no class folders; the layout is"):
         load_data(str(tmp_path), "test", four)
     (tmp_path / "0.jpg").write_bytes(encoded("coffee", 0))
-    with pytest.raises(ValueError, match=r"holds 1 images but no class folders"):
+    with pytest.raises(ValueError, match=r"holds 1 image but no class folders"):
         load_data(str(tmp_path), "test", four)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no image")
@@ -191,8 +193,8 @@ def test_what_is_left_out_is_noted(tmp_path, four):
     data = load_data(str(root), "test", four)
     assert len(data) == 3
     assert sorted(data.notes) == [
-        "1 files that are no images are left out: coffee/readme.txt",
-        "1 images outside of class folders are left out: loose.png",
+        "1 file that is no image is left out: coffee/readme.txt",
+        "1 image outside of class folders is left out: loose.png",
         "class folders without an image: zebra",
     ]
 
@@ -405,3 +407,46 @@ def test_damaged_shards_give_what_comes_before_the_damage(tmp_path, four):
     shard(tmp_path / "c.tar", [])
     with pytest.raises(ValueError, match=r"holds no usable image; it is empty"):
         load_data(str(tmp_path / "c.tar"), "test", four)
+
+
+# -- pictures of more than eight bits ----------------------------------------------------------------------------------
+def test_sixteen_bits_are_scaled_and_values_without_a_range_are_listed(tmp_path, four):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    root = image_folder(tmp_path, 1)
+    Image.fromarray(ramp.astype(np.uint16)).save(root / "camera" / "ramp.png")
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(root / "camera" / "ramp.tif")
+    Image.fromarray((ramp / 65).astype(np.float32)).save(root / "camera" / "wild.tif")
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(root / "camera" / "nan.tif")
+    seen = {}
+    data = load_data(str(root), "test", replace(four, transform=lambda image: seen.setdefault(image.mode, image)))
+    for item in range(len(data)):
+        if data.items[item].name == "ramp.png":
+            assert len(np.unique(np.asarray(data.read(item)))) == 256
+            assert set(seen) == {"RGB"}
+        seen.clear()
+    data = load_data(str(root), "test", four)
+    batch = next(iter(data.batches(16)))
+    assert len(batch.y) == 6
+    reasons = {p.path.rpartition("/")[2]: p.reason for p in data.problems}
+    assert set(reasons) == {"wild.tif", "nan.tif"}
+    assert "floats are read from 0 to 1" in reasons["wild.tif"]
+    assert "NaN" in reasons["nan.tif"]
+    alike = {data.items[i].name: x for i, x in zip(batch.ids.tolist(), batch.x, strict=True)}
+    assert torch.allclose(alike["ramp.png"], alike["ramp.tif"], atol=0.02)
+    assert alike["ramp.png"].std() > 0.3
+
+
+def test_questions_open_their_pictures_alike(tmp_path):
+    from tokenreduce.bench.questions import load_questions
+
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "ramp.png")
+    Image.fromarray((ramp / 65).astype(np.float32)).save(tmp_path / "wild.tif")
+    lines = [{"image": name, "question": "what", "answer": "x"} for name in ("ramp.png", "wild.tif", "gone.png")]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    good, wild, gone = load_questions(str(tmp_path / "q.jsonl"))
+    assert len(np.unique(np.asarray(good.open()))) == 256
+    with pytest.raises(ValueError, match=r"^its values go from 0 to 1008"):
+        wild.open()
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        gone.open()

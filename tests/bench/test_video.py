@@ -347,4 +347,4 @@ def test_the_script(clips, tmp_path):
     assert [r["method"] for r in rows] == ["unreduced", "holitom:keep=0.5"]
     assert rows[1]["tokens_per_frame"] < rows[0]["tokens_per_frame"]
     assert "4 questions could not be used" in result.stdout
-    assert "fastv:layer=40 failed: ValueError" in result.stderr
+    assert "fastv:layer=40,keep=0.5 failed: ValueError" in result.stderr

@@ -211,7 +211,7 @@ def test_points_hold_the_projector_baselines_whatever_the_stage(folder, task):
     towers = VlmTask(folder, "world", limit=4, repeats=0, stages=("encoder",))
     assert "random@encoder@0.5" in [p.id for p in points(towers, Solver(towers), ["rand*"], (0.5,))]
     combined = points(task, Solver(task), reduce=["random:keep=0.5+fastv:layer=2,keep=0.5"])
-    assert combined[-1].spec == "random@projector:keep=0.5+fastv"  # a short name is of the first stage
+    assert combined[-1].spec == "random@projector:keep=0.5+fastv:keep=0.5"  # a short name is of the first stage
     assert len(points(task, Solver(task), reduce=["random@encoder:keep=0.4"])) == 6
     inner = points(task, Solver(task), reduce=["random@encoder:keep=0.4"])[-1]
     assert inner.spec == "random@encoder:keep=0.4"

@@ -53,7 +53,7 @@ def test_tables(name: str, folders: dict[str, Path], photos: list[Path], tmp_pat
     assert result.exit_code == 0, result.output
     for word in (
         "answer without reduction", f"answer with {SPEC.replace('layer=2,keep=0.5', '')[:-1]}", "token ids",
-        "patches, vision encoder", "language model's entry (divprune:keep=0.3)", "from layer 2 on (fastv)",
+        "patches, vision encoder", "language model's entry (divprune:keep=0.3)", "from layer 2 on (fastv:keep=0.5)",
         "mean over 4 layers", "time to first token", "tokens/s", "KV cache after prefill", "on cpu in float32",
         f"wrote {out}",
     ):  # fmt: skip
@@ -192,7 +192,7 @@ def test_bad_images(folders: dict[str, Path], photos: list[Path], tmp_path: Path
     ("words", "said"),
     [
         (["--prompt", " "], "--prompt is empty"),
-        (["--prompt", "<image> <image> what?"], "the prompt has 2 <image> for 1 images"),
+        (["--prompt", "<image> <image> what?"], "the prompt has 2 <image> for 1 image;"),
         (["--reduce", "fastvv:layer=2"], "unknown method 'fastvv'; did you mean fastv"),
         (["--reduce", "fastv:depth=2"], "fastv has no setting 'depth'"),
         (["--reduce", ""], "--reduce names no method"),

@@ -407,7 +407,7 @@ def test_bad_prompts(loaded: dict[str, LoadedVlm], monkeypatch) -> None:
         ask(processor, [photo()], " \n")
     with pytest.raises(ValueError, match="no image is given"):
         ask(processor, [], "what?")
-    with pytest.raises(ValueError, match="the prompt has 2 <image> for 1 images"):
+    with pytest.raises(ValueError, match="the prompt has 2 <image> for 1 image;"):
         ask(processor, [photo()], "<image> <image> what?")
     monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['role'] }}")
     with pytest.raises(ValueError, match="chat template writes no <image>"):

@@ -6,7 +6,7 @@ import torch
 from tokenreduce.measure import breakeven, timing
 from tokenreduce.measure.breakeven import break_even
 from tokenreduce.measure.memory import peak_bytes
-from tokenreduce.measure.timing import Timing, fused_attention, interleaved
+from tokenreduce.measure.timing import Speedup, Timing, fused_attention, interleaved
 
 
 class Clock:
@@ -159,3 +159,59 @@ def test_stock_models_are_timed_with_fused_attention():
     with pytest.raises(ZeroDivisionError), fused_attention("cpu"):
         1 / 0  # noqa: B018
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.parametrize(
+    ("ratios", "low", "high"),
+    [
+        ([1.2], 0.0, float("inf")),  # one round says nothing
+        ([0.9, 1.1, 1.2], 0.9, 1.2),
+        ([1.1, 1.2, 1.3, 1.4, 1.5], 1.1, 1.5),
+        ([float(i) for i in range(1, 16)], 4.0, 12.0),  # 96.5 % of the medians of 15 lie between the 4th and the 12th
+    ],
+)
+def test_a_speedup_has_the_interval_of_its_median(ratios: list[float], low: float, high: float) -> None:
+    found = Speedup.of(reversed(ratios))
+    assert (found.low, found.high, found.rounds) == (low, high, len(ratios))
+    assert found.ratio == sorted(ratios)[len(ratios) // 2]
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rounds, least in ((3, 0.72), (5, 0.92), (7, 0.95), (20, 0.95)):
+        draws = torch.exp(torch.randn(1500, rounds, generator=generator, dtype=torch.float64))
+        found = [Speedup.of(row) for row in draws.tolist()]
+        assert sum(not f.certain for f in found) / len(found) >= least - 0.01
+
+
+def test_a_speedup_within_noise_is_not_called_one() -> None:
+    stock, fast = Timing("a", (1.0, 1.2, 1.1)), Timing("b", (1.1, 1.0, 1.0))
+    found = stock.against(fast)
+    assert (found.ratio, found.certain, found.cell) == (1.1, False, "≈1.10x")
+    assert str(found) == "as fast, within noise (≈1.10x, interval 0.91 to 1.20)"
+    assert str(Speedup.of([1.5, 1.6, 1.4])) == "1.50x faster (speed-up 1.40 to 1.60)"
+    assert str(Speedup.of([0.5, 0.4, 0.8])) == "2.00x slower (speed-up 0.40 to 0.80)"
+    assert Speedup.of([1.2]).interval == "unknown, one round"
+    with pytest.raises(ValueError, match="no round"):
+        Speedup.of([])
+
+
+def test_a_time_beside_a_speedup_agrees_with_it() -> None:
+    # Medians 127.9 and 138.6 ms, and yet 1.1 times faster in the median of the rounds.
+    stock = Timing("stock", (0.1279, 0.2, 0.1))
+    reduced = Timing("reduced", (0.1386, 0.18, 0.09))
+    found = stock.against(reduced)
+    assert stock.median < reduced.median
+    assert found.ratio > 1
+    assert stock.median / found.after(stock.median) == pytest.approx(found.ratio)
+
+
+def test_break_even_is_where_the_gain_is_above_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = {1: (0.9, 1.0, 1.1), 2: (0.95, 1.2, 1.3), 4: (1.2, 1.3, 1.4)}
+
+    def fake(functions, repeats, warmup, device):
+        return {"stock": Timing("stock", rounds[functions["stock"]()]), "reduced": Timing("reduced", (1.0, 1.0, 1.0))}
+
+    monkeypatch.setattr(breakeven, "interleaved", fake)
+    got = break_even(lambda x: x, lambda x: x, lambda n: n, (1, 2, 4))
+    assert str(got) == "faster from 4 on (1: ≈1.00x, 2: ≈1.20x, 4: 1.30x)"

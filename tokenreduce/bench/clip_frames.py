@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,8 @@ class Sampler:
             return Shown(clip[at], times[at])
         from tokenreduce.video.reading import open_video
 
-        video = open_video(item.image)
+        rate = (item.rate or self.fps) if Path(item.image).is_dir() else None
+        video = open_video(item.image, rate=rate)
         at = self._choose(
             video.times, video.duration, item.span, lambda some: video.read(some, size=2 * THUMBNAIL).frames
         )

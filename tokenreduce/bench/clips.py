@@ -6,6 +6,7 @@ Nothing is downloaded: a layout is a folder as the data set's authors publish it
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenreduce.bench.mvbench import MVBENCH, MVBENCH_RATE
 from tokenreduce.bench.questions import WORLD_QUESTIONS, Item, normalised
+from tokenreduce.words import are, counted
 
 __all__ = ["LAYOUTS", "ClipItem", "Clips", "chosen", "lettered", "load_clips"]
 
@@ -21,22 +24,6 @@ LAYOUTS = ("auto", "world", "jsonl", "mvbench", "videomme", "egoschema")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 EXAMPLE = '{"video": "clip.mp4", "question": "...", "answer": "...", "options": ["...", "..."], "type": "..."}'
-#: Where MVBench (arXiv 2311.17005) keeps the videos of a task, below video/.
-MVBENCH = {
-    "star/Charades_v1_480": ("action_sequence", "action_prediction", "object_interaction"),
-    "ssv2_video": ("action_antonym",),
-    "Moments_in_Time_Raw/videos": ("fine_grained_action",),
-    "FunQA_test/test": ("unexpected_action",),
-    "clevrer/video_validation": (
-        "object_existence", "moving_direction", "moving_count", "moving_attribute", "counterfactual_inference",
-    ),
-    "perception/videos": ("object_shuffle", "action_count", "state_change", "character_order"),
-    "sta/sta_video": ("action_localization",),
-    "scene_qa/video": ("scene_transition",),
-    "nturgbd": ("fine_grained_pose",),
-    "vlnqa": ("egocentric_navigation",),
-    "tvqa/frames_fps3_hq": ("episodic_reasoning",),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,11 +31,12 @@ class ClipItem(Item):
     """A question about a clip: ``image`` is a file, or frames (T,H,W,3) uint8 one second apart.
 
     Of multiple choice, ``options`` are the texts and ``answers`` the letter. ``span`` are seconds of the file between
-    which frames are taken, all of it when None.
+    which frames are taken, all of it when None. Where the clip is a folder of frames, ``rate`` of them are a second.
     """
 
     options: tuple[str, ...] = ()
     span: tuple[float, float] | None = None
+    rate: float | None = None
 
     def open(self) -> Any:
         raise TypeError("a clip is read by a Sampler")
@@ -69,7 +57,8 @@ def load_clips(data: str, layout: str = "auto", split: str = "test", limit: int 
         data: ``world`` (clips generated from the seeds of ``split``, types in turn), a JSONL file, or a folder.
         layout: "auto" looks at what is there. "jsonl": lines ``{"video": path, "question": ..., "answer": ...,
             "options": [...], "type": ...}``, options and type optional, paths relative to the file; with options, the
-            answer is one of them or its letter. "mvbench": json/TASK.json and video/. "videomme": Parquet or JSON with
+            answer is one of them or its letter; a video may be a folder of frames, ``"fps"`` of them per second.
+            "mvbench": json/TASK.json and video/. "videomme": Parquet or JSON with
             videoID, question, options, answer, and data/VIDEOID.mp4; the type is the duration, or the task_type.
             "egoschema": questions.json, subset_answers.json and videos/Q_UID.mp4.
         limit: that many of the questions, drawn by ``seed``; without it all, and 2,400 of the world.
@@ -189,7 +178,14 @@ def _layout(path: Path) -> str:
 
 
 def _item(
-    number: int, video: Path, question: Any, answer: Any, options: Any = None, kind: Any = None, span: Any = None
+    number: int,
+    video: Path,
+    question: Any,
+    answer: Any,
+    options: Any = None,
+    kind: Any = None,
+    span: Any = None,
+    rate: Any = None,
 ) -> ClipItem:
     """Checked and in one form. Raises ``ValueError`` that says what is wrong."""
     if not isinstance(question, str) or not question.strip():
@@ -200,7 +196,7 @@ def _item(
         answers = tuple(str(a) for a in (answer if isinstance(answer, list) else [answer]))
         if not answers or not all(a.strip() for a in answers):
             raise ValueError("the answer is empty")
-        return ClipItem(number, question, answers, name, video, (), span)
+        return ClipItem(number, question, answers, name, video, (), span, rate)
     if isinstance(options, str) or not 2 <= len(texts) <= len(LETTERS) or not all(texts):
         raise ValueError(f"options are a list of 2 to {len(LETTERS)} texts, not {options!r}")
     said = str(answer).strip()
@@ -211,7 +207,7 @@ def _item(
         right = [LETTERS.index(said.strip("().").upper())]
     if not right:
         raise ValueError(f"the answer {said!r} is not among the options {', '.join(texts)}")
-    return ClipItem(number, question, (LETTERS[right[0]],), name, video, texts, span)
+    return ClipItem(number, question, (LETTERS[right[0]],), name, video, texts, span, rate)
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:
@@ -263,10 +259,19 @@ def _jsonl(path: Path, notes: list[str]) -> Iterator[tuple[str, _Make]]:
             span = line.get("start"), line.get("end")
             return _item(
                 number, file.parent / str(line["video"]), line["question"], line["answer"], line.get("options"),
-                line.get("type"), _span(*span),
+                line.get("type"), _span(*span), _rate(line.get("fps")),
             )  # fmt: skip
 
         yield place, make
+
+
+def _rate(value: Any) -> float | None:
+    """Frames per second of a folder of frames."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"fps is the number of frames per second of a folder of frames, above 0, not {value!r}")
+    return float(value)
 
 
 def _span(start: Any, end: Any) -> tuple[float, float] | None:
@@ -298,10 +303,10 @@ def _mvbench(path: Path, notes: list[str]) -> Iterator[tuple[str, _Make]]:
                             f"{len(found)} files below {videos} are named {name}; put it into {clip.parent}"
                         )
                     clip = found[0] if found else clip
-                if clip.is_dir():
-                    raise ValueError(f"{clip} is a folder of frames; only video files are read")
                 span = _span(line.get("start"), line.get("end"))
-                return _item(number, clip, line["question"], line["answer"], line["candidates"], task, span)
+                return _item(
+                    number, clip, line["question"], line["answer"], line["candidates"], task, span, MVBENCH_RATE
+                )
 
             yield place, make
 
@@ -371,7 +376,7 @@ def _egoschema(path: Path, notes: list[str]) -> Iterator[tuple[str, _Make]]:
 
         yield place, make
     if hidden:
-        notes.append(f"{hidden} questions without a public answer are left out")
+        notes.append(f"{counted(hidden, 'question')} without a public answer {are(hidden)} left out")
 
 
 _READERS: dict[str, Callable[[Path, list[str]], Iterator[tuple[str, _Make]]]] = {

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenreduce.bench.names import label
 from tokenreduce.bench.picture import metric_label, percent
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import TOLERANCE, UNREDUCED
 from tokenreduce.bench.task import FLOPS, Axis
+from tokenreduce.bench.times import within_noise
+from tokenreduce.words import are, counted
 
 __all__ = [
     "COLUMNS", "Column", "again", "cell", "columns", "compact", "failure", "in_bytes", "label", "misses", "notes",
@@ -95,17 +98,19 @@ COLUMNS: tuple[Column, ...] = (
     Column("top5", "top-5 %", _share, "top-5 accuracy in percent", 6),
     Column("agreement", "agree %", _share, "share of inputs with the unreduced model's answer", 2),
     Column("speedup", "speed-up", lambda v: f"{v:.2f}x",
-           "clock time of the stock model over this one: interleaved, median of per-round ratios"),
+           "clock time of the stock model over this one: interleaved, median of per-round ratios; ≈ where the interval "
+           "(speedup_low, speedup_high) includes 1, so that the difference is within noise"),
     Column("first_token_s", "first token", seconds,
-           "time to the first token of one question: vision encoder and prefill, median", 4),
+           "time to the first token of one question, vision encoder and prefill: the unreduced model's median, "
+           "and that over the speed-up", 4),
     Column("tower_s", "tower", seconds,
-           "time of the vision tower with its projector on one question, median of the same rounds", 5),
+           "time of the vision tower with its projector on one question, likewise", 5),
     Column("decode_s", "decode", seconds, "time to read the frames of one clip from its file, median over clips", 9),
     Column("frames", "frames", _count, "frames of a clip that the model sees", 9),
     Column("tokens_per_frame", "per frame", _count,
            "visual tokens that enter the language model, per frame of the clip", 5),
     Column("cache_bytes", "KV", in_bytes, "bytes of keys and values after the prefill of one question, all layers", 3),
-    Column("images_per_s", "img/s", _count, "images per second", 3),
+    Column("images_per_s", "img/s", _count, "images per second: the unreduced model's times the speed-up", 3),
     Column("peak_mb", "peak MB", _count, "peak memory of one forward above what was held before it", 4),
     Column("reduction_share", "own %", _share, "share of the forward spent on making and applying plans", 7),
 )  # fmt: skip
@@ -164,12 +169,9 @@ def cell(row: dict[str, Any], column: Column, axis: Axis = FLOPS) -> str:
     if column.key == axis.key and misses(row, axis):
         return f"*{column.text(value)}"
     error = row.get(f"{column.key}_stderr")
+    if column.key == "speedup" and within_noise(row):
+        return f"≈{column.text(value)}"
     return column.text(value) + (f" ±{column.text(error)}" if error is not None else "")
-
-
-def label(row: dict[str, Any]) -> str:
-    """What stands in the method column."""
-    return UNREDUCED if row["id"] == UNREDUCED else str(row.get("spec") or row["id"])
 
 
 def failure(row: dict[str, Any]) -> str:
@@ -190,19 +192,19 @@ def notes(run: Run, brief: bool = False) -> list[str]:
     for told, names in who.items():
         long = brief and len(told) > 2 and UNREDUCED not in names  # what is said there holds for all rows
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        cut = f" (and {len(told) - 1} more notes in report.html)" if long else ""
+        cut = f" (and {counted(len(told) - 1, 'more note')} in report.html)" if long else ""
         lines += [f"{shown}: {text}{cut}" for text in (told[:1] if cut else told)]
     lines += [f"{row['id']} failed: {failure(row)}" for row in run.errors]
     problems = run.info.get("problems") or []
     if problems:
-        many = "1 input" if len(problems) == 1 else f"{len(problems)} inputs"
-        lines.append(f"{many} could not be used, left out of every row:")
+        lines.append(f"{counted(len(problems), 'input')} could not be used, left out of every row:")
         listed = problems[:5] if brief else problems
         lines += [f"  {p.get('path', '?')}: {p.get('reason', '?')}" for p in listed]
         if len(listed) < len(problems):
             lines.append(f"  and {len(problems) - len(listed)} more, all listed in report.html")
     if run.missing:
-        lines.append(f"{len(run.missing)} of {len(run.info.get('points', []))} rows are still to be measured")
+        points = counted(len(run.info.get("points", [])), "row")
+        lines.append(f"{len(run.missing)} of {points} {are(len(run.missing))} still to be measured")
     if run.repaired:
         lines.append(run.repaired)
     return lines

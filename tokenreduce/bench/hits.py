@@ -6,9 +6,13 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Answers", "agreement", "ranks", "scores"]
+__all__ = ["NEIGHBOURS", "Answers", "agreement", "neighbours", "ranks", "scores"]
+
+#: Neighbours and temperature of the k-nn classifier for models without a head (DINO, 2104.14294).
+NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 class Answers(NamedTuple):
@@ -66,3 +70,25 @@ def _first(answers: Answers) -> Tensor:
         return answers.top[:, :1]
     rank = torch.arange(answers.top.shape[1])
     return answers.top.masked_fill(rank >= (answers.y >= 0).sum(1, keepdim=True), -2)
+
+
+def neighbours(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Leave-one-out k-nearest-neighbour classification: features (n,D) and labels (n,) to best classes (n, up to 5).
+
+    Cosine similarity, the 20 nearest other images vote with exp(similarity / 0.07) as in DINO (2104.14294); classes
+    without a vote are -1. Raises ``ValueError`` for fewer than two images.
+    """
+    n = len(features)
+    if n < 2:
+        raise ValueError("nearest neighbours need at least two images")
+    unit = F.normalize(features.float(), dim=-1)
+    out = []
+    for start in range(0, n, 1024):
+        rows = unit[start : start + 1024]
+        similar = rows @ unit.T
+        similar[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = float("-inf")
+        near = similar.topk(min(NEIGHBOURS, n - 1), dim=-1)
+        votes = torch.zeros(len(rows), classes).scatter_add_(1, labels[near.indices], (near.values / TEMPERATURE).exp())
+        best = votes.topk(min(5, classes), dim=-1)
+        out.append(best.indices.masked_fill(best.values == 0, -1))
+    return torch.cat(out)

@@ -9,6 +9,7 @@ from typing import Any
 from tokenreduce.bench.columns import BY_TYPE, Column, again, cell, columns, label, notes, ordered
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
+from tokenreduce.files import write_text
 
 __all__ = ["MARKER", "write_markdown"]
 
@@ -27,17 +28,10 @@ def write_markdown(runs: Sequence[Run], path: str | Path, command: str = "") -> 
     parts = [part for run in runs for part in _run(run, len(runs) > 1)]
     if command:
         parts.append(f"The page again, from the rows: `{command}`\n")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            before, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
-            head = before.rstrip() if marker else head
-        path.write_text("\n".join([f"{head}\n\n{MARKER}\n", *parts]), encoding="utf-8")
-    except OSError as error:
-        raise OSError(
-            f"cannot write {path}: {error.strerror or error}; choose another place with --markdown"
-        ) from error
-    return path
+    if path.is_file():
+        before, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
+        head = before.rstrip() if marker else head
+    return write_text(path, "\n".join([f"{head}\n\n{MARKER}\n", *parts]), "choose another place with --markdown")
 
 
 def _run(run: Run, several: bool) -> list[str]:

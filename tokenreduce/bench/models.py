@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenreduce.bench import zeroshot
+from tokenreduce.images import as_rgb
 
 __all__ = ["KINDS", "Loaded", "load_model"]
 
@@ -195,7 +196,7 @@ class _Converted:
     inner: Callable[[Image.Image], Tensor]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.inner(image.convert(self.mode))
+        return self.inner(as_rgb(image).convert(self.mode))
 
 
 def _input_size(transform: Transform) -> tuple[int, int, int]:

@@ -10,9 +10,11 @@ from typing import Any
 from tokenreduce.bench.columns import INTERNAL, Column, again, cell, columns, compact, failure, label, notes, ordered
 from tokenreduce.bench.picture import need
 from tokenreduce.bench.plot import trade_axes, trade_plot
-from tokenreduce.bench.runs import Run
+from tokenreduce.bench.runs import OTHER_OUT, Run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.bench.task import Axis
+from tokenreduce.files import write_text
+from tokenreduce.words import counted
 
 __all__ = ["write_html"]
 
@@ -63,7 +65,7 @@ def write_html(runs: Sequence[Run], path: str | Path, command: str = "") -> Path
     for run in runs:
         settings = run.info.get("settings", {})
         what = " on ".join(str(settings[k]) for k in ("model", "data") if settings.get(k))
-        done = f"{len(run.good)} rows" + (f", {len(run.errors)} failed" if run.errors else "")
+        done = counted(len(run.good), "row") + (f", {len(run.errors)} failed" if run.errors else "")
         done += f", {len(run.missing)} still to be measured" if run.missing else ""
         if len(runs) > 1:
             parts.append(f"<h2>{_e(run.folder.name)}</h2>")
@@ -93,9 +95,7 @@ def write_html(runs: Sequence[Run], path: str | Path, command: str = "") -> Path
         f"<title>tokenreduce: {_e(', '.join(r.folder.name for r in runs))}</title><style>{_STYLE}</style></head><body>"
         + "\n".join(parts) + f"<script>{_SORT}</script></body></html>\n"
     )  # fmt: skip
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_text(path, page, OTHER_OUT)
 
 
 def _e(value: Any) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tokenreduce.bench.runs import Run
+from tokenreduce.bench.names import label
+from tokenreduce.bench.runs import OTHER_OUT, Run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
+from tokenreduce.files import writing
 
 __all__ = ["COLOURS", "curves", "metric_label", "pareto", "percent", "style"]
 
@@ -123,9 +125,9 @@ def pareto(runs: Sequence[Run], path: str | Path) -> Path:
     styles = style(name for _, lines in panels for name in lines)
     for i, (run, lines) in enumerate(panels):
         _panel(figure.add_subplot(1, len(panels), i + 1), run, lines, styles)
-    path = Path(path)
-    figure.savefig(path)
-    return path
+    with writing(path, OTHER_OUT) as partial:
+        figure.savefig(partial)
+    return Path(path)
 
 
 def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: dict[str, Any]) -> None:
@@ -151,7 +153,7 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
         axes.plot([100 * r[cost] for r in single], [by * r[run.metric] for r in single], color=colour, marker="P",
                   linestyle="none", markersize=7, zorder=4)  # fmt: skip
         for row in single:
-            axes.annotate(row["spec"], (100 * row[cost], by * row[run.metric]), xytext=(6, -9),
+            axes.annotate(label(row), (100 * row[cost], by * row[run.metric]), xytext=(6, -9),
                           textcoords="offset points", fontsize=7, color=colour, zorder=6,
                           path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
         if swept:

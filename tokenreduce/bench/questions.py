@@ -27,18 +27,17 @@ class Item:
     image: Any = field(repr=False)
 
     def open(self) -> Any:
-        """The PIL image. Raises ``OSError`` or ``ValueError`` when the file is missing or broken."""
-        if not isinstance(self.image, Path):
-            return self.image
-        from PIL import Image
+        """The PIL image in RGB. Raises ``OSError`` or ``ValueError`` when the file is missing, broken or unusable."""
+        from tokenreduce.images import PictureError, as_rgb, open_picture
 
+        if not isinstance(self.image, Path):
+            return as_rgb(self.image)
         try:
-            with Image.open(self.image) as opened:
-                return opened.convert("RGB")
+            return open_picture(self.image)
         except FileNotFoundError:
             raise FileNotFoundError("there is no such file") from None
-        except (SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for some broken files
-            raise ValueError(str(error)) from error
+        except PictureError as error:  # the path stands beside the reason
+            raise ValueError(error.reason) from error
 
 
 def load_questions(data: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Item]:

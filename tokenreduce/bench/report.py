@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,40 +19,71 @@ from rich.text import Text
 from tokenreduce.bench.columns import COLUMNS, Column, cell, columns, label, misses, ordered
 from tokenreduce.bench.page import write_html
 from tokenreduce.bench.picture import pareto
-from tokenreduce.bench.runs import Run, load_run
+from tokenreduce.bench.runs import OTHER_OUT, Run, load_run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
+from tokenreduce.bench.times import within_noise
+from tokenreduce.files import make_folder, write_text
 
 __all__ = ["rebuild", "table", "write_csv"]
 
+#: Characters to which names of methods are folded before a column goes, and at the least.
+FOLDED, LEAST = 24, 12
 #: CSV columns that every row has, before and behind the results.
 OWN = ("id", "method", "spec", "budget", "notes", "error")
 
 
 def table(runs: Sequence[Run], width: int = 120) -> Table:
-    """A rich table of the rows that fits ``width``; the caption names the columns that had to go.
+    """A rich table of the rows that fits ``width``; the caption names the columns that had to go, and long names of
+    methods go over several lines, broken behind their settings.
 
     Baselines (random, uniform, resize, pool) are dim and marked with a degree sign.
     """
     shown = columns(runs)
     dropped: list[Column] = []
-    ruler = Console(width=10_000)
+    names = [len(_name(row)) for run in runs for row in run.rows]
+    room = max(names, default=0)
     while True:
-        made = _table(runs, shown, dropped)
+        # Where all columns fit but for long names, those are folded; where names are short already, a column goes.
+        over = _width(_table(runs, shown, dropped, room)) - width
+        if over <= 0:
+            return _table(runs, shown, dropped, room)
         droppable = [c for c in shown if c.drop]
-        if not droppable or Measurement.get(ruler, ruler.options, made).maximum <= width:
-            return made
+        least = min(max(names, default=0), FOLDED)
+        if room - over >= least or not droppable:
+            room = max(room - over, LEAST)
+            if _width(made := _table(runs, shown, dropped, room)) <= width or not droppable:
+                return made
         worst = max(droppable, key=lambda c: c.drop)
         shown.remove(worst)
         dropped.append(worst)
+        room = max(names, default=0)
 
 
-def _table(runs: Sequence[Run], shown: Sequence[Column], dropped: Sequence[Column]) -> Table:
+def _width(made: Table) -> int:
+    ruler = Console(width=10_000)
+    return Measurement.get(ruler, ruler.options, made).maximum
+
+
+def _name(row: dict[str, Any]) -> str:
+    return label(row) + ("°" if is_baseline(row["method"]) else "")
+
+
+def _folded(name: str, room: int) -> str:
+    """``name`` on lines of at most ``room`` characters, broken behind ``:``, ``,`` and ``+`` as far as that goes."""
+    lines = [""]
+    for piece in re.findall(r"[^:,+]*[:,+]|[^:,+]+", name):
+        if lines[-1] and len(lines[-1]) + len(piece) > room:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
+
+
+def _table(runs: Sequence[Run], shown: Sequence[Column], dropped: Sequence[Column], room: int) -> Table:
     out = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, caption_justify="left")
     heads = [*(["run"] if len(runs) > 1 else []), "budget", "method", *(c.label for c in shown)]
     fixed = len(heads) - len(shown)
     for i, head in enumerate(heads):
-        out.add_column(head, justify="left" if i < fixed else "right", no_wrap=i != fixed - 1,
-                       overflow="fold", max_width=40 if i == fixed - 1 else None)  # fmt: skip
+        out.add_column(head, justify="left" if i < fixed else "right", no_wrap=i != fixed - 1, overflow="fold")
     for run in runs:
         before: Any = None
         rows = ordered(run)
@@ -69,13 +102,15 @@ def _table(runs: Sequence[Run], shown: Sequence[Column], dropped: Sequence[Colum
                 cells, look = [cell(row, c, run.axis) for c in shown], "dim" if baseline else ""
             if row["id"] == UNREDUCED:
                 look = "bold"
-            line = [*([run.folder.name] if len(runs) > 1 else []), text, label(row) + ("°" if baseline else ""), *cells]
+            line = [*([run.folder.name] if len(runs) > 1 else []), text, _folded(_name(row), room), *cells]
             out.add_row(*(Text(t) for t in line), style=look)
         out.add_section()
     caption = "° baseline"
     off = dict.fromkeys(run.axis.label for run in runs if any(misses(row, run.axis) for row in run.good))
     if off:
         caption += f"; * other {' or '.join(off)} than the budget"
+    if any(within_noise(row) for run in runs for row in run.good):
+        caption += "; ≈ as fast within noise"
     if dropped:
         caption += f"; not shown here for want of width, but in rows.csv: {', '.join(c.label for c in dropped)}"
     out.caption = Text(caption)
@@ -94,16 +129,15 @@ def write_csv(runs: Sequence[Run], path: str | Path) -> Path:
     first = [k for k in dict.fromkeys([*known, *metrics]) if k in everything]
     rest = sorted(k for k in everything if k not in first)
     head = ["run", *OWN[:4], *first, *rest, *OWN[4:]]
-    path = Path(path)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, head, extrasaction="ignore")
-        writer.writeheader()
-        for run in runs:
-            for row in ordered(run):
-                flat = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
-                flat |= {"run": run.folder.name, "notes": "; ".join(map(str, row.get("notes") or []))}
-                writer.writerow(flat)
-    return path
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, head, extrasaction="ignore")
+    writer.writeheader()
+    for run in runs:
+        for row in ordered(run):
+            flat = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+            flat |= {"run": run.folder.name, "notes": "; ".join(map(str, row.get("notes") or []))}
+            writer.writerow(flat)
+    return write_text(path, file.getvalue(), OTHER_OUT)
 
 
 def rebuild(folders: Sequence[str | Path], out: str | Path | None = None) -> tuple[list[Run], dict[str, Path]]:
@@ -120,13 +154,7 @@ def rebuild(folders: Sequence[str | Path], out: str | Path | None = None) -> tup
             f"{', '.join(str(f) for f in folders)}: no row was measured yet; run `tokenreduce bench` first"
         )
     target = Path(out) if out is not None else runs[0].folder if len(runs) == 1 else runs[0].folder.parent / "report"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "rows.csv").touch()
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {target}: {error.strerror or error}; choose another folder with --out"
-        ) from error
+    make_folder(target, OTHER_OUT)
     command = shlex.join(["tokenreduce", "report", *(str(f) for f in folders), *(["--out", str(out)] if out else [])])
     files = {
         "csv": write_csv(runs, target / "rows.csv"),

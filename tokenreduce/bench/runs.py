@@ -13,13 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tokenreduce.bench.task import FLOPS, Axis, plain
+from tokenreduce.files import append, cannot_write, make_folder, write_text
 
 __all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "read_run", "versions"]
 
+#: What an error of writing says next.
+OTHER_OUT = "choose another folder with --out"
 INFO, ROWS = "run.json", "rows.jsonl"
 #: What --fresh removes; nothing else in a folder is ever touched.
 OWN_FILES = (INFO, ROWS, "rows.csv", "pareto.png", "report.html")
@@ -154,17 +158,15 @@ def read_run(rows: str | Path, info: str | Path | None = None) -> Run:
 class RunWriter:
     """An open run folder: appends rows and keeps ``run.json`` up to date. One writer per folder at a time."""
 
-    def __init__(self, run: Run, handle: BinaryIO) -> None:
+    def __init__(self, run: Run, handle: FileIO) -> None:
         self.run = run
         self._handle = handle
 
     def append(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write one row and wait until it is on the disk; an older row of the same point is replaced in ``run``."""
         row = plain(row)
-        # One write call: an interrupt comes before or after it, so that the file always ends in a whole line.
-        self._handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        append(self._handle, line.encode("utf-8", "backslashreplace"), self.run.folder / ROWS, OTHER_OUT)
         self.run.rows = _latest([*self.run.rows, row], self.run.info.get("points", []))
         return row
 
@@ -173,9 +175,8 @@ class RunWriter:
         info = plain(info)
         if any(self.run.info.get(k) != v for k, v in info.items()):
             self.run.info.update(info)
-            partial = self.run.folder / f"{INFO}.partial"
-            partial.write_text(json.dumps(self.run.info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(partial, self.run.folder / INFO)
+            text = json.dumps(self.run.info, indent=1, ensure_ascii=False) + "\n"
+            write_text(self.run.folder / INFO, text, OTHER_OUT)
 
     def close(self) -> None:
         self._handle.close()
@@ -189,14 +190,11 @@ def open_run(folder: str | Path, info: dict[str, Any], *, fresh: bool = False) -
     written or that another process writes to, and ``ValueError`` when it holds a run with other settings.
     """
     folder = Path(folder)
+    make_folder(folder, OTHER_OUT)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ROWS, "ab")  # noqa: SIM115 - closed below
+        handle = open(folder / ROWS, "ab", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"cannot write to {folder}: {reason}; choose a folder that you may write to with --out"
-        ) from error
+        raise cannot_write(folder / ROWS, error, OTHER_OUT) from error
     try:
         _lock(handle, folder)
         if fresh:
@@ -211,7 +209,7 @@ def open_run(folder: str | Path, info: dict[str, Any], *, fresh: bool = False) -
         handle.close()
 
 
-def _resume(folder: Path, info: dict[str, Any], handle: BinaryIO) -> Run:
+def _resume(folder: Path, info: dict[str, Any], handle: FileIO) -> Run:
     rows, complete, wrong = _read_rows(folder / ROWS)
     begun = {"format": 1, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     if not (folder / INFO).exists():
@@ -234,8 +232,7 @@ def _resume(folder: Path, info: dict[str, Any], handle: BinaryIO) -> Run:
     if wrong:
         handle.truncate(complete)
         if complete and not (folder / ROWS).read_bytes().endswith(b"\n"):
-            handle.write(b"\n")
-            handle.flush()
+            append(handle, b"\n", folder / ROWS, OTHER_OUT)
             wrong += "; the row is whole and was kept"
         else:
             wrong += "; it was removed and its point is measured again"
@@ -255,7 +252,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _lock(handle: BinaryIO, folder: Path) -> None:
+def _lock(handle: FileIO, folder: Path) -> None:
     try:
         import fcntl
     except ImportError:  # not on Windows; two writers then are the user's own look-out
@@ -292,7 +289,7 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 
 def _cpu() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -9,7 +9,11 @@ from typing import Any
 
 import typer
 
+from tokenreduce.bench.times import consistent
+from tokenreduce.files import append_line, write_text
+from tokenreduce.labels import label_of
 from tokenreduce.reducer import Reducer
+from tokenreduce.words import counted
 
 __all__ = ["run_script"]
 
@@ -23,23 +27,22 @@ def run_script(
     what: str,
 ) -> None:
     """Measure ``task`` unreduced and with each of ``chosen``, print ``table(rows, width)``, notes and what could not be
-    used (``what``: images, questions). Every row goes to ``out`` as a JSON line when it is there.
+    used (``what``: image, question). Every row goes to ``out`` as a JSON line when it is there.
 
     Exit status 1 when a row failed; what the unreduced model raises is raised.
     """
     from tokenreduce.cli.shared import complain, console
 
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("", encoding="utf-8")
+        write_text(out, "", "choose another place with --out")
     screen = console()
-    screen.print(title, markup=False)
+    screen.say(title)
     with screen.status("loading, and evaluating the unreduced model"):
         task.prepare()
     rows: list[dict[str, Any]] = []
     failed = 0
     for reducers in [(), *chosen]:
-        name = "+".join(r.spec() for r in reducers) or "unreduced"
+        name = label_of(reducers) or "unreduced"
         with screen.status(name):
             try:
                 row = task.measure(reducers)
@@ -49,18 +52,18 @@ def run_script(
                 failed += 1
                 complain(f"{name} failed: {type(error).__name__}: {error}")
                 continue
+        row = consistent(row, rows[0]) if rows else row
         row = {"method": name, **row, "share": row["flops"] / task.flops(())}
         rows.append(row)
         if out is not None:
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**task.settings(), **row}) + "\n")
+            append_line(out, json.dumps({**task.settings(), **row}), "choose another place with --out")
     screen.print(table(rows, screen.width))
     for row in rows:
         for note in row["notes"]:
-            screen.print(f"{row['method']}: {note}", markup=False)
+            screen.say(f"{row['method']}: {note}")
     if task.problems:
-        screen.print(f"{len(task.problems)} {what} could not be used:")
+        screen.say(f"{counted(len(task.problems), what)} could not be used:")
         for problem in task.problems:
-            screen.print(f"  {problem['path']}: {problem['reason']}", markup=False)
+            screen.say(f"  {problem['path']}: {problem['reason']}")
     if failed:
         raise typer.Exit(1)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tokenreduce.bench.labels import check_numbers, digits_of, match_names, shown
 from tokenreduce.bench.models import Loaded
+from tokenreduce.images import EXTENSIONS
+from tokenreduce.words import are, counted
 
 __all__ = ["EXTENSIONS", "READERS", "Problem", "Read", "Source", "kind_of"]
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 KINDS = "digits, world, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
 #: Other names under which the split that was asked for may lie.
 SPLITS = {
@@ -177,11 +178,13 @@ def _read_folder(place: str, split: str, loaded: Loaded, classes: Classes) -> Re
     loose = sorted(p.name for p in root.iterdir() if p.is_file() and _is_image(p.name))
     if not folders:
         raise ValueError(
-            f"{root} holds {f'{len(loose)} images but ' if loose else ''}no class folders; the layout is "
+            f"{root} holds {counted(len(loose), 'image') + ' but ' if loose else ''}no class folders; the layout is "
             "FOLDER/class_name/image.jpg or FOLDER/val/class_name/image.jpg"
         )
     if loose:
-        notes.append(f"{len(loose)} images outside of class folders are left out: {shown(loose, 3)}")
+        notes.append(
+            f"{counted(len(loose), 'image')} outside of class folders {are(len(loose))} left out: {shown(loose, 3)}"
+        )
     files: dict[str, list[Path]] = {}
     other: list[str] = []
     for folder in folders:
@@ -200,7 +203,8 @@ def _read_folder(place: str, split: str, loaded: Loaded, classes: Classes) -> Re
     if empty := [f for f in folders if not files[f]]:
         notes.append(f"class folders without an image: {shown(empty)}")
     if other:
-        notes.append(f"{len(other)} files that are no images are left out: {shown(other, 3)}")
+        what = "1 file that is no image is" if len(other) == 1 else f"{len(other):,} files that are no images are"
+        notes.append(f"{what} left out: {shown(other, 3)}")
     index, names = match_names(folders, loaded, classes, str(root))
     items = [f for folder in folders for f in files[folder]]
     labels = [i for i, folder in zip(index, folders, strict=True) for _ in files[folder]]

@@ -10,14 +10,18 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.runs import Run, hardware, open_run, versions
 from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
+from tokenreduce.bench.times import consistent
+from tokenreduce.bench.watch import Point, Watch
+from tokenreduce.labels import label_of
 from tokenreduce.reducer import Reducer, build, format_spec, parse_spec
 from tokenreduce.registry import get_class, list_methods, parse
+from tokenreduce.words import counted
 
 __all__ = [
     "BASELINES", "BUDGETS", "UNREDUCED", "Point", "Solver", "Watch", "is_baseline", "points", "split_methods", "sweep",
@@ -33,37 +37,6 @@ TOLERANCE = 0.03
 def is_baseline(method: str) -> bool:
     """Whether a row's method is a baseline, at whatever stage: ``random`` and ``random@projector``."""
     return method.partition("@")[0] in (*BASELINES, "pool", "pool-frames", "uniform-frames")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One row to measure: a method (with fixed settings, if any) at a budget, or an explicit spec without one."""
-
-    id: str
-    method: str
-    spec: str
-    budget: float | None = None
-    solved: bool = False
-
-    @classmethod
-    def at(cls, spec: str, budget: float) -> Point:
-        return cls(f"{spec}@{budget:g}", spec, spec, budget, True)
-
-
-class Watch:
-    """What a sweep tells while it runs. The base class is silent."""
-
-    def say(self, message: str) -> None:
-        """Something the user should read once."""
-
-    def plan(self, total: int, done: int) -> None:
-        """``done`` of ``total`` points have a row already."""
-
-    def begin(self, point: Point) -> None:
-        """A point is about to be measured."""
-
-    def end(self, point: Point, row: dict[str, Any]) -> None:
-        """Its row is on the disk."""
 
 
 class Solver:
@@ -188,8 +161,8 @@ def full_name(kind: type[Reducer], stages: Sequence[str]) -> str:
 
 
 def spec_of(reducers: Sequence[Reducer], stages: Sequence[str]) -> str:
-    """``reducers`` as text with full names."""
-    return "+".join(full_name(type(r), stages) + r.spec().removeprefix(r.name) for r in reducers)
+    """``reducers`` as text with full names and the budget that they run at."""
+    return label_of(reducers, [full_name(type(r), stages) for r in reducers])
 
 
 def check_methods(
@@ -312,7 +285,8 @@ def _measure(task: Task, solver: Solver, point: Point, rows: Sequence[dict[str, 
     if axis.key not in row:
         row[axis.key] = solver.share(reducers)
     row["notes"] = [*notes, *row.get("notes", [])]
-    return row
+    unreduced = next((r for r in rows if r["id"] == UNREDUCED), None)
+    return consistent(row, unreduced) if reducers else row
 
 
 def sweep(
@@ -364,7 +338,7 @@ def sweep(
         done = {r["id"] for r in run.good}
         if run.rows:
             again = f"; {len(run.errors)} with an error are measured again" if run.errors else ""
-            watch.say(f"{len(done)} of {len(ids)} rows are there already in {run.folder}{again}")
+            watch.say(f"{len(done)} of {counted(len(ids), 'row')} are there already in {run.folder}{again}")
         watch.plan(len(ids), len(done))
         for point in todo:
             if point.id in done:

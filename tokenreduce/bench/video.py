@@ -15,12 +15,14 @@ from tokenreduce.adapters.vlm_marks import TOWER
 from tokenreduce.bench.clip_frames import Sampler, Shown
 from tokenreduce.bench.clips import LAYOUTS, LETTERS, ClipItem, chosen, lettered, load_clips
 from tokenreduce.bench.questions import Item, matches
+from tokenreduce.bench.times import ITSELF, speed_keys
 from tokenreduce.bench.tower_clock import tower_clock
 from tokenreduce.bench.vision import _whole
 from tokenreduce.bench.vlm import VlmTask, _Batch, _knows_the_world, _Ready
 from tokenreduce.bench.vlms import LoadedVlm
 from tokenreduce.measure.frames import film_metadata, frames_question, own_form, takes_videos
 from tokenreduce.measure.question import Question, prompt_text
+from tokenreduce.measure.timing import Speedup
 from tokenreduce.patching import describe, reducers_of
 from tokenreduce.reducer import Reducer
 
@@ -215,8 +217,8 @@ class VideoTask(VlmTask):
         a, b = (seconds[1 : 1 + self.repeats] for seconds in (stock, mine))
         if len(a) != self.repeats or len(b) != self.repeats:
             return out
-        ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
-        return {**out, "tower_s": statistics.median(b), "tower_speedup": ratio}
+        speedup = Speedup.of(x / y for x, y in zip(a, b, strict=True)) if reduced else ITSELF
+        return {**out, "tower_s": statistics.median(b), **speed_keys(speedup, "tower_speedup")}
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenreduce.bench.data import Batch, Images, load_data
-from tokenreduce.bench.hits import Answers, agreement, ranks, scores
+from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, neighbours, ranks, scores
 from tokenreduce.bench.models import Loaded, load_model
+from tokenreduce.bench.times import ITSELF, speed_keys
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import fused_attention, interleaved
 from tokenreduce.patching import describe, patched, twin
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import record
+from tokenreduce.words import counted
 
 __all__ = ["AMP", "VisionTask", "neighbours"]
 
@@ -34,8 +35,6 @@ CACHE = 1 << 30
 FLOP_IMAGES = 8
 #: Well-known methods, merging and pruning, for a sweep that takes a minute.
 WELL_KNOWN = ("tome", "pitome", "evit", "tofu")
-#: Neighbours and temperature of the k-nn classifier for models without a head (DINO, 2104.14294).
-NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 class _Cost(NamedTuple):
@@ -196,8 +195,8 @@ class VisionTask:
 
         ``tokens`` leave each layer, ``mean_tokens`` is their mean, ``entry_tokens`` enter the first layer; ``gmacs``
         and ``flops`` are per image; ``agreement`` is the share of images with the unreduced model's answer;
-        ``speedup`` is the stock model's time over this one's; ``peak_mb`` is 10^6 bytes above what was held before;
-        ``reduction_share`` (CPU) the part of the forward that makes and applies plans.
+        ``speedup`` is the stock model's time over this one's, with its interval; ``peak_mb`` is 10^6 bytes above what
+        was held before; ``reduction_share`` (CPU) the part of the forward that makes and applies plans.
         """
         ready, reducers = self._ready, tuple(reducers)
         assert ready.baseline is not None
@@ -228,7 +227,8 @@ class VisionTask:
     def _notes(self, ready: _Ready, reducers: tuple[Reducer, ...], answers: Answers, said: list[str]) -> list[str]:
         notes = list(dict.fromkeys(said))
         if answers.broken:
-            notes.append(f"{answers.broken} images gave NaN or infinite outputs; they count as wrong")
+            they = "it counts" if answers.broken == 1 else "they count"
+            notes.append(f"{counted(answers.broken, 'image')} gave NaN or infinite outputs; {they} as wrong")
         if reducers:
             return notes
         if ready.loaded.kind == "features":
@@ -240,7 +240,9 @@ class VisionTask:
                 "found is the share of the kinds that are among them"
             )
         if self.repeats and len(ready.probe) < self.batch:
-            notes.append(f"time and memory are of {len(ready.probe)} images, fewer than the batch of {self.batch}")
+            notes.append(
+                f"time and memory are of {counted(len(ready.probe), 'image')}, fewer than the batch of {self.batch}"
+            )
         return [*ready.loaded.notes, *ready.images.notes, *notes]
 
     # -- running -------------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ class VisionTask:
             outputs.append(out.cpu())
         if not outputs:
             first = "".join(f"\n  {p.path}: {p.reason}" for p in ready.images.problems[:5])
-            raise ValueError(f"none of the {len(ready.images)} images of {self.data} can be read:{first}")
+            raise ValueError(f"none of the {counted(len(ready.images), 'image')} of {self.data} can be read:{first}")
         y, good, got = torch.cat(labels), torch.cat(finite), torch.cat(outputs)
         if loaded.kind == "features":
             got = neighbours(got.nan_to_num(0, 0, 0), y, len(ready.images.classes))
@@ -354,35 +356,13 @@ class VisionTask:
         return {
             "seconds_per_image": seconds,
             "images_per_s": 1 / seconds,
-            "speedup": times["stock"].ratio(times["this"]),
+            **speed_keys(times["stock"].against(times["this"]) if reduced else ITSELF),
             "peak_mb": peak / 1e6,
             "reduction_share": share,
         }
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
-def neighbours(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Leave-one-out k-nearest-neighbour classification: features (n,D) and labels (n,) to best classes (n, up to 5).
-
-    Cosine similarity, the 20 nearest other images vote with exp(similarity / 0.07) as in DINO (2104.14294); classes
-    without a vote are -1. Raises ``ValueError`` for fewer than two images.
-    """
-    n = len(features)
-    if n < 2:
-        raise ValueError("nearest neighbours need at least two images")
-    unit = F.normalize(features.float(), dim=-1)
-    out = []
-    for start in range(0, n, 1024):
-        rows = unit[start : start + 1024]
-        similar = rows @ unit.T
-        similar[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = float("-inf")
-        near = similar.topk(min(NEIGHBOURS, n - 1), dim=-1)
-        votes = torch.zeros(len(rows), classes).scatter_add_(1, labels[near.indices], (near.values / TEMPERATURE).exp())
-        best = votes.topk(min(5, classes), dim=-1)
-        out.append(best.indices.masked_fill(best.values == 0, -1))
-    return torch.cat(out)
-
-
 def _whole(value: float) -> float:
     return int(value) if value == int(value) else round(value, 1)
 

@@ -18,8 +18,10 @@ from tokenreduce.adapters.generation import cache_of
 from tokenreduce.bench.questions import Item, load_questions, matches
 from tokenreduce.bench.sweep import full_name
 from tokenreduce.bench.task import Axis
+from tokenreduce.bench.times import ITSELF, speed_keys
 from tokenreduce.bench.vision import _whole
 from tokenreduce.bench.vlms import DTYPES, LoadedVlm, load_vlm, pick_device
+from tokenreduce.images import as_rgb
 from tokenreduce.measure.flops import gmacs
 from tokenreduce.measure.generation import _generate, cache_bytes, layers_of, patches_left, patches_of, visual_columns
 from tokenreduce.measure.question import Question, ask, prompt_text
@@ -28,6 +30,7 @@ from tokenreduce.patching import describe, patched, twin
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import get_class, get_method
 from tokenreduce.trace import Trace, record
+from tokenreduce.words import counted
 
 __all__ = ["STAGES", "VlmTask"]
 
@@ -301,7 +304,8 @@ class VlmTask:
     def _notes(self, ready: _Ready, reducers: tuple[Reducer, ...], answers: _Answers, said: list[str]) -> list[str]:
         notes = list(dict.fromkeys(said))
         if answers.broken:
-            notes.append(f"{answers.broken} questions gave NaN or infinite outputs; they count as wrong")
+            they = "it counts" if answers.broken == 1 else "they count"
+            notes.append(f"{counted(answers.broken, 'question')} gave NaN or infinite outputs; {they} as wrong")
         return notes if reducers else [*ready.notes, *notes, *self._served()[1]]
 
     # -- questions: what tasks on other inputs replace --------------------------------------------------------------
@@ -394,7 +398,7 @@ class VlmTask:
         bos = processor.tokenizer.bos_token
         if bos and texts[0].startswith(bos):  # else it would be there twice
             settings["add_special_tokens"] = False
-        made = dict(processor(images=[[picture.convert("RGB")] for _, picture in opened], text=texts, **settings))
+        made = dict(processor(images=[[as_rgb(picture)] for _, picture in opened], text=texts, **settings))
         made.pop("labels", None)
         return _Batch([item for item, _ in opened], made)
 
@@ -436,7 +440,7 @@ class VlmTask:
         if not out.said:
             listed = [ready.problems[key] for key in sorted(ready.problems)][:5]
             first = "".join(f"\n  {p['path']}: {p['reason']}" for p in listed)
-            raise ValueError(f"none of the {len(ready.items)} questions of {self.data} can be used:{first}")
+            raise ValueError(f"none of the {counted(len(ready.items), 'question')} of {self.data} can be used:{first}")
         return out._replace(broken=broken)
 
     @property
@@ -510,7 +514,7 @@ class VlmTask:
                 share = None  # kernels run behind the CPU's clock
         return {
             "first_token_s": times["this"].median,
-            "speedup": times["stock"].ratio(times["this"]),
+            **speed_keys(times["stock"].against(times["this"]) if reduced else ITSELF),
             "reduction_share": share,
         }
 

@@ -6,7 +6,7 @@ One file per command; whatever is heavy is imported inside the command that need
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     cls=Friendly,
     help="Fewer tokens for vision transformers and image/video language models, without training.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Example: tokenreduce describe timm:vit_base_patch16_224 --reduce 'tome:r=16'",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,17 +44,34 @@ def options(
     set_debug(debug)
 
 
-app.command("methods")(methods.command)
-app.command("describe")(describe.command)
-app.command("show")(show.command)
-app.command("generate")(generate.command)
-bench.app.command("video")(bench_video.command)
-app.add_typer(bench.app, name="bench")
-app.command("stream")(stream.command)
-app.command("report")(report.command)
-app.command("train")(train.command)
-app.command("scene")(scene.command)
-app.command("demo")(demo.command)
+#: What stands below the options of every command.
+EXAMPLES = {
+    "methods": "tokenreduce methods 'to*' --stage encoder",
+    "describe": "tokenreduce describe timm:vit_base_patch16_224 --reduce 'tome:r=16'",
+    "show": "tokenreduce show timm:vit_base_patch16_224 cat.jpg --reduce 'tome:r=13' -o cat_tokens.png",
+    "generate": "tokenreduce generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt 'What is this?' "
+    "--reduce 'visionzip:keep=64+fastv:layer=2,keep=0.5'",
+    "bench vision": "tokenreduce bench vision --model timm:deit_small_patch16_224 --data /data/imagenet/val --budgets "
+    "0.75,0.5 --methods 'tome,pitome'",
+    "bench vlm": "tokenreduce bench vlm --model llava-hf/llava-1.5-7b-hf --data questions.jsonl --budgets 0.25",
+    "bench video": "tokenreduce bench video --model Qwen/Qwen2.5-VL-7B-Instruct --data /data/MVBench --frames 16",
+    "stream": "tokenreduce stream film.mp4 --fps 1 --state memory.safetensors",
+    "report": "tokenreduce report runs/vision runs/other --out runs/both",
+    "train": "tokenreduce train digits-vit --out runs/digits --export",
+    "scene": "tokenreduce scene scene.png --seed 7 --questions 8",
+    "demo": "tokenreduce demo --model timm:vit_base_patch16_224 --port 7860",
+}
+COMMANDS: tuple[tuple[str, Any], ...] = (
+    ("methods", methods.command), ("describe", describe.command), ("show", show.command),
+    ("generate", generate.command), ("stream", stream.command), ("report", report.command), ("train", train.command),
+    ("scene", scene.command), ("demo", demo.command),
+)  # fmt: skip
+for _name, _command in COMMANDS:
+    app.command(_name, epilog=f"Example: {EXAMPLES[_name]}")(_command)
+    if _name == "generate":
+        app.add_typer(bench.app, name="bench")
+for _name, _command in (("vision", bench.vision), ("vlm", bench.vlm), ("video", bench_video.command)):
+    bench.app.command(_name, epilog=f"Example: {EXAMPLES[f'bench {_name}']}")(_command)
 
 
 def main() -> None:

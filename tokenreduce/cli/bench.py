@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import again, complain, console, numbers
+from tokenreduce.cli.shared import Screen, again, complain, console, numbers, print_json
+from tokenreduce.words import counted
 
 if TYPE_CHECKING:
     from tokenreduce.bench.sweep import Point
     from tokenreduce.bench.task import Task
 
-__all__ = ["app", "run"]
+__all__ = ["Json", "app", "run"]
 
-app = typer.Typer(help="Measure methods at several budgets on real input.", no_args_is_help=True)
+#: The option that all ``bench`` commands share.
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables; progress goes to standard error.")
+]
+
+app = typer.Typer(
+    help="Measure methods at several budgets on real input.",
+    epilog="Example: tokenreduce bench vision --model digits-vit --budgets 0.5",
+    no_args_is_help=True,
+)
 
 #: Timed rounds per row; --full takes more, so that the medians of small speed-ups settle.
 REPEATS, FULL_REPEATS = 3, 15
@@ -33,7 +43,6 @@ QUICK_ELSEWHERE = 1000
 QUICK_QUESTIONS = 180
 
 
-@app.command("vision")
 def vision(
     ctx: typer.Context,
     model: Annotated[
@@ -82,6 +91,7 @@ def vision(
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All methods and images, and more timed rounds.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Image classification: accuracy, FLOPs, clock speed-up and memory of every method at equal FLOPs.
 
@@ -99,7 +109,7 @@ def vision(
     for name, source in models.items():
         most = limit if limit is not None or full else QUICK.get(source, QUICK_ELSEWHERE)
         if most is not None and limit is None:
-            said.append(f"evaluating at most {most:,} images of {source} (--limit changes that)")
+            said.append(f"evaluating at most {counted(most, 'image')} of {source} (--limit changes that)")
         jobs[out / name if len(models) > 1 else out] = VisionTask(
             model=name,
             data=source,
@@ -116,9 +126,19 @@ def vision(
     if few and not reduce:
         said.append("sweeping a few methods (--methods '*' takes all)")
     if said:
-        console().print(f"{'; '.join(said)}; --full takes everything", soft_wrap=True)
+        console(stderr=as_json).say(f"{'; '.join(said)}; --full takes everything")
     budgets = budgets or BUDGETS["vision"][full]
-    run(ctx, jobs, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=device)
+    run(
+        ctx,
+        jobs,
+        out,
+        methods=methods,
+        budgets=budgets,
+        reduce=reduce or [],
+        fresh=fresh,
+        device=device,
+        as_json=as_json,
+    )
 
 
 def _models(model: str | None, data: str | None) -> dict[str, str]:
@@ -136,7 +156,6 @@ def _models(model: str | None, data: str | None) -> dict[str, str]:
     return {model: data or EMBEDDED[model]}
 
 
-@app.command("vlm")
 def vlm(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="world-llava, a Hub id, or a folder with model and processor.")] = (
@@ -180,6 +199,7 @@ def vlm(
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All methods and questions, and more timed rounds.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Image language models: accuracy by question type, visual tokens, FLOPs, time to first token and KV cache.
 
@@ -211,14 +231,28 @@ def vlm(
         few=not full and methods is None,
     )
     if not full:
-        said = [] if limit is not None else [f"asking at most {QUICK_QUESTIONS} questions (--limit changes that)"]
+        said = (
+            []
+            if limit is not None
+            else [f"asking at most {counted(QUICK_QUESTIONS, 'question')} (--limit changes that)"]
+        )
         if methods is None and not reduce:
             said.append("sweeping a few methods of each stage (--methods '*' takes all)")
         if said:
-            console().print(f"{'; '.join(said)}; --full takes everything", soft_wrap=True)
+            console(stderr=as_json).say(f"{'; '.join(said)}; --full takes everything")
     _quiet_bars()
     budgets = budgets or BUDGETS["vlm"][full]
-    run(ctx, {out: task}, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=place)
+    run(
+        ctx,
+        {out: task},
+        out,
+        methods=methods,
+        budgets=budgets,
+        reduce=reduce or [],
+        fresh=fresh,
+        device=place,
+        as_json=as_json,
+    )
 
 
 def run(
@@ -231,9 +265,10 @@ def run(
     reduce: list[str],
     fresh: bool,
     device: str,
+    as_json: bool = False,
 ) -> None:
     """Sweep every task of ``jobs`` into its folder with a progress bar, then print the tables and write one report
-    into ``out``.
+    into ``out``; with ``as_json`` they are one JSON object, and everything else goes to standard error.
 
     Every ``bench`` command ends here. Exit status 1 when a row failed, 130 after Ctrl-C.
     """
@@ -249,15 +284,15 @@ def run(
     from tokenreduce.bench.picture import need
     from tokenreduce.bench.report import rebuild
     from tokenreduce.bench.sweep import split_methods, sweep
-    from tokenreduce.cli.report import present
+    from tokenreduce.cli.report import facts, present
 
     # What the report needs at the end is looked for before the work, not after it.
     need("matplotlib", "the report")
     need("plotly", "the report")
-    given = {k: v for k, v in ctx.params.items() if k != "fresh"}
+    given = {k: v for k, v in ctx.params.items() if k not in ("fresh", "as_json")}
     defaults = {p.name: p.default for p in ctx.command.params}
     command = again(["bench", str(ctx.info_name)], given, defaults)
-    screen = console()
+    screen = console(stderr=as_json)
     shown = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -268,9 +303,9 @@ def run(
     failed = 0
     for folder, task in jobs.items():
         if len(jobs) > 1:
-            screen.print(folder.name, markup=False, style="bold")
+            screen.say(folder.name, "bold")
         with Progress(*shown, console=screen) as progress:
-            watch = _watch(progress, task)
+            watch = _watch(progress, task, screen)
             try:
                 result = sweep(
                     task,
@@ -289,14 +324,16 @@ def run(
                 raise typer.Exit(130) from None
             failed += len(result.errors)
     runs, files = rebuild(list(jobs), None if len(jobs) == 1 else out)
-    present(runs, files, apart=True)
+    if as_json:
+        print_json(facts(runs, files))
+    else:
+        present(runs, files, apart=True)
     if failed:
-        many = "1 row" if failed == 1 else f"{failed} rows"
-        complain(f"{many} failed, see above; the same command tries again")
+        complain(f"{counted(failed, 'row')} failed, see above; the same command tries again")
         raise typer.Exit(1)
 
 
-def _watch(progress: Any, task: Task) -> Any:
+def _watch(progress: Any, task: Task, screen: Screen) -> Any:
     from tokenreduce.bench.columns import COLUMNS, cell, failure, label
     from tokenreduce.bench.sweep import Watch
     from tokenreduce.bench.task import axis_of
@@ -305,9 +342,9 @@ def _watch(progress: Any, task: Task) -> Any:
     known = {c.key: c for c in COLUMNS}
     axis = axis_of(task)
 
-    class Screen(Watch):
+    class Told(Watch):
         def say(self, message: str) -> None:
-            progress.console.print(message, markup=False, soft_wrap=True)
+            screen.say(message)  # the progress bar is on the same screen and makes room
 
         def plan(self, total: int, done: int) -> None:
             progress.update(bar, total=total, completed=done, description="measuring")
@@ -327,4 +364,4 @@ def _watch(progress: Any, task: Task) -> Any:
             ]
             self.say(f"{label(row)}: {', '.join(parts)}, {row['wall_s']:.1f} s")
 
-    return Screen()
+    return Told()

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli.bench import FULL_REPEATS, REPEATS, run
+from tokenreduce.cli.bench import FULL_REPEATS, REPEATS, Json, run
 from tokenreduce.cli.shared import console
+from tokenreduce.words import counted
 
 __all__ = ["command"]
 
@@ -71,6 +72,7 @@ def command(
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All methods and questions, and more timed rounds.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Video language models: accuracy by question type, tokens per frame, FLOPs, time of every part and KV cache.
 
@@ -97,11 +99,21 @@ def command(
         repeats=repeats if repeats is not None else FULL_REPEATS if full else REPEATS, max_new_tokens=max_new_tokens,
         stages=tuple(s.strip() for s in stage.split(",") if s.strip()), few=few,
     )  # fmt: skip
-    said = [] if limit is not None or full else [f"asking at most {QUICK} questions (--limit changes that)"]
+    said = [] if limit is not None or full else [f"asking at most {counted(QUICK, 'question')} (--limit changes that)"]
     if few and not reduce:
         said.append("sweeping a few methods of each stage (--methods '*' takes all)")
     if said:
-        console().print(f"{'; '.join(said)}; --full takes everything", soft_wrap=True)
+        console(stderr=as_json).say(f"{'; '.join(said)}; --full takes everything")
     _quiet_bars()
     budgets = budgets or BUDGETS[full]
-    run(ctx, {out: task}, out, methods=methods, budgets=budgets, reduce=reduce or [], fresh=fresh, device=place)
+    run(
+        ctx,
+        {out: task},
+        out,
+        methods=methods,
+        budgets=budgets,
+        reduce=reduce or [],
+        fresh=fresh,
+        device=place,
+        as_json=as_json,
+    )

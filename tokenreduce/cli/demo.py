@@ -41,7 +41,7 @@ def command(
     for library in ("gradio", "plotly"):
         if importlib.util.find_spec(library) is None:
             raise ImportError(f"the page needs {library}: pip install 'tokenreduce[demo]'")
-    console().print("starting the page; this takes some seconds", style="dim")
+    console().say("starting the page; this takes some seconds", "dim")
     from tokenreduce.bench.vlms import pick_device
     from tokenreduce.demo.app import launch
     from tokenreduce.demo.store import Store

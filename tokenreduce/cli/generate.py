@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import complain, console, open_image, picture_format, save_picture
+from tokenreduce.cli.shared import complain, console, open_image, picture_format, print_json, save_picture
+from tokenreduce.words import counted
 
 if TYPE_CHECKING:
     from tokenreduce.measure.generation import Comparison
@@ -23,15 +23,19 @@ def command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the images or the video.")],
     reduce: Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")],
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")] = None,
-    video: Annotated[Path | None, typer.Option("--video", "-v", help="A video file, in place of images.")] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option("--video", "-v", help="A video file, an animated picture or a folder of frames."),
+    ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video, spread evenly; 8 by default.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the video, in place of --frames.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, and what every timed round decodes.")
     ] = 32,
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as the weights are stored), fp32, bf16 or fp16.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are shown.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
     show: Annotated[Path | None, typer.Option(help="Draw the visual tokens that stay over the images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -58,10 +62,10 @@ def command(
         picture_format(show, "--show")
     if bool(image) == (video is not None):
         raise ValueError("give --image (it may be repeated) or --video, and not both")
-    if video is None and (frames is not None or fps is not None):
-        raise ValueError("--frames and --fps are for --video")
+    if video is None and not (frames is fps is rate is None):
+        raise ValueError("--frames, --fps and --rate are for --video")
     pictures = [open_image(path) for path in image or []]
-    film = None if video is None else _film(video, frames, fps)
+    film = None if video is None else _film(video, frames, fps, rate)
     _quiet_bars()
     loaded = load_vlm(model, device, dtype)
     if film is None:
@@ -76,25 +80,28 @@ def command(
     if show is not None and where is not None:
         save_picture(draw_kept(result, where), show, "--show")
     if film is not None:
-        part = f"{len(film)} of {film.count} frames, {film.times[0]:.1f} to {film.times[-1]:.1f} s, by {film.reader}"
+        span = f"{film.times[0]:.1f} to {film.times[-1]:.1f} s"
+        part = f"{len(film)} of {counted(film.count, 'frame')}, {span}, by {film.reader}"
         for line in (f"{video}: {part}", *film.warnings):
             complain(line)
     about = {"model": model, "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
     if as_json:
         shown = {} if show is None else {"show": str(show)}
-        typer.echo(json.dumps({**about, **result.to_dict(), **shown}, indent=2, ensure_ascii=False))
+        print_json({**about, **result.to_dict(), **shown})
         return
     _present(result, about)
     if show is not None:
-        console().print(f"wrote {show}", markup=False, soft_wrap=True)
+        console().say(f"wrote {show}")
 
 
-def _film(path: Path, frames: int | None, fps: float | None) -> Any:
+def _film(path: Path, frames: int | None, fps: float | None, rate: float | None) -> Any:
     from tokenreduce.video import read_frames
 
     if frames is not None and fps is not None:
         raise ValueError("give --frames or --fps, not both")
-    return read_frames(path, fps=fps) if fps is not None else read_frames(path, n=frames or 8)
+    if fps is not None:
+        return read_frames(path, fps=fps, rate=rate)
+    return read_frames(path, n=frames or 8, rate=rate)
 
 
 def _check_words(tokenizer: Any, question: Question) -> None:
@@ -130,21 +137,23 @@ def _present(result: Comparison, about: dict[str, str]) -> None:
     sides = result.stock, result.reduced
     answers.add_row(*(Text(s.answer or "(nothing)") for s in sides))
     out.print(answers)
-    out.print(_agreement(result), markup=False)
+    out.say(_agreement(result))
     out.print()
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for head in ("", "without", "with", "ratio"):
-        table.add_column(head, justify="left" if not head else "right", no_wrap=bool(head), overflow="fold")
+        table.add_column(head, justify="left" if not head else "right", overflow="fold")
     for row in _rows(result):
         table.add_row(*(Text(cell) for cell in row))
     out.print(table)
-    out.print(
-        f"ratio above 1: fewer, smaller or faster; times are medians of {result.rounds} interleaved rounds after a "
-        f"warm-up, on {about['device']} in {about['dtype']}",
-        markup=False, style="dim", soft_wrap=True,
-    )  # fmt: skip
+    rounds = counted(result.rounds, "interleaved round")
+    out.say(
+        f"ratio above 1: fewer, smaller or faster; those of times are medians over {rounds} after a warm-up, with "
+        f"their interval in brackets, ≈ where it includes 1 (within noise); without is the median time, with that over "
+        f"the ratio; on {about['device']} in {about['dtype']}",
+        "dim",
+    )
     for note in result.notes:
-        out.print(f"note: {note}", markup=False, style="dim", soft_wrap=True)
+        out.say(f"note: {note}", "dim")
 
 
 def _agreement(result: Comparison) -> str:
@@ -157,9 +166,11 @@ def _agreement(result: Comparison) -> str:
 def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
     from tokenreduce.bench.columns import in_bytes, seconds
 
-    a, b, ratio = result.stock, result.reduced, result.ratios()
+    a, b, ratio, speed = result.stock, result.reduced, result.ratios(), result.speedups()
 
     def times(key: str) -> str:
+        if (found := speed.get(key)) is not None:
+            return f"{found.cell} ({found.interval})"
         return "-" if ratio[key] is None else f"{ratio[key]:.2f}x"
 
     def whole(value: int | None) -> str:
@@ -179,13 +190,14 @@ def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
         rows.append(
             (f"visual tokens a new token sees, layer {layer} on ({method})", whole(entry), f"{seen:,.1f}{came}", share)
         )
-    layers = f"visual tokens, mean over {len(a.layers)} layers"
+    layers = f"visual tokens, mean over {counted(len(a.layers), 'layer')}"
     rows += [
         (layers, f"{a.mean_tokens:,.1f}", f"{b.mean_tokens:,.1f}", times("mean_layer_tokens")),
-        ("time to first token", seconds(a.first.median), seconds(b.first.median), times("first_token_s")),
     ]
-    if a.step is not None and b.step is not None:
-        rates = (f"{1 / s.step.median:,.1f} tokens/s" for s in (a, b) if s.step is not None)
-        rows.append(("decoding", *rates, times("tokens_per_s")))  # type: ignore[arg-type]
+    clock = result.clock()
+    if (first := clock["first_token_s"]) is not None:
+        rows.append(("time to first token", seconds(first[0]), seconds(first[1]), times("first_token_s")))
+    if (step := clock["step_s"]) is not None:
+        rows.append(("decoding", *(f"{1 / s:,.1f} tokens/s" for s in step), times("tokens_per_s")))  # type: ignore[arg-type]
     rows.append(("KV cache after prefill", in_bytes(a.cache), in_bytes(b.cache), times("cache_bytes")))
     return rows

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import again, console
+from tokenreduce.cli.shared import again, console, print_json
 
-__all__ = ["command", "present"]
+__all__ = ["command", "facts", "present"]
 
 
 def command(
@@ -24,6 +24,7 @@ def command(
         Path | None,
         typer.Option(help="Write the tables as a Markdown page too; what was written by hand above them stays."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print the table of one or several runs and write rows.csv, pareto.png and report.html again."""
     from tokenreduce.bench.markdown import write_markdown
@@ -33,7 +34,28 @@ def command(
     if markdown is not None:
         given = {"out": out, "markdown": markdown}
         files["markdown"] = write_markdown(loaded, markdown, again(["report", *map(str, runs)], given, {}))
+    if as_json:
+        print_json(facts(loaded, files))
+        return
     present(loaded, files)
+
+
+def facts(runs: Any, files: Any) -> dict[str, Any]:
+    """Rows as tables have them, notes, and the names of the files, as JSON can carry them."""
+    from tokenreduce.bench.columns import label, notes, ordered
+
+    return {
+        "runs": [
+            {
+                "folder": str(run.folder), "task": run.info.get("task"), "metric": run.metric, "axis": run.axis.key,
+                "settings": run.info.get("settings", {}), "problems": run.info.get("problems") or [],
+                "rows": [{"label": label(row), **row} for row in ordered(run)], "notes": notes(run),
+                "missing": run.missing,
+            }
+            for run in runs
+        ],
+        "files": {name: str(path) for name, path in files.items()},
+    }  # fmt: skip
 
 
 def present(runs: Any, files: Any, apart: bool = False) -> None:
@@ -50,6 +72,6 @@ def present(runs: Any, files: Any, apart: bool = False) -> None:
         for run in together:
             name = "" if len(together) == 1 else f"{run.folder.name}: "
             for line in notes(run, brief=True):
-                screen.print(name + line, markup=False, style="dim", soft_wrap=True)
+                screen.say(name + line, "dim")
     for path in files.values():
-        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+        screen.say(f"wrote {path}")

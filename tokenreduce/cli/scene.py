@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli.shared import console, picture_format, save_picture
+from tokenreduce.cli.shared import console, picture_format, print_json, save_picture
 
 __all__ = ["command"]
 
@@ -19,6 +19,7 @@ def command(
     ] = 7,
     objects: Annotated[str, typer.Option(help="How many things are there: 4, or 3-6.")] = "3-6",
     questions: Annotated[int, typer.Option(min=0, help="How many questions to print.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Draw a scene and print questions about it with their answers."""
     from PIL import Image
@@ -34,6 +35,11 @@ def command(
     made = scene(span[seed], objects=_range(objects))
     asked = ask(made, span[seed], questions)
     save_picture(Image.fromarray(made.image), out, "OUT")
+    things = [f"{thing.colour} {thing.kind}" for thing in made.objects]
+    if as_json:
+        lines = [{"question": q.text, "answer": q.answer, "type": q.type} for q in asked]
+        print_json({"out": str(out), "background": made.background, "things": things, "questions": lines})
+        return
     screen = console()
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for head in ("question", "answer", "type"):
@@ -42,8 +48,7 @@ def command(
         table.add_row(question.text, question.answer, question.type)
     if questions:
         screen.print(table)
-    things = ", ".join(f"{thing.colour} {thing.kind}" for thing in made.objects)
-    screen.print(f"wrote {out}: {things}, on {made.background}", markup=False, soft_wrap=True)
+    screen.say(f"wrote {out}: {', '.join(things)}, on {made.background}")
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli.shared import console, open_image, picture_format, save_picture
+from tokenreduce.cli.shared import console, open_image, picture_format, print_json, save_picture
 
 __all__ = ["command"]
 
@@ -23,14 +23,23 @@ def command(
         int | None, typer.Option(help="0-based layer after which to look; the last one by default.")
     ] = None,
     size: Annotated[int, typer.Option(min=16, help="Least side of each half in pixels.")] = 448,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Draw the region of each final token over an image, beside the image as the model saw it."""
     from tokenreduce.bench.models import load_model
-    from tokenreduce.picture import show
+    from tokenreduce.picture import check_layer, look
     from tokenreduce.registry import parse
 
     chosen = parse(reduce)
     picture_format(out, "--out")
     picture = open_image(image)
-    save_picture(show(load_model(model), picture, chosen, layer=layer, side=size), out, "--out")
-    console().print(f"wrote {out}", markup=False)
+    loaded = load_model(model)
+    check_layer(loaded, layer)
+    seen = look(loaded, picture, chosen)
+    save_picture(seen.draw(layer, side=size), out, "--out")
+    if as_json:
+        tokens = [step.tokens for step in seen.steps]
+        shown = {"grid": seen.grid, "prefix": seen.prefix, "layers": seen.depth, "layer": layer, "tokens": tokens}
+        print_json({"model": model, "reduce": seen.title, **shown, "caption": seen.caption(layer), "out": str(out)})
+        return
+    console().say(f"wrote {out}")

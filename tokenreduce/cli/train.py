@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tokenreduce.cli.shared import again, console
+from tokenreduce.files import make_folder
 
 __all__ = ["command"]
 
@@ -80,19 +81,14 @@ def command(
     if name == "world-llava":
         more["encoder"] = (zoo.load("world-vit") if encoder is None else zoo.load("world-vit", folder=encoder)).model
     folder = out or Path("runs") / f"train-{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --out"
-        ) from error
+    make_folder(folder, "choose another folder with --out")
     screen = console()
     stages = getattr(module, "STAGES", None)
     steps = module.SCHEDULE.steps if stages is None else sum(s.schedule.steps for s in stages)
     last: dict[str, Any] = {}
     recorded = _recorded(name)
     if found := sorted(folder.glob("checkpoint*.pt")):
-        screen.print(f"continuing from {found[-1]}", markup=False)
+        screen.say(f"continuing from {found[-1]}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -106,23 +102,22 @@ def command(
         def report(row: dict[str, Any]) -> None:
             last.update(row)
             progress.update(bar, completed=row["step"])
-            screen.print(
+            screen.say(
                 f"step {row['step']:>6}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  "
-                f"{row['minutes']:.1f} min{recorded.get(row['step'], '')}",
-                markup=False,
+                f"{row['minutes']:.1f} min{recorded.get(row['step'], '')}"
             )
 
         try:
             model = module.train(folder, device=device, stop_after=minutes, report=report, **more)
         except KeyboardInterrupt:
             progress.stop()
-            screen.print("stopped; the same command continues at the last checkpoint")
+            screen.say("stopped; the same command continues at the last checkpoint")
             raise typer.Exit(130) from None
         if not last:  # nothing was left to do
             progress.update(bar, completed=steps)
     ended = not last or last["step"] >= steps
     if not ended:
-        screen.print(f"stopped at step {last['step']} of {steps}; the same command with more --minutes continues")
+        screen.say(f"stopped at step {last['step']} of {steps}; the same command with more --minutes continues")
     if export:
         done, spent = saved(folder)
         given = {"device": device, "minutes": minutes, **again_with}
@@ -133,4 +128,4 @@ def command(
             **({"curve": made} if (made := curve(folder)) else {}),
         }
         facts = zoo.export(model.cpu(), name, card, folder=folder)
-        screen.print(f"wrote {folder / name}.safetensors, accuracy {100 * facts['accuracy']:.2f} %", markup=False)
+        screen.say(f"wrote {folder / name}.safetensors, accuracy {100 * facts['accuracy']:.2f} %")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from tokenreduce.measure.timing import interleaved
+from tokenreduce.measure.timing import Speedup, interleaved
 
 __all__ = ["BreakEven", "break_even"]
 
@@ -19,14 +19,19 @@ Input = TypeVar("Input")
 class BreakEven:
     """``size`` is the smallest tested size from which on every tested size was faster; None if the largest was not.
 
-    ``speedups`` has the measured median speed-up of every size; above 1 the reduced model is faster.
+    ``speedups`` has the measured median speed-up of every size; above 1 the reduced model is faster. ``measured`` has
+    the same with their intervals: a size whose interval includes 1 is not faster, but as fast within noise.
     """
 
     size: int | None
     speedups: dict[int, float]
+    measured: dict[int, Speedup] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        measured = ", ".join(f"{size}: {value:.2f}x" for size, value in self.speedups.items())
+        measured = ", ".join(
+            f"{size}: {self.measured[size].cell if size in self.measured else f'{value:.2f}x'}"
+            for size, value in self.speedups.items()
+        )
         return f"{'never faster' if self.size is None else f'faster from {self.size} on'} ({measured})"
 
 
@@ -49,15 +54,16 @@ def break_even(
     tested = sorted(set(sizes))
     if not tested or tested[0] < 1:
         raise ValueError(f"sizes lists ints >= 1, not {tested!r}")
-    speedups: dict[int, float] = {}
+    measured: dict[int, Speedup] = {}
     for size in tested:
         x = inputs(size)
         calls = {"stock": lambda x=x: stock(x), "reduced": lambda x=x: reduced(x)}
         timings = interleaved(calls, repeats, warmup, device)
-        speedups[size] = timings["stock"].ratio(timings["reduced"])
+        measured[size] = timings["stock"].against(timings["reduced"])
     first = None
     for size in reversed(tested):
-        if speedups[size] <= 1:
+        found = measured[size]
+        if found.ratio <= 1 or not (found.certain or found.rounds == 1):
             break
         first = size
-    return BreakEven(first, speedups)
+    return BreakEven(first, {size: found.ratio for size, found in measured.items()}, measured)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tokenreduce.images import as_rgb
 from tokenreduce.measure.generation import visual_columns
 from tokenreduce.measure.kept import Place, frame_places, places
 from tokenreduce.measure.question import Question, ask, prompt_text
@@ -55,7 +56,7 @@ def own_form(loaded: Any, frames: Sequence[Image.Image], prompt: str) -> Questio
     """:func:`frames_question` in the form of ``world-llava``: "frame <image> frame <image> ... question"."""
     from tokenreduce.zoo.video_inputs import clip_pixels, video_inputs
 
-    clip = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    clip = np.stack([np.asarray(as_rgb(frame)) for frame in frames])
     pixels = clip_pixels([clip], loaded.processor)
 
     def remake(model: Any) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def own_form(loaded: Any, frames: Sequence[Image.Image], prompt: str) -> Questio
 
 
 def _as_video(processor: Any, frames: Sequence[Image.Image], prompt: str, times: Sequence[float] | None) -> Question:
-    pictures = tuple(frame.convert("RGB") for frame in frames)
+    pictures = tuple(map(as_rgb, frames))
     clip = np.stack([np.asarray(p) for p in pictures])
     text = prompt_text(processor, 1, prompt, "video")
     settings: dict[str, Any] = {}

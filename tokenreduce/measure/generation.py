@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.generation import cache_of, columns_order
+from tokenreduce.labels import label_of
+from tokenreduce.measure.comparison import Comparison, Side, Site
 from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched, reducers_of
-from tokenreduce.reducer import Reducer
-from tokenreduce.trace import DecodeStep, Step, Trace, record
+from tokenreduce.reducer import Reducer, split_specs
+from tokenreduce.trace import Step, Trace, record
 
 __all__ = [
     "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layers_of", "patches_left",
@@ -24,130 +26,6 @@ __all__ = [
 ]  # fmt: skip
 
 STOCK = "stock"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model on one question.
-
-    Attributes:
-        answer, ids: the greedy answer and its tokens, up to the end of sequence.
-        encoder: patches at the vision encoder's end over all images and crops, None where they cannot be told.
-        layers: visual tokens in every layer of the language model.
-        first: seconds until the logits of the first new token: vision encoder and prefill, without preprocessing.
-        step: seconds for every further token, None when only one was asked for.
-        cache: bytes of keys and values after prefill, over all layers.
-    """
-
-    answer: str
-    ids: tuple[int, ...]
-    encoder: int | None
-    layers: tuple[int, ...]
-    first: Timing
-    step: Timing | None
-    cache: int
-
-    @property
-    def mean_tokens(self) -> float:
-        """Visual tokens, averaged over the layers of the language model."""
-        return sum(self.layers) / len(self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "answer": self.answer, "ids": list(self.ids), "encoder_tokens": self.encoder,
-            "entry_tokens": self.layers[0], "layer_tokens": list(self.layers), "mean_layer_tokens": self.mean_tokens,
-            "first_token_s": self.first.median,
-            "tokens_per_s": None if self.step is None else 1 / self.step.median, "cache_bytes": self.cache,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Site:
-    """Visual tokens ``before`` and ``after`` one place where a method acted; ``layer`` is None before the LLM."""
-
-    stage: str
-    layer: int | None
-    method: str
-    before: int
-    after: int
-
-    def __str__(self) -> str:
-        return "before the language model" if self.layer is None else f"before layer {self.layer}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """``stock`` against ``reduced``. ``steps`` are the trace of the reduced prefill, ``decode`` the choices of methods
-    that make some for every new token, ``visual`` (L,) marks the columns of the prompt that are visual tokens."""
-
-    question: Question
-    reducers: tuple[Reducer, ...]
-    stock: Side
-    reduced: Side
-    sites: tuple[Site, ...]
-    rounds: int
-    notes: tuple[str, ...] = ()
-    steps: tuple[Step, ...] = field(default=(), repr=False)
-    visual: Tensor | None = field(default=None, repr=False)
-    decode: tuple[DecodeStep, ...] = field(default=(), repr=False)
-
-    @property
-    def looked(self) -> tuple[tuple[int, str, float, float], ...]:
-        """``(layer, method, seen, back)`` for every layer where a method chooses in decode: visual tokens that a new
-        token saw from there on, and tokens that came back there, both averaged over the decode steps."""
-        places = dict.fromkeys((s.layer, s.method) for s in self.decode)
-        out = []
-        for layer, method in places:
-            here = [s for s in self.decode if (s.layer, s.method) == (layer, method)]
-            seen = sum(int(s.seen.sum()) for s in here) / len(here)
-            out.append((layer, method, seen, sum(int(s.back.sum()) for s in here) / len(here)))
-        return tuple(out)
-
-    @property
-    def spec(self) -> str:
-        return "+".join(r.spec() for r in self.reducers)
-
-    @property
-    def agree(self) -> bool:
-        """Whether both answers have the same token ids."""
-        return self.stock.ids == self.reduced.ids
-
-    @property
-    def common(self) -> int:
-        """How many token ids are the same before the first that differs."""
-        pairs = zip(self.stock.ids, self.reduced.ids, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.stock.ids), len(self.reduced.ids)))
-
-    def ratios(self) -> dict[str, float | None]:
-        """Stock over reduced, so that above 1 is less or faster; times are medians of per-round ratios."""
-        a, b = self.stock, self.reduced
-        pairs = {
-            "encoder_tokens": (a.encoder, b.encoder),
-            "entry_tokens": (a.layers[0], b.layers[0]),
-            "mean_layer_tokens": (a.mean_tokens, b.mean_tokens),
-            "cache_bytes": (a.cache, b.cache),
-        }
-        out: dict[str, float | None] = {k: x / y if x is not None and y else None for k, (x, y) in pairs.items()}
-        out["first_token_s"] = a.first.ratio(b.first)
-        out["tokens_per_s"] = None if a.step is None or b.step is None else a.step.ratio(b.step)
-        return out
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the command prints with ``--json``."""
-        return {
-            "prompt": self.question.prompt, "text": self.question.text, "images": len(self.question.images),
-            "reduce": self.spec, "agree": self.agree, "common_tokens": self.common, "rounds": self.rounds,
-            "stock": self.stock.to_dict(), "reduced": self.reduced.to_dict(), "ratio": self.ratios(),
-            "sites": [
-                {"stage": s.stage, "layer": s.layer, "method": s.method, "before": s.before, "after": s.after}
-                for s in self.sites
-            ],
-            "decode": [
-                {"layer": layer, "method": method, "mean_tokens": seen, "mean_came_back": back}
-                for layer, method, seen, back in self.looked
-            ],
-            "notes": list(self.notes),
-        }  # fmt: skip
 
 
 def compare(
@@ -228,7 +106,7 @@ def compare_several(
             some,
             sides[STOCK],
             sides[name],
-            sites[name],
+            _labelled(sites[name], some),
             rounds,
             *_told(made[name][2]),
             visual,
@@ -237,6 +115,12 @@ def compare_several(
         for name, some in variants.items()
         if name != STOCK
     ]
+
+
+def _labelled(sites: Sequence[Site], some: Sequence[Reducer]) -> tuple[Site, ...]:
+    """``sites`` with methods called by :func:`label_of`, which has the budget also where it is the default."""
+    names = {r.spec(): label_of(r) for r in some}
+    return tuple(replace(s, method="+".join(names.get(m, m) for m in split_specs(s.method))) for s in sites)
 
 
 def _told(trace: Trace) -> tuple[tuple[str, ...], tuple[Step, ...]]:

@@ -17,7 +17,8 @@ from rich.table import Table
 
 import tokenreduce as tr
 from tokenreduce.measure.memory import peak_bytes
-from tokenreduce.measure.timing import interleaved
+from tokenreduce.measure.timing import Speedup, interleaved
+from tokenreduce.words import speak_everywhere
 
 __all__ = ["Case", "Result", "measure"]
 
@@ -34,7 +35,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """``flops`` and ``clock`` are stock over patched; ``own`` the share of the patched forward spent on plans."""
+    """``flops`` and ``clock`` are stock over patched, ``speedup`` is ``clock`` with its interval; ``own`` the share of
+    the patched forward spent on plans."""
 
     case: Case
     final_tokens: int
@@ -42,6 +44,7 @@ class Result:
     clock: float
     own: float | None
     memory: float
+    speedup: Speedup | None = None
 
     @property
     def yielded(self) -> float:
@@ -85,8 +88,8 @@ def measure(case: Case, repeats: int = 9, device: str = "cpu", amp: str | None =
                     run = interleaved({"patched": lambda: patched(x)}, 1, 0)["patched"].median
                 shares.append(trace.seconds / run)
             own = sorted(shares)[1]
-    clock = times["stock"].ratio(times["patched"])
-    return Result(case, after.tokens[-1], before.flops / after.flops, clock, own, memory)
+    clock = times["stock"].against(times["patched"])
+    return Result(case, after.tokens[-1], before.flops / after.flops, clock.ratio, own, memory, clock)
 
 
 def main(
@@ -97,6 +100,7 @@ def main(
     only: Annotated[str | None, typer.Option(help="cases whose reducer contains this text")] = None,
 ) -> None:
     """Clock speed-up against FLOPs ratio for the cases of docs/performance.md."""
+    speak_everywhere()
     table = Table("model", "batch", "reduce", "final tokens", "FLOPs", "clock", "clock / FLOPs", "own work", "memory")
     for case in CASES:
         if only is not None and only not in case.reduce:
@@ -105,7 +109,8 @@ def main(
             case = Case(case.model, case.reduce, batch, case.img_size)
         r = measure(case, repeats, device, amp)
         own = "" if r.own is None else f"{r.own:.1%}"
-        cells = (f"{r.flops:.2f}x", f"{r.clock:.2f}x", f"{r.yielded:.2f}", own, f"{r.memory:.2f}x")
+        clock = f"{r.clock:.2f}x" if r.speedup is None else r.speedup.cell
+        cells = (f"{r.flops:.2f}x", clock, f"{r.yielded:.2f}", own, f"{r.memory:.2f}x")
         table.add_row(case.model, str(case.batch), case.reduce, str(r.final_tokens), *cells)
     Console(width=160).print(table)
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from tokenreduce.images import as_rgb
+from tokenreduce.words import counted
+
 __all__ = ["Question", "ask", "prompt_text"]
 
 #: Processors of models that were trained on another form than images, line break, prompt.
@@ -49,7 +52,7 @@ def ask(processor: Any, images: Sequence[Image.Image], prompt: str) -> Question:
         raise ValueError("the prompt is empty; ask something about the image")
     if not images:
         raise ValueError("no image is given; give at least one")
-    pictures = tuple(image.convert("RGB") for image in images)
+    pictures = tuple(map(as_rgb, images))
     text = prompt_text(processor, len(pictures), prompt)
     settings: dict[str, Any] = {}
     bos = getattr(processor.tokenizer, "bos_token", None)
@@ -68,7 +71,9 @@ def prompt_text(processor: Any, count: int, prompt: str, kind: str = "image") ->
     token = getattr(processor, f"{kind}_token", None)
     if token and token in prompt:
         if prompt.count(token) != count:
-            raise ValueError(f"the prompt has {prompt.count(token)} {token} for {count} {kind}s; write one for each")
+            raise ValueError(
+                f"the prompt has {prompt.count(token)} {token} for {counted(count, kind)}; write one for each"
+            )
         return prompt
     if getattr(processor, "chat_template", None) is not None:
         content = [{"type": kind}] * count + [{"type": "text", "text": prompt}]

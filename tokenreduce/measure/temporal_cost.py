@@ -27,11 +27,13 @@ import typer
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
+from tokenreduce.files import writing
 from tokenreduce.measure.timing import interleaved, synchronise
 from tokenreduce.measure.vlm_performance import splice
 from tokenreduce.reducer import Reducer
 from tokenreduce.registry import get_class, list_methods
 from tokenreduce.visual import Origin, Visual
+from tokenreduce.words import counted, speak_everywhere
 
 __all__ = ["SIZES", "Prefill", "Row", "Shape", "evidence", "exponent", "markdown", "measure", "methods", "prefills"]
 
@@ -253,7 +255,8 @@ def _picture(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("seconds of one plan")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with writing(path, "choose another place with --picture") as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def main(
@@ -270,6 +273,7 @@ def main(
     ] = None,
 ) -> None:
     """Plan time of every temporal method by number of tokens, and as a share of the prefill that it saves."""
+    speak_everywhere()
     sizes = [int(t) for t in tokens.replace(",", " ").split()]
     if shape not in SIZES or not sizes or min(sizes) < 1:
         raise typer.BadParameter(f"--shape is one of {', '.join(SIZES)}, and --tokens are numbers above 0")
@@ -290,7 +294,7 @@ def main(
     about = (
         f"{where}; torch {torch.__version__}, Python {platform.python_version()}; random embeddings of width "
         f"{size.width}, frames of {SIDE}x{SIDE} tokens, each {ALIKE} of the frame before; {100 * keep:g} % of the "
-        f"tokens stay; median of {rounds} round{'s' if rounds > 1 else ''} after a warm-up."
+        f"tokens stay; median of {counted(rounds, 'round')} after a warm-up."
     )
     if timed is not None:
         about += (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +11,78 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "fused_attention", "interleaved", "synchronise", "turns"]
+__all__ = ["Speedup", "Timing", "fused_attention", "interleaved", "synchronise", "times_text", "turns"]
+
+
+def times_text(ratio: float, low: float, high: float) -> str:
+    """A ratio of times for a table; ``≈`` stands before one whose interval includes 1, so that it may be noise.
+
+    >>> times_text(1.5, 1.4, 1.6), times_text(1.02, 0.97, 1.1)
+    ('1.50x', '≈1.02x')
+    """
+    return f"{'≈' if low <= 1 <= high else ''}{ratio:.2f}x"
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster one function is than another, from rounds that belong together.
+
+    Attributes:
+        ratio: median over rounds of the times' ratio, which cancels what slowed the machine for a while.
+        low, high: interval of that median: order statistics that cover it in at least 95 % of all cases; all rounds
+            where there are fewer than six (3 rounds: 75 %, 5: 94 %). One round says nothing: 0 to infinity.
+        rounds: how many.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, ratios: Iterable[float]) -> Speedup:
+        """From one ratio per round. Raises ``ValueError`` for none."""
+        found = sorted(ratios)
+        n = len(found)
+        if not n:
+            raise ValueError("there is no round to take a ratio of")
+        if n == 1:
+            return cls(found[0], 0.0, math.inf, 1)
+        cut, tail = 0, 0.5**n
+        while tail <= 0.025:  # the next value inwards still leaves at most 2.5 % on each side
+            cut += 1
+            tail += math.comb(n, cut) * 0.5**n
+        cut = max(cut, 1)
+        return cls(statistics.median(found), found[cut - 1], found[n - cut], n)
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval lies on one side of 1; otherwise the difference is within noise."""
+        return not self.low <= 1 <= self.high
+
+    def after(self, seconds: float) -> float:
+        """What the faster one takes where the other takes ``seconds``. Medians of both sides need not have the ratio
+        of the rounds; a time that is shown beside a speed-up comes from here, so that the two never contradict."""
+        return seconds / self.ratio
+
+    @property
+    def cell(self) -> str:
+        """For a table: :func:`times_text`."""
+        return times_text(self.ratio, self.low, self.high)
+
+    @property
+    def interval(self) -> str:
+        """
+        >>> Speedup(1.5, 1.4, 1.6, 3).interval
+        '1.40 to 1.60'
+        """
+        return f"{self.low:.2f} to {self.high:.2f}" if self.rounds > 1 else "unknown, one round"
+
+    def __str__(self) -> str:
+        if not self.certain:
+            return f"as fast, within noise ({self.cell}, interval {self.interval})"
+        said = f"{self.ratio:.2f}x faster" if self.ratio > 1 else f"{1 / self.ratio:.2f}x slower"
+        return f"{said} (speed-up {self.interval})"
 
 
 @dataclass(frozen=True)
@@ -30,12 +102,16 @@ class Timing:
 
         Raises ``ValueError`` when the two do not come from the same number of rounds.
         """
+        return self.against(other).ratio
+
+    def against(self, other: Timing) -> Speedup:
+        """How much faster ``other`` is, with the interval of the rounds. Raises ``ValueError`` as :meth:`ratio`."""
         if len(self.times) != len(other.times):
             raise ValueError(
                 f"{self.name} has {len(self.times)} rounds and {other.name} {len(other.times)}; "
                 "compare timings of one interleaved() call"
             )
-        return statistics.median(a / b for a, b in zip(self.times, other.times, strict=True))
+        return Speedup.of(a / b for a, b in zip(self.times, other.times, strict=True))
 
 
 def synchronise(device: torch.device | str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from tokenreduce.measure.timing import interleaved
 from tokenreduce.video.errors import need
 from tokenreduce.video.reading import READERS, open_video, read_frames
+from tokenreduce.words import counted
 
 __all__ = ["measure"]
 
@@ -33,12 +34,14 @@ def measure(path: str, n: int = 32, repeats: int = 5, reader: str = "auto") -> s
 
     calls: dict[str, Callable[[], object]] = {"decord": alone, "read_frames": ours}
     timings = interleaved(calls, repeats, 1, "cpu")
-    ratio = timings["read_frames"].ratio(timings["decord"])
+    slower = timings["read_frames"].against(timings["decord"])
+    base = timings["decord"].median
     why = f" (not decord: {video.why})" if video.why else ""
     return (
-        f"{len(indices)} of {video.count} frames of {video.size[0]}x{video.size[1]}: "
-        f"decord alone {timings['decord'].median:.3f} s, read_frames with {video.reader}{why} "
-        f"{timings['read_frames'].median:.3f} s, ratio {ratio:.3f} (medians of {repeats}, in turns)"
+        f"{len(indices)} of {counted(video.count, 'frame')} of {video.size[0]}x{video.size[1]}: "
+        f"decord alone {base:.3f} s, read_frames with {video.reader}{why} "
+        f"{base * slower.ratio:.3f} s: {slower.cell} the time ({slower.interval}; medians of "
+        f"{counted(repeats, 'round')}, in turns)"
     )
 
 

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 import tokenreduce as tr
 from tokenreduce.adapters.generation import cache_as, cache_of
+from tokenreduce.files import write_text
 from tokenreduce.measure.memory import peak_bytes
-from tokenreduce.measure.timing import interleaved, synchronise
+from tokenreduce.measure.timing import Speedup, interleaved, synchronise
 from tokenreduce.measure.vlm_shapes import SHAPES, Shape, build, prompt
 from tokenreduce.reducer import Reducer
+from tokenreduce.words import counted, speak_everywhere
 
 __all__ = ["COLUMNS", "Cost", "Row", "Settings", "cells", "markdown", "measure", "methods_of", "splice"]
 
@@ -68,8 +70,9 @@ class Row:
     """One method at one budget, or why it did not run. Times are seconds: ``first`` to the first token, ``token`` per
     decoded token, of (stock, reduced).
 
-    ``clock`` is the median over rounds of stock over reduced, and ``limit`` the same for the stock model on a prompt
-    with as few tokens (projector stage): small matrices use a machine less well, whoever made them small. ``own`` is
+    ``clock`` is the median over rounds of stock over reduced (the reduced time is the stock median over it),
+    ``speedup`` has its interval, and ``limit`` is the same for the stock model on a prompt with as few tokens
+    (projector stage): small matrices use a machine less well, whoever made them small. ``own`` is
     the reduction's own work (the time inside ``plan``, or what the adapter clocks as making and applying plans where
     that is more) as a share of the stock prefill.
     """
@@ -85,6 +88,7 @@ class Row:
     own: float | None = None
     token: tuple[float, float] | None = None
     error: str = ""
+    speedup: Speedup | None = None
 
     @property
     def flops(self) -> float | None:
@@ -178,12 +182,15 @@ def _method(
             times = interleaved(calls, how.rounds, how.warmup, how.device)
             tokens = _decode({"stock": stock, **{str(k): models[k] for k in good}}, given, how)
             for k in good:
-                clock = times["stock"].ratio(times[str(k)])
+                speedup = times["stock"].against(times[str(k)])
+                clock = speedup.ratio
                 short = times.get(f"short {rows[k].cost.visual[0]}")  # type: ignore[union-attr]
                 limit = None if short is None else times["stock"].ratio(short)
                 own = _own(models[k], given, how) / clock
-                first = (times["stock"].median, times[str(k)].median)
-                rows[k] = replace(rows[k], first=first, clock=clock, limit=limit, own=own, token=tokens.get(str(k)))
+                first = (times["stock"].median, speedup.after(times["stock"].median))
+                rows[k] = replace(
+                    rows[k], first=first, clock=clock, limit=limit, own=own, token=tokens.get(str(k)), speedup=speedup
+                )
     except Exception as error:
         rows.update({k: replace(blank[k], error=_brief(error)) for k in good})
     yield from (rows[k] for k in budgets)
@@ -255,8 +262,9 @@ def _decode(models: dict[str, Any], given: dict[str, Tensor], how: Settings) -> 
             _step(models[name], token, caches[name])
 
     times = interleaved({n: partial(steps, n) for n in models}, how.rounds, how.warmup, how.device)
-    each = {n: t.median / how.decode for n, t in times.items()}
-    return {n: (each["stock"], each[n]) for n in models}
+    stock = times["stock"]
+    each = stock.median / how.decode
+    return {n: (each, stock.against(times[n]).after(each)) for n in models}
 
 
 def _own(model: Any, given: dict[str, Tensor], how: Settings) -> float:
@@ -333,7 +341,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{cost.flops / row.stock.flops:.1%}",
         *(f"{t * 1e3:.0f} ms" if t >= 0.1 else f"{t * 1e3:.1f} ms" for t in row.first),
         f"{row.flops:.2f}x",
-        f"{row.clock:.2f}x",
+        f"{row.clock:.2f}x" if row.speedup is None else row.speedup.cell,
         f"{row.yielded:.2f}",
         "" if row.limit is None else f"{row.limit:.2f}x",
         "" if row.own is None else f"{row.own:.2%}",
@@ -370,8 +378,10 @@ def facts(shape: Shape, settings: Settings, dtype: torch.dtype, batch: int) -> s
         f"{where}; {str(dtype).removeprefix('torch.')}; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, Python {platform.python_version()}; random weights, language model "
         f"{shape.llm[1]} layers of width {shape.llm[0]}, tower {shape.tower[1]} layers of width {shape.tower[0]}; "
-        f"batch {batch}, {shape.visual} visual tokens ({grid}) and {shape.text} text tokens; {settings.rounds} rounds, "
-        f"stock and reduced interleaved, medians."
+        f"batch {batch}, {shape.visual} visual tokens ({grid}) and {shape.text} text tokens; "
+        f"{counted(settings.rounds, 'round')}, stock and reduced interleaved, medians of per-round ratios (≈: "
+        f"within noise, their interval includes 1); "
+        f"reduced times are the stock median over the ratio."
     )
 
 
@@ -394,13 +404,13 @@ def splice(path: Path, name: str, section: str) -> None:
     Raises ``ValueError`` for a file without the markers.
     """
     if not path.exists():
-        path.write_text(section, encoding="utf-8")
+        write_text(path, section)
         return
     text, begin, end = path.read_text(encoding="utf-8"), _mark(name, "begin"), _mark(name, "end")
     first, last = text.find(begin), text.find(end)
     if first < 0 or last < first:
         raise ValueError(f"{path} has no place for the figures: put the lines {begin!r} and {end!r} where they belong")
-    path.write_text(text[:first] + section.rstrip("\n") + text[last + len(end) :], encoding="utf-8")
+    write_text(path, text[:first] + section.rstrip("\n") + text[last + len(end) :])
 
 
 # -- command -----------------------------------------------------------------------------------------------------------
@@ -427,6 +437,7 @@ def main(
     ] = None,
 ) -> None:
     """Speed-up by clock against speed-up by FLOPs for every method on image language models."""
+    speak_everywhere()
     cuda = torch.device(device).type == "cuda"
     name = shape or ("tiny" if quick else "llava-7b" if cuda else "small")
     kind = dtype or ("bfloat16" if cuda else "float32")

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tokenreduce.images import as_rgb
+
 __all__ = ["DigitTransform", "as_digit"]
 
 SIDE, BOX = 28, 20
@@ -19,10 +21,7 @@ NOISE = 0.25
 
 def _grey(image: Image.Image) -> np.ndarray:
     """(H,W) float32 in [0,255]; transparency becomes white paper."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("L"), dtype=np.float32)
+    return np.asarray(as_rgb(image).convert("L"), dtype=np.float32)
 
 
 def as_digit(image: Image.Image) -> np.ndarray:

@@ -6,9 +6,9 @@ last checkpoint with the same random numbers, because every batch is drawn from 
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from tokenreduce.files import write_bytes
 
 __all__ = ["Schedule", "curve", "fit", "half", "progress"]
 
@@ -123,8 +125,7 @@ def fit(
         last = step + 1 == schedule.steps
         out_of_time = stop_after is not None and minutes >= stop_after
         if (step + 1) % save_every == 0 or last or out_of_time:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            partial = checkpoint.with_suffix(".partial")
+            made = io.BytesIO()  # torch turns a full disk into a RuntimeError that names no file
             torch.save(
                 {
                     "schedule": asdict(schedule),
@@ -133,9 +134,9 @@ def fit(
                     "step": step + 1,
                     "minutes": minutes,
                 },
-                partial,
+                made,
             )
-            os.replace(partial, checkpoint)
+            write_bytes(checkpoint, made.getvalue(), "choose another folder with --out")
             yield {"step": step + 1, "loss": total / seen, "minutes": minutes}
             model.train()
             total, seen = 0.0, 0

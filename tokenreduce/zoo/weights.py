@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from tokenreduce.files import make_folder, write_bytes, write_text
 
 __all__ = ["FOLDER", "load", "read_card", "save", "stored"]
 
@@ -48,21 +49,19 @@ def save(model: nn.Module, name: str, card: Mapping[str, Any], folder: Path = FO
             if not half.isfinite().all():
                 raise ValueError(f"{name}: {key} does not fit into fp16 (not finite after rounding)")
         tensors[key] = half.clone()  # tied weights: safetensors refuses tensors that share memory
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.safetensors"
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(to_bytes(tensors))
+    file = make_folder(folder, "choose another folder") / f"{name}.safetensors"
+    data = to_bytes(tensors)
     facts = {
         "name": name,
         **card,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": "float16",
-        "sha256": _checksum(partial),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    os.replace(partial, file)
+    write_bytes(file, data)
     # A list of numbers stands on one line.
     text = re.sub(r"\[[^][{}\"]*\]", lambda m: f"[{' '.join(m[0][1:-1].split())}]", json.dumps(facts, indent=2))
-    file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    write_text(file.with_suffix(".json"), text + "\n")
     return file
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenreduce.files import append_line
 from tokenreduce.zoo import packing
 from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state
@@ -294,5 +295,4 @@ def _write(file: Path, row: dict[str, Any]) -> None:
             return {k: short(v) for k, v in value.items()}
         return round(value, 4) if isinstance(value, float) else value
 
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(short(row)) + "\n")
+    append_line(file, json.dumps(short(row)), "choose another folder with --out")

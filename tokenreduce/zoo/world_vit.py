@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenreduce.files import append_line
+from tokenreduce.images import as_rgb
 from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state
 from tokenreduce.zoo.training import Schedule, fit
@@ -96,7 +98,7 @@ class WorldTransform:
     """PIL image to a (3,112,112) float tensor, normalised as the model was trained."""
 
     def __call__(self, image: Any) -> Tensor:
-        image = image.convert("RGB")
+        image = as_rgb(image)
         if image.size != (SIDE, SIDE):
             image = image.resize((SIDE, SIDE))
         return pixels(np.asarray(image)[None].copy())[0]
@@ -349,8 +351,8 @@ def train(
                 row = {**row, "step": before + row["step"], "minutes": minutes + spent}
                 row["accuracy"] = accuracy(model.vit, "validation", scenes=200)
                 row.update(held_out(model, device=device))
-                with (out / "curve.jsonl").open("a", encoding="utf-8") as curve:
-                    curve.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
+                line = json.dumps({k: round(v, 4) for k, v in row.items()})
+                append_line(out / "curve.jsonl", line, "choose another folder with --out")
                 report(row)
         spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
         minutes, before = minutes + spent, before + stage.schedule.steps

@@ -1,0 +1,34 @@
+"""How rows are called wherever they are shown."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tokenreduce.bench.sweep import UNREDUCED
+from tokenreduce.reducer import split_specs
+
+__all__ = ["label"]
+
+
+def label(row: dict[str, Any]) -> str:
+    """What stands in the method column: the spec with the budget that it ran at, or the point of a row that failed."""
+    if row["id"] == UNREDUCED:
+        return UNREDUCED
+    spec = str(row.get("spec") or "")
+    return str(row["id"]) if not spec or (row.get("error") and ":" not in spec) else _budgeted(spec, row)
+
+
+def _budgeted(spec: str, row: dict[str, Any]) -> str:
+    """``spec`` with ``keep``, which runs of earlier versions left out where it had its default."""
+    parts = split_specs(spec)
+    try:
+        keeps = [json.loads(text).get("keep") for text in row.get("settings") or []]
+    except (TypeError, ValueError, AttributeError):  # a file that somebody else wrote
+        return spec
+    if len(keeps) != len(parts):
+        return spec
+    return "+".join(
+        part if keep is None or "keep=" in part else f"{part}{',' if ':' in part else ':'}keep={keep}"
+        for part, keep in zip(parts, keeps, strict=True)
+    )
