@@ -120,7 +120,6 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     """Put one or more reducers into ``model``, in place, and return it.
 
     ``reducers`` are instances or text (``"tome:r=8+visionzip:keep=64"``). The model may be a timm, open_clip or
-<<<<<<< HEAD
     transformers model or any module that contains one.
 
     Pooled features and logits count every token by its size. Token sequences of ``model`` itself (``forward_features``,
@@ -128,15 +127,6 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     them. Where ``model`` is a module of your own around a vision transformer, or a subclass with token reading code of
     its own, that code is given all tokens again: merged ones as copies in every place they stand for, places of dropped
     ones hold the mean of what is left. A mean over them is right, and so is any reading of merged tokens.
-
-    Raises ``TypeError`` for a model without adapter, for models of timm, open_clip and transformers around a vision
-    transformer whose reading of its tokens is not known (image/video language models outside the supported families
-    among them), and for code that reads tokens between blocks; ``ValueError`` for a patched model, no method, or
-    settings that the model cannot serve. The model is then unchanged.
-=======
-    transformers model or any module that contains one. Raises ``TypeError`` for a model without adapter and
-    ``ValueError`` for a patched model, no method, or settings that the model cannot serve; the model is then
-    unchanged.
 
     ``logits`` says at which columns an image/video language model returns its logits when it gets a prompt of L
     columns, K of which are left:
@@ -157,7 +147,11 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     ``compute_loss_func``). Of TRL's SFT, DPO and GRPO trainers, which load a reference model from the checkpoint,
     patch that one, too (``ref_model=`` or ``trainer.ref_model``), and patch with ``logits="caller"`` for an
     ``SFTTrainer`` that evaluates with ``compute_metrics`` or ``label_smoothing_factor``.
->>>>>>> 0f6c8fb0656babb5cb4919fb87eb2e15fcd60e6f
+
+    Raises ``TypeError`` for a model without adapter, for models of timm, open_clip and transformers around a vision
+    transformer whose reading of its tokens is not known (image/video language models outside the supported families
+    among them), and for code that reads tokens between blocks; ``ValueError`` for a patched model, no method, or
+    settings that the model cannot serve. The model is then unchanged.
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced
@@ -171,13 +165,9 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
         raise ValueError(
             "the model is patched already; call tr.unpatch(model) first (several methods go into one patch)"
         )
-<<<<<<< HEAD
-    undo = Undo(chosen, model)
-=======
     if logits not in ("auto", "caller"):
         raise ValueError(f"logits={logits!r}: choose 'auto' or 'caller'")
-    undo = Undo(chosen, logits=logits)
->>>>>>> 0f6c8fb0656babb5cb4919fb87eb2e15fcd60e6f
+    undo = Undo(chosen, model, logits)
     try:
         attach(model, chosen, undo)
     except BaseException:
