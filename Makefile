@@ -71,10 +71,10 @@ typecheck: wheel  ## on the wheel, where the folders beside tokenreduce/ are its
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tokenreduce
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
-	$(BIN)/python -m tokenreduce.measure.performance
+	$(BIN)/python -m tokenreduce.bench.performance.encoders
 
 performance-vlm: $(VENV)/hf.stamp  ## the same for image language models
-	$(BIN)/python -m tokenreduce.measure.vlm_performance
+	$(BIN)/python -m tokenreduce.bench.performance.language
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,18 +16,18 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce.adapters.encoder import Tower
-from tokenreduce.adapters.handing import attach_hands
-from tokenreduce.adapters.readers import VLMS, hands_of, is_vlm, outside, own_code
-from tokenreduce.reducer import Reducer
+from tokenreduce.adapters.encoders.block import Tower
+from tokenreduce.adapters.encoders.handing import attach_hands
+from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code
+from tokenreduce.core.reducer import Reducer
 
 __all__ = ["Description", "attach", "describe", "supported"]
 
 #: library -> adapter modules that need it
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "timm": ("tokenreduce.adapters.timm",),
-    "open_clip": ("tokenreduce.adapters.open_clip",),
-    "transformers": ("tokenreduce.adapters.hf_encoders", "tokenreduce.adapters.qwen_tower"),
+    "timm": ("tokenreduce.adapters.encoders.timm",),
+    "open_clip": ("tokenreduce.adapters.encoders.open_clip",),
+    "transformers": ("tokenreduce.adapters.encoders.hf", "tokenreduce.adapters.encoders.qwen"),
 }
 
 
@@ -123,7 +123,7 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
             )
     _check_frames(model, reducers, towers, language)
     if language is not None:
-        importlib.import_module("tokenreduce.adapters.vlm").attach(language, reducers, undo, towers)
+        importlib.import_module("tokenreduce.adapters.language.vlm").attach(language, reducers, undo, towers)
         return
     if undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
@@ -173,7 +173,7 @@ def _language(model: nn.Module) -> Any:
     """The language model with visual tokens inside ``model``, or None."""
     if "transformers" not in sys.modules:
         return None
-    return importlib.import_module("tokenreduce.adapters.vlm").find(model)
+    return importlib.import_module("tokenreduce.adapters.language.vlm").find(model)
 
 
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ def _stages(towers: Any, language: Any) -> tuple[str, ...]:
     return (*stages, "encoder") if towers else stages
 
 
-#: What the code behind a tower is given, see :mod:`tokenreduce.adapters.readers`.
+#: What the code behind a tower is given, see :mod:`tokenreduce.adapters.encoders.readers`.
 _HANDED = {
     "all": "all are handed out again, merged ones as copies (what reads them counts on that)",
     "keys": "a decoder attends to them: merged ones are handed out as copies, dropped ones not",
@@ -205,7 +205,7 @@ class Description:
 
     def methods(self, stage: str | None = None) -> list[str]:
         """Methods of ``stage`` (by default the first that the model has) that its sites can serve."""
-        from tokenreduce.registry import get_class, list_methods
+        from tokenreduce.core.registry import get_class, list_methods
 
         stage = self.stages[0] if stage is None else stage
         if stage not in self.stages:

@@ -9,12 +9,12 @@ from typing import Any
 from PIL import Image
 
 from tokenreduce.bench.columns import in_bytes, seconds
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.demo.common import chosen
 from tokenreduce.measure.frames import ask_frames
 from tokenreduce.measure.generation import Comparison, Side
 from tokenreduce.measure.kept import places
 from tokenreduce.measure.question import ask
-from tokenreduce.reducer import Reducer
 
 __all__ = ["LONGEST_QUESTION", "NAMES", "answers", "put", "reducers_from"]
 

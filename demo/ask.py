@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from tokenreduce.core.registry import list_methods
 from tokenreduce.demo.answers import LONGEST_QUESTION, NAMES, answers, put, reducers_from
 from tokenreduce.demo.common import (
     HEAVY,
@@ -21,11 +22,10 @@ from tokenreduce.demo.common import (
     received,
 )
 from tokenreduce.demo.store import Store
+from tokenreduce.demo.uploads import IMAGES, VIDEOS, image_from, is_video, video_from
 from tokenreduce.measure.generation import compare_several
 from tokenreduce.measure.kept import kept_views, sheet
 from tokenreduce.measure.plots import visual_layers_plot
-from tokenreduce.registry import list_methods
-from tokenreduce.uploads import IMAGES, VIDEOS, image_from, is_video, video_from
 from tokenreduce.zoo.examples import Example, clip_examples, scene_examples
 
 __all__ = ["add", "missing"]

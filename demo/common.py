@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from tokenreduce.reducer import Reducer, build
-from tokenreduce.registry import get_class
+from tokenreduce.core.reducer import Reducer, build
+from tokenreduce.core.registry import get_class
 
 __all__ = [
     "NONE",

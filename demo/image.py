@@ -22,9 +22,9 @@ from tokenreduce.demo.common import (
     received,
 )
 from tokenreduce.demo.store import Store
+from tokenreduce.demo.uploads import IMAGES, image_from
 from tokenreduce.measure.image import ImageComparison, clock_image, compare_image
 from tokenreduce.measure.plots import image_layers_plot
-from tokenreduce.uploads import IMAGES, image_from
 from tokenreduce.zoo.examples import Example, digit_examples, scene_examples
 
 __all__ = ["add", "facts", "probabilities"]

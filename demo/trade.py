@@ -23,9 +23,9 @@ from tokenreduce.bench.sweep import UNREDUCED, full_name, is_baseline
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.vision import VisionTask
 from tokenreduce.bench.vlm import STAGES, VlmTask
+from tokenreduce.core.registry import get_class
 from tokenreduce.demo.common import explain, message, received, short
 from tokenreduce.demo.store import Store
-from tokenreduce.registry import get_class
 
 __all__ = ["add", "benchmarks", "methods_of", "rows_of", "task_of"]
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from tokenreduce.reducer import Reducer
+from tokenreduce.core.reducer import Reducer
 
 BASE = 1000
 

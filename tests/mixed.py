@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenreduce import Evidence
-from tokenreduce.evidence import Prompt
+from tokenreduce.core.evidence import Prompt
 
 #: Two samples with different numbers of visual tokens, padded on either side, and two images in one of them.
 LAYOUTS = ("ttvvvvvvvvvvtttt", "..tvvvvvvtvvvttt")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tokenreduce import Evidence, list_methods
-from tokenreduce.registry import get_class
+from tokenreduce.core.registry import get_class
 
 ENCODER_METHODS = list_methods(stage="encoder")
 #: What ``paper`` of a method is: an arXiv id, or nothing. Those of the library's own stand in the README's tables, too.

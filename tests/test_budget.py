@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenreduce import budget
+from tokenreduce.core import budget
 
 
 def test_examples_in_the_docstrings():

@@ -12,8 +12,8 @@ from threads import mixed_up
 from vlms import batch, llava
 
 import tokenreduce as tr
-from tokenreduce.evidence import Earlier, Evidence
-from tokenreduce.registry import get_class
+from tokenreduce.core.evidence import Earlier, Evidence
+from tokenreduce.core.registry import get_class
 
 METHODS = tr.list_methods(stage="cache")
 every = pytest.mark.parametrize("name", METHODS)

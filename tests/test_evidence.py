@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tokenreduce import Evidence
-from tokenreduce.evidence import Prompt
-from tokenreduce.scoring import cls_attention, importance, received_attention, select, unit
+from tokenreduce.algorithms.scoring import cls_attention, importance, received_attention, select, unit
+from tokenreduce.core.evidence import Prompt
 
 
 def evidence(n=7, prefix=1, **more):

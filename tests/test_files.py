@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import tokenreduce as tr
-from tokenreduce import files
-from tokenreduce.files import append_line, make_folder, write_bytes, write_text, writing
+from tokenreduce.common import files
+from tokenreduce.common.files import append_line, make_folder, write_bytes, write_text, writing
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def _checkpoint(path: Path) -> object:
 
 
 def _section(path: Path) -> object:
-    from tokenreduce.measure.vlm_performance import splice
+    from tokenreduce.bench.performance.language import splice
 
     return splice(path, "x", "text")
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenreduce import greedy
-from tokenreduce.greedy import cover, farthest, volume
+from tokenreduce.algorithms import greedy
+from tokenreduce.algorithms.greedy import cover, farthest, volume
 
 
 def by_card(worth, keep, weight=None, combination="product", least=0.0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenreduce.images import PictureError, as_rgb, natural, open_picture
+from tokenreduce.common.images import PictureError, as_rgb, natural, open_picture
 
 RAMP = np.floor(np.linspace(0, 65535, 64 * 64)).reshape(64, 64)
 WANTED = (RAMP / 257 + 0.5).astype(np.uint8)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 import tokenreduce as tr
-from tokenreduce.labels import label_of
-from tokenreduce.registry import get_class, list_methods
+from tokenreduce.core.labels import label_of
+from tokenreduce.core.registry import get_class, list_methods
 
 
 @pytest.mark.parametrize(

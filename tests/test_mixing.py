@@ -8,7 +8,7 @@ import inspect
 import pickle
 import weakref
 
-from tokenreduce.mixing import assembled, mixed, parts
+from tokenreduce.core.mixing import assembled, mixed, parts
 
 
 class Base:

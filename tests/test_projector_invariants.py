@@ -13,10 +13,10 @@ from support import PAPER
 from visual import ORIGINS, frames, visual
 
 import tokenreduce as tr
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.registry import get_class
 from tokenreduce.plan import Chain, Plan
-from tokenreduce.projector import Projector
-from tokenreduce.registry import get_class
 
 METHODS = tr.list_methods(stage="projector")
 #: What they keep depends on places alone.

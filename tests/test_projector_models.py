@@ -11,7 +11,7 @@ from vlms import IMAGE, VLMS, prompts
 from vlms_masked import close, generate
 
 import tokenreduce as tr
-from tokenreduce.registry import get_class
+from tokenreduce.core.registry import get_class
 
 #: Temporal methods have a table of their own, with videos.
 METHODS = [n for n in tr.list_methods(stage="projector") if not get_class(n, "projector").temporal]

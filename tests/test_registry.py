@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import tokenreduce as tr
-from tokenreduce import registry
-from tokenreduce.reducer import STAGES, parse_spec, split_specs
-from tokenreduce.registry import get_class
+from tokenreduce.core import registry
+from tokenreduce.core.reducer import STAGES, parse_spec, split_specs
+from tokenreduce.core.registry import get_class
 
 ROOT = Path(__file__).parent.parent
 # The examples that CONTRIBUTING.md gives to authors of methods, so that they cannot rot: as they stand, each in a file.
@@ -200,7 +200,7 @@ def test_the_readme_gives_the_papers_that_the_classes_give():
 
 
 def test_installed_packages_bring_methods_by_entry_point(monkeypatch):
-    from tokenreduce import registry
+    from tokenreduce.core import registry
 
     loaded = []
 

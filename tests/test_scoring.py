@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenreduce.evidence import Evidence
-from tokenreduce.scoring import descending, gram, highest, inner, received_by_head
+from tokenreduce.algorithms.scoring import descending, gram, highest, inner, received_by_head
+from tokenreduce.core.evidence import Evidence
 
 
 @pytest.mark.parametrize("n", [3, 255, 256, 401])

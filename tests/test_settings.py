@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from tokenreduce.reducer import Reducer, format_spec, parse_spec
-from tokenreduce.registry import load_all
-from tokenreduce.settings import describe, fit, fits, hints
+from tokenreduce.core.reducer import Reducer, format_spec, parse_spec
+from tokenreduce.core.registry import load_all
+from tokenreduce.core.settings import describe, fit, fits, hints
 
 FIELDS = [(name, f.name, str(f.type)) for name, kind in load_all().items() for f in fields(kind)]
 every = pytest.mark.parametrize(("name", "field", "note"), FIELDS, ids=[f"{n}-{f}" for n, f, _ in FIELDS])

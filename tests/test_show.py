@@ -10,7 +10,7 @@ from PIL import Image
 from support import tiny_vit
 
 import tokenreduce as tr
-from tokenreduce.picture import MARGIN, _regions, draw, show, view
+from tokenreduce.measure.picture import MARGIN, _regions, draw, show, view
 from tokenreduce.plan import Identity, Merge, Pool, Prune
 
 RED, GREEN, BLUE, GREY = (200, 0, 0), (0, 200, 0), (0, 0, 200), (120, 120, 120)
@@ -159,7 +159,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         calls.append((image, plan, grid, prefix, rest["title"]))
         return original(image, plan, grid, prefix, **rest)
 
-    monkeypatch.setattr("tokenreduce.picture.draw", spy)
+    monkeypatch.setattr("tokenreduce.measure.picture.draw", spy)
     return calls
 
 

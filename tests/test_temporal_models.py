@@ -12,9 +12,9 @@ from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
 from vlms_masked import close, dropped_by, generate, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.projector import kept
-from tokenreduce.registry import get_class
-from tokenreduce.temporal import Temporal, by_frame, frames_of
+from tokenreduce.algorithms.projector import kept
+from tokenreduce.algorithms.temporal import Temporal, by_frame, frames_of
+from tokenreduce.core.registry import get_class
 
 METHODS = [n for n in tr.list_methods(stage="projector") if get_class(n, "projector").temporal]
 #: family -> (rows of a batch, frames of a video, tokens of a frame)

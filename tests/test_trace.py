@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 import tokenreduce as tr
-from tokenreduce.trace import DecodeStep, Step
+from tokenreduce.core.trace import DecodeStep, Step
 
 
 def test_the_repr_is_short() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 import time
 
-from tokenreduce.turns import Turns
+from tokenreduce.demo.turns import Turns
 
 
 def line_up(turns: Turns, n: int) -> None:

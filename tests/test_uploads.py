@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenreduce.apart import apart
-from tokenreduce.uploads import LONGEST, image_from, is_video, video_from
+from tokenreduce.demo.apart import apart
+from tokenreduce.demo.uploads import LONGEST, image_from, is_video, video_from
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from tokenreduce.words import are, ascii_for, counted, speak_everywhere, spoken
+from tokenreduce.common.words import are, ascii_for, counted, speak_everywhere, spoken
 
 
 def test_numbers_agree_with_their_nouns() -> None:

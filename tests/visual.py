@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenreduce import Evidence
-from tokenreduce.visual import Origin, Visual
+from tokenreduce.core.visual import Origin, Visual
 
 HEADS, DIM, WIDTH, EMBED = 2, 8, 16, 12
 

@@ -6,7 +6,7 @@ import torch
 from vlms import IMAGE, VLMS, encodes_before
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_in
+from tokenreduce.adapters.language.generation import cache_in
 
 FILMS = [name for name, vlm in VLMS.items() if vlm.video]
 #: Families whose positions may be compact.

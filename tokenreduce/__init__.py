@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tokenreduce.evidence import Evidence
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.registry import get_method, list_methods, parse
+from tokenreduce.core.trace import record
 from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
 from tokenreduce.plan import Merge, Mix, Plan, Pool, Prune
-from tokenreduce.reducer import Reducer
-from tokenreduce.registry import get_method, list_methods, parse
-from tokenreduce.trace import record
 
 if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
     from tokenreduce.video.encoder.vidtldr import VidTLDR
@@ -105,7 +105,7 @@ def __getattr__(name: str) -> Any:
 
         return importlib.import_module("tokenreduce.zoo")
     if not name.startswith("_"):
-        from tokenreduce.registry import load_all
+        from tokenreduce.core.registry import load_all
 
         for kind in load_all().values():
             if kind.__name__ == name:
@@ -114,6 +114,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from tokenreduce.registry import load_all
+    from tokenreduce.core.registry import load_all
 
     return sorted({*globals(), *__all__, *(kind.__name__ for kind in load_all().values())})

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from tokenreduce.mixing import assembled, mixed, parts
-from tokenreduce.reducer import Reducer
-from tokenreduce.registry import list_methods, parse
+from tokenreduce.core.mixing import assembled, mixed, parts
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.registry import list_methods, parse
 
 __all__ = ["Undo", "describe", "kept_columns", "patch", "patched", "reduce_tokens", "reducers_of", "twin", "unpatch"]
 
@@ -154,7 +154,7 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     settings that the model cannot serve. The model is then unchanged.
     """
     from tokenreduce.adapters import attach, default_stage
-    from tokenreduce.adapters.encoder import Reduced
+    from tokenreduce.adapters.encoders.block import Reduced
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
@@ -185,7 +185,7 @@ def unpatch(model: M) -> M:
     """
     found = list(_patches(model))
     if not found:
-        from tokenreduce.adapters.encoder import Reduced
+        from tokenreduce.adapters.encoders.block import Reduced
 
         if any(isinstance(m, Reduced) for m in model.modules()):
             raise ValueError("this module was patched through its parent; unpatch the model that you gave to tr.patch")
@@ -276,7 +276,7 @@ def kept_columns(source: Any) -> tuple[Tensor, Tensor]:
 
     Raises ``ValueError`` for a model that is not patched or has not run, and for an output that does not say.
     """
-    from tokenreduce.adapters.vlm_labels import kept_of
+    from tokenreduce.adapters.language.labels import kept_of
 
     if isinstance(source, nn.Module) and not reducers_of(source):
         raise ValueError("the model is not patched, nothing is dropped; tr.patch(model, ...) patches it")

@@ -185,14 +185,14 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file."""
-        from tokenreduce.plan_file import save
+        from tokenreduce.core.plan.file import save
 
         save(self, path)
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan written by :meth:`save`. Raises ``ValueError`` for a safetensors file without a plan."""
-        from tokenreduce.plan_file import load
+        from tokenreduce.core.plan.file import load
 
         return load(path)
 

@@ -57,7 +57,7 @@ def command(
     from tokenreduce.bench.video import VideoTask
     from tokenreduce.bench.vlms import pick_device
     from tokenreduce.cli.generate import _quiet_bars
-    from tokenreduce.registry import parse
+    from tokenreduce.core.registry import parse
 
     chosen = [parse(text, stage="projector") for text in reduce or []]
     task = VideoTask(
@@ -73,7 +73,7 @@ def _table(rows: list[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
 
     from tokenreduce.bench.columns import BY_TYPE, COLUMNS, Column, cell
-    from tokenreduce.words import counted
+    from tokenreduce.common.words import counted
 
     shown = [c for c in COLUMNS if c.key in KEYS and any(row.get(c.key) is not None for row in rows)]
     kinds = [k for k in rows[0] if k.startswith(BY_TYPE) and not k.endswith("_stderr")]

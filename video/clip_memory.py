@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.baseline import evenly
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
-from tokenreduce.projector import top
-from tokenreduce.reducer import Reducer
-from tokenreduce.registry import get_method
-from tokenreduce.scoring import unit
-from tokenreduce.temporal import Temporal
+from tokenreduce.algorithms.baseline import evenly
+from tokenreduce.algorithms.projector import top
+from tokenreduce.algorithms.scoring import unit
+from tokenreduce.algorithms.temporal import Temporal
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.registry import get_method
 from tokenreduce.video.memory import Recalled, StreamingMemory
 
 __all__ = ["ClipMemory"]

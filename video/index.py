@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenreduce.common.words import counted
 from tokenreduce.video.errors import VideoError, need
-from tokenreduce.words import counted
 
 __all__ = ["Index", "Way", "check_file", "flow", "pictures", "read_index", "video_stream"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
+from tokenreduce.core.budget import check_count
 
 __all__ = ["interleave", "ntk_base", "subsequences"]
 

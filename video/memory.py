@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
+from tokenreduce.core.budget import check_count
 
 __all__ = ["Recalled", "StreamingMemory"]
 
@@ -193,7 +193,7 @@ class StreamingMemory(ABC):
         """
         from safetensors.torch import save as to_bytes
 
-        from tokenreduce.files import write_bytes
+        from tokenreduce.common.files import write_bytes
 
         about = {"kind": type(self).__name__, "settings": self.settings()}
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}

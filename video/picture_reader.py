@@ -1,6 +1,6 @@
 """Videos that are pictures: a folder of frames, and animated pictures that no video decoder reads (WebP).
 
-Both are read with Pillow through :mod:`tokenreduce.images`, so that frames look as pictures do everywhere else.
+Both are read with Pillow through :mod:`tokenreduce.common.images`, so that frames look as pictures do everywhere else.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenreduce.images import BROKEN, EXTENSIONS, as_rgb, large_pictures, natural, open_picture, why
+from tokenreduce.common.images import BROKEN, EXTENSIONS, as_rgb, large_pictures, natural, open_picture, why
+from tokenreduce.common.words import counted
 from tokenreduce.video.errors import VideoError
 from tokenreduce.video.index import Index, Way
-from tokenreduce.words import counted
 
 __all__ = ["Animation", "Folder", "open_pictures"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from tokenreduce.budget import check_count
-from tokenreduce.scoring import unit
+from tokenreduce.algorithms.scoring import unit
+from tokenreduce.core.budget import check_count
 from tokenreduce.video.memory import Recalled, StreamingMemory
 
 __all__ = ["PyramidMemory"]

@@ -1,7 +1,8 @@
 """Choose frames of a video by what they show: relevance to a question, or diversity, on candidates at one per second.
 
 An encoder is any object with ``images(frames) -> (T, E)`` for (T,H,W,3) uint8 and ``texts(list of str) -> (M, E)``,
-both in one space, as arrays or tensors; :func:`tokenreduce.adapters.frame_scores.frame_encoder` makes one of a CLIP or
+both in one space, as arrays or tensors; :func:`tokenreduce.adapters.language.projector.frame_scores.frame_encoder`
+makes one of a CLIP or
 SigLIP model. For long videos the encoder is the cost: one pass per candidate.
 """
 

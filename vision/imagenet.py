@@ -50,7 +50,7 @@ def command(
     """Evaluate one model on ImageNet (or any labelled images), unreduced and with each --reduce."""
     from tokenreduce.bench.script import run_script
     from tokenreduce.bench.vision import VisionTask
-    from tokenreduce.registry import parse
+    from tokenreduce.core.registry import parse
 
     chosen = [parse(text) for text in reduce or []]
     task = VisionTask(
@@ -64,7 +64,7 @@ def _table(rows: list[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
 
     from tokenreduce.bench.columns import COLUMNS, cell
-    from tokenreduce.words import counted
+    from tokenreduce.common.words import counted
 
     shown = [c for c in COLUMNS if c.key in KEYS and any(row.get(c.key) is not None for row in rows)]
     made = Table(title=counted(rows[0]["images"], "image"), title_justify="left")

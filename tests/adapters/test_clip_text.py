@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
-from tokenreduce.adapters.clip_text import joint_space, question_texts
+from tokenreduce.adapters.language.projector.clip_text import joint_space, question_texts
 
 LENGTH, WIDTH, JOINT = 12, 20, 6
 LETTERS = "abcdefghijklmnopqrstuvwxyz?.,'"
@@ -219,8 +219,8 @@ def test_methods_read_it(clip):
     """Patches and texts are what CDPruner and TRIM ask for; a sample without a question is one without text there."""
     from visual import ORIGINS, noise
 
-    from tokenreduce.registry import get_method
-    from tokenreduce.visual import Visual
+    from tokenreduce.core.registry import get_method
+    from tokenreduce.core.visual import Visual
 
     space, tower = joint_space(clip[0]), noise(2, 16, WIDTH, seed=1)
     text, _ = space.texts(["a cat", ""])

@@ -8,7 +8,7 @@ from support import tiny_vit
 from torch import nn
 
 import tokenreduce as tr
-from tokenreduce.baseline import regular
+from tokenreduce.algorithms.baseline import regular
 
 WIDE = torch.randn(2, 3, 16, 36, generator=torch.Generator().manual_seed(3))  # 4x9 patches of a model of 6x6
 
@@ -149,7 +149,7 @@ def test_pictures_are_of_this_image():
 
     from PIL import Image
 
-    from tokenreduce.picture import look
+    from tokenreduce.measure.picture import look
 
     loaded = SimpleNamespace(
         model=tiny_vit(dynamic_img_size=True), forward=lambda model, x: model(x), transform=lambda image: WIDE[0]

@@ -20,10 +20,10 @@ from transformers.models.idefics3 import modeling_idefics3 as idefics3  # noqa: 
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm  # noqa: E402
 
 import tokenreduce as tr  # noqa: E402
-from tokenreduce.adapters.encoder import Reduced  # noqa: E402
-from tokenreduce.evidence import Evidence  # noqa: E402
+from tokenreduce.adapters.encoders.block import Reduced  # noqa: E402
+from tokenreduce.core.evidence import Evidence  # noqa: E402
+from tokenreduce.core.reducer import Reducer  # noqa: E402
 from tokenreduce.plan import Identity, Plan, Prune  # noqa: E402
-from tokenreduce.reducer import Reducer  # noqa: E402
 from tokenreduce.vision.encoder.tome import ToMe  # noqa: E402
 
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)

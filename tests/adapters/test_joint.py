@@ -13,9 +13,9 @@ from support import tiny_vit
 from vlms import VLMS, prompts
 
 import tokenreduce as tr
-from tokenreduce.evidence import Evidence
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Plan, Prune
-from tokenreduce.reducer import Reducer
 from tokenreduce.video.encoder.vidtldr import VidTLDR
 
 #: CLIP with a class token, and SigLIP.

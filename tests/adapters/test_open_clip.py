@@ -22,9 +22,9 @@ from support import images
 from torch import nn
 
 import tokenreduce as tr
-from tokenreduce.adapters.encoder import pool_mean
+from tokenreduce.adapters.encoders.block import pool_mean
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Merge, Prune
-from tokenreduce.reducer import Reducer
 from tokenreduce.vision.encoder.tome import ToMe
 
 LAYERS, SIDE = 4, 6

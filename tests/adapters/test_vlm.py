@@ -10,7 +10,7 @@ import torch
 from vlms import batch, llava, skip_beams_of_several
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_in, cache_of
+from tokenreduce.adapters.language.generation import cache_in, cache_of
 
 UNEQUAL = ((9, 1), (5, 2))
 

@@ -10,7 +10,7 @@ from vlms import VLMS, prompts
 from vlms_masked import close, dropped_by, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_as, cache_of
+from tokenreduce.adapters.language.generation import cache_as, cache_of
 
 ROW = ((9, "i"),)
 SPECS = {

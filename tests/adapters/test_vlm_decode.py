@@ -12,7 +12,7 @@ from vlms import VLMS, prompts, skip_beams_of_several
 from vlms_masked import close, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_of
+from tokenreduce.adapters.language.generation import cache_of
 
 MODELS = ("llava", "qwen2_5_vl")
 ROWS = {"unequal": ((9, "i"), (5, "ii")), "alone": ((7, "i"),), "none": ((9, "i"), (5, ""))}

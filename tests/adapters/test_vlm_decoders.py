@@ -11,7 +11,7 @@ from vlms import IMAGE, Vlm, _plain, _run, _text, _tower, _wide, prompts
 from vlms_masked import CASES, close, generate, hidden
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import columns_kept
+from tokenreduce.adapters.language.generation import columns_kept
 
 EXPERTS = dict(num_experts=2, num_local_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)
 SCALED = {

@@ -24,7 +24,7 @@ from vlms_masked import (
 )
 
 import tokenreduce as tr
-from tokenreduce.adapters.encoder import Reduced
+from tokenreduce.adapters.encoders.block import Reduced
 
 NAMES = [
     "llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "paligemma", "gemma3", "internvl",

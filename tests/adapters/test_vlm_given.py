@@ -14,8 +14,8 @@ from vlms import IMAGE, VIDEO, VLMS, prompts
 from vlms_masked import CASES, PIXELS, close, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_as, cache_of
-from tokenreduce.adapters.vlm_given import prints
+from tokenreduce.adapters.language.generation import cache_as, cache_of
+from tokenreduce.adapters.language.given import prints
 
 GRIDS = {"image": ("image_sizes", "pixel_attention_mask", "image_grid_thw"), "video": ("video_grid_thw",)}
 

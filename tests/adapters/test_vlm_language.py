@@ -13,9 +13,9 @@ from vlms import VLMS, prompts, skip_beams_of_several
 from vlms_masked import close, generate, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_in
+from tokenreduce.adapters.language.generation import cache_in
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity
-from tokenreduce.reducer import Reducer
 
 ROWS = {"unequal": ((9, "i"), (5, "ii")), "alone": ((7, "i"),), "none": ((9, "i"), (5, ""))}
 SPECS = (

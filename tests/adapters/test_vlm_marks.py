@@ -13,10 +13,10 @@ from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
 from vlms_masked import CASES, FILMS, close, generate, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters import vlm as vlm_adapter
+from tokenreduce.adapters.language import vlm as vlm_adapter
+from tokenreduce.algorithms.projector import saliency
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity
-from tokenreduce.projector import saliency
-from tokenreduce.reducer import Reducer
 
 KINDS = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "gemma3")
 

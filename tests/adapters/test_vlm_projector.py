@@ -12,9 +12,9 @@ from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts, skip_static_window
 from vlms_masked import CASES, FILMS, FLAT, close, dropped_by, flash, generate, hidden, layers_of, shortened
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_of
-from tokenreduce.adapters.vlm_images import runs
-from tokenreduce.projector import Projector
+from tokenreduce.adapters.language.generation import cache_of
+from tokenreduce.adapters.language.projector.images import runs
+from tokenreduce.algorithms.projector import Projector
 
 #: Image features that are ready can be given to the model, which makes the reference for compact positions.
 needs_ready_features = pytest.mark.skipif(not encodes_before(), reason="this transformers takes no mm_encoder_outputs")

@@ -12,11 +12,11 @@ from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
 from vlms_masked import CASES, close, generate, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.packed import Layout, Packed, patchwise
+from tokenreduce.adapters.encoders.packed import Layout, Packed, patchwise
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.algorithms.scoring import received_attention
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Chain, Identity, Merge, Pool, Prune
-from tokenreduce.projector import Projector
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import received_attention
 
 NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 #: Two images of one size, and between them a video of two frames of another.

@@ -12,9 +12,9 @@ from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
 from vlms_masked import CASES, close, generate
 
 import tokenreduce as tr
+from tokenreduce.algorithms.projector import Projector, saliency
+from tokenreduce.algorithms.scoring import received_attention
 from tokenreduce.plan import Merge, Pool
-from tokenreduce.projector import Projector, saliency
-from tokenreduce.scoring import received_attention
 
 
 class Seen(Projector):

@@ -13,7 +13,7 @@ from vlms import VLMS, encodes_before, prompts
 from vlms_masked import close, dropped_by, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.generation import cache_as, cache_of
+from tokenreduce.adapters.language.generation import cache_as, cache_of
 
 #: spec -> first layer that sees fewer tokens
 SPECS = {"fastv:layer=1,keep=0.3": 1, "fastv:layer=2,keep=0.3": 2, "divprune:keep=5,positions=original": 0}

@@ -116,7 +116,7 @@ def test_the_model_is_clean_and_bit_identical_after_every_row_also_after_an_erro
 def _language():
     from dataclasses import dataclass
 
-    from tokenreduce.reducer import Reducer
+    from tokenreduce.core.reducer import Reducer
 
     @dataclass(frozen=True)
     class Elsewhere(Reducer, stage="language"):

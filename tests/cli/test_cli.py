@@ -354,7 +354,7 @@ PLUGIN = """
 from dataclasses import dataclass
 import torch
 from tokenreduce import Evidence, Plan, Prune, Reducer
-from tokenreduce.budget import linear
+from tokenreduce.core.budget import linear
 
 
 @dataclass(frozen=True)

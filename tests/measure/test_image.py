@@ -9,7 +9,7 @@ from PIL import Image
 from support import images, tiny_vit
 
 import tokenreduce as tr
-from tokenreduce.measure.flops import count_flops, flops_by_layer
+from tokenreduce.core.flops import count_flops, flops_by_layer
 from tokenreduce.measure.image import clock_image, compare_image
 from tokenreduce.patching import reducers_of, twin
 

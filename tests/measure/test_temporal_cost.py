@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import tokenreduce as tr
-from tokenreduce.measure import temporal_cost as cost
-from tokenreduce.registry import get_class
+from tokenreduce.bench.performance import temporal as cost
+from tokenreduce.core.registry import get_class
 
 
 def test_every_temporal_method_before_the_language_model_is_measured():

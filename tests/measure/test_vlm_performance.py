@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from tokenreduce.evidence import Evidence
-from tokenreduce.measure import vlm_performance as vp
-from tokenreduce.measure.vlm_performance import Settings, cells, markdown, measure, methods_of, splice
-from tokenreduce.measure.vlm_shapes import SHAPES, Shape, build, prompt
+from tokenreduce.bench.performance import language as vp
+from tokenreduce.bench.performance.language import Settings, cells, markdown, measure, methods_of, splice
+from tokenreduce.bench.performance.shapes import SHAPES, Shape, build, prompt
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Prune
 
 pytest.importorskip("transformers")
@@ -181,7 +181,7 @@ def test_the_section_goes_between_its_markers(rows, tmp_path):
 
 def test_the_command_is_written_without_the_file():
     args = ["--shape", "small", "--markdown", "somewhere.md", "--rounds", "3", "--markdown=x"]
-    assert vp._command(args) == "python -m tokenreduce.measure.vlm_performance --shape small --rounds 3"
+    assert vp._command(args) == "python -m tokenreduce.bench.performance.language --shape small --rounds 3"
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 import tokenreduce as tr
-from tokenreduce.registry import get_class
+from tokenreduce.core.registry import get_class
 from tokenreduce.video.clip_memory import ClipMemory
 from tokenreduce.video.memory import StreamingMemory
 from tokenreduce.video.pyramid_memory import PyramidMemory

@@ -341,7 +341,7 @@ def test_models_of_both_libraries_are_encoders():
     torch = pytest.importorskip("torch")
     from PIL import Image
 
-    encoders = importlib.import_module("tokenreduce.adapters.frame_scores")
+    encoders = importlib.import_module("tokenreduce.adapters.language.projector.frame_scores")
 
     def pixels(picture: Image.Image):
         return torch.from_numpy(np.asarray(picture.resize((2, 2))).copy()).float().flatten() / 255

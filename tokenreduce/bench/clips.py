@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tokenreduce.bench.mvbench import MVBENCH, MVBENCH_RATE
 from tokenreduce.bench.questions import WORLD_QUESTIONS, Item, normalised
-from tokenreduce.words import are, counted
+from tokenreduce.common.words import are, counted
 
 __all__ = ["LAYOUTS", "ClipItem", "Clips", "chosen", "lettered", "load_clips"]
 

@@ -13,7 +13,7 @@ from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import TOLERANCE, UNREDUCED
 from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.bench.times import within_noise
-from tokenreduce.words import are, counted
+from tokenreduce.common.words import are, counted
 
 __all__ = [
     "COLUMNS", "Column", "again", "cell", "columns", "compact", "failure", "in_bytes", "label", "misses", "notes",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.evidence import Evidence
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.trace import record
 from tokenreduce.patching import describe, patched
 from tokenreduce.plan import Plan, Prune
-from tokenreduce.reducer import Reducer
-from tokenreduce.trace import record
 
 __all__ = ["Costs", "Forward", "logits"]
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokenreduce.bench import zeroshot
 from tokenreduce.bench.models import Loaded
 from tokenreduce.bench.sources import READERS, Problem, Source, kind_of
-from tokenreduce.images import as_rgb, why
+from tokenreduce.common.images import as_rgb, why
 
 __all__ = ["Batch", "Images", "Problem", "balanced", "load_data"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from tokenreduce.bench.columns import BY_TYPE, Column, again, cell, columns, label, notes, ordered
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
-from tokenreduce.files import write_text
+from tokenreduce.common.files import write_text
 
 __all__ = ["MARKER", "write_markdown"]
 

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenreduce.bench import zeroshot
-from tokenreduce.images import as_rgb
+from tokenreduce.common.images import as_rgb
 
 __all__ = ["KINDS", "Loaded", "load_model"]
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tokenreduce.bench.sweep import UNREDUCED
-from tokenreduce.reducer import split_specs
+from tokenreduce.core.reducer import split_specs
 
 __all__ = ["label"]
 

@@ -13,8 +13,8 @@ from tokenreduce.bench.plot import trade_axes, trade_plot
 from tokenreduce.bench.runs import OTHER_OUT, Run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.bench.task import Axis
-from tokenreduce.files import write_text
-from tokenreduce.words import counted
+from tokenreduce.common.files import write_text
+from tokenreduce.common.words import counted
 
 __all__ = ["write_html"]
 

@@ -28,7 +28,7 @@ class Item:
 
     def open(self) -> Any:
         """The PIL image in RGB. Raises ``OSError`` or ``ValueError`` when the file is missing, broken or unusable."""
-        from tokenreduce.images import PictureError, as_rgb, open_picture
+        from tokenreduce.common.images import PictureError, as_rgb, open_picture
 
         if not isinstance(self.image, Path):
             return as_rgb(self.image)

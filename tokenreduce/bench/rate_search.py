@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenreduce.algorithms.scoring import descending, finite, importance, unit
 from tokenreduce.bench.costs import Costs, Forward, logits
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.patching import describe, patched
 from tokenreduce.plan import Identity, Merge, Plan, take
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, finite, importance, unit
 from tokenreduce.vision.encoder.diffrate import DiffRate
 
 __all__ = ["Costs", "SearchStep", "search_rates"]

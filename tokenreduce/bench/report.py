@@ -22,7 +22,7 @@ from tokenreduce.bench.picture import pareto
 from tokenreduce.bench.runs import OTHER_OUT, Run, load_run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.bench.times import within_noise
-from tokenreduce.files import make_folder, write_text
+from tokenreduce.common.files import make_folder, write_text
 
 __all__ = ["rebuild", "table", "write_csv"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.task import FLOPS, Axis, plain
-from tokenreduce.files import append, cannot_write, make_folder, write_text
+from tokenreduce.common.files import append, cannot_write, make_folder, write_text
 
 __all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "read_run", "versions"]
 

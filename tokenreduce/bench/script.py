@@ -10,10 +10,10 @@ from typing import Any
 import typer
 
 from tokenreduce.bench.times import consistent
-from tokenreduce.files import append_line, write_text
-from tokenreduce.labels import label_of
-from tokenreduce.reducer import Reducer
-from tokenreduce.words import counted
+from tokenreduce.common.files import append_line, write_text
+from tokenreduce.common.words import counted
+from tokenreduce.core.labels import label_of
+from tokenreduce.core.reducer import Reducer
 
 __all__ = ["run_script"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tokenreduce.bench.labels import check_numbers, digits_of, match_names, shown
 from tokenreduce.bench.models import Loaded
-from tokenreduce.images import EXTENSIONS
-from tokenreduce.words import are, counted
+from tokenreduce.common.images import EXTENSIONS
+from tokenreduce.common.words import are, counted
 
 __all__ = ["EXTENSIONS", "READERS", "Problem", "Read", "Source", "kind_of"]
 

@@ -18,10 +18,10 @@ from tokenreduce.bench.runs import Run, hardware, open_run, versions
 from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
 from tokenreduce.bench.times import consistent
 from tokenreduce.bench.watch import Point, Watch
-from tokenreduce.labels import label_of
-from tokenreduce.reducer import Reducer, build, format_spec, parse_spec
-from tokenreduce.registry import get_class, list_methods, parse
-from tokenreduce.words import counted
+from tokenreduce.common.words import counted
+from tokenreduce.core.labels import label_of
+from tokenreduce.core.reducer import Reducer, build, format_spec, parse_spec
+from tokenreduce.core.registry import get_class, list_methods, parse
 
 __all__ = [
     "BASELINES", "BUDGETS", "UNREDUCED", "Point", "Solver", "Watch", "is_baseline", "points", "split_methods", "sweep",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from tokenreduce.reducer import Reducer
+from tokenreduce.core.reducer import Reducer
 
 __all__ = ["FLOPS", "Axis", "Task", "axis_of", "plain", "spent"]
 

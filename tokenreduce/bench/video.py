@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tokenreduce.adapters.vlm_marks import TOWER
+from tokenreduce.adapters.language.marks import TOWER
 from tokenreduce.bench.clip_frames import Sampler, Shown
 from tokenreduce.bench.clips import LAYOUTS, LETTERS, ClipItem, chosen, lettered, load_clips
 from tokenreduce.bench.questions import Item, matches
@@ -20,11 +20,11 @@ from tokenreduce.bench.tower_clock import tower_clock
 from tokenreduce.bench.vision import _whole
 from tokenreduce.bench.vlm import VlmTask, _Batch, _knows_the_world, _Ready
 from tokenreduce.bench.vlms import LoadedVlm
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.measure.frames import film_metadata, frames_question, own_form, takes_videos
 from tokenreduce.measure.question import Question, prompt_text
 from tokenreduce.measure.timing import Speedup
 from tokenreduce.patching import describe, reducers_of
-from tokenreduce.reducer import Reducer
 
 __all__ = ["FRAMES", "VideoTask"]
 

@@ -18,13 +18,13 @@ from tokenreduce.bench.data import Batch, Images, load_data
 from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, neighbours, ranks, scores
 from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.bench.times import ITSELF, speed_keys
-from tokenreduce.measure.flops import gmacs
+from tokenreduce.common.words import counted
+from tokenreduce.core.flops import gmacs
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.trace import record
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import fused_attention, interleaved
 from tokenreduce.patching import describe, patched, twin
-from tokenreduce.reducer import Reducer
-from tokenreduce.trace import record
-from tokenreduce.words import counted
 
 __all__ = ["AMP", "VisionTask", "neighbours"]
 

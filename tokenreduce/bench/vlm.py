@@ -14,23 +14,23 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import cache_of
+from tokenreduce.adapters.language.generation import cache_of
 from tokenreduce.bench.questions import Item, load_questions, matches
 from tokenreduce.bench.sweep import full_name
 from tokenreduce.bench.task import Axis
 from tokenreduce.bench.times import ITSELF, speed_keys
 from tokenreduce.bench.vision import _whole
 from tokenreduce.bench.vlms import DTYPES, LoadedVlm, load_vlm, pick_device
-from tokenreduce.images import as_rgb
-from tokenreduce.measure.flops import gmacs
+from tokenreduce.common.images import as_rgb
+from tokenreduce.common.words import counted
+from tokenreduce.core.flops import gmacs
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.registry import get_class, get_method
+from tokenreduce.core.trace import Trace, record
 from tokenreduce.measure.generation import _generate, cache_bytes, layers_of, patches_left, patches_of, visual_columns
 from tokenreduce.measure.question import Question, ask, prompt_text
 from tokenreduce.measure.timing import fused_attention, interleaved
 from tokenreduce.patching import describe, patched, twin
-from tokenreduce.reducer import Reducer
-from tokenreduce.registry import get_class, get_method
-from tokenreduce.trace import Trace, record
-from tokenreduce.words import counted
 
 __all__ = ["STAGES", "VlmTask"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenreduce.cli.shared import Screen, again, complain, console, numbers, print_json
-from tokenreduce.words import counted
+from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:
     from tokenreduce.bench.sweep import Point

@@ -9,7 +9,7 @@ import typer
 
 from tokenreduce.cli.bench import FULL_REPEATS, REPEATS, Json, run
 from tokenreduce.cli.shared import console
-from tokenreduce.words import counted
+from tokenreduce.common.words import counted
 
 __all__ = ["command"]
 

@@ -11,7 +11,7 @@ from tokenreduce.cli.shared import console, print_json
 if TYPE_CHECKING:
     from tokenreduce.adapters import Description
     from tokenreduce.bench.models import Loaded
-    from tokenreduce.reducer import Reducer
+    from tokenreduce.core.reducer import Reducer
 
 __all__ = ["command"]
 
@@ -57,7 +57,7 @@ def command(
 
 def facts(found: Description) -> dict[str, Any]:
     """A description as JSON can carry it."""
-    from tokenreduce.labels import label_of
+    from tokenreduce.core.labels import label_of
 
     towers = [
         {
@@ -82,7 +82,7 @@ def _tried(loaded: Loaded, chosen: tuple[Reducer, ...]) -> dict[str, Any]:
     import torch
 
     import tokenreduce as tr
-    from tokenreduce.measure.flops import count_flops
+    from tokenreduce.core.flops import count_flops
 
     x = torch.randn(1, *loaded.input_size, generator=torch.Generator().manual_seed(0))
     stock = count_flops(loaded.forward, loaded.model, x)
@@ -98,7 +98,7 @@ def _tried(loaded: Loaded, chosen: tuple[Reducer, ...]) -> dict[str, Any]:
 
 def _show(tried: dict[str, Any]) -> None:
     from tokenreduce.bench.columns import compact
-    from tokenreduce.measure.flops import gmacs
+    from tokenreduce.core.flops import gmacs
 
     flops, stock = tried["flops"], tried["stock_flops"]
     share = f"{100 * flops / stock:.1f} %" if stock else "-"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenreduce.cli.shared import complain, console, open_image, picture_format, print_json, save_picture
-from tokenreduce.words import counted
+from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:
     from tokenreduce.measure.generation import Comparison
@@ -47,11 +47,11 @@ def command(
     from PIL import Image
 
     from tokenreduce.bench.vlms import load_vlm
+    from tokenreduce.core.registry import parse
     from tokenreduce.measure.frames import ask_frames
     from tokenreduce.measure.generation import compare
     from tokenreduce.measure.kept import draw_kept, places
     from tokenreduce.measure.question import ask
-    from tokenreduce.registry import parse
 
     # Whatever can be wrong without the model is looked at before it is loaded.
     if not parse(reduce, stage="projector"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tokenreduce.cli.shared import Screen, console, print_json
-from tokenreduce.words import counted
+from tokenreduce.common.words import counted
 
 __all__ = ["command"]
 
@@ -21,7 +21,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """List the methods with their stage, settings and paper."""
-    from tokenreduce.registry import list_methods
+    from tokenreduce.core.registry import list_methods
 
     names = list_methods(pattern, stage=stage)
     if not names:
@@ -37,7 +37,7 @@ def command(
 
 
 def _facts(name: str, stage: str | None) -> dict[str, Any]:
-    from tokenreduce.registry import get_class
+    from tokenreduce.core.registry import get_class
 
     kind = get_class(name, stage)
     defaults = {}
@@ -53,7 +53,7 @@ def _table(out: Screen, facts: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tokenreduce.reducer import format_spec
+    from tokenreduce.core.reducer import format_spec
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for head in ("method", "stage", "title", "settings and defaults", "paper"):

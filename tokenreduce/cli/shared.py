@@ -20,8 +20,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from tokenreduce.cli.optional import missing
-from tokenreduce.files import cannot_write, writing
-from tokenreduce.words import speak_everywhere, spoken
+from tokenreduce.common.files import cannot_write, writing
+from tokenreduce.common.words import speak_everywhere, spoken
 
 __all__ = [
     "Friendly",
@@ -185,7 +185,7 @@ def numbers(text: str, option: str) -> list[float]:
 
 def open_image(path: Path) -> Any:
     """The PIL image in a file, as a viewer shows it. Raises ``FileNotFoundError`` and ``ValueError`` that name it."""
-    from tokenreduce.images import open_picture
+    from tokenreduce.common.images import open_picture
 
     return open_picture(path)
 

@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Draw the region of each final token over an image, beside the image as the model saw it."""
     from tokenreduce.bench.models import load_model
-    from tokenreduce.picture import check_layer, look
-    from tokenreduce.registry import parse
+    from tokenreduce.core.registry import parse
+    from tokenreduce.measure.picture import check_layer, look
 
     chosen = parse(reduce)
     picture_format(out, "--out")

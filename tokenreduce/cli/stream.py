@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenreduce.cli.shared import complain, console, print_json
-from tokenreduce.words import counted
+from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:
     from tokenreduce.video.memory import Recalled, StreamingMemory

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tokenreduce.cli.shared import again, console
-from tokenreduce.files import make_folder
+from tokenreduce.common.files import make_folder
 
 __all__ = ["command"]
 

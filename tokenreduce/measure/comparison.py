@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.labels import label_of
+from tokenreduce.core.labels import label_of
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.trace import DecodeStep, Step
 from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Speedup, Timing
-from tokenreduce.reducer import Reducer
-from tokenreduce.trace import DecodeStep, Step
 
 __all__ = ["Comparison", "Side", "Site"]
 

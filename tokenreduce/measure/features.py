@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tokenreduce.measure.picture import patch_size
 from tokenreduce.patching import describe
-from tokenreduce.picture import patch_size
 
 __all__ = ["feature_maps"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenreduce.images import as_rgb
+from tokenreduce.common.images import as_rgb
 from tokenreduce.measure.generation import visual_columns
 from tokenreduce.measure.kept import Place, frame_places, places
 from tokenreduce.measure.question import Question, ask, prompt_text

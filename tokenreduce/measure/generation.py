@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.generation import cache_of, columns_order
-from tokenreduce.labels import label_of
+from tokenreduce.adapters.language.generation import cache_of, columns_order
+from tokenreduce.core.labels import label_of
+from tokenreduce.core.reducer import Reducer, split_specs
+from tokenreduce.core.trace import Step, Trace, record
 from tokenreduce.measure.comparison import Comparison, Side, Site
 from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched, reducers_of
-from tokenreduce.reducer import Reducer, split_specs
-from tokenreduce.trace import Step, Trace, record
 
 __all__ = [
     "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layers_of", "patches_left",

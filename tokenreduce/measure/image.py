@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tokenreduce.measure.flops import flops_by_layer
+from tokenreduce.core.flops import flops_by_layer
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.registry import parse
+from tokenreduce.core.trace import Trace, record
+from tokenreduce.measure.picture import Look, looked, only_tower
 from tokenreduce.measure.timing import Timing, fused_attention, interleaved
 from tokenreduce.patching import patched, twin
-from tokenreduce.picture import Look, looked, only_tower
-from tokenreduce.reducer import Reducer
-from tokenreduce.registry import parse
-from tokenreduce.trace import Trace, record
 
 __all__ = ["ImageComparison", "ImageSide", "clock_image", "compare_image"]
 
@@ -62,7 +62,7 @@ def compare_image(
     """Run ``image`` through a model without and with ``reducers``, () for none.
 
     ``loaded`` is what :func:`tokenreduce.bench.models.load_model` returns. A copy that shares its weights is patched,
-    so that other threads may use ``loaded`` meanwhile. Raises what :func:`tokenreduce.picture.look` raises.
+    so that other threads may use ``loaded`` meanwhile. Raises what :func:`tokenreduce.measure.picture.look` raises.
     """
     chosen = _parsed(reducers)
     model = twin(loaded.model)

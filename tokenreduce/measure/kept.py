@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenreduce.measure.generation import Comparison, follow, visual_columns
+from tokenreduce.measure.picture import PAPER, draw_regions, overlay, view
 from tokenreduce.measure.question import Question
 from tokenreduce.patching import patched
-from tokenreduce.picture import PAPER, draw_regions, overlay, view
 
 __all__ = ["Place", "draw_kept", "frame_places", "kept_views", "places", "sheet"]
 
@@ -60,8 +60,8 @@ def _inner(model: Any) -> Any:
 
 def _tiles(model: Any, question: Question, columns: Tensor) -> list[Place]:
     """Overview and crops of every image, from the model's own packing of its features."""
-    from tokenreduce.adapters.vlm_encoder import Everything
-    from tokenreduce.adapters.vlm_seen import encoded_in
+    from tokenreduce.adapters.language.projector.seen import encoded_in
+    from tokenreduce.adapters.language.towers import Everything
 
     names = ("pixel_values", "image_sizes", "batch_num_images")
     given = {k: v for k, v in question.inputs.items() if k in names}

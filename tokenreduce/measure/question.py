@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from tokenreduce.images import as_rgb
-from tokenreduce.words import counted
+from tokenreduce.common.images import as_rgb
+from tokenreduce.common.words import counted
 
 __all__ = ["Question", "ask", "prompt_text"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenreduce.images import as_rgb
+from tokenreduce.common.images import as_rgb
 
 __all__ = ["DigitTransform", "as_digit"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tokenreduce.files import write_bytes
+from tokenreduce.common.files import write_bytes
 
 __all__ = ["Schedule", "curve", "fit", "half", "progress"]
 

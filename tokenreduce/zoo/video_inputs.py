@@ -72,8 +72,8 @@ def video_inputs(
 
 def _retell(seen: Any, features: torch.Tensor) -> None:
     """Tell methods before the language model, if any, that a token is four patches now."""
-    from tokenreduce.adapters.vlm_origin import pooled
-    from tokenreduce.adapters.vlm_seen import Entry, encoded_in
+    from tokenreduce.adapters.language.projector.origin import pooled
+    from tokenreduce.adapters.language.projector.seen import Entry, encoded_in
     from tokenreduce.zoo.world_llava import pool
 
     encoded = encoded_in(seen)

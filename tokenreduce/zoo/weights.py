@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenreduce.files import make_folder, write_bytes, write_text
+from tokenreduce.common.files import make_folder, write_bytes, write_text
 
 __all__ = ["FOLDER", "load", "read_card", "save", "stored"]
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.files import append_line
+from tokenreduce.common.files import append_line
 from tokenreduce.zoo import packing
 from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state

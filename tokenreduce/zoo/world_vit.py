@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.files import append_line
-from tokenreduce.images import as_rgb
+from tokenreduce.common.files import append_line
+from tokenreduce.common.images import as_rgb
 from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state
 from tokenreduce.zoo.training import Schedule, fit

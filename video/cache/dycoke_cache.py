@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import finite
+from tokenreduce.algorithms.sequence import best, keep_chosen, visual_counts, visual_of
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import finite
-from tokenreduce.sequence import best, keep_chosen, visual_counts, visual_of
 
 __all__ = ["DyCokeCache"]
 

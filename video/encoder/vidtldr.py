@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
-from tokenreduce.matching import bipartite, clamp_r
+from tokenreduce.algorithms.matching import bipartite, clamp_r
+from tokenreduce.algorithms.scoring import excluded, finite
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.schedule import staged
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.schedule import staged
-from tokenreduce.scoring import excluded, finite
 
 __all__ = ["VidTLDR"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.sequence import keep_best
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.sequence import keep_best
 
 __all__ = ["FlashVIDLLM"]
 

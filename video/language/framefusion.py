@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import descending, finite, unit
+from tokenreduce.algorithms.sequence import best, keep_mixed, visual_counts, visual_of
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, finite, unit
-from tokenreduce.sequence import best, keep_mixed, visual_counts, visual_of
 
 __all__ = ["FrameFusion"]
 
@@ -107,7 +107,7 @@ class FrameFusion(
         return min(max(1 - (depth * self.cost - used) / ((depth - m) * left), 0.0), 1.0)
 
     def _merge(self, evidence: Evidence, b: int, ratio: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Tokens (R,) that go, and where they join; see :func:`tokenreduce.sequence.keep_mixed`."""
+        """Tokens (R,) that go, and where they join; see :func:`tokenreduce.algorithms.sequence.keep_mixed`."""
         film = evidence.films[b]
         where = (visual_of(evidence)[b] & (film[:, 0] >= 0)).nonzero().flatten()
         if not len(where):

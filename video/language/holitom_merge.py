@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import finite, inner, unit
+from tokenreduce.algorithms.sequence import best, keep_mixed, visual_counts, visual_of
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import finite, inner, unit
-from tokenreduce.sequence import best, keep_mixed, visual_counts, visual_of
 
 __all__ = ["HoliTomMerge"]
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from tokenreduce.baseline import regular
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import regular
+from tokenreduce.algorithms.projector import kept, share
+from tokenreduce.algorithms.scoring import finite
+from tokenreduce.algorithms.temporal import Temporal, best_of_frames, by_frame, change, frame_grid, frames_of
+from tokenreduce.algorithms.views import marked
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Identity, Plan
-from tokenreduce.projector import kept, share
-from tokenreduce.scoring import finite
-from tokenreduce.temporal import Temporal, best_of_frames, by_frame, change, frame_grid, frames_of
-from tokenreduce.views import marked
 
 __all__ = ["DyCoke"]
 
@@ -40,7 +40,7 @@ class DyCoke(Temporal, name="dycoke", paper="2411.15024", title="DyCoke, tempora
             the whole frame before, the first of them tokens at equal distances (or a regular sub-grid).
         dycoke_k: fraction of a thinned frame that goes, in [0, 1]; per group of four, (4 - 3 dycoke_k) / 4 stays. The
             paper has 0.3, 0.5 and 0.7.
-        positions, newlines: see :class:`~tokenreduce.temporal.Temporal`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
     Raises ``ValueError`` for values other than these.
     """

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.baseline import regular
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import regular
+from tokenreduce.algorithms.projector import kept, top
+from tokenreduce.algorithms.scoring import finite
+from tokenreduce.algorithms.temporal import Temporal, by_frame, change, frame_grid, frames_of
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import kept, top
-from tokenreduce.scoring import finite
-from tokenreduce.temporal import Temporal, by_frame, change, frame_grid, frames_of
 
 __all__ = ["EVS"]
 
@@ -40,8 +40,8 @@ class EVS(Temporal, name="evs", paper="2510.14624", title="EVS, Efficient Video 
 
     Args:
         score: what is compared: "features", the embeddings that enter the language model, or "pixels".
-        keep, positions, newlines: see :class:`~tokenreduce.temporal.Temporal`. Published are original positions, which
-            are what ``positions=None`` means on models with M-RoPE.
+        keep, positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`. Published are original
+            positions, which are what ``positions=None`` means on models with M-RoPE.
 
     Raises ``ValueError`` for values other than these.
     """

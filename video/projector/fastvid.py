@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
-from tokenreduce.clustering import peaks
-from tokenreduce.evidence import Evidence, Look
+from tokenreduce.algorithms.clustering import peaks
+from tokenreduce.algorithms.projector import SCORES, Salient, share, top
+from tokenreduce.algorithms.scoring import distances, finite, inner, unit
+from tokenreduce.algorithms.temporal import Temporal, adjacent, best_of_frames, by_frame, cut_by_similarity
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Mix, Plan
-from tokenreduce.projector import SCORES, Salient, share, top
-from tokenreduce.scoring import distances, finite, inner, unit
-from tokenreduce.temporal import Temporal, adjacent, best_of_frames, by_frame, cut_by_similarity
 
 __all__ = ["FastVID"]
 
@@ -67,10 +67,10 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
             more than half of a frame (in a segment of one frame: all of it). The code for LLaVA-Video is the same
             without "at least one" and the half.
         score: "head" is the pooling head, refused where a tower has none; others as in
-            :class:`~tokenreduce.projector.Salient`, "auto" takes the head first.
-        layer: see :class:`~tokenreduce.projector.Salient`; None with "head".
+            :class:`~tokenreduce.algorithms.projector.Salient`, "auto" takes the head first.
+        layer: see :class:`~tokenreduce.algorithms.projector.Salient`; None with "head".
         positions: "original" by default, as published: gaps tell the time. See
-            :class:`~tokenreduce.projector.Projector`, also for ``newlines``.
+            :class:`~tokenreduce.algorithms.projector.Projector`, also for ``newlines``.
 
     Raises ``ValueError`` for values other than these.
     """

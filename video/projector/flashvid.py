@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, count, proportional
-from tokenreduce.clustering import leaders
-from tokenreduce.evidence import Evidence, Look
-from tokenreduce.greedy import farthest
+from tokenreduce.algorithms.clustering import leaders
+from tokenreduce.algorithms.greedy import farthest
+from tokenreduce.algorithms.projector import Projector, Salient, share
+from tokenreduce.algorithms.scoring import descending, inner, unit
+from tokenreduce.algorithms.temporal import Temporal, adjacent, by_frame, cut_by_similarity, joined
+from tokenreduce.core.budget import check_count, count, proportional
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Projector, Salient, share
-from tokenreduce.scoring import descending, inner, unit
-from tokenreduce.temporal import Temporal, adjacent, by_frame, cut_by_similarity, joined
 
 __all__ = ["FlashVID"]
 
@@ -61,8 +61,8 @@ class FlashVID(Temporal, Salient, name="flashvid", needs=("tower",), paper="2602
         expansion: factor on ``keep``, at least 1.
         counts: what the sum over a tree is divided by: "tree" the tokens of the tree; "children" one and the children
             of its root, as the official code does, which makes longer chains larger than their mean.
-        layer, score: see :class:`~tokenreduce.projector.Salient`; the paper has the attention received.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`; the paper has the attention received.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """
@@ -110,7 +110,8 @@ class FlashVID(Temporal, Salient, name="flashvid", needs=("tower",), paper="2602
         return joined(evidence, [self._sample(x[b], scores[b], keep) for b in range(len(x))])
 
     def _sample(self, x: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, None]:
-        """Heads and weights (see :func:`~tokenreduce.temporal.joined`) of a video ``x`` (T,n,C); scores (T,n)."""
+        """Heads and weights (see :func:`~tokenreduce.algorithms.temporal.joined`) of a video ``x`` (T,n,C); scores
+        (T,n)."""
         t, n = x.shape[:2]
         means, u = x.mean(1), unit(x)
         alike = adjacent(means[None, :, None])[0, :, 0]

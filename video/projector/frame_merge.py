@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
-from tokenreduce.matching import halvings
+from tokenreduce.algorithms.matching import halvings
+from tokenreduce.algorithms.projector import share
+from tokenreduce.algorithms.scoring import finite, inner, unit
+from tokenreduce.algorithms.temporal import Temporal, by_frame, frames_of
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Merge, Plan
-from tokenreduce.projector import share
-from tokenreduce.scoring import finite, inner, unit
-from tokenreduce.temporal import Temporal, by_frame, frames_of
 
 __all__ = ["FrameMerge"]
 
@@ -47,7 +47,7 @@ class FrameMerge(Temporal, name="frame-merge", paper="2412.09919", title="Duplic
     Args:
         keep: 576 tokens of a video by default, as published.
         threshold: on (cos + 1) / 2, in [0, 1]; 1 merges no frames.
-        positions, newlines: see :class:`~tokenreduce.temporal.Temporal`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
     Raises ``ValueError`` for values other than these, and for tokens that are protected by a mask or samples of unequal
     length.

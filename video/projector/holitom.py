@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, proportional
-from tokenreduce.clustering import leaders
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.clustering import leaders
+from tokenreduce.algorithms.projector import Salient
+from tokenreduce.algorithms.temporal import Temporal, adjacent, by_frame, joined
+from tokenreduce.core.budget import check_count, proportional
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Salient
-from tokenreduce.temporal import Temporal, adjacent, by_frame, joined
 
 __all__ = ["HoliTom"]
 
@@ -46,8 +46,9 @@ class HoliTom(Temporal, Salient, name="holitom", needs=("tower",), paper="2505.2
         d: share of a frame's number that is merged, not kept, in [0, 1].
         k: neighbours in the density; at most the number of centres.
         max_window: longest segment, in frames.
-        layer, score: see :class:`~tokenreduce.projector.Salient`; the paper has the attention received (SigLIP).
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`; the paper has the attention received
+            (SigLIP).
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """
@@ -74,7 +75,8 @@ class HoliTom(Temporal, Salient, name="holitom", needs=("tower",), paper="2505.2
         return joined(evidence, [self._sample(*one, keep) for one in zip(x, adjacent(x), scores, strict=True)])
 
     def _sample(self, x: Tensor, similarity: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads, weights and ranks (see :func:`~tokenreduce.temporal.joined`) of ``x`` (T,n,C); similarity (T-1,n)."""
+        """Heads, weights and ranks (see :func:`~tokenreduce.algorithms.temporal.joined`) of ``x`` (T,n,C); similarity
+        (T-1,n)."""
         t, n = x.shape[:2]
         spans, linked = _segments(similarity > self.tau, self.max_window)
         over = keep - (t * n - int(linked.sum()))

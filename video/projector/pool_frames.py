@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tokenreduce.baseline import windows
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import windows
+from tokenreduce.algorithms.temporal import Temporal, frames_of
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Merge, Plan
-from tokenreduce.temporal import Temporal, frames_of
 
 __all__ = ["PoolFrames"]
 
@@ -22,14 +22,14 @@ class PoolFrames(Temporal, name="pool-frames", title="Average pooling over frame
     Frames are cut into as few bands as have room for ``keep`` tokens, of lengths that differ by one at most, so that
     places stay apart as far as they can. Where ``keep`` is a whole number of frames, every place of a band is one
     output; otherwise tokens are shared out evenly among the bands (the first take the rest), and neighbouring places
-    are pooled too, in cells nearest to squares: see :func:`tokenreduce.baseline.windows`. Fewer tokens than a frame has
-    are thus the cells of the mean of all frames. An output stands at the place of its first token, and outputs follow
-    by time, row and column.
+    are pooled too, in cells nearest to squares: see :func:`tokenreduce.algorithms.baseline.windows`. Fewer tokens than
+    a frame has are thus the cells of the mean of all frames. An output stands at the place of its first token, and
+    outputs follow by time, row and column.
 
     Args:
         keep: visual tokens of a video that stay, a count or a ratio; one in ``frames`` without it.
         frames: frames that become one; read only without ``keep``.
-        positions, newlines: see :class:`~tokenreduce.temporal.Temporal`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
     Raises ``ValueError`` for values other than these, and for frames whose tokens share a place.
     """

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenreduce.baseline import windows
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import windows
+from tokenreduce.algorithms.projector import check_clip
+from tokenreduce.algorithms.scoring import finite, inner, relevance, unit
+from tokenreduce.algorithms.temporal import Temporal, frames_of
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Merge, Plan
-from tokenreduce.projector import check_clip
-from tokenreduce.scoring import finite, inner, relevance, unit
-from tokenreduce.temporal import Temporal, frames_of
 
 __all__ = ["PPLLaVA"]
 
@@ -36,10 +36,11 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
     the size that the budget asks for: the frames are cut into bands, as many as come nearest to that shape (numbers
     that divide frames and windows evenly come first unless off by more than a factor of two; equally near: more bands),
     windows shared out evenly among the bands (the first take the rest), and the frames of a band cut into cells as in
-    :func:`tokenreduce.baseline.windows`. Where the kernel tiles the video and ``keep`` is the number of its tiles,
-    these are the published windows; otherwise the official code leaves out frames, rows and columns that do not fill a
-    window, or overlaps windows, and here nothing is left out. An output stands at the place of its window's first
-    token. Weights depend on the question: another question needs another pass of the language model over the video.
+    :func:`tokenreduce.algorithms.baseline.windows`. Where the kernel tiles the video and ``keep`` is the number of its
+    tiles, these are the published windows; otherwise the official code leaves out frames, rows and columns that do not
+    fill a window, or overlaps windows, and here nothing is left out. An output stands at the place of its window's
+    first token. Weights depend on the question: another question needs another pass of the language model over the
+    video.
 
     Args:
         keep: visual tokens of a video that stay; 1024 of 32 * 576 in the paper.
@@ -53,7 +54,7 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
         clip: Hub id or folder of the CLIP model that the vision tower is from, such as
             "openai/clip-vit-large-patch14-336"; None for relevance in the language model's space.
         sign: factor on the cosine, -1 or 1; None is 1, as published.
-        positions, newlines: see :class:`~tokenreduce.temporal.Temporal`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
     Raises ``ValueError`` for values other than these, and for frames whose tokens share a place.
     """

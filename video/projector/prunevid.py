@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
-from tokenreduce.clustering import clusters
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.clustering import clusters
+from tokenreduce.algorithms.scoring import unit
+from tokenreduce.algorithms.temporal import Temporal, by_frame, frames_of, segments
+from tokenreduce.algorithms.views import apportion
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Mix, Plan
-from tokenreduce.scoring import unit
-from tokenreduce.temporal import Temporal, by_frame, frames_of, segments
-from tokenreduce.views import apportion
 
 __all__ = ["PruneVid", "contiguous", "likeness"]
 
@@ -51,7 +51,7 @@ class PruneVid(Temporal, name="prunevid", paper="2412.16117", title="PruneVid"):
         cluster_ratio: clusters per token of a group, rounded down.
         k: neighbours in the density, the point itself included; at most all there are.
         min_group: groups of at most so many tokens are not clustered (official: 14), unless ``keep`` says so.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

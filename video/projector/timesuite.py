@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.temporal import Temporal
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Merge, Plan
-from tokenreduce.temporal import Temporal
 
 __all__ = ["TokenShuffle"]
 
@@ -32,7 +32,7 @@ class TokenShuffle(Temporal, name="token-shuffle", paper="2410.19702", title="To
     Args:
         keep: visual tokens of a video that stay, a count or a ratio; one in ``m`` without it.
         m: tokens of a group; read only without ``keep``.
-        positions, newlines: see :class:`~tokenreduce.temporal.Temporal`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
     Raises ``ValueError`` for values other than these.
     """

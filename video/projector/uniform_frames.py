@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.baseline import regular
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import regular
+from tokenreduce.algorithms.projector import kept
+from tokenreduce.algorithms.temporal import Temporal, frame_grid, frames_of
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import kept
-from tokenreduce.temporal import Temporal, frame_grid, frames_of
 
 __all__ = ["UniformFrames"]
 
@@ -26,7 +26,7 @@ class UniformFrames(Temporal, name="uniform-frames", title="Uniform frames"):
     ``uniform@projector``.
 
     Args:
-        keep, positions, newlines: see :class:`~tokenreduce.temporal.Temporal`.
+        keep, positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
     Raises ``ValueError`` for values other than these.
     """

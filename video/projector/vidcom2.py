@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import kept
+from tokenreduce.algorithms.scoring import finite, unit
+from tokenreduce.algorithms.temporal import Temporal, best_of_frames, by_frame
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Identity, Plan, Prune
-from tokenreduce.projector import kept
-from tokenreduce.scoring import finite, unit
-from tokenreduce.temporal import Temporal, best_of_frames, by_frame
 
 __all__ = ["VidCom2"]
 
@@ -36,7 +36,7 @@ class VidCom2(Temporal, name="vidcom2", paper="2505.14454", title="VidCom2"):
         bandwidths: a of the Gaussians, > 0.
         plain: leave the counts as they come, as the authors' code does: near ``keep`` but not exactly, and samples of a
             batch may differ, with empty slots on the left.
-        positions, newlines: see :class:`~tokenreduce.temporal.Temporal`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
     Raises ``ValueError`` for values other than these.
     """

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import finite, received_by_head
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.schedule import check_layers, staged
 from tokenreduce.plan import Identity, Plan, Prune
-from tokenreduce.reducer import Reducer
-from tokenreduce.schedule import check_layers, staged
-from tokenreduce.scoring import finite, received_by_head
 
 __all__ = ["ATS"]
 

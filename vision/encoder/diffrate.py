@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenreduce.budget import check_count, check_keep, count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import finite, importance, inner, select, unit
+from tokenreduce.core.budget import check_count, check_keep, count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Merge, Plan, Prune, take
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import finite, importance, inner, select, unit
 
 __all__ = ["SCHEDULES", "DiffRate"]
 

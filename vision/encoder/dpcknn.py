@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.clustering import peaks
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.clustering import peaks
+from tokenreduce.algorithms.scoring import descending, distances, excluded, finite
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.schedule import check_layers, stage_layers, staged
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.schedule import check_layers, stage_layers, staged
-from tokenreduce.scoring import descending, distances, excluded, finite
 
 __all__ = ["DPCKNN"]
 

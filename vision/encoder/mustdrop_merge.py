@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, check_keep, count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import descending, finite, unit
+from tokenreduce.core.budget import check_count, check_keep, count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, finite, unit
 
 __all__ = ["MustDropMerge"]
 

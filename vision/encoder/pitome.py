@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenreduce.budget import check_keep, geometric
-from tokenreduce.evidence import Evidence
-from tokenreduce.matching import bipartite
+from tokenreduce.algorithms.matching import bipartite
+from tokenreduce.algorithms.scoring import descending, excluded, finite, inner, key_metric, unit
+from tokenreduce.core.budget import check_keep, geometric
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, excluded, finite, inner, key_metric, unit
 
 __all__ = ["PiToMe"]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenreduce.baseline import draw
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import draw
+from tokenreduce.algorithms.scoring import select
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.schedule import Scheduled
 from tokenreduce.plan import Identity, Plan, Prune
-from tokenreduce.schedule import Scheduled
-from tokenreduce.scoring import select
 
 __all__ = ["Random"]
 
@@ -21,11 +21,11 @@ class Random(Scheduled, name="random", title="Random pruning"):
     """Random pruning: every layer drops tokens drawn at random, for every sample anew, reproducibly.
 
     The draw is a hash of ``seed``, the layer, the token's place and the sample's own coarse content, so that it does
-    not depend on the batch, the device or what was drawn before: see :func:`tokenreduce.baseline.draw`. Slots without a
-    token are left out of the content and are dropped first.
+    not depend on the batch, the device or what was drawn before: see :func:`tokenreduce.algorithms.baseline.draw`.
+    Slots without a token are left out of the content and are dropped first.
 
     Args:
-        r, inflect, keep: see :class:`~tokenreduce.schedule.Scheduled`. At least one unprotected token stays.
+        r, inflect, keep: see :class:`~tokenreduce.core.schedule.Scheduled`. At least one unprotected token stays.
         seed: another seed, another draw.
 
     Raises ``ValueError`` for a negative ``r`` or ``seed``, a bad ``keep`` or a list longer than the model.

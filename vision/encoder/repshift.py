@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenreduce.budget import check_keep, count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import select
+from tokenreduce.core.budget import check_keep, count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.schedule import check_layers, stage_layers, staged
 from tokenreduce.plan import Identity, Plan, Prune
-from tokenreduce.reducer import Reducer
-from tokenreduce.schedule import check_layers, stage_layers, staged
-from tokenreduce.scoring import select
 
 __all__ = ["RepresentationShift"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.baseline import resampling
-from tokenreduce.budget import check_keep, count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import resampling
+from tokenreduce.core.budget import check_keep, count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Plan, Pool
-from tokenreduce.reducer import Reducer
 
 __all__ = ["Resize"]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
-from tokenreduce.matching import bipartite, clamp_r
+from tokenreduce.algorithms.matching import bipartite, clamp_r
+from tokenreduce.algorithms.scoring import key_metric
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.schedule import Scheduled
 from tokenreduce.plan import Merge, Plan, Prune
-from tokenreduce.schedule import Scheduled
-from tokenreduce.scoring import key_metric
 
 __all__ = ["ToFu"]
 
@@ -26,8 +26,8 @@ class ToFu(Scheduled, name="tofu", needs=("keys",), paper="2312.01026", title="T
     zero vector it stays zero.
 
     Args:
-        r, inflect, keep: see :class:`~tokenreduce.schedule.Scheduled`. ``r`` above half of the free tokens is clamped
-            and reported.
+        r, inflect, keep: see :class:`~tokenreduce.core.schedule.Scheduled`. ``r`` above half of the free tokens is
+            clamped and reported.
         switch: first 0-based layer of the late kind; depth // 2 + 1 by default (of 12 layers, 0-6 prune and 7-11
             merge), the published third-party rule: the paper's own switching depth is not known to us.
         mode: what early and late layers do, a pair of "prune", "mlerp" and "mean", or one of them for all layers.

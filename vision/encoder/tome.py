@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.budget import check_count, check_keep, count
-from tokenreduce.evidence import Evidence
-from tokenreduce.matching import bipartite, clamp_r
+from tokenreduce.algorithms.matching import bipartite, clamp_r
+from tokenreduce.algorithms.scoring import finite, inner, key_metric, unit
+from tokenreduce.core.budget import check_count, check_keep, count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.schedule import Scheduled
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.schedule import Scheduled
-from tokenreduce.scoring import finite, inner, key_metric, unit
 
 __all__ = ["ToMe", "ToMeKth"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenreduce.baseline import spread
-from tokenreduce.budget import check_count, check_keep, count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import spread
+from tokenreduce.algorithms.scoring import select
+from tokenreduce.core.budget import check_count, check_keep, count
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Plan, Prune
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import select
 
 __all__ = ["Uniform"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import descending, finite, inner, unit
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.schedule import check_layers, stage_layers, staged
 from tokenreduce.plan import Identity, Plan, Prune, take
-from tokenreduce.reducer import Reducer
-from tokenreduce.schedule import check_layers, stage_layers, staged
-from tokenreduce.scoring import descending, finite, inner, unit
 
 __all__ = ["ZeroTPrune"]
 

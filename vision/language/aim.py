@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import inner
+from tokenreduce.algorithms.sequence import keep_best, shrink, visual_of
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import inner
-from tokenreduce.sequence import keep_best, shrink, visual_of
 
 __all__ = ["AIM"]
 
@@ -48,7 +48,7 @@ class AIM(Reducer, name="aim", stage="language", needs=("attention",), paper="24
     their positions, as published; no choice is made in decoding.
 
     Raises ``ValueError`` for settings outside these ranges, for layers that the model does not have, or attention
-    given to :class:`~tokenreduce.evidence.Evidence` that is not the whole map.
+    given to :class:`~tokenreduce.core.evidence.Evidence` that is not the whole map.
     """
 
     keep: int | float | None = None

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import finite
+from tokenreduce.algorithms.sequence import check_stages, keep_best, keep_chosen, shrink, stages_of, visual_of
+from tokenreduce.core.budget import check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import finite
-from tokenreduce.sequence import check_stages, keep_best, keep_chosen, shrink, stages_of, visual_of
 
 __all__ = ["LazyLLM"]
 

@@ -9,13 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_keep
-from tokenreduce.evidence import Evidence, Look
-from tokenreduce.plan import Plan
-from tokenreduce.projector import saliency, top
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import finite
-from tokenreduce.sequence import (
+from tokenreduce.algorithms.projector import saliency, top
+from tokenreduce.algorithms.scoring import finite
+from tokenreduce.algorithms.sequence import (
     best,
     check_stages,
     keep_chosen,
@@ -25,6 +21,10 @@ from tokenreduce.sequence import (
     stages_of,
     visual_of,
 )
+from tokenreduce.core.budget import check_keep
+from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.plan import Plan
 
 __all__ = ["MustDrop"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenreduce.baseline import draw
-from tokenreduce.budget import check_count, check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import draw
+from tokenreduce.algorithms.sequence import keep_best, visual_of
+from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.sequence import keep_best, visual_of
 
 __all__ = ["RandomVisual"]
 
@@ -21,7 +21,8 @@ class RandomVisual(
     """Random pruning: before one layer, visual tokens stay by a draw; order and positions stay.
 
     The draw is a hash of ``seed``, the layer, a token's place among the sample's visual tokens and their coarse
-    content, so that text, padding, other samples and the device change nothing: see :func:`tokenreduce.baseline.draw`.
+    content, so that text, padding, other samples and the device change nothing: see
+        :func:`tokenreduce.algorithms.baseline.draw`.
 
     Args:
         layer: 0-based first layer that sees fewer tokens, as in FastV.

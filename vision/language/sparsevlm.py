@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_keep, count, geometric
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.scoring import descending, distances, finite, inner
+from tokenreduce.algorithms.sequence import best, check_stages, keep_chosen, packed, question, stages_of, visual_of
+from tokenreduce.core.budget import check_keep, count, geometric
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Identity, Merge, Plan, take
-from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, distances, finite, inner
-from tokenreduce.sequence import best, check_stages, keep_chosen, packed, question, stages_of, visual_of
 
 __all__ = ["SparseVLM"]
 

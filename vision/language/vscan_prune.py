@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenreduce.budget import check_keep
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.sequence import check_stages, keep_best, shrink, stages_of
+from tokenreduce.core.budget import check_keep
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.plan import Plan
-from tokenreduce.reducer import Reducer
-from tokenreduce.sequence import check_stages, keep_best, shrink, stages_of
 
 __all__ = ["VScanLLM"]
 

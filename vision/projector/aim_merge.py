@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tokenreduce.evidence import Evidence
-from tokenreduce.matching import halvings
+from tokenreduce.algorithms.matching import halvings
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
-from tokenreduce.projector import Projector
 
 __all__ = ["AIMMerge"]
 
@@ -31,7 +31,8 @@ class AIMMerge(Projector, name="aim-merge", paper="2412.03248", title="AIM, merg
     published code); similarities of later steps are of the float32 means, whatever the embeddings' dtype.
 
     Args:
-        keep, positions, newlines: see :class:`~tokenreduce.projector.Projector`; 0.25 is the published share.
+        keep, positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`; 0.25 is the published
+            share.
 
     Raises ``ValueError`` for other values, and for tokens that are protected by a mask or samples of unequal length.
     """

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
-from tokenreduce.greedy import volume
+from tokenreduce.algorithms.greedy import volume
+from tokenreduce.algorithms.projector import Projector, check_clip, kept, share
+from tokenreduce.algorithms.scoring import clean, finite, gram, inner, relevance, unit
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Projector, check_clip, kept, share
-from tokenreduce.scoring import clean, finite, gram, inner, relevance, unit
 
 __all__ = ["CDPruner"]
 
@@ -38,7 +38,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
             "openai/clip-vit-large-patch14-336"; None for relevance in the language model's space.
         sign: factor on the similarity, -1 or 1; None is -1 with ``clip`` and 1 without.
         theta: None as published, or how strongly relevance counts, in [0, 1): q becomes exp(theta / (2 (1 - theta)) q).
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

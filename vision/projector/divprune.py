@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
-from tokenreduce.greedy import farthest
+from tokenreduce.algorithms.greedy import farthest
+from tokenreduce.algorithms.projector import Projector, kept
+from tokenreduce.algorithms.scoring import clean, gram, unit
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Projector, kept
-from tokenreduce.scoring import clean, gram, unit
 
 __all__ = ["DivPrune"]
 
@@ -26,8 +26,8 @@ class DivPrune(Projector, name="divprune", paper="2503.02175", title="DivPrune")
     token has distance 1 to all others, and a token is chosen once even when only duplicates are left.
 
     Args:
-        keep, positions, newlines: see :class:`~tokenreduce.projector.Projector`. ``keep`` is the paper's 0.098 for
-            images by default (SUBSET_RATIO; 0.1 for videos).
+        keep, positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`. ``keep`` is the paper's
+            0.098 for images by default (SUBSET_RATIO; 0.1 for videos).
 
     Raises ``ValueError`` for other settings than those.
     """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Salient, kept, top
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Salient, kept, top
 
 __all__ = ["FasterVLM"]
 
@@ -22,8 +22,8 @@ class FasterVLM(Salient, name="fastervlm", needs=("tower",), paper="2412.01818",
 
     Args:
         keep: 144, 58 or 29 of 576 in the paper; a count is for the whole image (the official one is per view).
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

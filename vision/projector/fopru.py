@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence, Look
+from tokenreduce.algorithms.projector import Projector, check_layer, kept, top
+from tokenreduce.algorithms.scoring import finite
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Identity, Plan
-from tokenreduce.projector import Projector, check_layer, kept, top
-from tokenreduce.scoring import finite
 
 __all__ = ["DIRECTIONS", "SCORE_INPUTS", "STRATEGIES", "FoPru"]
 
@@ -42,7 +42,7 @@ class FoPru(Projector, name="fopru", needs=("tower",), paper="2411.14164", title
         score_input: "softmax" or "logits".
         layer: block of the tower that is read: a 0-based index (negative from the end), a share of its depth (float),
             or None for the block whose output enters the projector, as published.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these, and for "row" where rows differ in length.
     """

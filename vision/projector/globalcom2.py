@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from tokenreduce.evidence import Evidence, Look
+from tokenreduce.algorithms.projector import Projector, check_layer, kept, share
+from tokenreduce.algorithms.scoring import cls_logits, finite
+from tokenreduce.algorithms.views import apportion, covered, ranks, rooms
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Projector, check_layer, kept, share
-from tokenreduce.scoring import cls_logits, finite
-from tokenreduce.views import apportion, covered, ranks, rooms
 
 __all__ = ["GlobalCom2"]
 
@@ -43,8 +43,9 @@ class GlobalCom2(Projector, name="globalcom2", needs=("tower", "cls"), paper="25
         keep: 0.25 in the repository (retention_ratio), 0.1 is the other budget of the paper's abstract.
         temperature: of the softmax over crops, above 0; made for the scale of logits.
         alpha: weight of the overview's score in a crop, 0 to 1 (the repository adds both, which is 0.5).
-        layer: block of the tower that is read, see :class:`~tokenreduce.projector.Salient`; the last by default.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer: block of the tower that is read, see :class:`~tokenreduce.algorithms.projector.Salient`; the last by
+            default.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these, and for a tower without class token.
     """

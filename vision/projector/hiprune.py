@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence, Look
+from tokenreduce.algorithms.projector import Projector, check_layer, kept, saliency, top
+from tokenreduce.algorithms.scoring import descending
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Projector, check_layer, kept, saliency, top
-from tokenreduce.scoring import descending
 
 __all__ = ["BUFFERS", "HiPrune"]
 
@@ -45,7 +45,7 @@ class HiPrune(Projector, name="hiprune", needs=("tower",), paper="2508.00553", t
             layer 9 counted from 1. Qwen2.5-VL has its own published block, 15 of 32: most others see windows only.
         layer: deep block, in the same terms; None as published (Qwen2.5-VL: its last block).
         buffers: "grid" or "flat".
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

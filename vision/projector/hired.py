@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence, Look
+from tokenreduce.algorithms.projector import Projector, check_layer, kept, saliency, share
+from tokenreduce.algorithms.views import apportion, covered, marked, ranks, rooms
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Projector, check_layer, kept, saliency, share
-from tokenreduce.views import apportion, covered, marked, ranks, rooms
 
 __all__ = ["HiRED"]
 
@@ -40,7 +40,7 @@ class HiRED(Projector, name="hired", needs=("tower",), paper="2408.10945", title
         l_init, l_final: blocks that rate crops and tokens: 0-based, negative from the end, or a share of the depth;
             None is the block whose output enters the projector (22 of 24 in CLIP-L).
         content: how crops are rated, "mass" or "votes".
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Salient, kept
+from tokenreduce.algorithms.scoring import descending, finite, inner, unit
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Salient, kept
-from tokenreduce.scoring import descending, finite, inner, unit
 
 __all__ = ["ORDERS", "RESCALES", "HoloV"]
 
@@ -45,8 +45,8 @@ class HoloV(Salient, name="holov", needs=("tower",), paper="2510.02912", title="
         beta: weight of the variance, >= 0.
         order: "ascending" or "attention".
         rescale: "run" or "image".
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

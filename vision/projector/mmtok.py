@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
-from tokenreduce.greedy import cover
+from tokenreduce.algorithms.greedy import cover
+from tokenreduce.algorithms.projector import Projector, kept
+from tokenreduce.algorithms.scoring import clean, gram, inner, question, unit
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Projector, kept
-from tokenreduce.scoring import clean, gram, inner, question, unit
 
 __all__ = ["MMTok"]
 
@@ -34,7 +34,7 @@ class MMTok(Projector, name="mmtok", needs=("text",), paper="2508.18264", title=
         alpha: weight of covering the visual tokens beside the words.
         tau_tv: temperature of words over visual tokens; 0.02 on LLaVA, 0.01 on Qwen2.5-VL in the paper.
         tau_vv: temperature of visual tokens over visual tokens.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for temperatures that are not above 0, a negative alpha, and what ``Projector`` refuses.
     """

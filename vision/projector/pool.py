@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.baseline import cells_of
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import cells_of
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Merge, Plan
-from tokenreduce.projector import Projector
 
 __all__ = ["PoolTokens"]
 
@@ -30,7 +30,7 @@ class PoolTokens(Projector, name="pool", title="Average pooling before the langu
         keep: visual tokens of every image that stay, a count or a ratio; 0.25 without it and ``kernel``.
         kernel: the side of a cell or its (rows, columns). Without ``keep`` one token in rows * columns stays, which is
             ordinary pooling where the kernel divides the grid; with it only the shape of cells follows.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for bad settings, and for tokens of one view that share a place (frames without views of their
     own).

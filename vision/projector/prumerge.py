@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Salient, saliency
+from tokenreduce.algorithms.scoring import descending, finite, highest, inner, unit
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, Pool, take
-from tokenreduce.projector import Salient, saliency
-from tokenreduce.scoring import descending, finite, highest, inner, unit
 
 __all__ = ["PruMerge", "PruMergePlus"]
 
@@ -39,8 +39,8 @@ class PruMerge(Salient, name="prumerge", needs=("tower",), paper="2403.15388", t
             left. A count or ratio is the exact number of outputs, the extra token included (but for ``keep=1``).
         neighbours: tokens merged into each kept one.
         iqr_factor: how far above the quartile an outlier is.
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """
@@ -123,8 +123,8 @@ class PruMergePlus(PruMerge, name="prumerge-plus", needs=("tower",), paper="2403
 
     Args:
         keep, neighbours, iqr_factor: see :class:`PruMerge`.
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokenreduce.baseline import draw
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import draw
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.algorithms.scoring import select
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, Prune
-from tokenreduce.projector import Projector
-from tokenreduce.scoring import select
 
 __all__ = ["RandomTokens"]
 
@@ -20,12 +20,12 @@ class RandomTokens(Projector, name="random@projector", title="Random pruning bef
     """Random pruning: tokens of the whole image, all its views together, stay by a draw; raster order.
 
     The draw is a hash of ``seed``, the token's place and the image's own coarse content, so that it does not depend on
-    the batch, the device or what was drawn before: see :func:`tokenreduce.baseline.draw`.
+    the batch, the device or what was drawn before: see :func:`tokenreduce.algorithms.baseline.draw`.
 
     Args:
         keep: visual tokens of every image that stay, a count or a ratio.
         seed: another seed, another draw.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for a negative ``seed`` and other bad settings.
     """

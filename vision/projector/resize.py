@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.baseline import cells, full_grid, resampling
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import cells, full_grid, resampling
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, Pool
-from tokenreduce.projector import Projector
 
 __all__ = ["ResizeTokens"]
 
@@ -24,7 +24,7 @@ class ResizeTokens(Projector, name="resize@projector", title="Down-sampling befo
     raster order.
 
     Args:
-        keep, positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        keep, positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for bad settings, and for tokens that do not fill a grid.
     """

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Salient, kept, top
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan
-from tokenreduce.projector import Salient, kept, top
 
 __all__ = ["SpatialAugmented"]
 
@@ -30,8 +30,8 @@ class SpatialAugmented(
     Args:
         keep: 144 of 576 on average in the paper.
         beta: share of the budget for the grid, 0 to 1 (ours; the paper learns it).
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these, and for tokens that lie on no grid.
     """

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
-from tokenreduce.greedy import cover
+from tokenreduce.algorithms.greedy import cover
+from tokenreduce.algorithms.projector import Salient, kept
+from tokenreduce.algorithms.scoring import descending, finite, gram, unit
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, take
-from tokenreduce.projector import Salient, kept
-from tokenreduce.scoring import descending, finite, gram, unit
 
 __all__ = ["COMBINATIONS", "SCOPE"]
 
@@ -36,8 +36,8 @@ class SCOPE(Salient, name="scope", needs=("tower",), paper="2510.24214", title="
         alpha: exponent of the saliency, >= 0.
         combination: "product", or "sum" for gain + a^alpha, where ``a`` is summed over heads as in the official code
             (which makes no difference to the product).
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

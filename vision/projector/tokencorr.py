@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence, Look
+from tokenreduce.algorithms.projector import Projector, check_layer, kept, saliency
+from tokenreduce.algorithms.scoring import finite, gram, unit
+from tokenreduce.algorithms.views import apportion, marked, ranks, rooms
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Identity, Plan, Pool, Prune
-from tokenreduce.projector import Projector, check_layer, kept, saliency
-from tokenreduce.scoring import finite, gram, unit
-from tokenreduce.views import apportion, marked, ranks, rooms
 
 __all__ = ["TokenCorr"]
 
@@ -44,13 +44,13 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
             count or ratio is exact for every image.
         tau: cosine above which two tokens are alike, -1 to 1.
         n_max: how many tokens may be like one that is not redundant.
-        low_layer, deep_layer: blocks of the tower; see ``layer`` of :class:`~tokenreduce.projector.Salient`.
+        low_layer, deep_layer: blocks of the tower; see ``layer`` of :class:`~tokenreduce.algorithms.projector.Salient`.
         aggregate: whether each dropped token joins the kept one of its view with the most similar low key. Features
             are then means with that cosine as weight, beside 1 for the kept token; negative ones do not count.
         sampling: "top-k" takes the highest attention, "stochastic" draws in proportion to it without replacement, as
             the paper does.
         seed: of that draw; the same for all images of as many tokens.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these, and for a tower without class token.
     """

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Projector, check_clip, top
+from tokenreduce.algorithms.scoring import finite, inner, relevance
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, Pool
-from tokenreduce.projector import Projector, check_clip, top
-from tokenreduce.scoring import finite, inner, relevance
 
 __all__ = ["TRIM"]
 
@@ -37,7 +37,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
         clip: Hub id or folder of the CLIP model that the vision tower is from, such as
             "openai/clip-vit-large-patch14-336"; None for relevance in the language model's space.
         sign: factor on the similarity, -1 or 1; None is -1 with ``clip`` and 1 without.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

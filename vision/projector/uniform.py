@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenreduce.baseline import full_grid, spread
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.baseline import full_grid, spread
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.algorithms.scoring import select
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, Prune
-from tokenreduce.projector import Projector
-from tokenreduce.scoring import select
 
 __all__ = ["UniformTokens"]
 
@@ -23,7 +23,7 @@ class UniformTokens(Projector, name="uniform@projector", title="Uniform pruning 
     follows the same rule.
 
     Args:
-        keep, positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        keep, positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

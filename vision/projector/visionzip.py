@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tokenreduce.budget import check_count, count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Projector, Salient
+from tokenreduce.algorithms.scoring import descending, finite, inner, key_metric, unit
+from tokenreduce.core.budget import check_count, count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, Pool, Prune, take
-from tokenreduce.projector import Projector, Salient
-from tokenreduce.scoring import descending, finite, inner, key_metric, unit
 
 __all__ = ["VisionZip"]
 
@@ -42,8 +42,8 @@ class VisionZip(Salient, name="visionzip", needs=("tower",), paper="2412.04467",
         keep_cls: whether the class token is one of the dominant, as in the official code, although LLaVA's own
             selection drops it. Without it all dominant tokens are patches.
         layer: block of the tower that gives attention and keys (official: the one whose output enters the projector).
-        score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these, and for one of ``dominant`` and ``contextual`` without the other.
     """

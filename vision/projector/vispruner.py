@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence
+from tokenreduce.algorithms.projector import Salient, kept
+from tokenreduce.algorithms.scoring import descending, finite, gram, unit
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence
 from tokenreduce.plan import Plan, take
-from tokenreduce.projector import Salient, kept
-from tokenreduce.scoring import descending, finite, gram, unit
 
 __all__ = ["VisPruner"]
 
@@ -34,8 +34,8 @@ class VisPruner(Salient, name="vispruner", needs=("tower",), paper="2412.01818",
         keep: 128 in the authors' example; a count is for the whole image (the official one is per view).
         important_ratio: share of the salient ones in [0, 1]: 0.5 with 128 tokens, 0.75 with 64. 1 is FasterVLM.
         r: tokens removed per round.
-        layer, score: see :class:`~tokenreduce.projector.Salient`.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        layer, score: see :class:`~tokenreduce.algorithms.projector.Salient`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
     """

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import check_count
-from tokenreduce.evidence import Evidence, Look
+from tokenreduce.algorithms.projector import Salient, by_class, check_layer, saliency, top
+from tokenreduce.algorithms.scoring import descending, finite, inner, unit
+from tokenreduce.core.budget import check_count
+from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.plan import Merge, Plan, take
-from tokenreduce.projector import Salient, by_class, check_layer, saliency, top
-from tokenreduce.scoring import descending, finite, inner, unit
 
 __all__ = ["VScan"]
 
@@ -37,9 +37,9 @@ class VScan(Salient, name="vscan", needs=("tower",), paper="2505.22654", title="
             falling score while their window has given fewer than its share rounded up, as on Qwen. "auto" is the first
             with class token, the second without.
         local_layer: shallow block; 5/24 is block 5 of CLIP-L and block 7 (the first with full attention) of Qwen2.5-VL.
-        layer, score: deep block and kind of attention, see :class:`~tokenreduce.projector.Salient`.
+        layer, score: deep block and kind of attention, see :class:`~tokenreduce.algorithms.projector.Salient`.
         scaling: weight of the kept token in the mean of its group.
-        positions, newlines: see :class:`~tokenreduce.projector.Projector`.
+        positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Different from the official code: exactly ``keep`` tokens stay, whatever windows do not give comes from the global
     scan (100 leave 98 there); any grid and any ``keep``; the local choice is out of the global ranking instead of set

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenreduce.evidence import Earlier, Evidence
+from tokenreduce.core.evidence import Earlier, Evidence
 from tokenreduce.video.cache.dycoke_cache import DyCokeCache
 
 

@@ -9,7 +9,7 @@ from vlms import VLMS, prompts
 
 import tokenreduce as tr
 from tokenreduce import PruneVidPrune
-from tokenreduce.evidence import Evidence
+from tokenreduce.core.evidence import Evidence
 
 
 def by_head(e, b, row):

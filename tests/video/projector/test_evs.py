@@ -10,7 +10,7 @@ from visual import ORIGINS, visual
 from vlms import VLMS, prompts
 
 import tokenreduce as tr
-from tokenreduce.temporal import change
+from tokenreduce.algorithms.temporal import change
 from tokenreduce.video.projector.evs import EVS
 
 

@@ -11,8 +11,8 @@ from visual import ORIGINS, frames, noise, visual
 from vlms import VLMS, onevision_with_head, prompts
 
 import tokenreduce as tr
+from tokenreduce.algorithms.temporal import cut_by_similarity
 from tokenreduce.plan import Mix
-from tokenreduce.temporal import cut_by_similarity
 from tokenreduce.video.projector.fastvid import FastVID
 
 WIDTH = 6

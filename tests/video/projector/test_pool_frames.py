@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import avg_pool3d
 
 import tokenreduce as tr
-from tokenreduce.baseline import windows
-from tokenreduce.registry import get_class
+from tokenreduce.algorithms.baseline import windows
+from tokenreduce.core.registry import get_class
 
 PoolFrames = get_class("pool-frames")
 

@@ -9,8 +9,8 @@ import torch
 from visual import ORIGINS, visual
 
 import tokenreduce as tr
-from tokenreduce.baseline import windows
-from tokenreduce.registry import get_class
+from tokenreduce.algorithms.baseline import windows
+from tokenreduce.core.registry import get_class
 
 PPLLaVA = get_class("ppllava")
 

@@ -8,7 +8,7 @@ from torch import nn
 from visual import ORIGINS, visual
 
 import tokenreduce as tr
-from tokenreduce.registry import get_class
+from tokenreduce.core.registry import get_class
 
 TokenShuffle = get_class("token-shuffle")
 

@@ -7,7 +7,7 @@ import torch
 from visual import ORIGINS, visual
 
 import tokenreduce as tr
-from tokenreduce.temporal import frame_grid
+from tokenreduce.algorithms.temporal import frame_grid
 from tokenreduce.video.projector.uniform_frames import UniformFrames
 
 

@@ -9,8 +9,8 @@ import torch
 from support import evidence, images, tiny_vit
 
 import tokenreduce as tr
+from tokenreduce.algorithms.scoring import received_by_head
 from tokenreduce.plan import Identity
-from tokenreduce.scoring import received_by_head
 from tokenreduce.vision.encoder.ats import ATS
 
 F64 = torch.float64

@@ -135,7 +135,7 @@ def test_kth_agrees_with_the_card(n, prefix, k, tail):
 
 
 def test_a_plain_mean_ignores_padding_too():
-    from tokenreduce.matching import bipartite
+    from tokenreduce.algorithms.matching import bipartite
 
     valid = torch.arange(9).expand(2, -1) < 3
     e = evidence(n=9, valid=valid, size=valid.float())

@@ -7,8 +7,8 @@ import torch
 from mixed import LAYOUTS, RIGHT, kept_of, last_of, mixed, seen_by
 
 import tokenreduce as tr
-from tokenreduce.budget import geometric
-from tokenreduce.sequence import shrink
+from tokenreduce.algorithms.sequence import shrink
+from tokenreduce.core.budget import geometric
 from tokenreduce.vision.language.pyramiddrop import PyramidDrop
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mixed import LAYOUTS, RIGHT, kept_of, last_of, mixed, seen_by
 
-from tokenreduce.evidence import Prompt
+from tokenreduce.core.evidence import Prompt
 from tokenreduce.plan import Prune
 from tokenreduce.vision.language.sparsevlm import SparseVLM
 

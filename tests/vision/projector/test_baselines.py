@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from visual import ORIGINS, anyres, grid, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.baseline import cells, full_grid
+from tokenreduce.algorithms.baseline import cells, full_grid
 from tokenreduce.plan import Pool
 from tokenreduce.vision.projector.pool import PoolTokens
 from tokenreduce.vision.projector.random_drop import RandomTokens

@@ -151,7 +151,7 @@ def test_plain_evidence():
 @pytest.mark.parametrize("score_input", ["softmax", "logits"])
 def test_patches_that_are_not_there_take_no_part(score_input):
     """A block whose last 4 patches are padding sees what a block of 12 patches sees."""
-    from tokenreduce.visual import Mapped
+    from tokenreduce.core.visual import Mapped
 
     q, k, x = noise(1, 2, 17, 8), noise(1, 2, 17, 8, seed=1), noise(1, 17, 4)
     valid = (torch.arange(17) < 13)[None]

@@ -9,8 +9,8 @@ import torch
 from visual import ORIGINS, anyres, visual
 
 import tokenreduce as tr
+from tokenreduce.algorithms.scoring import cls_logits
 from tokenreduce.plan import Prune
-from tokenreduce.scoring import cls_logits
 from tokenreduce.vision.projector.globalcom2 import GlobalCom2
 
 CROPS = {

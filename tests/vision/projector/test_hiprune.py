@@ -7,7 +7,7 @@ import torch
 from visual import ORIGINS, noise, received, visual
 
 import tokenreduce as tr
-from tokenreduce.visual import resolve
+from tokenreduce.core.visual import resolve
 
 
 def card(m, d, keep, alpha, place, flat=None):

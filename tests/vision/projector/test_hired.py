@@ -7,7 +7,7 @@ import torch
 from visual import ORIGINS, anyres, class_row, received, visual
 
 import tokenreduce as tr
-from tokenreduce.views import apportion
+from tokenreduce.algorithms.views import apportion
 from tokenreduce.vision.projector.hired import HiRED
 
 CROPS = {

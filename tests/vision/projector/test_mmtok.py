@@ -9,9 +9,9 @@ import torch
 from visual import ORIGINS, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.evidence import Evidence
-from tokenreduce.registry import get_class
-from tokenreduce.visual import Visual
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.registry import get_class
+from tokenreduce.core.visual import Visual
 
 MMTok = get_class("mmtok", "projector")
 

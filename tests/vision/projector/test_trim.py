@@ -9,8 +9,8 @@ import torch
 from visual import ORIGINS, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.evidence import Evidence
-from tokenreduce.registry import get_class
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.registry import get_class
 
 TRIM = get_class("trim", "projector")
 

@@ -1,0 +1,1 @@
+"""Vision encoders: the block that reduces, and the families of timm, open_clip and transformers."""

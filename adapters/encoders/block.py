@@ -1,0 +1,376 @@
+"""What all encoder adapters share: the state that travels with the tokens, and the block that reduces them.
+
+How it works. A patched block's class is swapped for a subclass that mixes in :class:`Reduced` and says how its family
+computes the attention half and the MLP half. Between them the site hands evidence to the reducer and applies its
+plan. Sizes, positions and the plans so far live in a :class:`~tokenreduce.adapters.encoders.state.State` attached to
+the
+activation tensor that a block returns, and the next block reads it from its input. Nothing about a forward is stored
+on a module, so threads, activation checkpointing, deepcopy and compiled graphs are safe.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapters.encoders.state import (
+    State,
+    carry_state,
+    entry_of,
+    expand_patches,
+    full_plan,
+    log_size,
+    pool_mean,
+    set_state,
+    state_of,
+)
+from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.trace import Step, Trace, active
+from tokenreduce.plan import Plan
+
+__all__ = [
+    "Ask", "Attended", "Reduced", "Site", "State", "Tower", "asks", "attach_tower", "carry_state", "collect_states",
+    "expand_patches", "full_plan", "log_size", "may_be_reduced", "may_reduce", "planned", "pool_mean", "set_state",
+    "sites_for", "state_of",
+]  # fmt: skip
+
+_ON_BLOCK = "_tokenreduce_site"
+
+
+class Attended(NamedTuple):
+    """What a family's attention half returns: its output before the residual, and what it was computed from.
+
+    ``keys``, ``queries``, ``values`` are (B,H,N,d) as the adapter's page says (before RoPE where the family has it);
+    ``rotated`` are queries and keys after RoPE, None where there is none.
+    """
+
+    out: Tensor
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    rotated: tuple[Tensor, Tensor] | None = None
+
+
+class Ask:
+    """What a block asks of an attention module besides its output: to add ``bias`` (B,1,1,N) to the logits, to attend
+    with the map ``given`` (B,H,N,N), and to show what :class:`Attended` has. Goes in as keyword ``tokenreduce_ask``."""
+
+    __slots__ = ("bias", "given", "keys", "needs", "queries", "rotated", "values")
+
+    def __init__(self, bias: Tensor | None = None, needs: tuple[str, ...] = (), given: Tensor | None = None) -> None:
+        self.bias, self.needs, self.given = bias, needs, given
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.rotated: tuple[Tensor, Tensor] | None = None
+
+    def answer(self, out: Tensor) -> Attended:
+        """``out`` and what was shown. Raises ``RuntimeError`` where the module did not get the question."""
+        if self.values is None:
+            raise RuntimeError(
+                "the attention module of a patched block ran other code than its library's and ignored token sizes; "
+                "call tr.unpatch, undo what replaced its forward, and patch again"
+            )
+        return Attended(out, self.queries, self.keys, self.values, self.rotated)
+
+
+def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
+    """Whether the stock attention is not enough: there is a bias to add or something to see."""
+    return bias is not None or any(need != "before" for need in needs)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block's place: its layer and the reducer that acts there, if any. Frozen and picklable."""
+
+    layer: int
+    depth: int
+    prefix: int
+    cls: bool
+    reducer: Reducer | None = None
+    rope: str | None = None
+    label: str = ""
+
+
+class Reduced:
+    """Mixin for patched blocks. A family subclass gives ``_attention``, ``_residual`` and ``_feed_forward``."""
+
+    #: Attention and MLP are one branch, so what goes into the MLP is the block's input.
+    _one_branch = False
+
+    def _get_name(self) -> str:
+        site: Site = self.__dict__[_ON_BLOCK]
+        name = next(c for c in type(self).__mro__ if not issubclass(c, Reduced)).__name__
+        return f"{name}[{site.reducer.spec()}]" if site.reducer is not None else f"{name}[tokenreduce]"
+
+    # -- what a family says ------------------------------------------------------------------------------------------
+    def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
+        """The attention branch on the block input ``x`` (norm included), before the residual is added."""
+        raise NotImplementedError("abstract")
+
+    def _project(self, x: Tensor, context: Any) -> Attended:
+        """Queries and keys of ``x`` without attending; ``out`` is unused."""
+        raise NotImplementedError("abstract")
+
+    def _attend_with(self, x: Tensor, attention: Tensor, context: Any) -> Attended:
+        """The attention branch when the map (B,H,N,N) is given."""
+        raise NotImplementedError("abstract")
+
+    def _residual(self, x: Tensor, out: Tensor) -> Tensor:
+        raise NotImplementedError("abstract")
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("abstract")
+
+    # -- the block ---------------------------------------------------------------------------------------------------
+    def _run(self, x: Tensor, context: Any = None) -> Tensor:
+        """The reduced forward. ``context`` is what the family needs besides ``x`` (rotary embeddings, kwargs)."""
+        site: Site = self.__dict__[_ON_BLOCK]
+        state = self._enter(site, x)
+        reducer = site.reducer
+        where = None if reducer is None else reducer.site()
+        given = None
+        if where == "before":
+            assert reducer is not None
+            x, state, given = self._reduce_before(site, reducer, x, state, context)
+        entered = x
+        if given is not None:
+            got = self._attend_with(x, given, self._context(context, state))
+        else:
+            needs = () if reducer is None or where == "before" else reducer.gathers()
+            got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
+        x = self._residual(x, got.out)
+        if where == "middle":
+            assert reducer is not None
+            x, state = self._reduce(site, reducer, x, state, got, entered)
+        # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
+        seen = got._replace(out=x) if where == "after" else None
+        middle = None if where != "after" else entered if self._one_branch else x
+        del got, entered
+        x = self._feed_forward(x)
+        if where == "after":
+            assert reducer is not None
+            assert seen is not None
+            x, state = self._reduce(site, reducer, x, state, seen, middle)
+        trace = active()
+        if trace is not None and where in (None, "input"):
+            self._note(trace, site, None, x, None, state)
+        collected = _collected()
+        if collected is not None:
+            collected.append(state)
+        return set_state(x, state)
+
+    def _context(self, context: Any, state: State) -> Any:
+        """``context`` for the tokens that are left (families with rotary embeddings gather rows here)."""
+        return context
+
+    def _enter(self, site: Site, x: Tensor) -> State:
+        state = state_of(x)
+        if state is None:
+            if site.layer:
+                raise RuntimeError(
+                    f"the token sizes of the earlier blocks did not reach block {site.layer}: something between the "
+                    "blocks makes new tensors (reentrant checkpointing, FSDP, a custom loop). Use non-reentrant "
+                    "checkpointing, patch before wrapping, and run patched blocks in order."
+                )
+            entry = entry_of(x)
+            state = State(x.shape[1], grid=None if entry is None else entry.grid)
+        return state
+
+    def _evidence(self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None) -> Evidence:
+        return Evidence(
+            x,
+            got.keys,
+            got.queries,
+            size=state.size,
+            protected=site.prefix,
+            grid=state.full_grid(site.prefix),
+            values=got.values,
+            valid=state.valid,
+            before=before,
+            cls=site.cls,
+            rope=site.rope,
+            rotated=got.rotated,
+            scale=getattr(self, "_scale", None),
+            proportional=state.proportional,
+            layer=site.layer,
+            depth=site.depth,
+            entry=state.entry,
+        )
+
+    def _reduce(
+        self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
+    ) -> tuple[Tensor, State]:
+        trace = active()
+        with nullcontext() if trace is None else trace.clock():
+            plan = planned(reducer, self._evidence(site, x, state, got, before))
+            if not plan.is_identity:
+                x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+        if trace is not None:
+            self._note(trace, site, reducer, x, plan, state)
+        return x, state
+
+    def _note(
+        self, trace: Trace, site: Site, reducer: Reducer | None, x: Tensor, plan: Plan | None, state: State
+    ) -> None:
+        acted = None if plan is None or plan.is_identity else plan
+        name = "" if reducer is None else reducer.spec()
+        left, grid = state.patches(x, site.prefix), state.full_grid(site.prefix)
+        step = Step("encoder", site.layer, x.shape[1], acted, name, patches=left, grid=grid)
+        trace.add(self, step)  # type: ignore[arg-type]
+
+    def _reduce_before(
+        self, site: Site, reducer: Reducer, x: Tensor, state: State, context: Any
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Reduce the block's input; a reducer with ``forwards_attention`` also hands on its reduced map."""
+        got = Attended(x)
+        if reducer.gathers():
+            got = self._project(x, self._context(context, state))
+        if not getattr(reducer, "forwards_attention", False):
+            reduced, left = self._reduce(site, reducer, x, state, got, None)
+            return reduced, left, None
+        trace = active()
+        with nullcontext() if trace is None else trace.clock():
+            evidence = self._evidence(site, x, state, got, None)
+            plan = planned(reducer, evidence)
+            given = None
+            if not plan.is_identity:
+                given = plan.reduce_attention(evidence.attention("all"), state.size).to(x.dtype)
+                x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+        if trace is not None:
+            self._note(trace, site, reducer, x, plan, state)
+        return x, state, given
+
+
+def planned(reducer: Reducer, evidence: Evidence) -> Plan:
+    """The reducer's plan; for an empty batch that of one sample of equal tokens, without the sample."""
+    if evidence.batch:
+        return reducer.plan(evidence)
+    one = copy.copy(evidence)
+    for name, value in vars(evidence).items():
+        if isinstance(value, Tensor):
+            setattr(one, name, _ones(value))
+        elif isinstance(value, tuple) and value and all(isinstance(t, Tensor) for t in value):
+            setattr(one, name, tuple(map(_ones, value)))
+    return reducer.plan(one).rows_at(torch.empty(0, dtype=torch.long, device=evidence.x.device))
+
+
+def _ones(t: Tensor) -> Tensor:
+    return t.new_ones(1, *t.shape[1:]) if t.dim() and not t.shape[0] else t
+
+
+# -- states of every layer, for dense outputs ------------------------------------------------------------------------
+_collecting: ContextVar[list[State] | None] = ContextVar("tokenreduce_states", default=None)
+
+
+def _collected() -> list[State] | None:
+    return None if torch.compiler.is_compiling() else _collecting.get()
+
+
+@contextmanager
+def collect_states() -> Iterator[list[State]]:
+    """The state after every block that runs inside, in order."""
+    states: list[State] = []
+    token = _collecting.set(states)
+    try:
+        yield states
+    finally:
+        _collecting.reset(token)
+
+
+def may_be_reduced(blocks: Iterable[nn.Module], x: Tensor, stock: int | None) -> bool:
+    """Whether tokens ``x`` (B,N,C) without a state may be what a reducer in patched ``blocks`` left.
+
+    ``stock`` is the number of tokens that every forward of the tower starts with, None where that depends on the image
+    (then a reduced large image may have as many tokens as a small one). Methods with ``ragged`` may fill up to it.
+    """
+    acting = _acting(blocks)
+    return bool(acting) and (x.shape[1] != stock or any(reducer.ragged for reducer in acting))
+
+
+def may_reduce(blocks: Iterable[nn.Module]) -> bool:
+    """Whether a reducer in patched ``blocks`` may do anything."""
+    return bool(_acting(blocks))
+
+
+def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
+    reducers = [block.__dict__[_ON_BLOCK].reducer for block in blocks]
+    return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
+
+
+def _keeps_all(reducer: Reducer) -> bool:
+    keep = getattr(reducer, "keep", None)
+    return isinstance(keep, float) and keep >= 1.0
+
+
+# -- attaching -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tower:
+    """One vision transformer found inside a model."""
+
+    name: str  # path inside the patched model, "" for the model itself
+    module: nn.Module
+    family: str
+    blocks: tuple[nn.Module, ...]
+    classes: dict[type, type]  # block class -> patched class
+    prefix: int
+    cls: bool
+    grid: tuple[int, ...] | None  # (rows, columns), or (frames, rows, columns) of a video encoder
+    evidence: tuple[str, ...]
+    rope: str | None = None
+    resizes: bool = True  # whether the model takes smaller images, for methods that act on the input
+    hands: str = "own"  # who reads the tokens behind it, see tokenreduce.adapters.encoders.readers
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens at the entry for the model's own image size, prefix included."""
+        return None if self.grid is None else self.prefix + math.prod(self.grid)
+
+
+def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
+    """One site per block. Raises ``ValueError`` where a reducer does not fit or two act in one layer."""
+    depth = len(tower.blocks)
+    base = Site(0, depth, tower.prefix, tower.cls, None, tower.rope, tower.name)
+    sites = []
+    for layer in range(depth):
+        acting = [r for r in reducers if r.site() != "input" and r.acts(layer, depth)]
+        if len(acting) > 1:
+            names = " and ".join(r.spec() for r in acting)
+            raise ValueError(
+                f"{names} both act in layer {layer}; give them different layers "
+                "(for instance r=[8,8,0,0] and layers=[2])"
+            )
+        sites.append(replace(base, layer=layer, reducer=acting[0] if acting else None))
+    for reducer in reducers:
+        missing = [n for n in reducer.gathers() if n not in tower.evidence]
+        if missing:
+            raise ValueError(
+                f"{reducer.name} needs {', '.join(missing)}, which {tower.family} cannot give "
+                f"(it gives {', '.join(tower.evidence)}); choose another method, "
+                "tr.describe(model) lists those that fit"
+            )
+    return sites
+
+
+def attach_tower(tower: Tower, reducers: tuple[Reducer, ...], undo: Any) -> None:
+    """Swap the classes of a tower's blocks. Raises ``TypeError`` for block classes that the family does not know."""
+    sites = sites_for(tower, reducers)
+    for block in tower.blocks:
+        if type(block) not in tower.classes:
+            known = ", ".join(sorted(c.__name__ for c in tower.classes))
+            raise TypeError(f"{tower.family}: block class {type(block).__name__} is not supported; supported: {known}")
+        refuse_own(block)
+        refuse_patched(type(block))
+    for block, site in zip(tower.blocks, sites, strict=True):
+        undo.set(block, _ON_BLOCK, site)
+        undo.swap_class(block, tower.classes[type(block)])

@@ -1,0 +1,38 @@
+"""The grid of patches of one forward, noted on the tokens that leave the embeddings of a transformers tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapters.encoders.state import Entry, note_entry
+
+__all__ = ["note_patches", "note_shapes"]
+
+
+def note_patches(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, patch: tuple[int, ...]
+) -> None:
+    """Forward hook on embeddings of pixels (B,C,H,W), or (B,T,C,H,W) of clips; ``patch`` is the size of one token,
+    (rows, columns) or (frames, rows, columns) of pixels."""
+    pixels: Tensor = args[0] if args else kwargs["pixel_values"]
+    sides = pixels.shape[-2:] if len(patch) == 2 else (pixels.shape[1], *pixels.shape[-2:])
+    note_entry(output, Entry(tuple(side // each for side, each in zip(sides, patch, strict=True))))
+
+
+def note_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    """Forward hook on SigLIP2's embeddings, which get patches and their (rows, columns) per image.
+
+    The grid is that of all images where they are the same. Other shapes of as many patches are one row each, since
+    nothing else holds for all of them. A compiled graph does not know the shapes, and then no grid is known.
+    """
+    if torch.compiler.is_compiling():
+        note_entry(output, Entry())
+        return
+    found = {tuple(shape) for shape in (args[1] if len(args) > 1 else kwargs["spatial_shapes"]).tolist()}
+    n = output.shape[1]
+    if len(found) > 1:
+        found = {(1, n)} if all(rows * cols == n for rows, cols in found) else set()
+    note_entry(output, Entry(found.pop() if found else None))

@@ -1,0 +1,1 @@
+"""Image/video language models: before, inside and behind the prefill of their language model."""

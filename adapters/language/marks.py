@@ -1,0 +1,56 @@
+"""Marks: what language-stage methods make of the vision tower's evidence, which the language model does not see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.adapters.language.generation import Step
+from tokenreduce.adapters.language.projector.images import groups
+from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.evidence import Look
+from tokenreduce.core.reducer import Reducer
+
+__all__ = ["TOWER", "marks_of", "needs_marks"]
+
+#: Evidence of the tower that a language-stage method can ask for.
+TOWER = ("tower", "cls")
+
+
+def needs_marks(reducer: Reducer) -> bool:
+    """Whether a language-stage method looks at the vision tower."""
+    return any(need in TOWER for need in reducer.gathers())
+
+
+@dataclass(frozen=True)
+class _Looking(Projector):
+    """Stands for ``method`` where images are gathered, and asks for what it looks at."""
+
+    method: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "name", self.method.name)  # for messages
+
+    def looks(self) -> tuple[Look, ...]:
+        looks: tuple[Look, ...] = self.method.looks()
+        return looks
+
+
+def marks_of(step: Step, x: Tensor, reducer: Reducer) -> Tensor:
+    """(B,L) float32: what ``reducer`` marks in the images of a prompt with embeddings ``x`` (B,L,D), each view alone;
+    0 for text, row ends, and copies of what a method in the tower merged.
+
+    Raises ``ValueError`` for image features that were made elsewhere, so that nobody knows what the tower saw.
+    """
+    out = torch.zeros(x.shape[:2], device=x.device)
+    already = len(step.dropped)
+    for group in groups(step, x, _Looking(method=reducer)):
+        for where, part in group.evidence.parts():
+            columns = group.columns[:, where].flatten(0, 1)
+            out[group.rows.repeat_interleave(len(where), 0), columns] = reducer.mark(part).float()
+    del step.dropped[already:]  # looking drops nothing
+    return out

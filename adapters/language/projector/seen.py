@@ -1,0 +1,217 @@
+"""What the vision tower of an image/video language model saw: the object that travels from there to the entry of the
+language model."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapters.encoders.block import State, full_plan
+from tokenreduce.adapters.encoders.packed import Packed
+from tokenreduce.adapters.language.towers import remaining, sizes
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.visual import Origin
+from tokenreduce.plan import Plan
+
+__all__ = ["ARRIVING", "WATCHING", "Encoded", "Entry", "PackedCall", "Vision", "encoded_in", "put_on"]
+
+_ON_OUTPUT = "_tokenreduce_encoded"
+#: What the call of get_image_features that is under way has seen so far.
+WATCHING: ContextVar[Encoded | None] = ContextVar("tokenreduce_watching", default=None)
+#: Where get_image_features leaves what it saw for the forward that called it.
+ARRIVING: ContextVar[dict[str, Encoded] | None] = ContextVar("tokenreduce_arriving", default=None)
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The parts of a family between pixels and language model."""
+
+    towers: tuple[nn.Module, ...]
+    blocks: tuple[tuple[nn.Module, ...], ...]
+    projector: nn.Module | None
+    #: How tokens are made of patches: "plain", "tiled", "shuffled", "pooled" or "packed".
+    kind: str
+    cls: bool
+    #: Block whose output enters the projector.
+    feature: int
+    #: Whether the family takes videos as such, and not as several images.
+    films: bool = False
+    #: Pooling heads of the towers, with a query of their own.
+    heads: tuple[nn.Module, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks[0])
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        given = ["tower", "text"]
+        given += ["cls"] if self.cls else []
+        given += ["clip"] if self.cls and self.projector is not None else []
+        given += ["crops"] if self.kind == "tiled" else []
+        given += ["head"] if self.heads else []
+        given += ["pixels"]
+        return tuple(given)
+
+
+@dataclass
+class Entry:
+    """One image (or tile, or video): where its tokens come from, its first view, and its rows among what entered the
+    projector, None where tokens have no such row of their own."""
+
+    origin: Origin
+    first: int
+    rows: Tensor | None = None
+
+
+@dataclass
+class Encoded:
+    """What a call of ``get_image_features`` or ``get_video_features`` saw."""
+
+    vision: Vision
+    blocks: tuple[int, ...]
+    calls: dict[int, Any] = field(default_factory=dict)
+    #: (views,n,C) what entered the projector.
+    features: Tensor | None = None
+    #: (views,C) class-token features.
+    own: Tensor | None = None
+    entries: list[Entry] = field(default_factory=list)
+    #: Packed towers: first patch and number of patches of every view.
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    tower_kwargs: dict[str, Any] = field(default_factory=dict)
+    #: After every block, where a method acts in the tower.
+    states: list[Any] = field(default_factory=list)
+    #: Besides the blocks: "pixels", "head".
+    wanted: tuple[str, ...] = ()
+    #: What the tower was given.
+    given: Tensor | None = None
+    #: Side of a patch.
+    patch: int = 1
+    #: (views,n) attention of the pooling head, (views,C) what it makes of a view.
+    pooled: tuple[Tensor, Tensor] | None = None
+
+    def pixels(self, views: Tensor) -> Tensor:
+        """(V,patches,P) of ``views`` (V,), which all have as many patches: the pixels of each."""
+        assert self.given is not None
+        if self.vision.kind == "packed":  # several frames in one
+            start = torch.tensor([self.spans[v][0] for v in views.tolist()], device=self.given.device)
+            return self.given[start[:, None] + torch.arange(self.spans[int(views[0])][1], device=self.given.device)]
+        s = self.patch
+        pixels = self.given[views.to(self.given.device)]
+        h, w = pixels.shape[-2] // s, pixels.shape[-1] // s  # a convolution leaves out what no patch fits in
+        pixels = pixels[..., : h * s, : w * s].reshape(len(views), -1, h, s, w, s)
+        return pixels.permute(0, 2, 4, 1, 3, 5).reshape(len(views), h * w, -1)
+
+    @property
+    def reduced(self) -> State | Packed | None:
+        """The tokens that enter the projector, None when all patches do."""
+        state = self.states[self.vision.feature] if len(self.states) > self.vision.feature else None
+        if isinstance(state, Packed):
+            return None if state.at is None else state
+        return state if state is not None and state.plans else None
+
+    def left(self, views: Tensor) -> Tensor | None:
+        """(V,patches) bool of ``views`` (V,), which all have as many patches: those that are the place of a token that
+        a method in the tower left; None when all are."""
+        state = self.reduced
+        if isinstance(state, Packed):
+            return state.left(views)
+        marks = remaining(state, int(self.vision.cls))
+        return None if marks is None else marks[views]
+
+    def sizes(self, views: Tensor) -> Tensor | None:
+        """(V,patches) how many tokens of the tower's entry are in the one that every patch of ``views`` (V,) is in;
+        None when each is one."""
+        state = self.reduced
+        if isinstance(state, Packed):
+            return state.sizes(views)
+        number = sizes(state, int(self.vision.cls))
+        return None if number is None else number[views]
+
+    def _at(self, block: int, tokens: int) -> State | None:
+        """The tokens that the attention of ``block`` saw; methods act before or behind it."""
+        for state in (self.states[block - 1] if block and self.states else None, *self.states[block : block + 1]):
+            if state is not None and state.plans and full_plan(state).k == tokens:  # type: ignore[union-attr]
+                return state
+        return None
+
+    @property
+    def tokens(self) -> int:
+        return sum(e.origin.n for e in self.entries)
+
+    def evidence(self, block: int, views: Tensor) -> Evidence:
+        """Evidence of a tower block for ``views`` (V,), which all have as many patches."""
+        call = self.calls[block]
+        if self.vision.kind == "packed":
+            return call.evidence(block, [self.spans[v] for v in views.tolist()], views, self.vision.depth)
+        q, k = (call.queries, call.keys) if call.rotated is None else call.rotated
+        state = self._at(block, k.shape[2])
+
+        def rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[views]
+
+        q, k = (t.detach().index_select(0, views.to(t.device)) for t in (q, k))
+        return Evidence(
+            k.transpose(1, 2).flatten(2), k, q,
+            size=None if state is None else rows(state.size), valid=None if state is None else rows(state.valid),
+            protected=int(self.vision.cls), cls=self.vision.cls, layer=block, depth=self.vision.depth,
+            proportional=state is not None and state.proportional,
+        )  # fmt: skip
+
+    def plan_at(self, block: int, views: Tensor) -> Plan | None:
+        """The plan from the patches at the tower's entry to those that ``block`` saw, None when they are all there."""
+        call = self.calls[block]
+        if isinstance(call, PackedCall):
+            return None if call.packed is None else call.packed.patches(views)[2]
+        if not self.states:
+            return None
+        state = self._at(block, call.keys.shape[2])
+        plan = None if state is None else full_plan(state)
+        return None if plan is None else plan.rows_at(views)
+
+
+@dataclass
+class PackedCall:
+    """Queries and keys of a Qwen tower's block, packed over images and frames, in the order of the merger's output;
+    of the tower where a method acts in there, which ``packed`` then describes."""
+
+    queries: Tensor  # (H,P,d) behind RoPE
+    keys: Tensor
+    #: (P,) window of every patch, None where a frame is one window.
+    window: Tensor | None
+    packed: Packed | None = None
+
+    def evidence(self, block: int, spans: list[tuple[int, int]], views: Tensor, depth: int) -> Evidence:
+        """Evidence on the patches of ``views`` (V,), each with its first patch and number of patches in ``spans``."""
+        state = None
+        if self.packed is None:
+            where = torch.tensor([s for s, _ in spans], device=self.keys.device)[:, None]
+            where = where + torch.arange(spans[0][1], device=self.keys.device)
+        else:
+            where, state, _ = self.packed.patches(views)
+        q, k = (t[:, where].transpose(0, 1) for t in (self.queries, self.keys))
+        valid = None if state is None else state.valid
+        mask = None
+        if self.window is not None:
+            w = self.window[where]
+            mask = (w[:, :, None] == w[:, None, :])[:, None]
+            if valid is not None:  # rows of slots that are not there must not be empty
+                mask = mask | ~valid[:, None, :, None]
+        return Evidence(
+            k.transpose(1, 2).flatten(2), k, q, mask=mask, cls=False, rope="post", layer=block, depth=depth,
+            size=None if state is None else state.size, valid=valid,
+            proportional=state is not None and state.proportional,
+        )  # fmt: skip
+
+
+def encoded_in(output: Any) -> Encoded | None:
+    """What the wrapper left on an output of ``get_image_features``."""
+    return getattr(output, _ON_OUTPUT, None)
+
+
+def put_on(output: Any, seen: Encoded) -> None:
+    setattr(output, _ON_OUTPUT, seen)

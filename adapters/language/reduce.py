@@ -1,0 +1,96 @@
+"""A language-stage method at work: evidence before a decoder layer, its plan, and the tokens that are left."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapters.encoders.hf_attention import Call, is_causal, softcap_of
+from tokenreduce.adapters.language.generation import Cut, Run
+from tokenreduce.adapters.language.marks import needs_marks
+from tokenreduce.core.evidence import Evidence, Prompt
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.trace import Step as TraceStep
+from tokenreduce.core.trace import active
+from tokenreduce.plan import Plan
+
+__all__ = ["reduce_before"]
+
+
+def reduce_before(
+    x: Tensor,
+    run: Run,
+    index: int,
+    depth: int,
+    reducer: Reducer,
+    layer: Any,
+    call: Call | None,
+    norm: nn.Module | None,
+    plain: bool,
+) -> Tensor:
+    """``x`` (B,N,C) with the tokens that ``reducer`` keeps before layer ``index``; decided once per run."""
+    if index in run.decided:
+        cut = run.cut_at(index)
+        return x if cut is None or cut.layer != index else cut.take(x)
+    acted: Plan | None = None
+    made: Cut | None = None
+    trace = active()
+    with nullcontext() if trace is None else trace.clock():
+        # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
+        with torch.no_grad():
+            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, plain, reducer))
+            run.decided.add(index)
+            if not plan.is_identity:
+                acted, made = plan, run.cut(index, plan)
+        if made is not None:
+            x = made.take(x)
+    if trace is not None:
+        trace.add(layer, TraceStep("language", index, x.shape[1], acted, reducer.spec()))
+    return x
+
+
+def _evidence(
+    x: Tensor,
+    run: Run,
+    index: int,
+    depth: int,
+    layer: Any,
+    call: Call | None,
+    norm: nn.Module | None,
+    plain: bool,
+    reducer: Reducer,
+) -> Evidence:
+    seen: dict[str, Any] = {}
+    asked = reducer.gathers()
+    if call is not None and call.keys is not None and call.values is not None:
+        n = x.shape[1]
+        seen = {"keys": call.keys[:, :, :n], "queries": call.queries, "values": call.values[:, :, :n]}
+        if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
+            seen["mask"] = call.mask[..., :n]
+        seen["softcap"] = softcap_of(layer.self_attn)
+        # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
+        call.record, call.queries, call.keys, call.values = False, None, None, None
+    if "films" in asked:
+        seen["films"] = run.films_at(index)
+    if needs_marks(reducer):
+        seen["marks"] = run.marks_at(index, reducer)
+    if "history" in asked:
+        seen["history"] = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)
+    return Evidence(
+        x,
+        **seen,
+        visual=run.visual_at(index),
+        valid=run.column_mask(index),
+        cls=False,
+        rope="pre" if plain else "post",
+        scale=getattr(layer.self_attn, "scaling", None),
+        causal=is_causal(layer.self_attn),
+        layer=index,
+        depth=depth,
+        entry=run.length,
+        prompt=Prompt(run.visual_at(-1), run.column_mask(-1), run.entered),
+        norm=norm,
+    )

@@ -1,0 +1,89 @@
+"""Bipartite soft matching, the step that ToMe introduced and many methods reuse."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tokenreduce.algorithms.scoring import descending, finite, inner, unit
+from tokenreduce.core.evidence import Evidence
+from tokenreduce.plan import Identity, Merge, Plan
+
+__all__ = ["bipartite", "cap", "clamp_r", "halvings"]
+
+
+def cap(evidence: Evidence) -> int:
+    """The most tokens that one bipartite step can remove: half of those that are not protected."""
+    if evidence.visual is None and isinstance(evidence._protected, int):
+        return max(0, evidence.n - evidence.prefix) // 2
+    fixed = evidence.fixed()
+    assert fixed is not None
+    even, odd = (~fixed[:, ::2]).sum(1), (~fixed[:, 1::2]).sum(1)
+    return int(torch.where(odd > 0, even, 0).min())
+
+
+def clamp_r(r: int, evidence: Evidence, name: str) -> int:
+    """``r`` limited to :func:`cap`; says so through :meth:`Evidence.note`."""
+    most = cap(evidence)
+    if r > most:
+        evidence.note(
+            f"{name}: r={r} clamped to {most} at layer {evidence.layer} "
+            f"({evidence.n} tokens, {evidence.prefix} protected)",
+            f"{name}: r={r} is more than some layers can remove and is clamped there; tr.record(model) notes where",
+        )
+    return min(r, most)
+
+
+def bipartite(metric: Tensor, r: int, evidence: Evidence, *, ascending: bool = False, **settings: object) -> Plan:
+    """Merge ``r`` tokens as in ToMe (arXiv 2210.09461): even positions look for their best match among odd ones.
+
+    ``metric`` (B,N,d) is compared by cosine in float32. Protected tokens neither move nor absorb. The output order is
+    the published one: protected tokens, unmerged even positions (ascending; by descending similarity when nothing is
+    protected, as the official code has it, unless ``ascending``), odd positions. ``settings`` go to
+    :class:`~tokenreduce.plan.Merge`.
+    """
+    if r <= 0:
+        return Identity.like(evidence.x)
+    n, p = evidence.n, evidence.prefix
+    m = unit(metric)
+    scores = inner(m[:, ::2], m[:, 1::2])
+    protected = fixed = evidence.fixed()
+    if evidence.valid is not None:
+        fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid
+    if fixed is not None and (p != 1 or evidence.visual is not None or evidence.valid is not None):
+        scores = scores.masked_fill(fixed[:, None, 1::2], float("-inf"))
+    best, partner = scores.max(-1)
+    best = finite(best, evidence)  # a maximum keeps NaN, so the small tensor tells as much as the map
+    if fixed is not None:  # rows need no masking: a token that may not move only loses its place in the ranking
+        best = best.masked_fill(fixed[:, ::2], float("-inf"))
+    order = descending(best)
+    source, rest = order[:, :r], order[:, r:]
+    if protected is not None or ascending:  # not for padding: an order must not depend on what other samples lack
+        rest = rest.sort(dim=-1).values
+    # Protected tokens lead: their even positions stand first in `rest`, their odd ones first among the partners.
+    even, odd = (p + 1) // 2, p // 2
+    batch = rest.shape[0]
+    position = torch.arange(n, device=metric.device).expand(batch, n)
+    keep = torch.cat([position[:, :p], 2 * rest[:, even:], position[:, 1 + 2 * odd :: 2]], 1)
+    dst = partner.gather(1, source) - odd + (p + rest.shape[1] - even)
+    if evidence.valid is not None and not settings.get("by_size", True):
+        # Sizes of empty slots are 0 and give them no weight; a plain mean has to be told.
+        settings = {**settings, "weights": evidence.valid.float()}
+    return Merge(n, keep, 2 * source, dst, **settings)  # type: ignore[arg-type]
+
+
+def halvings(x: Tensor, keep: int, layer: int = 0) -> list[Merge]:
+    """The merges, one after the other, that leave ``keep`` of the tokens ``x`` (B,N,C) by bipartite matching on the
+    tokens themselves: each merges half of what is left, the last one as many as are needed.
+
+    A target is the plain mean of itself and its sources in this step; sizes do not count, so that several steps are a
+    mean of means. ``layer`` is named in errors.
+    """
+    x, steps = x.detach().float(), []
+    while x.shape[1] > keep:
+        r = min(x.shape[1] // 2, x.shape[1] - keep)
+        steps.append(cast(Merge, bipartite(x, r, Evidence(x, layer=layer), by_size=False)))
+        x = steps[-1].reduce(x)
+    return steps

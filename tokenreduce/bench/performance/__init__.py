@@ -1,0 +1,1 @@
+"""The clock measurements of docs/performance.md, one command each."""

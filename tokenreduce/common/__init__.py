@@ -1,0 +1,1 @@
+"""What stands below everything and knows nothing of tokens: words, files, pictures."""

@@ -1,0 +1,298 @@
+"""Reducers: methods with their settings. A method is a frozen dataclass with one pure function, ``plan``."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.settings import check, fit, fits, hints
+from tokenreduce.plan import Plan
+
+__all__ = ["STAGES", "Reducer", "format_spec", "parse_spec", "split_specs"]
+
+STAGES = ("encoder", "projector", "language", "cache")
+#: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
+#: attention and MLP, or on the block's output.
+POSITIONS = ("input", "before", "middle", "after")
+#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input. Inside a
+#: language model, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
+#: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
+#: (M-RoPE); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
+#: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from,
+#: ``history`` how many visual tokens there were.
+#: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
+#: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
+#: space, ``clip`` patches and question in a CLIP model's.
+#: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
+EVIDENCE = (
+    "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
+    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """Base of all methods.
+
+    A subclass names itself in its class statement and is then known to the registry::
+
+        @dataclass(frozen=True)
+        class Mine(Reducer, name="mine", stage="encoder", needs=("keys",), paper="2210.09461"):
+            keep: int | float = 1.0
+            def plan(self, evidence): ...
+
+    ``needs`` lists the evidence an adapter must gather, ``position`` where in an encoder block the plan acts. What its
+    fields are annotated with is what settings take: values of another kind are a ``ValueError`` before its own
+    ``__post_init__`` runs, see :func:`tokenreduce.core.settings.check`.
+    Encoder methods have a field ``keep`` (the share or number of patch tokens left after the last layer), which is
+    what benchmarks sweep.
+    """
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[str] = "encoder"
+    paper: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    position: ClassVar[str] = "middle"
+    needs: ClassVar[tuple[str, ...]] = ()
+    #: Whether samples of a batch may keep different numbers of tokens (plans with ``valid``).
+    ragged: ClassVar[bool] = False
+
+    def __init_subclass__(
+        cls,
+        *,
+        name: str = "",
+        stage: str | None = None,
+        needs: tuple[str, ...] | None = None,
+        paper: str | None = None,
+        position: str | None = None,
+        title: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name
+        if stage is not None:
+            cls.stage = stage
+        if needs is not None:
+            cls.needs = needs
+        if position is not None:
+            cls.position = position
+        if paper is not None:
+            cls.paper = paper
+        cls.title = title or cls.__name__
+        unknown = [n for n in cls.needs if n not in EVIDENCE]
+        if cls.stage not in STAGES or cls.position not in POSITIONS or unknown:
+            raise TypeError(
+                f"{cls.__name__}: stage is one of {STAGES}, position one of {POSITIONS}, needs among {EVIDENCE}"
+            )
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _checked_first(cls.__post_init__)  # type: ignore[method-assign]
+        if name:
+            from tokenreduce.core.registry import register
+
+            register(cls)
+
+    def __post_init__(self) -> None:
+        if type(self).__post_init__ is Reducer.__post_init__:
+            check(self)
+
+    # -- what a method says ----------------------------------------------------------------------------------------
+    def plan(self, evidence: Evidence) -> Plan:
+        """Which of the N tokens become which of K; a pure function of the evidence."""
+        raise NotImplementedError("abstract")
+
+    def acts(self, layer: int, depth: int) -> bool:
+        """Whether the method does something in 0-based ``layer`` of ``depth``. Raises ``ValueError`` if it cannot."""
+        return True
+
+    def gathers(self) -> tuple[str, ...]:
+        """The evidence that these settings need; :attr:`needs` unless a method overrides it."""
+        return self.needs
+
+    def wishes(self) -> tuple[str, ...]:
+        """Evidence that these settings use where a model has it, and do without elsewhere."""
+        return ()
+
+    def site(self) -> str:
+        """Where in the block these settings act; :attr:`position` unless a method overrides it."""
+        return self.position
+
+    def looks(self) -> tuple[Look, ...]:
+        """Blocks of a vision tower in front of a language model whose queries and keys the method reads."""
+        return ()
+
+    def later(self) -> str:
+        """Whether the method chooses again in every decode step: "" (no), "hide" (among the tokens whose keys are
+        cached), or "revive" (among all; one that it let go before comes back). ``plan`` is then asked with the tokens
+        that the new one attended to in the layer before, itself last: ``attention`` is its row, ``x`` has no channels,
+        and ``earlier`` is the step before."""
+        return ""
+
+    def mark(self, evidence: Evidence) -> Tensor:
+        """(B,N) numbers for the visual tokens of one view of an image, from what the vision tower saw of them: a pure
+        function of ``evidence`` (a :class:`~tokenreduce.core.visual.Visual`). For language-stage methods that need
+        ``tower``: it is asked once, at the entry of the language model, and :attr:`Evidence.marks` has the answer."""
+        raise NotImplementedError("abstract")
+
+    @property
+    def proportional(self) -> bool:
+        """Whether later attention gets log size as key bias (the ``prop_attn`` field where a method has one)."""
+        return bool(getattr(self, "prop_attn", False))
+
+    # -- text and JSON -----------------------------------------------------------------------------------------------
+    def spec(self) -> str:
+        """Short text such as ``tome:r=13`` that :func:`tokenreduce.get_method` reads back."""
+        return format_spec(self.name, self._changed())
+
+    def _changed(self) -> dict[str, Any]:
+        out = {}
+        for f in fields(self):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            if (value := getattr(self, f.name)) != default:
+                out[f.name] = value
+        return out
+
+    def to_json(self) -> str:
+        """All settings as JSON; read back by :meth:`from_json`."""
+        return json.dumps({"method": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}})
+
+    @staticmethod
+    def from_json(text: str | Mapping[str, Any]) -> Reducer:
+        """A reducer from :meth:`to_json`'s text or an equal mapping. Raises ``ValueError`` for unknown names."""
+        given = json.loads(text) if isinstance(text, str) else text
+        from tokenreduce.core.registry import get_class
+
+        if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+            raise ValueError("a reducer's JSON is an object with a key 'method', the method's name, and its settings")
+        settings = dict(given)
+        return build(get_class(settings.pop("method")), settings)
+
+    def __str__(self) -> str:
+        return self.spec()
+
+
+def _checked_first(own: Callable[..., None]) -> Callable[..., None]:
+    """``own``, a class's ``__post_init__``, behind the check of what kinds its settings are."""
+
+    @functools.wraps(own)
+    def checked(self: Reducer, *args: Any) -> None:
+        if type(self).__post_init__ is checked:  # else a subclass calls it, and has checked
+            try:
+                check(self)
+            except ValueError as error:
+                raise ValueError(f"{error}{_more(str(error), own, self, *args)}") from None
+        own(self, *args)
+
+    return checked
+
+
+def _more(error: str, own: Callable[..., None], *args: Any) -> str:
+    """What the method itself says about settings of a wrong kind: it knows the values that it takes, too."""
+    try:
+        own(*args)
+    except ValueError as other:
+        return f" ({str(other).removesuffix(', not ' + error.rpartition(', not ')[2].partition(';')[0])})"
+    except Exception:  # it was not made for such values
+        return ""
+    return ""
+
+
+def build(kind: type[Reducer], settings: Mapping[str, Any]) -> Reducer:
+    """``kind(**settings)`` with an error that lists the valid names. Lists become tuples, so reducers hash."""
+    known = [f.name for f in fields(kind)]
+    for key in settings:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{kind.name} has no setting {key!r}{hint} It takes: {', '.join(known) or 'none'}.")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def format_spec(name: str, settings: Mapping[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, bool) or value is None:
+            return str(value).lower()
+        if isinstance(value, tuple | list):
+            return "[" + ",".join(text(v) for v in value) + "]"
+        return _quoted(value) if isinstance(value, str) else str(value)
+
+    return name + (":" + ",".join(f"{k}={text(v)}" for k, v in settings.items()) if settings else "")
+
+
+def _quoted(value: str) -> str:
+    """``value``, in quotes where it would be read as something else."""
+    if value and value == value.strip() and _value(value) == value and not set(value) & set("[]+,\"'"):
+        return value
+    quote = '"' if "'" in value else "'"
+    return quote + value + quote
+
+
+def _split(text: str, at: str) -> list[str]:
+    """Split outside square brackets and outside values in quotes."""
+    parts, depth, start, i = [], 0, 0, 0
+    while i < len(text):
+        c = text[i]
+        if c in "'\"" and text[:i].rstrip()[-1:] in ("", *"=,[") and (end := text.find(c, i + 1)) > 0:
+            i = end
+        depth += (c == "[") - (c == "]")
+        if c == at and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+        i += 1
+    return [p.strip() for p in [*parts, text[start:]]]
+
+
+def _value(text: str) -> Any:
+    if text.startswith("[") and text.endswith("]"):
+        return tuple(_value(v) for v in _split(text[1:-1], ",") if v)
+    plain = {"true": True, "false": False, "none": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return _unquoted(text)
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text.strip("'\"")
+
+
+def _read(raw: str, hint: Any) -> Any:
+    """The value that ``raw`` is for a setting that takes ``hint``; of another kind where it is none of that."""
+    value = _value(raw)
+    for got in (fit(value, hint, words=True), fit(_unquoted(raw), hint)):
+        if fits(got):
+            return got
+    return value
+
+
+def parse_spec(text: str, kind: type[Reducer] | None = None) -> tuple[str, dict[str, Any]]:
+    """``"tome:r=13,prop_attn=false"`` to its name and settings, as ``kind`` takes them: what is "no" for a setting
+    that is text is false for one that is a bool. Raises ``ValueError`` for malformed text."""
+    name, _, rest = text.strip().partition(":")
+    known = {} if kind is None else hints(kind)
+    settings: dict[str, Any] = {}
+    for item in _split(rest, ",") if rest.strip() else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"cannot read {item!r} in {text!r}: write method:setting=value,setting=value")
+        if key in settings:
+            raise ValueError(f"{text!r} gives {key} twice")
+        settings[key] = _read(value, known[key]) if key in known else _value(value)
+    if not name:
+        raise ValueError(f"cannot read {text!r}: it names no method; write method:setting=value")
+    return name, settings
+
+
+def split_specs(text: str) -> list[str]:
+    """``"visionzip:keep=64+fastv:layer=2"`` to its parts."""
+    return [part for part in _split(text, "+") if part]
