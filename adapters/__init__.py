@@ -253,7 +253,7 @@ class Description:
 
 def describe(model: nn.Module) -> Description:
     """The sites of ``model``. Raises ``TypeError`` for a model without adapter."""
-    from tokenreduce.patching import reducers_of
+    from tokenreduce.core.undo import reducers_of
 
     language = _language(model)
     towers = tuple(t for _, t in _towers(model, language))

@@ -135,7 +135,7 @@ def test_the_finder_yields_to_a_whole_package_but_not_to_a_folder(tmp_path, monk
     folder.mkdir()
     assert finder.find_spec("tokenreduce").origin == str(ROOT / "tokenreduce" / "__init__.py")
     assert finder.find_spec("tokenreduce.vision").origin == str(ROOT / "vision" / "__init__.py")
-    assert finder.find_spec("tokenreduce.plan") is None
+    assert finder.find_spec("tokenreduce.core.plan") is None
     assert finder.find_spec("vision") is None
     sys.path_importer_cache.pop(str(tmp_path), None)
     (folder / "__init__.py").write_text("")

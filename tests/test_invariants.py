@@ -12,8 +12,8 @@ from support import ENCODER_METHODS, PAPER, acting_layer, evidence, images, tiny
 from threads import mixed_up
 
 import tokenreduce as tr
+from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.registry import get_class
-from tokenreduce.plan import Identity, Merge, Plan
 
 every = pytest.mark.parametrize("name", ENCODER_METHODS)
 SIZES = [(2, 1), (3, 1), (4, 1), (5, 0), (2, 0), (17, 1), (16, 0), (18, 2), (21, 5), (37, 1), (38, 1)]

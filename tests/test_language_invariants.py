@@ -14,8 +14,8 @@ from threads import mixed_up
 from vlms import batch, llava
 
 import tokenreduce as tr
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.registry import get_class
-from tokenreduce.plan import Plan
 
 METHODS = tr.list_methods(stage="language")
 every = pytest.mark.parametrize("name", METHODS)

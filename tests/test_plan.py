@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenreduce.plan import Chain, Identity, Merge, Mix, Plan, Pool, Prune
+from tokenreduce.core.plan import Chain, Identity, Merge, Mix, Plan, Pool, Prune
 
 FEW = settings(max_examples=40, deadline=None)
 

@@ -15,8 +15,8 @@ from visual import ORIGINS, frames, visual
 import tokenreduce as tr
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Chain, Plan
 from tokenreduce.core.registry import get_class
-from tokenreduce.plan import Chain, Plan
 
 METHODS = tr.list_methods(stage="projector")
 #: What they keep depends on places alone.

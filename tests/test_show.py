@@ -10,8 +10,8 @@ from PIL import Image
 from support import tiny_vit
 
 import tokenreduce as tr
+from tokenreduce.core.plan import Identity, Merge, Pool, Prune
 from tokenreduce.measure.picture import MARGIN, _regions, draw, show, view
-from tokenreduce.plan import Identity, Merge, Pool, Prune
 
 RED, GREEN, BLUE, GREY = (200, 0, 0), (0, 200, 0), (0, 0, 200), (120, 120, 120)
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Merge, Mix, Plan, Pool, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import get_method, list_methods, parse
 from tokenreduce.core.trace import record
 from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
-from tokenreduce.plan import Merge, Mix, Plan, Pool, Prune
 
 if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
     from tokenreduce.video.encoder.vidtldr import VidTLDR

@@ -34,9 +34,9 @@ from tokenreduce.adapters.encoders.state import (
 )
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step, Trace, active
-from tokenreduce.plan import Plan
 
 __all__ = [
     "Ask", "Attended", "Reduced", "Site", "State", "Tower", "asks", "attach_tower", "carry_state", "collect_states",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.state import Entry, State, full_plan, note_entry, pool_mean, state_of
-from tokenreduce.patching import Undo
-from tokenreduce.plan import Prune
+from tokenreduce.core.plan import Prune
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_hands", "raw_of", "whole"]
 

@@ -40,7 +40,7 @@ from tokenreduce.adapters.encoders.readers import own_code
 from tokenreduce.adapters.encoders.state import carry_state
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "towers"]
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenreduce.adapters.encoders.joint import Windows
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "is_causal", "listen", "softcap_of"]
 

@@ -12,7 +12,7 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from tokenreduce.adapters.encoders.block import Tower
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_resize", "pair"]
 

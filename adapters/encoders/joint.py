@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.block import Attended, Site
 from tokenreduce.adapters.encoders.state import State, entry_of, set_state, state_of
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["FRAMES", "JointState", "Windows", "check_frames", "join_frames"]
 

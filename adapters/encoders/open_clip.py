@@ -21,7 +21,7 @@ from tokenreduce.adapters.encoders.open_clip_attention import SEQUENCE_FIRST, li
 from tokenreduce.adapters.encoders.open_clip_model import PREFIX, attach_model
 from tokenreduce.adapters.encoders.stock import refuse_own
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "towers"]
 

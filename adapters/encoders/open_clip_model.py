@@ -38,7 +38,7 @@ from tokenreduce.adapters.encoders.state import (
 )
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["PREFIX", "attach_model"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.encoders.joint import check_frames
 from tokenreduce.adapters.encoders.state import State, full_plan
-from tokenreduce.plan import Chain, Identity, Merge, Plan, Pool, Prune
+from tokenreduce.core.plan import Chain, Identity, Merge, Plan, Pool, Prune
 
 __all__ = ["Layout", "Packed", "Part", "patchwise"]
 

@@ -37,10 +37,10 @@ from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.encoders.packed import Layout, Packed, Part
 from tokenreduce.adapters.encoders.state import lost, set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step, Trace, active
-from tokenreduce.patching import Undo
-from tokenreduce.plan import Plan
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "towers"]
 

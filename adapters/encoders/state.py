@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = [
     "Entry", "State", "carry_state", "entry_of", "expand_patches", "full_plan", "known", "log_size", "lost",

@@ -25,7 +25,7 @@ from tokenreduce.adapters.encoders.stock import refuse_hooks, refuse_own
 from tokenreduce.adapters.encoders.timm_attention import attend, listen, project, scores
 from tokenreduce.adapters.encoders.timm_model import attach_model, attach_resize
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "towers"]
 

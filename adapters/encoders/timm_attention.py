@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Ask, Attended
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["ATTENTIONS", "attend", "listen", "project", "scores"]
 

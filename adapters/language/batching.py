@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_batching", "is_paged"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.language.generation import cache_in
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_drafts", "sees_images"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.plan import Plan, Prune, take
+from tokenreduce.core.plan import Plan, Prune, take
 
 __all__ = [
     "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_as", "cache_in", "cache_of", "columns_kept",

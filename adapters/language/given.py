@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from tokenreduce.adapters.language.projector.seen import WATCHING, Encoded, encoded_in
 from tokenreduce.core.trace import active
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 if TYPE_CHECKING:
     from tokenreduce.adapters.language.vlm import Language

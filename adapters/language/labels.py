@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.language.generation import KEYWORD, Run, cache_in, run_of
-from tokenreduce.patching import Undo
-from tokenreduce.plan import take
+from tokenreduce.core.plan import take
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_labels", "kept_of"]
 

@@ -20,7 +20,7 @@ from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.language.generation import KEYWORD, Run, Step
 from tokenreduce.adapters.language.reduce import reduce_before
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_middle", "is_middle", "taken"]
 

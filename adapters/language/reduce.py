@@ -12,10 +12,10 @@ from tokenreduce.adapters.encoders.hf_attention import Call, is_causal, softcap_
 from tokenreduce.adapters.language.generation import Cut, Run
 from tokenreduce.adapters.language.marks import needs_marks
 from tokenreduce.core.evidence import Evidence, Prompt
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step as TraceStep
 from tokenreduce.core.trace import active
-from tokenreduce.plan import Plan
 
 __all__ = ["reduce_before"]
 

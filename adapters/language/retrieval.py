@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.language.generation import KEYWORD, Run, Step
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 if TYPE_CHECKING:
     from tokenreduce.adapters.language.vlm import Language

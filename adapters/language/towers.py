@@ -19,9 +19,9 @@ from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.joint import JointState, join_frames
 from tokenreduce.adapters.encoders.state import State, full_plan, known
 from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
-from tokenreduce.plan import Identity, Plan
+from tokenreduce.core.undo import Undo
 
 __all__ = ["Everything", "attach_encoder", "expand_states", "remaining", "sizes"]
 

@@ -60,7 +60,7 @@ from tokenreduce.adapters.language.reduce import reduce_before
 from tokenreduce.adapters.language.retrieval import attach_retrieval, check_owner, limits, note_run, owner_of
 from tokenreduce.adapters.language.towers import Everything, attach_encoder
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.patching import Undo
+from tokenreduce.core.undo import Undo
 
 __all__ = ["FAMILIES", "Language", "attach", "find"]
 

@@ -22,8 +22,8 @@ from transformers.models.smolvlm import modeling_smolvlm as smolvlm  # noqa: E40
 import tokenreduce as tr  # noqa: E402
 from tokenreduce.adapters.encoders.block import Reduced  # noqa: E402
 from tokenreduce.core.evidence import Evidence  # noqa: E402
+from tokenreduce.core.plan import Identity, Plan, Prune  # noqa: E402
 from tokenreduce.core.reducer import Reducer  # noqa: E402
-from tokenreduce.plan import Identity, Plan, Prune  # noqa: E402
 from tokenreduce.vision.encoder.tome import ToMe  # noqa: E402
 
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)

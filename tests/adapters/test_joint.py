@@ -14,8 +14,8 @@ from vlms import VLMS, prompts
 
 import tokenreduce as tr
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Plan, Prune
 from tokenreduce.video.encoder.vidtldr import VidTLDR
 
 #: CLIP with a class token, and SigLIP.

@@ -9,8 +9,8 @@ from vlms_masked import close, generate
 
 import tokenreduce as tr
 from tokenreduce.adapters.encoders.packed import Layout
+from tokenreduce.core.plan import Identity, Merge, Prune
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Merge, Prune
 
 NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 #: Two videos of four and two temporal positions of one size, and between them one of two of another.

@@ -23,8 +23,8 @@ from torch import nn
 
 import tokenreduce as tr
 from tokenreduce.adapters.encoders.block import pool_mean
+from tokenreduce.core.plan import Identity, Merge, Prune
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Merge, Prune
 from tokenreduce.vision.encoder.tome import ToMe
 
 LAYERS, SIDE = 4, 6

@@ -14,8 +14,8 @@ from vlms_masked import close, generate, layers_of
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.generation import cache_in
+from tokenreduce.core.plan import Identity
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity
 
 ROWS = {"unequal": ((9, "i"), (5, "ii")), "alone": ((7, "i"),), "none": ((9, "i"), (5, ""))}
 SPECS = (

@@ -15,8 +15,8 @@ from vlms_masked import CASES, FILMS, close, generate, layers_of
 import tokenreduce as tr
 from tokenreduce.adapters.language import vlm as vlm_adapter
 from tokenreduce.algorithms.projector import saliency
+from tokenreduce.core.plan import Identity
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity
 
 KINDS = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "gemma3")
 

@@ -15,8 +15,8 @@ import tokenreduce as tr
 from tokenreduce.adapters.encoders.packed import Layout, Packed, patchwise
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.scoring import received_attention
+from tokenreduce.core.plan import Chain, Identity, Merge, Pool, Prune
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Chain, Identity, Merge, Pool, Prune
 
 NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 #: Two images of one size, and between them a video of two frames of another.

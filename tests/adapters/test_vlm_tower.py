@@ -14,7 +14,7 @@ from vlms_masked import CASES, close, generate
 import tokenreduce as tr
 from tokenreduce.algorithms.projector import Projector, saliency
 from tokenreduce.algorithms.scoring import received_attention
-from tokenreduce.plan import Merge, Pool
+from tokenreduce.core.plan import Merge, Pool
 
 
 class Seen(Projector):

@@ -11,7 +11,7 @@ from support import images, tiny_vit
 import tokenreduce as tr
 from tokenreduce.bench.costs import Costs
 from tokenreduce.bench.rate_search import HIDDEN, _Masked, _Rates, _Soft, search_rates
-from tokenreduce.plan import Merge
+from tokenreduce.core.plan import Merge
 from tokenreduce.vision.encoder.diffrate import DiffRate
 
 SMALL = Costs.vit(37, 32, 4, classes=7, mlp_ratio=2.0)

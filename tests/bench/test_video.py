@@ -22,8 +22,8 @@ from tokenreduce.bench.task import Task
 from tokenreduce.bench.tower_clock import tower_clock
 from tokenreduce.bench.video import VideoTask
 from tokenreduce.cli import app
+from tokenreduce.core.undo import reducers_of
 from tokenreduce.measure.frames import frames_question
-from tokenreduce.patching import reducers_of
 from tokenreduce.zoo.video_inputs import video_inputs
 
 pytest.importorskip("transformers")

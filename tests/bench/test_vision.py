@@ -16,7 +16,7 @@ from tokenreduce.bench import vision
 from tokenreduce.bench.hits import Answers, agreement, scores
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.vision import VisionTask, neighbours
-from tokenreduce.patching import reducers_of
+from tokenreduce.core.undo import reducers_of
 
 CLOCK = ("seconds_per_image", "images_per_s", "speedup", "peak_mb", "reduction_share")
 

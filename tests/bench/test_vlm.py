@@ -23,8 +23,8 @@ from tokenreduce.bench.sweep import Solver, check_methods, points, sweep
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.vlm import VlmTask
 from tokenreduce.cli import app
+from tokenreduce.core.undo import reducers_of
 from tokenreduce.measure.question import ask
-from tokenreduce.patching import reducers_of
 from tokenreduce.zoo.evaluation import KINDS_OF_TYPES
 
 pytest.importorskip("transformers")

@@ -16,11 +16,11 @@ from vlms import IMAGE, VLMS, prompts
 
 import tokenreduce as tr
 from tokenreduce.bench.vlms import LoadedVlm, load_vlm
+from tokenreduce.core.plan import Merge, Prune
 from tokenreduce.core.trace import Step
 from tokenreduce.measure.generation import compare, follow, patches_left
 from tokenreduce.measure.kept import Place, draw_kept, places
 from tokenreduce.measure.question import Question, ask
-from tokenreduce.plan import Merge, Prune
 
 NAMES = ("llava", "qwen2_5_vl")
 SPEC = "divprune:keep=0.3+fastv:layer=2,keep=0.5"

@@ -10,8 +10,9 @@ from support import images, tiny_vit
 
 import tokenreduce as tr
 from tokenreduce.core.flops import count_flops, flops_by_layer
+from tokenreduce.core.undo import reducers_of
 from tokenreduce.measure.image import clock_image, compare_image
-from tokenreduce.patching import reducers_of, twin
+from tokenreduce.patching import twin
 
 
 @pytest.fixture

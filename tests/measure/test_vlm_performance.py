@@ -11,7 +11,7 @@ from tokenreduce.bench.performance import language as vp
 from tokenreduce.bench.performance.language import Settings, cells, markdown, measure, methods_of, splice
 from tokenreduce.bench.performance.shapes import SHAPES, Shape, build, prompt
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Prune
+from tokenreduce.core.plan import Prune
 
 pytest.importorskip("transformers")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Identity, Merge, Plan
+from tokenreduce.core.plan import Identity, Merge, Plan
 
 __all__ = ["bipartite", "cap", "clamp_r", "halvings"]
 
@@ -42,7 +42,7 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, *, ascending: bool = F
     ``metric`` (B,N,d) is compared by cosine in float32. Protected tokens neither move nor absorb. The output order is
     the published one: protected tokens, unmerged even positions (ascending; by descending similarity when nothing is
     protected, as the official code has it, unless ``ascending``), odd positions. ``settings`` go to
-    :class:`~tokenreduce.plan.Merge`.
+    :class:`~tokenreduce.core.plan.Merge`.
     """
     if r <= 0:
         return Identity.like(evidence.x)

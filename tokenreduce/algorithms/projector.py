@@ -11,8 +11,8 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import cls_attention, descending, finite, received_attention, single_head
 from tokenreduce.core.budget import check_keep, count
 from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Plan, Prune
 
 __all__ = [
     "NEWLINES", "POSITIONS", "SCORES", "Projector", "Salient", "by_class", "check_clip", "check_layer", "kept",

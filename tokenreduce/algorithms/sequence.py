@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, finite
 from tokenreduce.core.budget import Keep, check_count, check_keep
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Identity, Mix, Plan, Prune
+from tokenreduce.core.plan import Identity, Mix, Plan, Prune
 
 __all__ = [
     "best", "check_stages", "keep_best", "keep_chosen", "keep_mixed", "packed", "question", "shrink", "stages_of",

@@ -13,8 +13,8 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.scoring import clean, descending, unit
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Mix, Plan
 from tokenreduce.core.visual import Visual
-from tokenreduce.plan import Mix, Plan
 
 __all__ = [
     "Temporal", "adjacent", "best_of_frames", "by_frame", "change", "cut_by_similarity", "frame_grid", "frames_of",

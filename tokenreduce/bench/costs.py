@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import record
 from tokenreduce.patching import describe, patched
-from tokenreduce.plan import Plan, Prune
 
 __all__ = ["Costs", "Forward", "logits"]
 

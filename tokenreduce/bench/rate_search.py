@@ -26,9 +26,9 @@ from tokenreduce.algorithms.scoring import descending, finite, importance, unit
 from tokenreduce.bench.costs import Costs, Forward, logits
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan, take
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.patching import describe, patched
-from tokenreduce.plan import Identity, Merge, Plan, take
 from tokenreduce.vision.encoder.diffrate import DiffRate
 
 __all__ = ["Costs", "SearchStep", "search_rates"]

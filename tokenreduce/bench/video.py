@@ -21,10 +21,11 @@ from tokenreduce.bench.vision import _whole
 from tokenreduce.bench.vlm import VlmTask, _Batch, _knows_the_world, _Ready
 from tokenreduce.bench.vlms import LoadedVlm
 from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.undo import reducers_of
 from tokenreduce.measure.frames import film_metadata, frames_question, own_form, takes_videos
 from tokenreduce.measure.question import Question, prompt_text
 from tokenreduce.measure.timing import Speedup
-from tokenreduce.patching import describe, reducers_of
+from tokenreduce.patching import describe
 
 __all__ = ["FRAMES", "VideoTask"]
 

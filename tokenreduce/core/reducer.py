@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.settings import check, fit, fits, hints
-from tokenreduce.plan import Plan
 
 __all__ = ["STAGES", "Reducer", "format_spec", "parse_spec", "split_specs"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.common.words import counted
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode

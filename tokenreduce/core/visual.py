@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.core.evidence import Evidence, Look, Rows
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["Mapped", "Origin", "Visual", "resolve"]
 

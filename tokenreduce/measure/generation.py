@@ -15,10 +15,11 @@ from tokenreduce.adapters.language.generation import cache_of, columns_order
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer, split_specs
 from tokenreduce.core.trace import Step, Trace, record
+from tokenreduce.core.undo import reducers_of
 from tokenreduce.measure.comparison import Comparison, Side, Site
 from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Timing, synchronise, turns
-from tokenreduce.patching import describe, patched, reducers_of
+from tokenreduce.patching import describe, patched
 
 __all__ = [
     "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layers_of", "patches_left",

@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenreduce.common.images import as_rgb
 from tokenreduce.common.words import counted
 from tokenreduce.core.labels import label_of
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import parse
 from tokenreduce.core.trace import Step
-from tokenreduce.plan import Plan
 
 __all__ = ["Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "patch_size", "show", "view"]
 

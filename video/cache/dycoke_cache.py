@@ -11,8 +11,8 @@ from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.sequence import best, keep_chosen, visual_counts, visual_of
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Plan
 
 __all__ = ["DyCokeCache"]
 

@@ -13,9 +13,9 @@ from tokenreduce.algorithms.matching import bipartite, clamp_r
 from tokenreduce.algorithms.scoring import excluded, finite
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import staged
-from tokenreduce.plan import Identity, Merge, Plan
 
 __all__ = ["VidTLDR"]
 

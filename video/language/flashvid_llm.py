@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from tokenreduce.algorithms.sequence import keep_best
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Plan
 
 __all__ = ["FlashVIDLLM"]
 

@@ -12,8 +12,8 @@ from tokenreduce.algorithms.scoring import descending, finite, unit
 from tokenreduce.algorithms.sequence import best, keep_mixed, visual_counts, visual_of
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Plan
 
 __all__ = ["FrameFusion"]
 

@@ -12,8 +12,8 @@ from tokenreduce.algorithms.sequence import best, keep_chosen, packed, question,
 from tokenreduce.algorithms.views import apportion
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Plan
 
 __all__ = ["PruneVidPrune"]
 

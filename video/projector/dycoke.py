@@ -14,7 +14,7 @@ from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.temporal import Temporal, best_of_frames, by_frame, change, frame_grid, frames_of
 from tokenreduce.algorithms.views import marked
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Identity, Plan
+from tokenreduce.core.plan import Identity, Plan
 
 __all__ = ["DyCoke"]
 

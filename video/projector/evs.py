@@ -13,7 +13,7 @@ from tokenreduce.algorithms.projector import kept, top
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.temporal import Temporal, by_frame, change, frame_grid, frames_of
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["EVS"]
 

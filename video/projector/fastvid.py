@@ -15,7 +15,7 @@ from tokenreduce.algorithms.scoring import distances, finite, inner, unit
 from tokenreduce.algorithms.temporal import Temporal, adjacent, best_of_frames, by_frame, cut_by_similarity
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Mix, Plan
+from tokenreduce.core.plan import Mix, Plan
 
 __all__ = ["FastVID"]
 

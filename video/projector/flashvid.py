@@ -15,7 +15,7 @@ from tokenreduce.algorithms.scoring import descending, inner, unit
 from tokenreduce.algorithms.temporal import Temporal, adjacent, by_frame, cut_by_similarity, joined
 from tokenreduce.core.budget import check_count, count, proportional
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["FlashVID"]
 

@@ -12,7 +12,7 @@ from tokenreduce.algorithms.projector import share
 from tokenreduce.algorithms.scoring import finite, inner, unit
 from tokenreduce.algorithms.temporal import Temporal, by_frame, frames_of
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["FrameMerge"]
 

@@ -12,7 +12,7 @@ from tokenreduce.algorithms.projector import Salient
 from tokenreduce.algorithms.temporal import Temporal, adjacent, by_frame, joined
 from tokenreduce.core.budget import check_count, proportional
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["HoliTom"]
 

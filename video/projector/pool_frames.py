@@ -10,7 +10,7 @@ from tokenreduce.algorithms.baseline import windows
 from tokenreduce.algorithms.temporal import Temporal, frames_of
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["PoolFrames"]
 

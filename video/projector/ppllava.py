@@ -15,7 +15,7 @@ from tokenreduce.algorithms.scoring import finite, inner, relevance, unit
 from tokenreduce.algorithms.temporal import Temporal, frames_of
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["PPLLaVA"]
 

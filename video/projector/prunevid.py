@@ -15,7 +15,7 @@ from tokenreduce.algorithms.temporal import Temporal, by_frame, frames_of, segme
 from tokenreduce.algorithms.views import apportion
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Mix, Plan
+from tokenreduce.core.plan import Mix, Plan
 
 __all__ = ["PruneVid", "contiguous", "likeness"]
 

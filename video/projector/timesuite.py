@@ -10,7 +10,7 @@ import torch
 from tokenreduce.algorithms.temporal import Temporal
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["TokenShuffle"]
 

@@ -10,7 +10,7 @@ from tokenreduce.algorithms.baseline import regular
 from tokenreduce.algorithms.projector import kept
 from tokenreduce.algorithms.temporal import Temporal, frame_grid, frames_of
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["UniformFrames"]
 

@@ -11,7 +11,7 @@ from tokenreduce.algorithms.projector import kept
 from tokenreduce.algorithms.scoring import finite, unit
 from tokenreduce.algorithms.temporal import Temporal, best_of_frames, by_frame
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Identity, Plan, Prune
+from tokenreduce.core.plan import Identity, Plan, Prune
 
 __all__ = ["VidCom2"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from tokenreduce.algorithms.scoring import finite, importance, inner, select, unit
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan, Prune, take
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Merge, Plan, Prune, take
 
 __all__ = ["SCHEDULES", "DiffRate"]
 

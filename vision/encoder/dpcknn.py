@@ -11,9 +11,9 @@ from tokenreduce.algorithms.clustering import peaks
 from tokenreduce.algorithms.scoring import descending, distances, excluded, finite
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
-from tokenreduce.plan import Identity, Merge, Plan
 
 __all__ = ["DPCKNN"]
 

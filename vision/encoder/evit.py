@@ -10,9 +10,9 @@ import torch
 from tokenreduce.algorithms.scoring import importance, select
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
-from tokenreduce.plan import Identity, Merge, Plan, Prune
 
 __all__ = ["EViT"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, distances, excluded, finite, received_attention
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
-from tokenreduce.plan import Identity, Plan, Prune
 
 __all__ = ["KMedoids"]
 

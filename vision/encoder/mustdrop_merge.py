@@ -12,8 +12,8 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, finite, unit
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Merge, Plan
 
 __all__ = ["MustDropMerge"]
 

@@ -14,8 +14,8 @@ from tokenreduce.algorithms.matching import bipartite
 from tokenreduce.algorithms.scoring import descending, excluded, finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_keep, geometric
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Merge, Plan
 
 __all__ = ["PiToMe"]
 

@@ -10,8 +10,8 @@ from tokenreduce.algorithms.baseline import draw
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.schedule import Scheduled
-from tokenreduce.plan import Identity, Plan, Prune
 
 __all__ = ["Random"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_keep, count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
-from tokenreduce.plan import Identity, Plan, Prune
 
 __all__ = ["RepresentationShift"]
 

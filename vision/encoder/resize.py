@@ -11,8 +11,8 @@ from torch import Tensor
 from tokenreduce.algorithms.baseline import resampling
 from tokenreduce.core.budget import check_keep, count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan, Pool
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Plan, Pool
 
 __all__ = ["Resize"]
 

@@ -10,8 +10,8 @@ from tokenreduce.algorithms.matching import bipartite, clamp_r
 from tokenreduce.algorithms.scoring import key_metric
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Merge, Plan, Prune
 from tokenreduce.core.schedule import Scheduled
-from tokenreduce.plan import Merge, Plan, Prune
 
 __all__ = ["ToFu"]
 

@@ -10,9 +10,9 @@ from tokenreduce.algorithms.matching import bipartite, clamp_r
 from tokenreduce.algorithms.scoring import finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import Scheduled
-from tokenreduce.plan import Identity, Merge, Plan
 
 __all__ = ["ToMe", "ToMeKth"]
 

@@ -8,8 +8,8 @@ from tokenreduce.algorithms.baseline import spread
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Plan, Prune
 
 __all__ = ["Uniform"]
 

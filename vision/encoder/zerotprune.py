@@ -10,9 +10,9 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan, Prune, take
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
-from tokenreduce.plan import Identity, Plan, Prune, take
 
 __all__ = ["ZeroTPrune"]
 

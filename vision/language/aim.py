@@ -12,8 +12,8 @@ from tokenreduce.algorithms.scoring import inner
 from tokenreduce.algorithms.sequence import keep_best, shrink, visual_of
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Plan
 
 __all__ = ["AIM"]
 

@@ -12,8 +12,8 @@ from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.sequence import check_stages, keep_best, keep_chosen, shrink, stages_of, visual_of
 from tokenreduce.core.budget import check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Plan
 
 __all__ = ["LazyLLM"]
 

@@ -23,8 +23,8 @@ from tokenreduce.algorithms.sequence import (
 )
 from tokenreduce.core.budget import check_keep
 from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Plan
 
 __all__ = ["MustDrop"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from tokenreduce.algorithms.sequence import check_stages, keep_best, shrink, stages_of
 from tokenreduce.core.budget import check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Plan
 
 __all__ = ["PyramidDrop"]
 

@@ -8,8 +8,8 @@ from tokenreduce.algorithms.baseline import draw
 from tokenreduce.algorithms.sequence import keep_best, visual_of
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Plan
 
 __all__ = ["RandomVisual"]
 

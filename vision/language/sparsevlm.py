@@ -12,8 +12,8 @@ from tokenreduce.algorithms.scoring import descending, distances, finite, inner
 from tokenreduce.algorithms.sequence import best, check_stages, keep_chosen, packed, question, stages_of, visual_of
 from tokenreduce.core.budget import check_keep, count, geometric
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Identity, Merge, Plan, take
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.plan import Identity, Merge, Plan, take
 
 __all__ = ["SparseVLM"]
 

@@ -9,7 +9,7 @@ import torch
 from tokenreduce.algorithms.matching import halvings
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Identity, Merge, Plan
+from tokenreduce.core.plan import Identity, Merge, Plan
 
 __all__ = ["AIMMerge"]
 

@@ -12,7 +12,7 @@ from tokenreduce.algorithms.greedy import volume
 from tokenreduce.algorithms.projector import Projector, check_clip, kept, share
 from tokenreduce.algorithms.scoring import clean, finite, gram, inner, relevance, unit
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["CDPruner"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tokenreduce.algorithms.projector import Salient, kept, top
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["FasterVLM"]
 

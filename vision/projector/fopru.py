@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Projector, check_layer, kept, top
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Identity, Plan
+from tokenreduce.core.plan import Identity, Plan
 
 __all__ = ["DIRECTIONS", "SCORE_INPUTS", "STRATEGIES", "FoPru"]
 

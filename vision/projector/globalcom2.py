@@ -13,7 +13,7 @@ from tokenreduce.algorithms.projector import Projector, check_layer, kept, share
 from tokenreduce.algorithms.scoring import cls_logits, finite
 from tokenreduce.algorithms.views import apportion, covered, ranks, rooms
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["GlobalCom2"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Projector, check_layer, kept, saliency, top
 from tokenreduce.algorithms.scoring import descending
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["BUFFERS", "HiPrune"]
 

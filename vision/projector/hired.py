@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Projector, check_layer, kept, saliency, share
 from tokenreduce.algorithms.views import apportion, covered, marked, ranks, rooms
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["HiRED"]
 

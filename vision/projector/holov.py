@@ -13,7 +13,7 @@ from tokenreduce.algorithms.projector import Salient, kept
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["ORDERS", "RESCALES", "HoloV"]
 

@@ -11,7 +11,7 @@ from tokenreduce.algorithms.greedy import cover
 from tokenreduce.algorithms.projector import Projector, kept
 from tokenreduce.algorithms.scoring import clean, gram, inner, question, unit
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["MMTok"]
 

@@ -11,7 +11,7 @@ from tokenreduce.algorithms.baseline import cells_of
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["PoolTokens"]
 

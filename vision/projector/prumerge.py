@@ -12,7 +12,7 @@ from tokenreduce.algorithms.projector import Salient, saliency
 from tokenreduce.algorithms.scoring import descending, finite, highest, inner, unit
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan, Pool, take
+from tokenreduce.core.plan import Plan, Pool, take
 
 __all__ = ["PruMerge", "PruMergePlus"]
 

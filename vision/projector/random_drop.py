@@ -10,7 +10,7 @@ from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan, Prune
+from tokenreduce.core.plan import Plan, Prune
 
 __all__ = ["RandomTokens"]
 

@@ -9,7 +9,7 @@ import torch
 from tokenreduce.algorithms.baseline import cells, full_grid, resampling
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan, Pool
+from tokenreduce.core.plan import Plan, Pool
 
 __all__ = ["ResizeTokens"]
 

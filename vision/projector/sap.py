@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.projector import Salient, kept, top
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 
 __all__ = ["SpatialAugmented"]
 

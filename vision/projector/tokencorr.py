@@ -14,7 +14,7 @@ from tokenreduce.algorithms.scoring import finite, gram, unit
 from tokenreduce.algorithms.views import apportion, marked, ranks, rooms
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Identity, Plan, Pool, Prune
+from tokenreduce.core.plan import Identity, Plan, Pool, Prune
 
 __all__ = ["TokenCorr"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Projector, check_clip, top
 from tokenreduce.algorithms.scoring import finite, inner, relevance
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan, Pool
+from tokenreduce.core.plan import Plan, Pool
 
 __all__ = ["TRIM"]
 

@@ -8,7 +8,7 @@ from tokenreduce.algorithms.baseline import full_grid, spread
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan, Prune
+from tokenreduce.core.plan import Plan, Prune
 
 __all__ = ["UniformTokens"]
 

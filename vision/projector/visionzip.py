@@ -13,7 +13,7 @@ from tokenreduce.algorithms.projector import Projector, Salient
 from tokenreduce.algorithms.scoring import descending, finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_count, count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan, Pool, Prune, take
+from tokenreduce.core.plan import Plan, Pool, Prune, take
 
 __all__ = ["VisionZip"]
 
@@ -25,7 +25,8 @@ class VisionZip(Salient, name="visionzip", needs=("tower",), paper="2412.04467",
     Of the tokens that are not dominant, every ``M // contextual``-th is a target; each other one joins the target with
     the most similar key (mean over heads, cosine), and a target becomes itself plus the mean of those that joined it:
     a sum of two, not their average. Order: class token, dominant tokens as in the image, contextual tokens by target.
-    The plan is a :class:`~tokenreduce.plan.Pool` whose weights are not normalised, or a Prune where nothing is merged.
+    The plan is a :class:`~tokenreduce.core.plan.Pool` whose weights are not normalised, or a Prune where nothing is
+    merged.
 
     ``keep`` splits as 54+10 of 64: contextual tokens are ``keep * 10 / 64`` rounded half up (108+20, 162+30, 27+5; none
     for ``keep`` below 4), the others dominant, and the class token is one of these. A tower without class token ranks

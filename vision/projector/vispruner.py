@@ -11,7 +11,7 @@ from tokenreduce.algorithms.projector import Salient, kept
 from tokenreduce.algorithms.scoring import descending, finite, gram, unit
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence
-from tokenreduce.plan import Plan, take
+from tokenreduce.core.plan import Plan, take
 
 __all__ = ["VisPruner"]
 

@@ -11,7 +11,7 @@ from tokenreduce.algorithms.projector import Salient, by_class, check_layer, sal
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import Evidence, Look
-from tokenreduce.plan import Merge, Plan, take
+from tokenreduce.core.plan import Merge, Plan, take
 
 __all__ = ["VScan"]
 

@@ -35,12 +35,12 @@ from tokenreduce.adapters.language.projector.images import Group, film_places, g
 from tokenreduce.adapters.language.projector.seen import ARRIVING
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.algorithms.projector import Projector, share
+from tokenreduce.core.plan import Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step as TraceStep
 from tokenreduce.core.trace import active
+from tokenreduce.core.undo import Undo
 from tokenreduce.core.visual import Visual
-from tokenreduce.patching import Undo
-from tokenreduce.plan import Plan, Prune
 
 if TYPE_CHECKING:
     from tokenreduce.adapters.language.vlm import Language

@@ -14,8 +14,8 @@ from tokenreduce.adapters.encoders.block import State, full_plan
 from tokenreduce.adapters.encoders.packed import Packed
 from tokenreduce.adapters.language.towers import remaining, sizes
 from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.plan import Plan
 from tokenreduce.core.visual import Origin
-from tokenreduce.plan import Plan
 
 __all__ = ["ARRIVING", "WATCHING", "Encoded", "Entry", "PackedCall", "Vision", "encoded_in", "put_on"]
 

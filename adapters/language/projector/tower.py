@@ -32,8 +32,8 @@ from tokenreduce.adapters.language.projector.seen import (
     put_on,
 )
 from tokenreduce.core.evidence import Look
+from tokenreduce.core.undo import Undo
 from tokenreduce.core.visual import resolve
-from tokenreduce.patching import Undo
 
 if TYPE_CHECKING:
     from tokenreduce.adapters.language.vlm import Language

@@ -12,7 +12,7 @@ from vlms import VLMS, onevision_with_head, prompts
 
 import tokenreduce as tr
 from tokenreduce.algorithms.temporal import cut_by_similarity
-from tokenreduce.plan import Mix
+from tokenreduce.core.plan import Mix
 from tokenreduce.video.projector.fastvid import FastVID
 
 WIDTH = 6

@@ -7,7 +7,7 @@ import torch
 from visual import ORIGINS, visual
 
 import tokenreduce as tr
-from tokenreduce.plan import Plan
+from tokenreduce.core.plan import Plan
 from tokenreduce.video.projector import frame_merge
 from tokenreduce.video.projector.frame_merge import FrameMerge, nearest_earlier
 

@@ -10,7 +10,7 @@ from support import evidence, images, tiny_vit
 
 import tokenreduce as tr
 from tokenreduce.algorithms.scoring import received_by_head
-from tokenreduce.plan import Identity
+from tokenreduce.core.plan import Identity
 from tokenreduce.vision.encoder.ats import ATS
 
 F64 = torch.float64

@@ -9,7 +9,7 @@ import torch
 from support import evidence, images, tiny_vit
 
 import tokenreduce as tr
-from tokenreduce.plan import Identity, Merge, Prune
+from tokenreduce.core.plan import Identity, Merge, Prune
 from tokenreduce.vision.encoder.diffrate import SCHEDULES, DiffRate
 
 F64 = torch.float64

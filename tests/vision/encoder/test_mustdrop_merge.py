@@ -7,7 +7,7 @@ import torch
 from support import evidence, images, tiny_vit
 
 import tokenreduce as tr
-from tokenreduce.plan import Merge
+from tokenreduce.core.plan import Merge
 from tokenreduce.vision.encoder.mustdrop_merge import MustDropMerge
 
 

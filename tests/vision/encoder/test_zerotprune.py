@@ -9,7 +9,7 @@ import torch
 from support import evidence, images, tiny_vit
 
 import tokenreduce as tr
-from tokenreduce.plan import Identity
+from tokenreduce.core.plan import Identity
 from tokenreduce.vision.encoder.zerotprune import ZeroTPrune
 
 F64 = torch.float64

@@ -9,7 +9,7 @@ import torch
 from mixed import LAYOUTS, RIGHT, kept_of, last_of, mixed, seen_by
 
 from tokenreduce.core.evidence import Prompt
-from tokenreduce.plan import Prune
+from tokenreduce.core.plan import Prune
 from tokenreduce.vision.language.sparsevlm import SparseVLM
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from tokenreduce.plan import Chain, Merge
+from tokenreduce.core.plan import Chain, Merge
 from tokenreduce.vision.projector.aim_merge import AIMMerge
 
 

@@ -11,7 +11,7 @@ from visual import ORIGINS, anyres, grid, noise, visual
 
 import tokenreduce as tr
 from tokenreduce.algorithms.baseline import cells, full_grid
-from tokenreduce.plan import Pool
+from tokenreduce.core.plan import Pool
 from tokenreduce.vision.projector.pool import PoolTokens
 from tokenreduce.vision.projector.random_drop import RandomTokens
 from tokenreduce.vision.projector.resize import ResizeTokens

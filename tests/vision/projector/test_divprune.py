@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from tokenreduce.plan import Prune
+from tokenreduce.core.plan import Prune
 
 
 def greedy(x, keep):

@@ -10,7 +10,7 @@ from visual import ORIGINS, anyres, visual
 
 import tokenreduce as tr
 from tokenreduce.algorithms.scoring import cls_logits
-from tokenreduce.plan import Prune
+from tokenreduce.core.plan import Prune
 from tokenreduce.vision.projector.globalcom2 import GlobalCom2
 
 CROPS = {

@@ -9,7 +9,7 @@ import torch
 from visual import ORIGINS, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.plan import Pool
+from tokenreduce.core.plan import Pool
 from tokenreduce.vision.projector.prumerge import PruMerge, PruMergePlus
 
 

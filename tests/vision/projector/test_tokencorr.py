@@ -9,7 +9,7 @@ import torch
 from visual import ORIGINS, anyres, grid, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.plan import Identity, Pool, Prune
+from tokenreduce.core.plan import Identity, Pool, Prune
 from tokenreduce.vision.projector.tokencorr import TokenCorr
 
 CROPS = {"2x2": anyres(4, (2, 2), 0), "cut": anyres(4, (2, 2), 2), "gone": anyres(4, (3, 1), 4)}

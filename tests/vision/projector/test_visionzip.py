@@ -7,7 +7,7 @@ import torch
 from visual import ORIGINS, class_row, noise, received, visual
 
 import tokenreduce as tr
-from tokenreduce.plan import Pool, Prune
+from tokenreduce.core.plan import Pool, Prune
 from tokenreduce.vision.projector.visionzip import VisionZip
 
 

@@ -7,7 +7,7 @@ import torch
 from visual import ORIGINS, anyres, class_row, grid, noise, received, units, visual
 
 import tokenreduce as tr
-from tokenreduce.plan import Merge
+from tokenreduce.core.plan import Merge
 from tokenreduce.vision.projector.vscan import VScan
 
 LOCAL = 1  # of 4 blocks: 5/24 of the depth

@@ -1,0 +1,138 @@
+"""Plans in which groups of tokens become one each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.core.plan.base import Plan
+from tokenreduce.core.plan.rows import add_rows, take
+
+__all__ = ["Merge"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Merge(Plan):
+    """Each token goes to one of K outputs or to none.
+
+    ``keep`` (B,K): the token that each output is built around and takes its position from. ``src``, ``dst`` (B,R):
+    token ``src`` joins output ``dst``. Tokens in neither are dropped. The value of an output is
+
+    - ``mode="mean"``: the mean of its members, weighted by size (``by_size``) times ``weights`` (B,N);
+    - ``mode="sum"``: their sum under the same weights, not normalised;
+    - ``mode="max"``: the element-wise maximum; a source of weight 0 takes no part.
+
+    ``norm="max"`` rescales a merged output to the largest norm among its members (MLERP). ``size_scale`` (B,R) damps
+    the sizes that sources bring along; a source that brings neither value nor size (weight 0, size_scale 0) is dropped.
+    An output without sources keeps its token's value bit for bit in mode mean.
+    """
+
+    keep: Tensor
+    src: Tensor
+    dst: Tensor
+    weights: Tensor | None = None
+    size_scale: Tensor | None = None
+    valid: Tensor | None = None
+    mode: str = "mean"
+    by_size: bool = True
+    norm: str = "none"
+
+    @classmethod
+    def from_assignment(cls, assign: Tensor, k: int, keep: Tensor | None = None, **settings: Any) -> Merge:
+        """From ``assign`` (B,N) with values in [-1,K): -1 drops a token. ``keep`` (B,K) defaults to first members.
+
+        Raises ``ValueError`` if an output has no member or samples drop different numbers of tokens.
+        """
+        b, n = assign.shape
+        position = torch.arange(n, device=assign.device).expand(b, n)
+        if keep is None:
+            first = torch.full((b, k + 1), n, dtype=torch.long, device=assign.device)
+            slot = torch.where(assign < 0, k, assign)
+            keep = first.scatter_reduce(1, slot, position, "amin")[:, :k]
+            if bool((keep == n).any()):
+                raise ValueError("an output has no member: number the outputs 0..K-1 without gaps in every sample")
+        is_source = assign >= 0
+        is_source = is_source.scatter(1, keep, False)
+        counts = is_source.sum(1)
+        if b and not bool((counts == counts[0]).all()):
+            raise ValueError("samples merge different numbers of tokens; give one plan per sample")
+        src = position[is_source].view(b, -1)
+        return cls(n, keep, src, assign.gather(1, src), **settings)
+
+    def representatives(self) -> Tensor:
+        return self.keep
+
+    def sources(self) -> Tensor:
+        b, k = self.keep.shape
+        out = torch.full((b, self.n + 1), -1, dtype=torch.long, device=self.keep.device)
+        dst = self.dst
+        if self.weights is not None and self.size_scale is not None:
+            dst = dst.masked_fill((self.weights.gather(1, self.src) == 0) & (self.size_scale == 0), -1)
+        out = out.scatter(1, self.src, dst)
+        # Slots that are not there may name any token, also one that went elsewhere.
+        at = self.keep if self.valid is None else torch.where(self.valid, self.keep, self.n)
+        out = out.scatter(1, at, torch.arange(k, device=out.device).expand(b, k))[:, : self.n]
+        if self.valid is not None:
+            out = torch.where(self.valid.gather(1, out.clamp(min=0)), out, -1)
+        return out
+
+    def untouched(self) -> Tensor:
+        alone = torch.ones_like(self.keep, dtype=torch.bool).scatter(1, self.dst, False)
+        return alone & (self.mode != "sum" or self.weights is None)
+
+    def _weights(self, size: Tensor | None) -> Tensor | None:
+        """(B,N) weights of tokens in their group, or None when all are one."""
+        if not self.by_size or size is None:
+            return self.weights
+        return size if self.weights is None else size * self.weights
+
+    def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        out, rows = take(x, self.keep), take(x, self.src)
+        if self.src.shape[1] == 0 and self.mode != "sum":
+            return out
+        if self.mode == "max":
+            if self.weights is not None:
+                rows = rows.masked_fill((self.weights.gather(1, self.src) == 0).unsqueeze(-1), float("-inf"))
+            return out.scatter_reduce(1, self.dst.unsqueeze(-1).expand_as(rows), rows, "amax")
+        w = self._weights(size)
+        if self.mode == "sum":
+            if w is not None:
+                out = out * w.gather(1, self.keep).unsqueeze(-1).to(x.dtype)
+                rows = rows * w.gather(1, self.src).unsqueeze(-1).to(x.dtype)
+            return add_rows(out.clone() if w is None else out, self.dst, rows)
+        # Mean as a correction of the kept token: untouched outputs stay exact and only R rows are computed.
+        w_src = torch.ones_like(self.src, dtype=torch.float32) if w is None else w.gather(1, self.src)
+        w_keep = torch.ones_like(self.keep, dtype=torch.float32) if w is None else w.gather(1, self.keep)
+        total = w_keep.scatter_add(1, self.dst, w_src)
+        share = w_src / total.gather(1, self.dst).clamp(min=torch.finfo(total.dtype).tiny)
+        change = (rows - take(out, self.dst)) * share.unsqueeze(-1).to(x.dtype)
+        merged = add_rows(out, self.dst, change)
+        return merged if self.norm == "none" else self._restore_norm(x, merged)
+
+    def _restore_norm(self, x: Tensor, merged: Tensor) -> Tensor:
+        norms = x.float().norm(dim=-1)
+        if self.weights is not None:  # a member without weight has no part in the norm either
+            norms = norms * (self.weights > 0)
+        largest = norms.gather(1, self.keep).scatter_reduce(1, self.dst, norms.gather(1, self.src), "amax")
+        joined = torch.zeros_like(largest).scatter(1, self.dst, 1.0) > 0
+        own = merged.float().norm(dim=-1)
+        scale = torch.where(joined & (own > 0), largest / own.clamp(min=torch.finfo(own.dtype).tiny), 1.0)
+        return merged * scale.unsqueeze(-1).to(merged.dtype)
+
+    def reduce_size(self, size: Tensor | None) -> Tensor | None:
+        if size is None:
+            size = torch.ones(self.keep.shape[0], self.n, device=self.keep.device)
+        brought = size.gather(1, self.src)
+        if self.size_scale is not None:
+            brought = brought * self.size_scale
+        out = size.gather(1, self.keep).scatter_add(1, self.dst, brought.to(size.dtype))
+        return out if self.valid is None else out.masked_fill(~self.valid, 0.0)
+
+    def summed(self) -> Plan:
+        return replace(self, mode="sum", weights=None, by_size=False, norm="none")
+
+    def averaged(self) -> Plan:
+        return replace(self, mode="mean", norm="none")
