@@ -34,7 +34,7 @@ def mixed(layouts=LAYOUTS, *, layer=2, depth=4, seed=0, rows=slice(None), prompt
     key = ((number % 5 == 3) & visual).float()
     settings = dict(
         keys=k[rows], queries=q[rows], values=v[rows], visual=visual, valid=None if there.all() else there, cls=False,
-        causal=True, films=films, marks=key, layer=layer, depth=depth,
+        causal=True, frame_of=films, scores=key, layer=layer, depth=depth,
         prompt=Prompt(marks(entry, "v")[rows], marks(entry, "tv")[rows], e),
         norm=lambda h: h / h.square().mean(-1, keepdim=True).sqrt() * weight,
     )  # fmt: skip

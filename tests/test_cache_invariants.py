@@ -69,7 +69,7 @@ def test_a_sample_is_treated_alone_and_in_a_batch_alike(name):
     whole = step(earlier=Earlier(attention, left))
     for b in range(4):
         one = Evidence(
-            whole.x[b : b + 1], attention=whole._attention[b : b + 1], visual=whole.visual[b : b + 1],
+            whole.x[b : b + 1], attention=whole.attention.given[b : b + 1], visual=whole.visual[b : b + 1],
             valid=whole.valid[b : b + 1], layer=3, depth=4, cls=False,
             earlier=Earlier(attention[b : b + 1], left[b : b + 1]),
         )  # fmt: skip
@@ -94,7 +94,7 @@ def test_text_and_json_round_trips_and_bad_settings(name):
 @every
 def test_nan_attention_is_an_error_and_evidence_marks_visual_tokens(name):
     bad = step()
-    bad._attention[0, :, :, 4] = float("nan")
+    bad.attention.given[0, :, :, 4] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         method(name, keep=3).plan(bad)
     blank = step()

@@ -153,7 +153,7 @@ def test_nan_features_are_an_error_and_not_a_silent_choice(name):
     if reducer.site() == "input" or name == "uniform":
         return  # these look at no feature
     e = evidence(layer=acting_layer(reducer))
-    for tensor in (e.x, e._keys, e._queries, e._values, e._before):
+    for tensor in (e.x, e.attention.k, e.attention.q, e.attention.v, e._before):
         tensor[0, ..., 3, :] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         reducer.plan(e)

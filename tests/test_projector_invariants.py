@@ -191,7 +191,7 @@ def test_unknown_settings_are_refused_with_the_known_ones(name):
 def test_nan_is_an_error_and_not_a_silent_choice(name):
     reducer, evidence = fitting(name, 0.5, "square")
     before = reducer.plan(evidence)
-    seen = [t for b in evidence.blocks.values() for t in (b._keys, b._queries)]
+    seen = [t for b in evidence.blocks.values() for t in (b.attention.k, b.attention.q)]
     tensors = [evidence.x, evidence.features, evidence.projected, *seen]
     for t in tensors:
         t[0, ..., 3, :] = float("nan")
@@ -206,7 +206,11 @@ def test_nan_is_an_error_and_not_a_silent_choice(name):
 def test_identical_tokens_and_zero_tokens_still_give_a_plan(name, origin):
     """Flat images: every score ties, and no similarity divides by zero."""
     reducer, evidence = fitting(name, 0.4, origin)
-    for t in (evidence.x, evidence.features, *[t for b in evidence.blocks.values() for t in (b._keys, b._queries)]):
+    for t in (
+        evidence.x,
+        evidence.features,
+        *[t for b in evidence.blocks.values() for t in (b.attention.k, b.attention.q)],
+    ):
         t.zero_()
     plan = reducer.plan(evidence)
     assert plan.k == reducer.total(evidence.n - evidence.prefix)

@@ -48,4 +48,4 @@ def test_attention_received_is_the_mean_of_all_rows(heads, causal, padded):
     mean = rows.mean(2)
     if valid is not None:
         mean = (rows * valid[:, None, :, None]).sum(2) / valid.sum(1)[:, None, None]
-    torch.testing.assert_close(received_by_head(e, chunk=4), mean)
+    torch.testing.assert_close(received_by_head(e.attention, chunk=4), mean)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenreduce import Evidence
-from tokenreduce.core.visual import Origin, Visual
+from tokenreduce.core.evidence import ImageEvidence, Origin
 
 HEADS, DIM, WIDTH, EMBED = 2, 8, 16, 12
 
@@ -75,7 +75,7 @@ def visual(
     origin: Origin = ORIGINS["square"], batch: int = 2, *, cls: bool = True, seed: int = 0, depth: int = 4,
     feature: int | None = None, x=None, features=None, attention=None, keys=None, queries=None, words: int = 5,
     joint: bool = True, rows=slice(None),
-) -> Visual:  # fmt: skip
+) -> ImageEvidence:  # fmt: skip
     """Evidence of ``batch`` images; ``rows`` picks some of the same batch. Every block of the tower of ``depth`` is
     there; ``attention``, ``keys``, ``queries`` (batch*views, heads, patches, ..) replace what all blocks saw, ``x`` and
     ``features`` (batch, tokens, ..) the embeddings; those of row ends are equal."""
@@ -100,7 +100,7 @@ def visual(
         )  # fmt: skip
     valid = torch.ones(batch, words, dtype=torch.bool)
     valid[0, words // 2 :] = False
-    return Visual(
+    return ImageEvidence(
         pick(embeds), origin, features=None if pooled else pick(before),
         own=pick(noise(batch * views, WIDTH, seed=seed + 2), views) if cls and not pooled else None, blocks=blocks,
         feature=(depth - 2 if cls else depth - 1) if feature is None else feature, tower_depth=depth,
@@ -109,13 +109,13 @@ def visual(
     )  # fmt: skip
 
 
-def patches_of(evidence: Visual, look, b: int = 0):
+def patches_of(evidence: ImageEvidence, look, b: int = 0):
     """Queries and keys (heads, patches, d) in float64 of one image with one view in a block of its tower."""
     block = evidence.tower(look).patches
     return block.queries[b].double(), block.keys[b].double()
 
 
-def class_row(evidence: Visual, look=None, b: int = 0) -> torch.Tensor:
+def class_row(evidence: ImageEvidence, look=None, b: int = 0) -> torch.Tensor:
     """The card's step on one image, in plain loops: softmax of the class token's row in every head, mean, class column
     removed; float64 (patches,)."""
     q, k = patches_of(evidence, look, b)
@@ -126,7 +126,7 @@ def class_row(evidence: Visual, look=None, b: int = 0) -> torch.Tensor:
     return torch.stack(rows).mean(0)
 
 
-def received(evidence: Visual, look=None, b: int = 0) -> torch.Tensor:
+def received(evidence: ImageEvidence, look=None, b: int = 0) -> torch.Tensor:
     """Attention received by every patch, mean over heads and all queries; float64 (patches,)."""
     q, k = patches_of(evidence, look, b)
     maps = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)

@@ -33,7 +33,7 @@ from tokenreduce.adapters.encoders.state import (
     state_of,
 )
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Attention, EncoderEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step, Trace, active
@@ -100,6 +100,16 @@ class Site:
     reducer: Reducer | None = None
     rope: str | None = None
     label: str = ""
+
+
+class View(NamedTuple):
+    """What evidence says of the tokens that rows see: how many entered, their grid, whether rows carry the log-size
+    bias, and the mask (B,1,N,N) of what each sees, None for everything."""
+
+    entry: int
+    grid: tuple[int, ...] | None
+    proportional: bool
+    mask: Tensor | None = None
 
 
 class Reduced:
@@ -187,26 +197,19 @@ class Reduced:
             state = State(x.shape[1], grid=None if entry is None else entry.grid)
         return state
 
-    def _evidence(self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None) -> Evidence:
-        return Evidence(
-            x,
-            got.keys,
-            got.queries,
-            size=state.size,
-            protected=site.prefix,
-            grid=state.full_grid(site.prefix),
-            values=got.values,
-            valid=state.valid,
-            before=before,
-            cls=site.cls,
-            rope=site.rope,
-            rotated=got.rotated,
-            scale=getattr(self, "_scale", None),
-            proportional=state.proportional,
-            layer=site.layer,
-            depth=site.depth,
-            entry=state.entry,
-        )
+    def _evidence(
+        self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None, view: View | None = None
+    ) -> EncoderEvidence:
+        """Evidence of the tokens ``x``; ``view`` says where rows see other tokens than their own sample's."""
+        view = View(state.entry, state.full_grid(site.prefix), state.proportional) if view is None else view
+        rows = Attention(
+            got.queries, got.keys, got.values, rotated=got.rotated, rope=site.rope, scale=getattr(self, "_scale", None),
+            mask=view.mask, size=state.size, valid=state.valid, proportional=view.proportional, cls=site.cls,
+        )  # fmt: skip
+        return EncoderEvidence(
+            x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,
+            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry,
+        )  # fmt: skip
 
     def _reduce(
         self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
@@ -252,7 +255,7 @@ class Reduced:
         return x, state, given
 
 
-def planned(reducer: Reducer, evidence: Evidence) -> Plan:
+def planned(reducer: Reducer, evidence: EncoderEvidence) -> Plan:
     """The reducer's plan; for an empty batch that of one sample of equal tokens, without the sample."""
     if evidence.batch:
         return reducer.plan(evidence)

@@ -25,12 +25,12 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 from transformers.models.vit import modeling_vit as vit
 
-from tokenreduce.adapters.encoders.block import Attended, Reduced, Site
+from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, View
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.encoders.joint import JointState
 from tokenreduce.adapters.encoders.state import State, entry_of, set_state
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_pre_hooks
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.reducer import Reducer
 
 __all__ = [
@@ -89,12 +89,13 @@ class _Layer(Reduced):
         x, left = super()._reduce(state.site(site), reducer, x, state, got, before)
         return (frames, state) if left is state else (x, left)
 
-    def _evidence(self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None) -> Evidence:
-        evidence = super()._evidence(site, x, state, got, before)
-        if not isinstance(state, JointState):
-            return evidence
-        needs = () if site.reducer is None else site.reducer.gathers()
-        return state.dress(evidence, site, attention="attention" in needs or "queries" in needs)
+    def _evidence(
+        self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None, view: View | None = None
+    ) -> EncoderEvidence:
+        if isinstance(state, JointState):
+            needs = () if site.reducer is None else site.reducer.gathers()
+            view = state.view(x, attention="attention" in needs or "queries" in needs)
+        return super()._evidence(site, x, state, got, before, view)
 
     # -- attention half
     def _normed(self, x: Tensor) -> Tensor:

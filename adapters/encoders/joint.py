@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Attended, Site
+from tokenreduce.adapters.encoders.block import Attended, Site, View
 from tokenreduce.adapters.encoders.state import State, entry_of, set_state, state_of
-from tokenreduce.core.evidence import Evidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["FRAMES", "JointState", "Windows", "check_frames", "join_frames"]
@@ -159,22 +158,19 @@ class JointState(State):
             self._windows = Windows(queries, there, keys, bias[:, None, None], asks.shape[2])
         return self._windows
 
-    def dress(self, evidence: Evidence, site: Site, attention: bool) -> Evidence:
-        """``evidence`` of rows; where ``attention`` is asked for, rows see what their frame sees."""
-        evidence.entry = self.count * self.entry
-        grid = self.full_grid(self.prefix)
-        evidence.grid = None if grid is None else (self.count, *grid)
-        evidence.proportional = False  # the mask has it
+    def view(self, x: Tensor, attention: bool) -> View:
+        """What rows of ``x`` see: where ``attention`` is asked for, what their frame sees. The mask has the sizes."""
+        grid, frame_mask = self.full_grid(self.prefix), None
         if attention:
-            rows, device = evidence.batch, evidence.x.device
+            rows, device = x.shape[0], x.device
             shares = self._shares(rows, device)
             home = self.home() if self.plans else self._places(device).expand(rows, -1)
             seen = shares.gather(1, home.unsqueeze(-1).expand(-1, -1, shares.shape[2]))
             mask = self._weights(seen)
             if self.valid is not None:  # rows of slots that are not there must not be empty
                 mask = torch.where(self.valid.unsqueeze(-1), mask, 0.0)
-            evidence.mask = mask.unsqueeze(1)
-        return evidence
+            frame_mask = mask.unsqueeze(1)
+        return View(self.count * self.entry, None if grid is None else (self.count, *grid), False, frame_mask)
 
 
 def join_frames(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, frames: int, prefix: int) -> None:

@@ -32,7 +32,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
-from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, Tower, _collected, attach_tower
+from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, Tower, View, _collected, attach_tower
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.encoders.packed import Layout, Packed, Part
 from tokenreduce.adapters.encoders.state import lost, set_state, state_of
@@ -251,20 +251,18 @@ class _Block(Reduced):
                     x, mine.get("queries"), mine.get("keys"), mine.get("values"),
                     (mine["turned queries"], mine["turned keys"]) if mine else None,
                 )  # fmt: skip
-                evidence = self._evidence(
-                    site, part.take(features), part.state, got,
-                    None if entered is None else part.take(entered),
-                )  # fmt: skip
-                if len(shape) == 3:  # several frames, of which every unit sees its own
-                    evidence.proportional = False  # the mask has it
-                    if "attention" in needs:
-                        evidence.mask = packed.mask(i, context.bounds)
+                mask, joint, state = None, len(shape) == 3, part.state  # several frames: every unit sees its own
+                if joint:
+                    mask = packed.mask(i, context.bounds) if "attention" in needs else None
                 elif windows is not None:
                     own = part.take(windows)
-                    evidence.mask = (own[:, :, None] == own[:, None])[:, None]
-                    if part.state.valid is not None:  # rows of slots that are not there must not be empty
-                        evidence.mask = evidence.mask | ~part.state.valid[:, None, :, None]
-                plans.append(reducer.plan(evidence))
+                    mask = (own[:, :, None] == own[:, None])[:, None]
+                    if state.valid is not None:  # rows of slots that are not there must not be empty
+                        mask = mask | ~state.valid[:, None, :, None]
+                # Where frames are joined the mask has the sizes.
+                view = View(state.entry, state.full_grid(site.prefix), state.proportional and not joint, mask)
+                before_units = None if entered is None else part.take(entered)
+                plans.append(reducer.plan(self._evidence(site, part.take(features), state, got, before_units, view)))
             if not all(plan.is_identity for plan in plans):
                 x, packed = packed.after(x, plans, reducer.proportional)
         if trace is not None:

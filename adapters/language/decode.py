@@ -24,7 +24,7 @@ from tokenreduce.adapters.encoders.hf_attention import CALL, Call, implementatio
 from tokenreduce.adapters.language.decoders import needs_ids
 from tokenreduce.adapters.language.generation import KEYWORD, Run, Step, cache_in, rows_of
 from tokenreduce.adapters.language.later import columns_of_mask
-from tokenreduce.core.evidence import Earlier, Evidence, Prompt
+from tokenreduce.core.evidence import Attention, Earlier, LanguageEvidence, Prompt
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import DecodeStep, active
 
@@ -298,12 +298,11 @@ def _choose(
     prompt = (shown >= 0) & (shown < run.length)
     at = shown.clamp(min=0, max=run.length - 1)
     known = run.again.earlier.setdefault(index, [])
-    evidence = Evidence(
+    evidence = LanguageEvidence(
         row.new_zeros(*shown.shape, 0),
-        attention=row,
+        Attention(given=row, valid=shown >= 0, cls=False),
         visual=prompt & run.visual.gather(1, at),
         valid=shown >= 0,
-        cls=False,
         layer=index,
         depth=site.depth,
         entry=run.length,
@@ -341,16 +340,8 @@ def _row(layer: Any, call: Call, columns: Tensor) -> Tensor:
     assert call.keys is not None
     q, k = call.queries[:, :, -1:], call.keys[:, :, : columns.shape[1]]
     call.queries, call.keys, call.values = None, None, None
-    seen = Evidence(
-        q.new_zeros(len(q), k.shape[2], 0),
-        keys=k,
-        queries=q,
-        scale=getattr(layer.self_attn, "scaling", None),
-        softcap=softcap_of(layer.self_attn),
-        valid=columns >= 0,
-        cls=True,
-    )
-    return seen.attention("cls")  # row 0 of the one query that there is
+    scale, softcap = getattr(layer.self_attn, "scaling", None), softcap_of(layer.self_attn)
+    return Attention(q, k, scale=scale, softcap=softcap, valid=columns >= 0)("cls")  # of the one query
 
 
 def _come_back(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.hf_attention import Call, is_causal, softcap_of
 from tokenreduce.adapters.language.generation import Cut, Run
 from tokenreduce.adapters.language.marks import needs_marks
-from tokenreduce.core.evidence import Evidence, Prompt
+from tokenreduce.core.evidence import Attention, LanguageEvidence, Prompt
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step as TraceStep
@@ -62,35 +62,39 @@ def _evidence(
     norm: nn.Module | None,
     plain: bool,
     reducer: Reducer,
-) -> Evidence:
-    seen: dict[str, Any] = {}
-    asked = reducer.gathers()
-    if call is not None and call.keys is not None and call.values is not None:
-        n = x.shape[1]
-        seen = {"keys": call.keys[:, :, :n], "queries": call.queries, "values": call.values[:, :, :n]}
-        if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
-            seen["mask"] = call.mask[..., :n]
-        seen["softcap"] = softcap_of(layer.self_attn)
-        # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
-        call.record, call.queries, call.keys, call.values = False, None, None, None
-    if "films" in asked:
-        seen["films"] = run.films_at(index)
-    if needs_marks(reducer):
-        seen["marks"] = run.marks_at(index, reducer)
+) -> LanguageEvidence:
+    asked, valid = reducer.gathers(), run.column_mask(index)
+    history = None
     if "history" in asked:
-        seen["history"] = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)
-    return Evidence(
+        history = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)
+    return LanguageEvidence(
         x,
-        **seen,
+        _attention(x, layer.self_attn, call, valid, plain),
+        frame_of=run.films_at(index) if "films" in asked else None,
+        scores=run.marks_at(index, reducer) if needs_marks(reducer) else None,
+        history=history,
         visual=run.visual_at(index),
-        valid=run.column_mask(index),
-        cls=False,
-        rope="pre" if plain else "post",
-        scale=getattr(layer.self_attn, "scaling", None),
-        causal=is_causal(layer.self_attn),
+        valid=valid,
         layer=index,
         depth=depth,
         entry=run.length,
         prompt=Prompt(run.visual_at(-1), run.column_mask(-1), run.entered),
         norm=norm,
     )
+
+
+def _attention(x: Tensor, module: Any, call: Call | None, valid: Tensor | None, plain: bool) -> Attention:
+    """What was seen of an attention module, of the tokens ``x`` (B,N,C); a static cache has empty slots behind them."""
+    q = k = v = mask = softcap = None
+    n = x.shape[1]
+    if call is not None and call.keys is not None and call.values is not None:
+        q, k, v = call.queries, call.keys[:, :, :n], call.values[:, :, :n]
+        if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
+            mask = call.mask[..., :n]
+        softcap = softcap_of(module)
+        # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
+        call.record, call.queries, call.keys, call.values = False, None, None, None
+    return Attention(
+        q, k, v, rope="pre" if plain else "post", scale=getattr(module, "scaling", None), softcap=softcap, mask=mask,
+        causal=is_causal(module), valid=valid, cls=False,
+    )  # fmt: skip

@@ -219,14 +219,14 @@ def test_methods_read_it(clip):
     """Patches and texts are what CDPruner and TRIM ask for; a sample without a question is one without text there."""
     from visual import ORIGINS, noise
 
+    from tokenreduce.core.evidence import ImageEvidence
     from tokenreduce.core.registry import get_method
-    from tokenreduce.core.visual import Visual
 
     space, tower = joint_space(clip[0]), noise(2, 16, WIDTH, seed=1)
     text, _ = space.texts(["a cat", ""])
     for name in ("cdpruner", "trim"):
         method = get_method(f"{name}:keep=5,clip=some/clip")
-        e = Visual(noise(2, 16, 8), ORIGINS["square"], features=tower, clip=(space.patches(tower), text))
+        e = ImageEvidence(noise(2, 16, 8), ORIGINS["square"], features=tower, clip=(space.patches(tower), text))
         e = e.in_vision(False) if method.space == "vision" else e
         plain = get_method(f"{name}:keep=5")
         plan = method.plan(e)

@@ -134,7 +134,7 @@ class Gone(Reducer):
         return layer == 0
 
     def plan(self, evidence: Evidence) -> Plan:
-        p, n = evidence.prefix, (evidence.n - evidence.prefix) // evidence.frames
+        p, n = evidence.prefix, (evidence.n - evidence.prefix) // evidence.grid[0]
         keep = [*range(p), *(p + i for i in range(0, n, 2)), *range(p + 2 * n, evidence.n)]
         return Prune(evidence.n, torch.tensor(keep).expand(evidence.batch, -1))
 

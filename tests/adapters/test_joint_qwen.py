@@ -213,7 +213,7 @@ def test_methods_see_what_windows_see(name, before):
     _, rows = reference(tower, GRIDS, method)
     first = [e for layer, e, _ in method.seen if layer == 0]
     assert [e.grid for e in first] == [(2, 2, 4), (2, 4, 2)]
-    assert [(e.batch, e.n, e.entry, e.frames) for e in first] == [(3, 16, 16, 2), (1, 16, 16, 2)]
+    assert [(e.batch, e.n, e.entry, e.grid[0]) for e in first] == [(3, 16, 16, 2), (1, 16, 16, 2)]
     groups = {(2, 2, 4): [0, 1, 3], (2, 4, 2): [2]}
     for at, (_, evidence, _) in enumerate(s for s in method.seen if s[0] == last):
         plan = method.seen[at][2] if method.seen[at][0] == 0 else None

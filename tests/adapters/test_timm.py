@@ -201,7 +201,9 @@ def test_evidence_is_what_the_attention_used():
             return layer == 2
 
         def plan(self, evidence):
-            seen.update(cls=evidence.attention("cls"), keys=evidence.keys, rope=evidence.rope, grid=evidence.grid)
+            seen.update(
+                cls=evidence.attention("cls"), keys=evidence.keys, rope=evidence.attention.rope, grid=evidence.grid
+            )
             return tr.get_method("tome").plan(evidence)
 
     for name in ("qk norm", "dinov3", "eva separate qkv"):

@@ -304,7 +304,7 @@ def test_plain_keys_ahead_are_those_before_the_rotation_where_positions_have_sev
         k = layer.self_attn.k_proj(layer.input_layernorm(evidence.x)).unflatten(-1, (-1, layer.self_attn.head_dim))
         k = layer.self_attn.k_norm(k) if hasattr(layer.self_attn, "k_norm") else k
     same = torch.allclose(evidence.keys, k.transpose(1, 2), atol=1e-5)
-    assert same == (evidence.rope == "pre") == name.startswith("qwen")
+    assert same == (evidence.attention.rope == "pre") == name.startswith("qwen")
 
 
 def test_looking_ahead_leaves_the_model_alone():

@@ -40,7 +40,7 @@ class Marker(Reducer, stage="language", needs=("tower",), name=""):
         return evidence.x.sum(-1) * self.factor
 
     def plan(self, evidence):
-        self.seen[self.factor] = evidence.marks.clone()
+        self.seen[self.factor] = evidence.scores.clone()
         return Identity.like(evidence.x)
 
 

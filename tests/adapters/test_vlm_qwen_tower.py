@@ -389,7 +389,7 @@ def test_evidence_is_of_units(name):
     later = [s[1] for s in method.seen if s[0] == 1]
     assert [e.n for e in later] == [10, 8]
     assert [e.entry for e in later] == [16, 12]
-    assert all(e.rope == "pre" for e in later)
+    assert all(e.attention.rope == "pre" for e in later)
     rows = later[0].attention("all")
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
 

@@ -14,7 +14,7 @@ from vlms_masked import CASES, close, generate
 import tokenreduce as tr
 from tokenreduce.algorithms.projector import Projector, saliency
 from tokenreduce.algorithms.scoring import received_attention
-from tokenreduce.core.plan import Merge, Pool
+from tokenreduce.core.plan import Identity, Merge, Pool
 
 
 class Seen(Projector):
@@ -35,7 +35,7 @@ class Seen(Projector):
 
     def plan(self, evidence):
         self.seen.append(evidence)
-        return tr.plan.Identity.like(evidence.x)
+        return Identity.like(evidence.x)
 
     def spec(self):
         return "seen"

@@ -11,8 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import share
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.temporal import frames_of
-from tokenreduce.core.evidence import Evidence
-from tokenreduce.core.visual import Visual
+from tokenreduce.core.evidence import ImageEvidence, VisualEvidence
 
 __all__ = ["cells", "draw", "evenly", "full_grid", "regular", "resampling", "spread", "sub_grid"]
 
@@ -22,7 +21,7 @@ _CHANNELS, _STEPS = 4, 16
 
 
 # -- draws -------------------------------------------------------------------------------------------------------------
-def draw(evidence: Evidence, seed: int, among: Tensor | None = None) -> Tensor:
+def draw(evidence: VisualEvidence, seed: int, among: Tensor | None = None) -> Tensor:
     """(B,N) uniform numbers in [0, 2^24), exact in float32.
 
     A hash of ``seed``, the layer, the token's place and the sample's own content, and of nothing else. A random
@@ -44,7 +43,7 @@ def draw(evidence: Evidence, seed: int, among: Tensor | None = None) -> Tensor:
     return (_scramble(state.unsqueeze(1) ^ _scramble(place)) >> 8).float()
 
 
-def _content(evidence: Evidence, there: Tensor | None) -> Tensor:
+def _content(evidence: VisualEvidence, there: Tensor | None) -> Tensor:
     """(B,4) int64: rounded channel means that tell samples apart."""
     x = evidence.x.detach().float()
     if there is None:
@@ -78,7 +77,7 @@ def _mix(a: int, b: int) -> int:
 
 
 # -- equal distances ---------------------------------------------------------------------------------------------------
-def spread(evidence: Evidence, k: int, grid: tuple[int, ...] | None) -> Tensor:
+def spread(evidence: VisualEvidence, k: int, grid: tuple[int, ...] | None) -> Tensor:
     """(B,N) 1 for ``k`` tokens at equal distances, 0 for others; protected tokens and slots without a token do not
     count along.
 
@@ -86,7 +85,7 @@ def spread(evidence: Evidence, k: int, grid: tuple[int, ...] | None) -> Tensor:
     :func:`sub_grid` of ``k``, its rows and columns instead, so that both directions are thinned alike.
     """
     device = evidence.x.device
-    plain = evidence.visual is None and isinstance(evidence._protected, int) and evidence.valid is None
+    plain = not evidence.masked and evidence.valid is None
     if not plain:
         may_go = torch.ones(evidence.batch, evidence.n, dtype=torch.bool, device=device)
         for blocked in (evidence.fixed(), None if evidence.valid is None else ~evidence.valid):
@@ -142,13 +141,13 @@ def sub_grid(grid: tuple[int, ...], k: int) -> tuple[int, int] | None:
 
 
 # -- grids and cells ---------------------------------------------------------------------------------------------------
-def full_grid(evidence: Evidence) -> tuple[int, ...] | None:
+def full_grid(evidence: VisualEvidence) -> tuple[int, ...] | None:
     """The grid that the tokens behind the prefix fill in raster order, or None where they fill none.
 
     Cutting off padding leaves a smaller grid of a view; plain evidence has a grid only where it was given.
     """
     n = evidence.n - evidence.prefix
-    if not isinstance(evidence, Visual):
+    if not isinstance(evidence, ImageEvidence):
         return evidence.grid if evidence.grid is not None and math.prod(evidence.grid) == n else None
     place = evidence.place
     first = place.amin(0)
@@ -199,7 +198,7 @@ def cells_of(places: list[tuple[int, int]], k: int, aspect: float = 1.0) -> list
     return [at[place] for place in places]
 
 
-def windows(evidence: Evidence, k: int, bands: int, aspect: float = 1.0) -> Tensor:
+def windows(evidence: VisualEvidence, k: int, bands: int, aspect: float = 1.0) -> Tensor:
     """(N,) 0-based window of every token behind the prefix when a video is cut into exactly ``k`` windows of time, rows
     and columns, numbered by their first tokens.
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import BaseEvidence, Evidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 
 __all__ = ["bipartite", "cap", "clamp_r", "halvings"]
 
 
-def cap(evidence: Evidence) -> int:
+def cap(evidence: BaseEvidence) -> int:
     """The most tokens that one bipartite step can remove: half of those that are not protected."""
-    if evidence.visual is None and isinstance(evidence._protected, int):
+    if not evidence.masked:
         return max(0, evidence.n - evidence.prefix) // 2
     fixed = evidence.fixed()
     assert fixed is not None
@@ -24,7 +24,7 @@ def cap(evidence: Evidence) -> int:
     return int(torch.where(odd > 0, even, 0).min())
 
 
-def clamp_r(r: int, evidence: Evidence, name: str) -> int:
+def clamp_r(r: int, evidence: BaseEvidence, name: str) -> int:
     """``r`` limited to :func:`cap`; says so through :meth:`Evidence.note`."""
     most = cap(evidence)
     if r > most:
@@ -36,7 +36,7 @@ def clamp_r(r: int, evidence: Evidence, name: str) -> int:
     return min(r, most)
 
 
-def bipartite(metric: Tensor, r: int, evidence: Evidence, *, ascending: bool = False, **settings: object) -> Plan:
+def bipartite(metric: Tensor, r: int, evidence: BaseEvidence, *, ascending: bool = False, **settings: object) -> Plan:
     """Merge ``r`` tokens as in ToMe (arXiv 2210.09461): even positions look for their best match among odd ones.
 
     ``metric`` (B,N,d) is compared by cosine in float32. Protected tokens neither move nor absorb. The output order is
@@ -52,7 +52,7 @@ def bipartite(metric: Tensor, r: int, evidence: Evidence, *, ascending: bool = F
     protected = fixed = evidence.fixed()
     if evidence.valid is not None:
         fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid
-    if fixed is not None and (p != 1 or evidence.visual is not None or evidence.valid is not None):
+    if fixed is not None and (p != 1 or evidence.masked or evidence.valid is not None):
         scores = scores.masked_fill(fixed[:, None, 1::2], float("-inf"))
     best, partner = scores.max(-1)
     best = finite(best, evidence)  # a maximum keeps NaN, so the small tensor tells as much as the map

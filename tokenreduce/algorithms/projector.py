@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.scoring import cls_attention, descending, finite, received_attention, single_head
+from tokenreduce.algorithms.scoring import (
+    attention_paid,
+    attention_received,
+    descending,
+    finite,
+)
 from tokenreduce.core.budget import check_keep, count
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import BaseEvidence, Look, VisualEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 
@@ -70,7 +75,7 @@ class Projector(Reducer, stage="projector"):
             raise ValueError(f"newlines is one of {NEWLINES}, not {self.newlines!r}")
 
     # -- what a method says --------------------------------------------------------------------------------------------
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         """The plan that leaves ``keep`` (fewer than there are) tokens behind the prefix, which stays in front."""
         raise NotImplementedError("abstract")
 
@@ -91,9 +96,9 @@ class Projector(Reducer, stage="projector"):
         return self if self.keep == keep and isinstance(self.keep, int) else replace(self, keep=keep)
 
     # -- plans -------------------------------------------------------------------------------------------------------
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: VisualEvidence) -> Plan:
         """The plan on one view. Tokens that must stay (a mask), and samples of unequal length, are taken out first."""
-        fixed = evidence.fixed() if evidence._masks() else None
+        fixed = evidence.fixed() if evidence.masked else None
         if fixed is not None or evidence.valid is not None:
             return self._apart(evidence, fixed)
         present = evidence.n - evidence.prefix
@@ -101,7 +106,7 @@ class Projector(Reducer, stage="projector"):
         everything = wanted >= present and (self.keep is not None or not present)
         return Identity.like(evidence.x) if everything else self.choose(evidence, wanted)
 
-    def _apart(self, evidence: Evidence, fixed: Tensor | None) -> Plan:
+    def _apart(self, evidence: VisualEvidence, fixed: Tensor | None) -> Plan:
         there = torch.ones_like(evidence.x[..., 0], dtype=torch.bool) if evidence.valid is None else evidence.valid
         stay = there.clone()
         for b in range(evidence.batch):
@@ -109,7 +114,7 @@ class Projector(Reducer, stage="projector"):
             where = free.nonzero().flatten()
             if not len(where):
                 continue
-            plan = self.plan(evidence.tokens_at(b, where))
+            plan = self.plan(cast(VisualEvidence, evidence).tokens_at(b, where))
             if not bool(plan.untouched().all()):
                 raise ValueError(
                     f"{self.name} merges: give it samples of one length, without a mask of protected tokens"
@@ -167,29 +172,34 @@ class Salient(Projector):
     def looks(self) -> tuple[Look, ...]:
         return (self.layer,)
 
-    def saliency(self, evidence: Evidence, layer: Look = None) -> Tensor:
+    def saliency(self, evidence: VisualEvidence, layer: Look = None) -> Tensor:
         """(B,N) float32 scores behind the prefix, from :attr:`layer` or another block."""
         return saliency(evidence, self.layer if layer is None else layer, self.score)
 
 
-def by_class(seen: Evidence, score: str) -> bool:
+def by_class(seen: BaseEvidence, score: str) -> bool:
     """Whether ``score`` of :class:`Salient` means the class token's attention in ``seen``, a block of the tower."""
     if score != "auto":
         return score == "cls"
     # Rows that were given stand for whatever a method asks for, class token or not.
-    return seen.cls or (seen._attention is not None and seen._attention.shape[2] == 1)
+    return seen.cls or (seen.attention.given is not None and seen.attention.given.shape[2] == 1)
 
 
-def saliency(evidence: Evidence, layer: Look = None, score: str = "auto", *, joined: bool = False) -> Tensor:
+def saliency(evidence: VisualEvidence, layer: Look = None, score: str = "auto", *, joined: bool = False) -> Tensor:
     """(B,N) float32 attention, averaged over heads, to each token behind the prefix in a block of the vision tower:
     from its class token, or received from all; see :class:`Salient`. ``joined``: all heads as one of full width."""
     seen = evidence.tower(layer)
-    score_of = cls_attention if by_class(seen, score) else received_attention
-    values = seen.per_token((lambda e: score_of(single_head(e))) if joined else score_of)
+    paid = by_class(seen, score)
+
+    def scores(e: BaseEvidence) -> Tensor:
+        attention = e.attention.joined() if joined else e.attention
+        return attention_paid(attention) if paid else attention_received(attention)
+
+    values = seen.per_token(scores)
     return finite(values[:, seen.prefix :].float(), evidence)
 
 
-def kept(index: Tensor, evidence: Evidence, *, raster: bool = True) -> Prune:
+def kept(index: Tensor, evidence: VisualEvidence, *, raster: bool = True) -> Prune:
     """Keep the tokens ``index`` (B,K), counted without the prefix, in raster order or as given, behind the prefix."""
     p = evidence.prefix
     index = (index.sort(dim=1).values if raster else index) + p

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Attention, BaseEvidence, VisualEvidence
 
 __all__ = [
-    "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "gram", "highest",
-    "importance", "inner", "key_metric", "question", "received_attention", "received_by_head", "relevance", "select",
-    "single_head", "unit",
+    "attention_paid", "attention_received", "clean", "cls_attention", "cls_logits", "descending", "distances",
+    "excluded", "finite", "gram", "highest", "importance", "inner", "key_metric", "question", "received_attention",
+    "received_by_head", "relevance", "select", "unit",
 ]  # fmt: skip
 
 #: Rows from which half of a Gram matrix is worth the copies that spare the other half.
@@ -62,7 +60,7 @@ def distances(x: Tensor) -> Tensor:
     return torch.cdist(x, x).masked_fill(eye, 0.0)
 
 
-def finite(scores: Tensor, evidence: Evidence) -> Tensor:
+def finite(scores: Tensor, evidence: BaseEvidence) -> Tensor:
     """``scores`` itself; raises ``ValueError`` when they hold NaN.
 
     Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU or break a
@@ -82,7 +80,7 @@ def _checked(values: Tensor) -> bool:
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def clean(x: Tensor, evidence: Evidence) -> Tensor:
+def clean(x: Tensor, evidence: BaseEvidence) -> Tensor:
     """Vectors ``x`` (B,N,d) without NaN: as :func:`finite`, but where that cannot raise, NaN becomes 0."""
     finite(x.sum(-1), evidence)
     return x if _checked(x) else x.nan_to_num()
@@ -105,107 +103,83 @@ def highest(scores: Tensor, k: int) -> Tensor:
     return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
-def key_metric(evidence: Evidence) -> Tensor:
+def key_metric(evidence: BaseEvidence) -> Tensor:
     """(B,N,d) keys averaged over heads: the similarity metric of ToMe and its successors."""
     return evidence.keys.mean(1)
 
 
-def cls_attention(evidence: Evidence) -> Tensor:
+def attention_paid(attention: Attention) -> Tensor:
     """(B,N) attention that the class token pays to every token, averaged over heads."""
-    return evidence.attention("cls")[:, :, 0].mean(1)
+    return attention("cls")[:, :, 0].mean(1)
 
 
-def single_head(evidence: Evidence) -> Evidence:
-    """The same evidence with all heads side by side as one of full width C: its rows are softmax(q·k / sqrt(C)).
-
-    That is not the mean over heads. Rows that were given stay as they are.
-    """
-    if evidence._attention is not None:
-        return evidence
-    q, k = (evidence.queries, evidence.keys) if evidence._rotated is None else evidence._rotated
-    if k.shape[1] != q.shape[1]:  # grouped queries
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    out = copy.copy(evidence)
-    out._queries, out._keys = (t.transpose(1, 2).flatten(2).unsqueeze(1) for t in (q, k))
-    out._rotated, out._map, out._scale = None, None, None
-    return out
+def cls_attention(evidence: BaseEvidence) -> Tensor:
+    """:func:`attention_paid` in ``evidence``."""
+    return attention_paid(evidence.attention)
 
 
-def cls_logits(evidence: Evidence) -> Tensor:
+def cls_logits(evidence: BaseEvidence) -> Tensor:
     """(B,N) logits of the class token's attention row before softmax, averaged over heads.
 
     Where softmax rows were given these are their logarithms: the logits less a constant, in the same order.
     """
-    if evidence._attention is not None:
-        rows = evidence.attention("cls")[:, :, 0]
+    attention = evidence.attention
+    if attention.given is not None:
+        rows = attention("cls")[:, :, 0]
         return rows.clamp(min=torch.finfo(rows.dtype).tiny).log().mean(1)
     if not evidence.cls:
         raise ValueError("the model has no class token to take attention from")
-    heads, d = evidence.queries.shape[1], evidence.queries.shape[-1]
-    scale = d**-0.5 if evidence._scale is None else evidence._scale
-    joined = single_head(evidence)  # the sum over heads is one product of full width
-    return inner(joined.queries[:, 0, :1], joined.keys[:, 0])[:, 0] * (scale / heads)
+    joined = attention.joined()  # the sum over heads is one product of full width
+    scale = attention.factor / attention.heads
+    return inner(joined.queries[:, 0, :1], joined.keys[:, 0])[:, 0] * scale
 
 
-def received_by_head(evidence: Evidence, chunk: int = 128) -> Tensor:
+def received_by_head(attention: Attention, chunk: int = 128) -> Tensor:
     """(B,H,N) attention that every token receives in each head, averaged over queries.
 
     Rows are computed ``chunk`` at a time, so that no N x N map is ever held. Queries that are not there do not vote.
     """
-    if evidence._attention is not None:
-        return evidence.attention("all").mean(2)
-    n, device = evidence.n, evidence.x.device
+    if attention.given is not None:
+        return attention("all").mean(2)
+    n, valid = attention.keys.shape[2], attention.valid
     total: Tensor | None = None
     for start in range(0, n, chunk):
-        rows = _rows(evidence, start, min(start + chunk, n))
-        if rows is None:
-            rows = evidence.attention(torch.arange(start, min(start + chunk, n), device=device))
-        if evidence.valid is not None:
-            rows = rows * evidence.valid[:, None, start : start + chunk, None]
+        rows = attention.between(start, min(start + chunk, n))
+        if valid is not None:
+            rows = rows * valid[:, None, start : start + chunk, None]
         total = rows.sum(2) if total is None else total + rows.sum(2)
     assert total is not None
-    return total / (n if evidence.valid is None else evidence.valid.sum(1)[:, None, None])
+    return total / (n if valid is None else valid.sum(1)[:, None, None])
 
 
-def _rows(evidence: Evidence, start: int, end: int) -> Tensor | None:
-    """``evidence.attention`` of rows that stand side by side, which need not be gathered; None where queries do not
-    see all keys."""
-    if evidence.mask is not None or evidence.causal or evidence._softcap is not None:
-        return None
-    q, k = (evidence.queries, evidence.keys) if evidence._rotated is None else evidence._rotated
-    if k.shape[1] != q.shape[1]:
-        return None
-    scale = q.shape[-1] ** -0.5 if evidence._scale is None else evidence._scale
-    with torch.autocast(q.device.type, enabled=False):
-        logits = (q[:, :, start:end].float() * scale) @ k.float().transpose(-2, -1)
-    bias = evidence.key_bias()
-    return (logits if bias is None else logits + bias).softmax(-1)
-
-
-def received_attention(evidence: Evidence, chunk: int = 128) -> Tensor:
+def attention_received(attention: Attention, chunk: int = 128) -> Tensor:
     """(B,N) attention that every token receives, averaged over heads and queries; see :func:`received_by_head`."""
-    return received_by_head(evidence, chunk).mean(1)
+    return received_by_head(attention, chunk).mean(1)
 
 
-def importance(evidence: Evidence) -> Tensor:
+def received_attention(evidence: BaseEvidence, chunk: int = 128) -> Tensor:
+    """:func:`attention_received` in ``evidence``."""
+    return attention_received(evidence.attention, chunk)
+
+
+def importance(evidence: BaseEvidence) -> Tensor:
     """(B,N) attention from the class token, or, in a model without one, the mean attention received."""
     return cls_attention(evidence) if evidence.cls else received_attention(evidence)
 
 
-def excluded(evidence: Evidence) -> Tensor | None:
+def excluded(evidence: BaseEvidence) -> Tensor | None:
     """(B, N-prefix) bool of the tokens behind the prefix that take no part: protected by a mask, or not there.
 
     None in the usual case that protection is a count and every token is real.
     """
     p = evidence.prefix
-    masked = isinstance(evidence._protected, Tensor) or evidence.visual is not None
-    out = evidence.fixed() if masked else None
+    out = evidence.fixed() if evidence.masked else None
     if evidence.valid is not None:
         out = ~evidence.valid if out is None else out | ~evidence.valid
     return None if out is None else out[:, p:]
 
 
-def select(scores: Tensor, k: int, evidence: Evidence, *, by_score: bool = False) -> Tensor:
+def select(scores: Tensor, k: int, evidence: BaseEvidence, *, by_score: bool = False) -> Tensor:
     """(B, prefix+k) indices: protected tokens first, then the ``k`` best others in position or score order.
 
     Tokens that are not there (``evidence.valid``) come last. ``scores`` is (B,N); higher stays.
@@ -223,7 +197,7 @@ def select(scores: Tensor, k: int, evidence: Evidence, *, by_score: bool = False
     return keep
 
 
-def question(evidence: Evidence) -> tuple[Tensor, Tensor] | None:
+def question(evidence: VisualEvidence) -> tuple[Tensor, Tensor] | None:
     """The words of the question in the language model's space: (B,M,D) float32 of unit length, zero where a sample has
     fewer, and (B,M) which are there. None where the evidence has no text.
 
@@ -244,7 +218,7 @@ def question(evidence: Evidence) -> tuple[Tensor, Tensor] | None:
     return unit(text).masked_fill(~valid.unsqueeze(-1), 0.0), valid
 
 
-def relevance(evidence: Evidence) -> Tensor:
+def relevance(evidence: VisualEvidence) -> Tensor:
     """(B,N) mean cosine between the tokens behind the prefix and the words of the question, in the language model's
     space; 0 for samples without a word."""
     words = question(evidence)

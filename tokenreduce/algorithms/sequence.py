@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite
 from tokenreduce.core.budget import Keep, check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Identity, Mix, Plan, Prune
 
 __all__ = [
@@ -19,14 +19,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def visual_of(evidence: Evidence) -> Tensor:
+def visual_of(evidence: LanguageEvidence) -> Tensor:
     """(B,N) bool of the visual tokens. Raises ``ValueError`` for evidence that marks none."""
     if evidence.visual is None:
         raise ValueError("the evidence marks no visual tokens: give Evidence(visual=...) with a bool mask (B,N)")
     return evidence.visual
 
 
-def visual_counts(keep: Keep, evidence: Evidence) -> tuple[Tensor, Tensor]:
+def visual_counts(keep: Keep, evidence: LanguageEvidence) -> tuple[Tensor, Tensor]:
     """``(present, wanted)``, (B,1) each: visual tokens of every sample and how many of them stay.
 
     The same rule as :func:`tokenreduce.core.budget.count`, for samples with different numbers of visual tokens.
@@ -40,7 +40,7 @@ def visual_counts(keep: Keep, evidence: Evidence) -> tuple[Tensor, Tensor]:
     return present, wanted
 
 
-def keep_best(scores: Tensor, keep: Keep | Tensor, evidence: Evidence) -> Plan:
+def keep_best(scores: Tensor, keep: Keep | Tensor, evidence: LanguageEvidence) -> Plan:
     """Keep the best visual tokens of every sample by ``scores`` (B,N) and all other tokens, in order.
 
     ``keep`` is a count, a ratio, or a count for every sample (B,1). Ties go to the lower index. The identity when the
@@ -56,13 +56,15 @@ def keep_best(scores: Tensor, keep: Keep | Tensor, evidence: Evidence) -> Plan:
     return keep_chosen(best(finite(scores, evidence), visual, wanted), evidence)
 
 
-def keep_chosen(chosen: Tensor, evidence: Evidence) -> Plan:
+def keep_chosen(chosen: Tensor, evidence: LanguageEvidence) -> Plan:
     """Keep the visual tokens in ``chosen`` (B,N) bool and all other tokens, in order."""
     stay = chosen | ~visual_of(evidence)
     return Identity.like(evidence.x) if bool(stay.all()) else Prune.from_mask(stay)
 
 
-def keep_mixed(stay: Tensor, joined: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], evidence: Evidence) -> Plan:
+def keep_mixed(
+    stay: Tensor, joined: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], evidence: LanguageEvidence
+) -> Plan:
     """Keep the tokens in ``stay`` (B,N) bool, in order, some of them mixed with others that go.
 
     ``joined`` has for every sample ``(src (R,), into (R,), weight (R,), own (N,))``: token ``src`` comes with its

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.scoring import clean, descending, unit
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import ImageEvidence, VisualEvidence
 from tokenreduce.core.plan import Mix, Plan
-from tokenreduce.core.visual import Visual
 
 __all__ = [
     "Temporal", "adjacent", "best_of_frames", "by_frame", "change", "cut_by_similarity", "frame_grid", "frames_of",
@@ -48,8 +47,8 @@ class Temporal(Projector):
         if self.newlines == "rank":
             raise ValueError(f"{self.name}: newlines='rank' is for methods without frames; use 'keep' or 'drop'")
 
-    def plan(self, evidence: Evidence) -> Plan:
-        if evidence._masks() or evidence.valid is not None:
+    def plan(self, evidence: VisualEvidence) -> Plan:
+        if evidence.masked or evidence.valid is not None:
             raise ValueError(
                 f"{self.name} takes whole frames of one size: protect leading tokens by their number, give no mask of "
                 f"single ones, and give samples of different length one by one"
@@ -57,7 +56,7 @@ class Temporal(Projector):
         return super().plan(evidence)
 
 
-def frames_of(evidence: Evidence) -> tuple[int, int]:
+def frames_of(evidence: VisualEvidence) -> tuple[int, int]:
     """Number of frames T and tokens of a frame n. Raises ``ValueError`` when frames differ in length."""
     t, present = evidence.frames, evidence.n - evidence.prefix
     if t < 1 or present % t:
@@ -67,7 +66,7 @@ def frames_of(evidence: Evidence) -> tuple[int, int]:
     return t, present // t
 
 
-def by_frame(evidence: Evidence, x: Tensor | None = None) -> Tensor:
+def by_frame(evidence: VisualEvidence, x: Tensor | None = None) -> Tensor:
     """(B,T,n,C) float32 embeddings, or another tensor (B,T*n,C) of the tokens behind the prefix, frame by frame.
 
     Raises ``ValueError`` for NaN (see :func:`tokenreduce.algorithms.scoring.clean`).
@@ -104,9 +103,9 @@ def best_of_frames(score: Tensor, quota: Tensor) -> Tensor:
     return descending(score).argsort(dim=-1) < quota.unsqueeze(-1)
 
 
-def frame_grid(evidence: Evidence) -> tuple[int, int] | None:
+def frame_grid(evidence: VisualEvidence) -> tuple[int, int] | None:
     """(rows, columns) that the tokens of a frame fill in raster order, or None where they fill none."""
-    if not isinstance(evidence, Visual) and evidence.grid is None:
+    if not isinstance(evidence, ImageEvidence) and evidence.grid is None:
         return None
     rows, columns = evidence.shape
     return (rows, columns) if rows * columns == frames_of(evidence)[1] else None
@@ -138,7 +137,7 @@ def cut_by_similarity(similarity: Tensor, threshold: float, least: int) -> list[
     return segments(descending(-similarity)[:wanted], len(similarity) + 1)
 
 
-def joined(evidence: Evidence, samples: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Mix:
+def joined(evidence: VisualEvidence, samples: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Mix:
     """The plan in which every token behind the prefix belongs to one output or to none; the prefix stays in front.
 
     ``samples`` are ``(head (N,), weight (N,), rank (N,) or None)`` of every sample, counted behind the prefix: the

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 
 __all__ = ["apportion", "covered", "marked", "ranks", "rooms"]
 
 
-def rooms(evidence: Evidence) -> Tensor:
+def rooms(evidence: VisualEvidence) -> Tensor:
     """(V,) how many tokens every view has; 0 for a crop that is all padding."""
     crops = evidence.crops
     return torch.bincount(evidence.view, minlength=1 if crops is None else 1 + crops[0] * crops[1])
 
 
-def covered(evidence: Evidence) -> Tensor:
+def covered(evidence: VisualEvidence) -> Tensor:
     """(N,) for a token of the overview the view of the crop that shows its place, 1.. row-major; 0 for other tokens.
 
     Where the grid of the overview is no multiple of the crops, the last row and column of crops cover what is left.

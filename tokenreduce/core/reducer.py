@@ -136,8 +136,9 @@ class Reducer:
 
     def mark(self, evidence: Evidence) -> Tensor:
         """(B,N) numbers for the visual tokens of one view of an image, from what the vision tower saw of them: a pure
-        function of ``evidence`` (a :class:`~tokenreduce.core.visual.Visual`). For language-stage methods that need
-        ``tower``: it is asked once, at the entry of the language model, and :attr:`Evidence.marks` has the answer."""
+        function of ``evidence`` (a :class:`~tokenreduce.core.evidence.ImageEvidence`). For language-stage methods that
+        need ``tower``: it is asked once, at the entry of the language model, and :attr:`Evidence.marks` has the
+        answer."""
         raise NotImplementedError("abstract")
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from tokenreduce.core.budget import Keep, check_count, check_keep, geometric, layer_schedule, linear, quarters
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import BaseEvidence
 from tokenreduce.core.reducer import Reducer
 
 __all__ = ["Scheduled", "check_layers", "stage_layers", "staged"]
@@ -42,7 +42,7 @@ class Scheduled(Reducer):
     def _removed(self, depth: int) -> tuple[int, ...]:
         return layer_schedule(cast("int | Sequence[int]", self.r), depth, self.inflect)
 
-    def amount(self, evidence: Evidence) -> int:
+    def amount(self, evidence: BaseEvidence) -> int:
         """Tokens to remove at this layer."""
         if self.keep is not None:
             protected = evidence.n - evidence.free()
@@ -73,7 +73,7 @@ def stage_layers(layers: tuple[int, ...] | None, depth: int, name: str) -> tuple
     return tuple(sorted(layers))
 
 
-def staged(keep: Keep, evidence: Evidence, layers: tuple[int, ...]) -> int:
+def staged(keep: Keep, evidence: BaseEvidence, layers: tuple[int, ...]) -> int:
     """Reducible tokens left behind this layer, one of ``layers``, when equal ratios lead to ``keep`` at the last."""
     protected = evidence.n - evidence.free()
     return geometric(keep, evidence.entry - protected, layers.index(evidence.layer), len(layers))

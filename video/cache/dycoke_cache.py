@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.sequence import best, keep_chosen, visual_counts, visual_of
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -74,7 +74,7 @@ class DyCokeCache(
     def later(self) -> str:
         return "hide"
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual = visual_of(evidence)
         row = finite(evidence.attention(evidence.last())[:, :, 0].mean(1), evidence)
         if self.keep is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.matching import bipartite, clamp_r
 from tokenreduce.algorithms.scoring import excluded, finite
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import staged
@@ -86,7 +85,7 @@ class VidTLDR(
             raise ValueError(f"r lists {len(self.r)} layers but the model has {depth}")
         return layer < len(self.r) and self.r[layer] > 0
 
-    def amount(self, evidence: Evidence) -> int:
+    def amount(self, evidence: EncoderEvidence) -> int:
         """Tokens to remove at this layer."""
         layer = evidence.layer
         if not self.acts(layer, max(evidence.depth, len(self.r))):
@@ -95,7 +94,7 @@ class VidTLDR(
             return max(0, evidence.free() - staged(self.keep, evidence, tuple(range(min(self.blocks, evidence.depth)))))
         return int(evidence.free() * self.r[layer]) if self.r[layer] < 1 else int(self.r[layer])
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         r = clamp_r(self.amount(evidence), evidence, self.name)
         if r == 0:
             return Identity.like(evidence.x)
@@ -106,22 +105,21 @@ class VidTLDR(
         return replace(plan, weights=weights, size_scale=share)
 
 
-def _sharpness(evidence: Evidence, chunk: int = 256) -> Tensor:
+def _sharpness(evidence: EncoderEvidence, chunk: int = 256) -> Tensor:
     """(B,N) sum of p log p over every token's attention row p, which is averaged over heads and has no size bias."""
-    if evidence._attention is not None:
+    if evidence.attention.given is not None:
         row = evidence.attention("all").mean(1)
         return torch.xlogy(row, row).sum(-1)
-    plain = copy.copy(evidence)
-    plain.proportional = False
+    plain = evidence.attention.unbiased()
     parts = []
     for start in range(0, evidence.n, chunk):
         at = torch.arange(start, min(start + chunk, evidence.n), device=evidence.x.device)
-        row = plain.attention(at).mean(1)
+        row = plain(at).mean(1)
         parts.append(torch.xlogy(row, row).sum(-1))
     return torch.cat(parts, 1)
 
 
-def _saliency(evidence: Evidence) -> Tensor:
+def _saliency(evidence: EncoderEvidence) -> Tensor:
     """(B,N) in [0,1]: 0 for tokens less sharp than their mean, 1 for the sharpest; 0 for tokens that are not there.
 
     The scores of protected tokens have no meaning. Scaling to [0,1] first, as the paper does, cancels out.

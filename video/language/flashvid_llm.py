@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tokenreduce.algorithms.sequence import keep_best
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -49,5 +49,5 @@ class FlashVIDLLM(
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")
         return layer == wanted
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         return keep_best(evidence.attention(evidence.last())[:, :, 0].mean(1), self.keep, evidence)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, finite, unit
 from tokenreduce.algorithms.sequence import best, keep_mixed, visual_counts, visual_of
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Evidence, LanguageEvidence
 from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -66,7 +66,7 @@ class FrameFusion(
             if not inside or (name == "cost" and value == 0):
                 raise ValueError(f"{name} is a number in {'(0' if name == 'cost' else f'[{low:g}'}, 1], not {value!r}")
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual = visual_of(evidence)
         stay, joined = torch.ones_like(visual), []
         wanted = None if self.keep is None else visual_counts(self.keep, _entry(evidence))[1].flatten().tolist()
@@ -106,9 +106,11 @@ class FrameFusion(
         used = sum(c / counts[0] for c in counts[1:])
         return min(max(1 - (depth * self.cost - used) / ((depth - m) * left), 0.0), 1.0)
 
-    def _merge(self, evidence: Evidence, b: int, ratio: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _merge(
+        self, evidence: LanguageEvidence, b: int, ratio: float
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Tokens (R,) that go, and where they join; see :func:`tokenreduce.algorithms.sequence.keep_mixed`."""
-        film = evidence.films[b]
+        film = evidence.frame_of[b]
         where = (visual_of(evidence)[b] & (film[:, 0] >= 0)).nonzero().flatten()
         if not len(where):
             return where, _nothing(evidence)
@@ -130,7 +132,7 @@ class FrameFusion(
         share = 1 / (1 + torch.bincount(into, minlength=evidence.n).float())
         return src, (src, into, share[into], share)
 
-    def _attended(self, evidence: Evidence, b: int, left: int) -> Tensor:
+    def _attended(self, evidence: LanguageEvidence, b: int, left: int) -> Tensor:
         """(N,) bool of the ``left`` visual tokens that the last ones attend to most."""
         back = torch.arange(self.queries, device=evidence.x.device)
         rows = (evidence.last() - back).clamp(min=0)
@@ -138,18 +140,18 @@ class FrameFusion(
         return best(scores, visual_of(evidence)[b : b + 1], torch.tensor([[left]], device=scores.device))[0]
 
 
-def _nothing(evidence: Evidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _nothing(evidence: LanguageEvidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = torch.zeros(0, dtype=torch.long, device=evidence.x.device)
     return none, none, none.float(), torch.ones(evidence.n, device=evidence.x.device)
 
 
-def _entry(evidence: Evidence) -> Evidence:
-    """Evidence that has the visual tokens of the prompt's entry, for counting."""
+def _entry(evidence: LanguageEvidence) -> LanguageEvidence:
+    """LanguageEvidence that has the visual tokens of the prompt's entry, for counting."""
     prompt = evidence.prompt
     return evidence if prompt is None else Evidence(evidence.x, visual=prompt.visual)
 
 
-def _history(evidence: Evidence) -> Tensor:
+def _history(evidence: LanguageEvidence) -> Tensor:
     """(B,m+1) visual tokens before every call; nothing has been merged where nobody counted."""
     if evidence.history is not None:
         return evidence.history

@@ -9,7 +9,7 @@ import torch
 from tokenreduce.algorithms.scoring import finite, inner, unit
 from tokenreduce.algorithms.sequence import best, keep_mixed, visual_counts, visual_of
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -56,7 +56,7 @@ class HoliTomMerge(
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")
         return layer == wanted
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual = visual_of(evidence)
         present, wanted = visual_counts(self.keep, evidence)
         if bool((wanted >= present).all()):

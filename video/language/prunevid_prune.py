@@ -11,7 +11,7 @@ from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.sequence import best, keep_chosen, packed, question, visual_counts, visual_of
 from tokenreduce.algorithms.views import apportion
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -62,7 +62,7 @@ class PruneVidPrune(
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")
         return layer == wanted
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual = visual_of(evidence)
         group = _groups(evidence, visual)
         scores, chosen = _asked(evidence, visual), torch.zeros_like(visual)
@@ -81,7 +81,7 @@ class PruneVidPrune(
         return keep_chosen(chosen, evidence)
 
 
-def _asked(evidence: Evidence, visual: Tensor) -> Tensor:
+def _asked(evidence: LanguageEvidence, visual: Tensor) -> Tensor:
     """(B,N) largest attention over heads and the tokens of the question."""
     behind = question(visual, evidence.valid)
     last = torch.zeros_like(behind).scatter(1, evidence.last(), True)
@@ -92,9 +92,9 @@ def _asked(evidence: Evidence, visual: Tensor) -> Tensor:
     return finite(rows.amax((1, 2)), evidence)
 
 
-def _groups(evidence: Evidence, visual: Tensor) -> Tensor:
+def _groups(evidence: LanguageEvidence, visual: Tensor) -> Tensor:
     """(B,N) a number for every group: a video's tokens that stand for the same frames."""
-    film, first, last, _ = evidence.films.unbind(-1)
+    film, first, last, _ = evidence.frame_of.unbind(-1)
     wide = int(last.max()) + 2 if last.numel() else 1
     number = (film * wide + first) * wide + last
     return torch.where(film < 0, -1, number)

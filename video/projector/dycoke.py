@@ -13,7 +13,7 @@ from tokenreduce.algorithms.projector import kept, share
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.temporal import Temporal, best_of_frames, by_frame, change, frame_grid, frames_of
 from tokenreduce.algorithms.views import marked
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Identity, Plan
 
 __all__ = ["DyCoke"]
@@ -56,7 +56,7 @@ class DyCoke(Temporal, name="dycoke", paper="2411.15024", title="DyCoke, tempora
         if wrong or not 0 <= self.dycoke_k <= 1:
             raise ValueError(f"dycoke_k is a number in [0, 1], not {self.dycoke_k!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         t, n = frames_of(evidence)
         step = [1 if i % 2 else 2 if i % 4 == 2 and i + 1 < t else 0 for i in range(t)]
         whole, thinned = ([i for i in range(t) if bool(step[i]) is thin] for thin in (False, True))

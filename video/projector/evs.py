@@ -12,7 +12,7 @@ from tokenreduce.algorithms.baseline import regular
 from tokenreduce.algorithms.projector import kept, top
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.temporal import Temporal, by_frame, change, frame_grid, frames_of
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["EVS"]
@@ -57,7 +57,7 @@ class EVS(Temporal, name="evs", paper="2510.14624", title="EVS, Efficient Video 
     def gathers(self) -> tuple[str, ...]:
         return ("pixels",) if self.score == "pixels" else ()
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         t, n = frames_of(evidence)
         x = by_frame(evidence)
         if keep < n:

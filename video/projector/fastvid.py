@@ -14,7 +14,7 @@ from tokenreduce.algorithms.projector import SCORES, Salient, share, top
 from tokenreduce.algorithms.scoring import distances, finite, inner, unit
 from tokenreduce.algorithms.temporal import Temporal, adjacent, best_of_frames, by_frame, cut_by_similarity
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Mix, Plan
 
 __all__ = ["FastVID"]
@@ -111,7 +111,7 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
     def looks(self) -> tuple[Look, ...]:
         return () if self.score == "head" else super().looks()
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         x, p = by_frame(evidence), evidence.prefix
         head = evidence.pooling() if "head" in (*self.gathers(), *self.wishes()) else None
         if head is None and self.score == "head":

@@ -14,7 +14,7 @@ from tokenreduce.algorithms.projector import Projector, Salient, share
 from tokenreduce.algorithms.scoring import descending, inner, unit
 from tokenreduce.algorithms.temporal import Temporal, adjacent, by_frame, cut_by_similarity, joined
 from tokenreduce.core.budget import check_count, count, proportional
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["FlashVID"]
@@ -102,7 +102,7 @@ class FlashVID(Temporal, Salient, name="flashvid", needs=("tower",), paper="2602
     def at(self, keep: int) -> Projector:
         return replace(self, keep=keep, expansion=1.0)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         x = by_frame(evidence)
         scores = torch.ones_like(x[..., 0])
         if self.selection != "div":
@@ -110,8 +110,7 @@ class FlashVID(Temporal, Salient, name="flashvid", needs=("tower",), paper="2602
         return joined(evidence, [self._sample(x[b], scores[b], keep) for b in range(len(x))])
 
     def _sample(self, x: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, None]:
-        """Heads and weights (see :func:`~tokenreduce.algorithms.temporal.joined`) of a video ``x`` (T,n,C); scores
-        (T,n)."""
+        """Heads and weights (see :func:`joined`) of a video ``x`` (T,n,C); scores (T,n)."""
         t, n = x.shape[:2]
         means, u = x.mean(1), unit(x)
         alike = adjacent(means[None, :, None])[0, :, 0]

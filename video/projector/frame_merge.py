@@ -11,7 +11,7 @@ from tokenreduce.algorithms.matching import halvings
 from tokenreduce.algorithms.projector import share
 from tokenreduce.algorithms.scoring import finite, inner, unit
 from tokenreduce.algorithms.temporal import Temporal, by_frame, frames_of
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["FrameMerge"]
@@ -62,7 +62,7 @@ class FrameMerge(Temporal, name="frame-merge", paper="2412.09919", title="Duplic
         if wrong or not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is a number in [0, 1], not {self.threshold!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         p, x = evidence.prefix, by_frame(evidence)
         parent, alike = nearest_earlier(finite(x.mean(2), evidence))
         front = torch.arange(p, device=x.device)

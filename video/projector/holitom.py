@@ -11,7 +11,7 @@ from tokenreduce.algorithms.clustering import leaders
 from tokenreduce.algorithms.projector import Salient
 from tokenreduce.algorithms.temporal import Temporal, adjacent, by_frame, joined
 from tokenreduce.core.budget import check_count, proportional
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["HoliTom"]
@@ -69,14 +69,13 @@ class HoliTom(Temporal, Salient, name="holitom", needs=("tower",), paper="2505.2
         check_count(self.k, "k", 1)
         check_count(self.max_window, "max_window", 1)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         x = by_frame(evidence)
         scores = self.saliency(evidence).view(x.shape[:3])
         return joined(evidence, [self._sample(*one, keep) for one in zip(x, adjacent(x), scores, strict=True)])
 
     def _sample(self, x: Tensor, similarity: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads, weights and ranks (see :func:`~tokenreduce.algorithms.temporal.joined`) of ``x`` (T,n,C); similarity
-        (T-1,n)."""
+        """Heads, weights and ranks (see :func:`joined`) of ``x`` (T,n,C); similarity (T-1,n)."""
         t, n = x.shape[:2]
         spans, linked = _segments(similarity > self.tau, self.max_window)
         over = keep - (t * n - int(linked.sum()))

@@ -9,7 +9,7 @@ import torch
 from tokenreduce.algorithms.baseline import windows
 from tokenreduce.algorithms.temporal import Temporal, frames_of
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["PoolFrames"]
@@ -43,7 +43,7 @@ class PoolFrames(Temporal, name="pool-frames", title="Average pooling over frame
             object.__setattr__(self, "keep", 1 / self.frames)
         super().__post_init__()
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         p, device = evidence.prefix, evidence.x.device
         bands = -(-keep // frames_of(evidence)[1])
         assign = torch.cat([torch.arange(p, device=device), windows(evidence, keep, bands) + p])

@@ -14,7 +14,7 @@ from tokenreduce.algorithms.projector import check_clip
 from tokenreduce.algorithms.scoring import finite, inner, relevance, unit
 from tokenreduce.algorithms.temporal import Temporal, frames_of
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["PPLLaVA"]
@@ -85,7 +85,7 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
     def gathers(self) -> tuple[str, ...]:
         return ("text",) if self.clip is None else ("clip",)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         t, n = frames_of(evidence)
         p, b = evidence.prefix, evidence.batch
         window = windows(evidence, keep, self.bands(t, n, keep), self.kernel[1] / self.kernel[2])
@@ -111,7 +111,7 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
 
         return min(range(-(-keep // n), min(t, keep) + 1), key=rank)
 
-    def similarity(self, evidence: Evidence) -> Tensor:
+    def similarity(self, evidence: VisualEvidence) -> Tensor:
         """(B,N) float32 cosines of the tokens behind the prefix to the question, times the sign; 0 without a word."""
         if self.clip is None:
             cosine = relevance(evidence)

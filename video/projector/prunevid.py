@@ -14,7 +14,7 @@ from tokenreduce.algorithms.scoring import unit
 from tokenreduce.algorithms.temporal import Temporal, by_frame, frames_of, segments
 from tokenreduce.algorithms.views import apportion
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Mix, Plan
 
 __all__ = ["PruneVid", "contiguous", "likeness"]
@@ -76,7 +76,7 @@ class PruneVid(Temporal, name="prunevid", paper="2412.16117", title="PruneVid"):
         check_count(self.k, "k", 1)
         check_count(self.min_group, "min_group")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         frames_of(evidence)
         wanted = None if self.keep is None else keep
         return Mix.from_samples(evidence.n, [self._sample(x, wanted, evidence.prefix) for x in by_frame(evidence)])

@@ -9,7 +9,7 @@ import torch
 
 from tokenreduce.algorithms.temporal import Temporal
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["TokenShuffle"]
@@ -48,7 +48,7 @@ class TokenShuffle(Temporal, name="token-shuffle", paper="2410.19702", title="To
             object.__setattr__(self, "keep", 1 / self.m)
         super().__post_init__()
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         p, n, device = evidence.prefix, evidence.n - evidence.prefix, evidence.x.device
         group = torch.arange(n, device=device) * keep // n
         assign = torch.cat([torch.arange(p, device=device), group + p])

@@ -9,7 +9,7 @@ import torch
 from tokenreduce.algorithms.baseline import regular
 from tokenreduce.algorithms.projector import kept
 from tokenreduce.algorithms.temporal import Temporal, frame_grid, frames_of
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["UniformFrames"]
@@ -33,7 +33,7 @@ class UniformFrames(Temporal, name="uniform-frames", title="Uniform frames"):
 
     keep: int | float = 0.25
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         (t, n), device = frames_of(evidence), evidence.x.device
         frames = -(-keep // n)
         stay = torch.zeros(t, n, dtype=torch.bool, device=device)

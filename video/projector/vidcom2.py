@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import kept
 from tokenreduce.algorithms.scoring import finite, unit
 from tokenreduce.algorithms.temporal import Temporal, best_of_frames, by_frame
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 
 __all__ = ["VidCom2"]
@@ -58,7 +58,7 @@ class VidCom2(Temporal, name="vidcom2", paper="2505.14454", title="VidCom2"):
         if not isinstance(self.plain, bool):
             raise ValueError(f"plain is True or False, not {self.plain!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         to_video, to_frame = self.similarity(by_frame(evidence))
         usual = finite(to_video + to_frame, evidence)
         ratio = self.keep if isinstance(self.keep, float) else keep / usual[0].numel()

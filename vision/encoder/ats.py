@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import finite, received_by_head
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, staged
@@ -92,7 +92,7 @@ class ATS(
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth) and not (isinstance(self.keep, float) and self.keep == 1)
 
-    def _heights(self, evidence: Evidence, patches: int) -> int | None:
+    def _heights(self, evidence: EncoderEvidence, patches: int) -> int | None:
         """Number of heights at this layer, of ``patches`` at the entry; None where the budget keeps everything."""
         layers = self._layers(evidence.depth)
         if evidence.layer not in layers:
@@ -105,7 +105,7 @@ class ATS(
             limit = limit[layers.index(evidence.layer)]
         return patches if limit is None else min(limit - 1, patches)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         n, free = evidence.n, evidence.free()
         heights = self._heights(evidence, evidence.entry - (n - free))
         if heights is None or free < 2:
@@ -126,9 +126,9 @@ class ATS(
             valid = torch.arange(slots, device=order.device) < numbers[:, None]
         return Prune(n, order[:, :slots], valid)
 
-    def _significance(self, evidence: Evidence) -> Tensor:
+    def _significance(self, evidence: EncoderEvidence) -> Tensor:
         """(B,N), up to a factor per sample, which the curve does not see."""
-        attention = evidence.attention("cls")[:, :, 0] if evidence.cls else received_by_head(evidence)
+        attention = evidence.attention("cls")[:, :, 0] if evidence.cls else received_by_head(evidence.attention)
         values = evidence.values.float()
         if self.head_norm == "per_head":
             return (attention * values.norm(dim=-1)).sum(1)

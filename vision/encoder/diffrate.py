@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenreduce.algorithms.scoring import finite, importance, inner, select, unit
 from tokenreduce.core.budget import check_count, check_keep, count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan, Prune, take
 from tokenreduce.core.reducer import Reducer
 
@@ -187,7 +187,7 @@ class DiffRate(Reducer, name="diffrate", stage="encoder", needs=("attention",), 
         left = [patches, *(merged for _, merged in self.counts(patches, depth))]
         return left[layer + 1] < left[layer]
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         free, fixed = evidence.free(), evidence.n - evidence.free()
         after_prune, after_merge = self.counts(evidence.entry - fixed, evidence.depth)[evidence.layer]
         after_prune = min(after_prune, free)

@@ -10,7 +10,7 @@ import torch
 from tokenreduce.algorithms.clustering import peaks
 from tokenreduce.algorithms.scoring import descending, distances, excluded, finite
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
@@ -69,7 +69,7 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
     def acts(self, layer: int, depth: int) -> bool:
         return layer in stage_layers(self.layers, depth, "layers")
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         free, layers = evidence.free(), stage_layers(self.layers, evidence.depth, "layers")
         if evidence.layer not in layers or free < 1:
             return Identity.like(evidence.x)
@@ -79,7 +79,7 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
             left = max(1, math.ceil(self.sample_ratio * free - 1e-6))
         return Identity.like(evidence.x) if left >= free else self._cluster(left, evidence)
 
-    def _cluster(self, left: int, evidence: Evidence) -> Plan:
+    def _cluster(self, left: int, evidence: EncoderEvidence) -> Plan:
         n, p, out = evidence.n, evidence.prefix, excluded(evidence)
         d = distances(evidence.x[:, p:]) / math.sqrt(evidence.x.shape[-1])
         scores = finite(peaks(d, self.k, out), evidence)

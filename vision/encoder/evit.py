@@ -9,7 +9,7 @@ import torch
 
 from tokenreduce.algorithms.scoring import importance, select
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
@@ -64,7 +64,7 @@ class EViT(Reducer, name="evit", needs=("attention",), paper="2202.07800", title
     def acts(self, layer: int, depth: int) -> bool:
         return layer in stage_layers(self.drop_loc, depth, "drop_loc")
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         k, fuse = self._amount(evidence)
         free = evidence.free()
         if k >= free:
@@ -81,7 +81,7 @@ class EViT(Reducer, name="evit", needs=("attention",), paper="2202.07800", title
         keep = torch.cat([keep, rest[:, :1]], 1)
         return Merge(evidence.n, keep, rest[:, 1:], dst, weights=weights, mode=mode, by_size=False)
 
-    def _amount(self, evidence: Evidence) -> tuple[int, bool]:
+    def _amount(self, evidence: EncoderEvidence) -> tuple[int, bool]:
         """Patches to keep, and whether to fuse the others."""
         layers = stage_layers(self.drop_loc, evidence.depth, "drop_loc")
         free = evidence.free()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, distances, excluded, finite, received_attention
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
@@ -61,7 +61,7 @@ class KMedoids(Reducer, name="kmedoids", needs=("attention",), position="after",
             return stage_layers(self.layers, depth, "layers")
         return tuple(sorted({max(0, layer - 1) for layer in stage_layers(None, depth, "layers")}))
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         free = evidence.free()
         if self.keep is None or free < 1 or not self.acts(evidence.layer, evidence.depth):
             return Identity.like(evidence.x)

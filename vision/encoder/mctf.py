@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite, inner, received_attention, unit
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
@@ -112,7 +112,7 @@ class MCTF(
         return layer in stage_layers(self.layers, depth, "layers") and (self.keep is not None or self.r > 0)
 
     # -- how many ----------------------------------------------------------------------------------------------------
-    def _amount(self, evidence: Evidence) -> int:
+    def _amount(self, evidence: EncoderEvidence) -> int:
         n, free = evidence.n, evidence.free()
         if self.keep is not None:
             layers = stage_layers(self.layers, evidence.depth, "layers")
@@ -135,7 +135,7 @@ class MCTF(
     def _weighs(self) -> bool:
         return self.pooling == 1 or self.tau_info > 0
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         r = self._amount(evidence)
         if r == 0:
             return Identity.like(evidence.x)
@@ -172,7 +172,7 @@ class MCTF(
             weights = present if weights is None else weights * present
         return Merge(n, keep, src, dst, weights=weights, **_POOLING[self.pooling])  # type: ignore[arg-type]
 
-    def _received(self, evidence: Evidence) -> Tensor:
+    def _received(self, evidence: EncoderEvidence) -> Tensor:
         """(B,N) mean attention that every token receives; taken from the map where the block needs it anyway."""
         if not self.forwards_attention:
             return received_attention(evidence).detach().clamp(min=_LEAST)
@@ -184,7 +184,7 @@ class MCTF(
             received = rows.mean((1, 2))
         return received.clamp(min=_LEAST)
 
-    def _scores(self, evidence: Evidence, received: Tensor | None, a: slice, b: slice) -> Tensor:
+    def _scores(self, evidence: EncoderEvidence, received: Tensor | None, a: slice, b: slice) -> Tensor:
         """(B,A,B) float32 scores of all pairs; -inf where a token is protected or not there."""
         x = evidence.x.detach()
         scores = torch.ones(x.shape[0], x[:1, a].shape[1], x[:1, b].shape[1], device=x.device)
@@ -201,7 +201,7 @@ class MCTF(
                 scores = scores * (rarity[:, a, None] * rarity[:, None, b]) ** (1 / tau)
         scores = finite(scores, evidence)
         # The prefix is outside of the slices; a mask of protected tokens is not.
-        blocked = evidence.fixed() if evidence.visual is not None or not evidence.prefix else None
+        blocked = evidence.fixed() if evidence.masked else None
         if evidence.valid is not None:
             blocked = ~evidence.valid if blocked is None else blocked | ~evidence.valid
         if blocked is not None:
@@ -209,16 +209,16 @@ class MCTF(
         return scores
 
 
-def _empty_first(best: Tensor, evidence: Evidence, at: slice) -> Tensor:
+def _empty_first(best: Tensor, evidence: EncoderEvidence, at: slice) -> Tensor:
     """Slots without a token go before tokens without a partner, whose features an empty slot would swallow."""
     if evidence.valid is None:
         return best
     return torch.where(evidence.valid[:, at], best, best.clamp(min=-1.0))
 
 
-def _cap(evidence: Evidence) -> int:
+def _cap(evidence: EncoderEvidence) -> int:
     """The most that both steps can remove: as many pairs as there are unprotected even and odd tokens."""
-    if evidence.visual is None and isinstance(evidence._protected, int):
+    if not evidence.masked:
         return max(0, evidence.n - evidence.prefix) // 2
     fixed = evidence.fixed()
     assert fixed is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite, unit
 from tokenreduce.core.budget import check_count, check_keep, count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -73,8 +73,8 @@ class MustDropMerge(
             raise ValueError(f"layer={self.layer}: the model has layers 0 to {depth - 1}")
         return layer == self.layer
 
-    def plan(self, evidence: Evidence) -> Plan:
-        if evidence._masks():
+    def plan(self, evidence: EncoderEvidence) -> Plan:
+        if evidence.masked:
             raise ValueError("mustdrop-merge needs a grid of tokens behind a prefix: give protected as a count")
         n, p, entry = evidence.n, evidence.prefix, evidence.entry - evidence.prefix
         members = _windows(evidence, self.window)
@@ -131,7 +131,7 @@ def _merge(n: int, src: Tensor, target: Tensor, joins: Tensor | None) -> Plan:
     return Merge(n, keep, src, slot.gather(1, target), size_scale=scale, valid=valid)
 
 
-def _windows(evidence: Evidence, side: int) -> Tensor:
+def _windows(evidence: EncoderEvidence, side: int) -> Tensor:
     """(W,side*side) tokens of every window, row by row; the last one of each is at its bottom right."""
     p, device = evidence.prefix, evidence.x.device
     patches = evidence.n - p
@@ -149,7 +149,7 @@ def _windows(evidence: Evidence, side: int) -> Tensor:
     return at.reshape(-1, rows, side, cols, side).transpose(2, 3).reshape(-1, side**2)
 
 
-def _alike(evidence: Evidence, members: Tensor) -> tuple[Tensor, Tensor]:
+def _alike(evidence: EncoderEvidence, members: Tensor) -> tuple[Tensor, Tensor]:
     """(B,W) mean cosine over the pairs of different tokens in each window, and (B,W,M) of each token to the others;
     slots without a token count in neither and come first."""
     u = unit(evidence.x.detach()[:, members])

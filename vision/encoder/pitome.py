@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenreduce.algorithms.matching import bipartite
 from tokenreduce.algorithms.scoring import descending, excluded, finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_keep, geometric
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -116,7 +116,7 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
     def gathers(self) -> tuple[str, ...]:
         return ("keys",) if self._metric() == "keys" else ()
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         family = PRESETS[self.preset]
         early = math.ceil(evidence.depth / 2) if family.first is None else family.first
         matching = family.early if evidence.layer < early else family.late
@@ -131,13 +131,13 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
     def _metric(self) -> str:
         return self.metric or PRESETS[self.preset].metric
 
-    def _margin(self, evidence: Evidence) -> float:
+    def _margin(self, evidence: EncoderEvidence) -> float:
         family = PRESETS[self.preset]
         m = (family.margin, family.fall) if self.margin is None else self.margin
         start, fall = m if isinstance(m, tuple) else (m, m)
         return start - fall * evidence.layer / evidence.depth
 
-    def _amount(self, evidence: Evidence, total: int) -> int:
+    def _amount(self, evidence: EncoderEvidence, total: int) -> int:
         free = evidence.free()
         if self.keep is None:
             r = math.floor(total - total * self.ratio + 1e-6)
@@ -153,7 +153,7 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
             )
         return min(r, free // 2)
 
-    def _merge(self, metric: Tensor, r: int, evidence: Evidence, split: bool, by_size: bool) -> Plan:
+    def _merge(self, metric: Tensor, r: int, evidence: EncoderEvidence, split: bool, by_size: bool) -> Plan:
         n, p = evidence.n, evidence.prefix
         m, out = unit(metric[:, p:]), excluded(evidence)
         cosine = inner(m, m)
@@ -175,7 +175,7 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
         keep = torch.cat([lead, p + rest, p + b], 1)
         return Merge(n, keep, p + a, p + rest.shape[1] + partner, weights=_real(evidence), by_size=by_size)
 
-    def _energy(self, cosine: Tensor, out: Tensor | None, evidence: Evidence) -> Tensor:
+    def _energy(self, cosine: Tensor, out: Tensor | None, evidence: EncoderEvidence) -> Tensor:
         """(B,T); tokens that take no part neither contribute nor rank."""
         each = F.elu(cosine - self._margin(evidence), alpha=self.alpha)
         if out is None:
@@ -184,5 +184,5 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
         return finite(each, evidence).masked_fill(out, float("-inf"))
 
 
-def _real(evidence: Evidence) -> Tensor | None:
+def _real(evidence: EncoderEvidence) -> Tensor | None:
     return None if evidence.valid is None else evidence.valid.float()

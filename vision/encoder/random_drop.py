@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenreduce.algorithms.baseline import draw
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.schedule import Scheduled
 
@@ -37,7 +37,7 @@ class Random(Scheduled, name="random", title="Random pruning"):
         super().__post_init__()
         check_count(self.seed, "seed")
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         free = evidence.free()
         wanted = self.amount(evidence)
         r = min(wanted, max(0, free - 1))
@@ -50,6 +50,6 @@ class Random(Scheduled, name="random", title="Random pruning"):
             return Identity.like(evidence.x)
         return Prune(evidence.n, select(self.draw(evidence), free - r, evidence))
 
-    def draw(self, evidence: Evidence) -> Tensor:
+    def draw(self, evidence: EncoderEvidence) -> Tensor:
         """(B,N) uniform numbers in [0, 2^24), exact in float32."""
         return draw(evidence, self.seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_keep, count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
@@ -86,7 +86,7 @@ class RepresentationShift(
             return tuple(sorted({depth * i // 4 for i in range(3)}))
         return stage_layers(self.layers, depth, "layers")
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         free = evidence.free()
         if self.keep is None:
             k = count(float(self.ratio), free)
@@ -97,7 +97,7 @@ class RepresentationShift(
             return Identity.like(evidence.x)
         return Prune(evidence.n, select(self.scores(evidence), k, evidence))
 
-    def scores(self, evidence: Evidence) -> Tensor:
+    def scores(self, evidence: EncoderEvidence) -> Tensor:
         """(B,N) shift of every token; higher is more important. Other methods may rank by it."""
         before, after = evidence.before.float(), evidence.x.float()
         if self.variant == "branch":

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tokenreduce.algorithms.baseline import resampling
 from tokenreduce.core.budget import check_keep, count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Pool
 from tokenreduce.core.reducer import Reducer
 
@@ -66,9 +65,9 @@ class Resize(Reducer, name="resize", position="input", title="Smaller input imag
             sizes += [(r, c) for c in range(max(1, least), min(cols, most) + 1)]
         return min(sizes, key=cost)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         """Raises ``ValueError`` for tokens that are protected by a mask: they are no grid behind a prefix."""
-        if evidence.visual is not None or isinstance(evidence._protected, Tensor):
+        if evidence.masked:
             raise ValueError("resize needs a grid of tokens behind a prefix: give protected as a count, and no visual")
         patches, p = evidence.free(), evidence.prefix
         frames, rows, cols = _layout(evidence.grid, patches)

@@ -9,7 +9,7 @@ import torch
 from tokenreduce.algorithms.matching import bipartite, clamp_r
 from tokenreduce.algorithms.scoring import key_metric
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Merge, Plan, Prune
 from tokenreduce.core.schedule import Scheduled
 
@@ -54,7 +54,7 @@ class ToFu(Scheduled, name="tofu", needs=("keys",), paper="2312.01026", title="T
             raise ValueError(f"mode is one of {', '.join(MODES)} or a pair (early, late) of them, not {self.mode!r}")
         object.__setattr__(self, "mode", mode)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         switch = evidence.depth // 2 + 1 if self.switch is None else self.switch
         mode = self.mode[evidence.layer >= switch]
         real = None if evidence.valid is None else evidence.valid.float()

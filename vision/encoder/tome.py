@@ -9,7 +9,7 @@ import torch
 from tokenreduce.algorithms.matching import bipartite, clamp_r
 from tokenreduce.algorithms.scoring import finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_count, check_keep, count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import Scheduled
@@ -39,7 +39,7 @@ class ToMe(Scheduled, name="tome", needs=("keys",), paper="2210.09461", title="T
         super().__post_init__()
         check_count(self.frames, "frames", 1)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         return bipartite(key_metric(evidence), clamp_r(self.amount(evidence), evidence, self.name), evidence)
 
 
@@ -71,7 +71,7 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self.layers
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         n, p = evidence.n, evidence.prefix
         free = n - p
         groups = count(self.keep, free) if self.keep is not None else free // min(self.k, max(1, free))

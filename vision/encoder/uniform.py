@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tokenreduce.algorithms.baseline import spread
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_count, check_keep, count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 
@@ -46,7 +46,7 @@ class Uniform(Reducer, name="uniform", title="Uniform pruning"):
             raise ValueError(f"layer={self.layer}: the model has layers 0 to {depth - 1}")
         return layer == self.layer
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         free = evidence.free()
         k = count(1 / self.every if self.keep is None else self.keep, free)
         if k >= free or evidence.layer != self.layer:

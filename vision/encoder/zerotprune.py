@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune, take
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
@@ -109,7 +109,7 @@ class ZeroTPrune(
         end = depth // 4
         return self.iterations[0 if layer < end else 2 if layer >= depth - end else 1]
 
-    def amounts(self, evidence: Evidence) -> tuple[int, int]:
+    def amounts(self, evidence: EncoderEvidence) -> tuple[int, int]:
         """Patches that the similarity step drops and that the importance step keeps, here."""
         free, layers = evidence.free(), self._layers(evidence.depth)
         if evidence.layer not in layers:
@@ -128,7 +128,7 @@ class ZeroTPrune(
             r = free // 2
         return r, free - r if k is None else min(k, free - r)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: EncoderEvidence) -> Plan:
         n, free = evidence.n, evidence.free()
         r, k = self.amounts(evidence)
         if k == free:
@@ -150,7 +150,7 @@ class ZeroTPrune(
         scores = scores.masked_fill(~there, -1.0).masked_fill(dropped, -2.0).masked_fill(fixed, float("inf"))
         return Prune(n, descending(scores)[:, : n - free + k].sort(dim=-1).values)
 
-    def _rank(self, graph: Tensor, alive: Tensor, fixed: Tensor, evidence: Evidence, rounds: int) -> Tensor:
+    def _rank(self, graph: Tensor, alive: Tensor, fixed: Tensor, evidence: EncoderEvidence, rounds: int) -> Tensor:
         """(B,N) page rank among the ``alive`` tokens, heads filtered and combined; the mean over a head is 1."""
         number = alive.sum(1, keepdim=True).float()
         power = alive.float()
@@ -172,7 +172,7 @@ class ZeroTPrune(
         heard = (heard | ~heard.any(1, keepdim=True)).float()
         return ((s.square() * heard[..., None]).sum(1) / heard.sum(1, keepdim=True)).sqrt()
 
-    def _copies(self, scores: Tensor, there: Tensor, fixed: Tensor, evidence: Evidence, r: int) -> Tensor:
+    def _copies(self, scores: Tensor, there: Tensor, fixed: Tensor, evidence: EncoderEvidence, r: int) -> Tensor:
         """(B,N) bool: the ``r`` patches of the less important half that are most similar to one of the other half."""
         free = evidence.free()
         order = descending(scores.masked_fill(~there, -1.0).masked_fill(fixed, -2.0))[:, :free]

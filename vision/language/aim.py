@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import inner
 from tokenreduce.algorithms.sequence import keep_best, shrink, visual_of
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Attention, LanguageEvidence
 from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -48,7 +47,7 @@ class AIM(Reducer, name="aim", stage="language", needs=("attention",), paper="24
     their positions, as published; no choice is made in decoding.
 
     Raises ``ValueError`` for settings outside these ranges, for layers that the model does not have, or attention
-    given to :class:`~tokenreduce.core.evidence.Evidence` that is not the whole map.
+    given to :class:`~tokenreduce.core.evidence.LanguageEvidence` that is not the whole map.
     """
 
     keep: int | float | None = None
@@ -85,7 +84,7 @@ class AIM(Reducer, name="aim", stage="language", needs=("attention",), paper="24
         first, last = self._span(depth)
         return first < layer <= last + 1
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual, entry = visual_of(evidence), evidence.visual_entry()
         (first, last), end = self._span(evidence.depth), evidence.last()
         left = torch.zeros_like(entry) if self.keep is None else shrink(self.keep, entry, 0, 1)
@@ -98,13 +97,13 @@ class AIM(Reducer, name="aim", stage="language", needs=("attention",), paper="24
         return keep_best(scores.scatter(1, end, float("inf")), wanted, evidence)
 
 
-def _page_rank(evidence: Evidence, temperature: float, iters: int, teleport: float) -> Tensor:
+def _page_rank(evidence: LanguageEvidence, temperature: float, iters: int, teleport: float) -> Tensor:
     """(B,N) float32 importance."""
     there = torch.ones_like(evidence.x[..., 0], dtype=torch.bool) if evidence.valid is None else evidence.valid
     start = there.float() / there.sum(1, keepdim=True)
     ends = []
-    for h in range(evidence.heads):
-        m = _sharper(evidence.head(h), temperature).transpose(1, 2)
+    for h in range(evidence.attention.heads):
+        m = _sharper(evidence.attention.head(h), evidence, temperature).transpose(1, 2)
         p = start
         for _ in range(iters):
             p = (1 - teleport) * inner(p.unsqueeze(1), m)[:, 0] + teleport * start
@@ -115,19 +114,19 @@ def _page_rank(evidence: Evidence, temperature: float, iters: int, teleport: flo
     return (ranks / largest).square().mean(1).sqrt() * largest[:, 0]
 
 
-def _sharper(one: Evidence, temperature: float, chunk: int = 256) -> Tensor:
+def _sharper(one: Attention, evidence: LanguageEvidence, temperature: float, chunk: int = 256) -> Tensor:
     """(B,N,N) attention map of the only head of ``one`` at ``temperature``; rows of padding are 0."""
-    n, device = one.n, one.x.device
-    hot, out = _tempered(one, temperature), one.x.new_zeros(one.batch, n, n, dtype=torch.float32)
+    n, device = evidence.n, evidence.x.device
+    hot, out = one.tempered(temperature), evidence.x.new_zeros(evidence.batch, n, n, dtype=torch.float32)
     for start in range(0, n, chunk):
         end = min(start + chunk, n)
         where, seen = torch.arange(start, end, device=device), n
         if hot is not None:
             seen = end if hot.causal and hot.mask is None else n
-            rows = _first(hot, seen).attention(where)[:, 0]
+            rows = (hot if seen == n else hot.first(seen))(where)[:, 0]
         else:
-            rows = one.attention(where)[:, 0]
-            if one._attention is not None:
+            rows = one(where)[:, 0]
+            if one.given is not None:
                 if rows.shape[1] != n:
                     raise ValueError(
                         f"aim needs attention of all {n} rows, not {rows.shape[1]}: leave it out or give all"
@@ -136,34 +135,4 @@ def _sharper(one: Evidence, temperature: float, chunk: int = 256) -> Tensor:
             # Logits are known up to a constant per row, which no softmax sees.
             rows = (rows.log() / temperature).softmax(-1)
         out[:, start:end, :seen] = rows if one.valid is None else rows.masked_fill(~one.valid[:, where, None], 0.0)
-    return out
-
-
-def _first(one: Evidence, n: int) -> Evidence:
-    """The same evidence of the first ``n`` tokens, which are all that these see."""
-    if n == one.n:
-        return one
-
-    def cut(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t[..., :n, :]
-
-    out = copy.copy(one)
-    out.x, out._queries, out._keys = one.x[:, :n], cut(one._queries), cut(one._keys)
-    out._rotated = None if one._rotated is None else (one._rotated[0][:, :, :n], one._rotated[1][:, :, :n])
-    out.size = None if one.size is None else one.size[:, :n]
-    out.valid = None if one.valid is None else one.valid[:, :n]
-    return out
-
-
-def _tempered(one: Evidence, temperature: float) -> Evidence | None:
-    """The same evidence with all logits divided by ``temperature``, which spares their way back from a softmax; None
-    where attention was given, or carries the sizes of merged tokens."""
-    if one._attention is not None or (one.size is not None and one.proportional):
-        return None
-    out = copy.copy(one)
-    out._map, out._scale = None, (one.queries.shape[-1] ** -0.5 if one._scale is None else one._scale) / temperature
-    if one._softcap is not None:
-        out._softcap = one._softcap / temperature
-    if one.mask is not None and one.mask.dtype != torch.bool:
-        out.mask = one.mask / temperature
     return out

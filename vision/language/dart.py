@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.algorithms.sequence import best, keep_chosen, question, visual_counts, visual_of
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -77,7 +77,7 @@ class DART(Reducer, name="dart", stage="language", needs=("keys", "norm"), paper
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual = visual_of(evidence)
         present, wanted, each = self._budget(evidence)
         if bool((wanted == present).all()):
@@ -98,7 +98,7 @@ class DART(Reducer, name="dart", stage="language", needs=("keys", "norm"), paper
         rest = wanted - chosen.sum(1, keepdim=True)
         return keep_chosen(chosen | best(-closest, visual & ~chosen, rest), evidence)
 
-    def _budget(self, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _budget(self, evidence: LanguageEvidence) -> tuple[Tensor, Tensor, Tensor | None]:
         """(B,1) each: visual tokens, how many stay, and how many each pivot takes where the rule says so."""
         pivots = self.pivot_image_token + self.pivot_text_token
         if self.max_num_trunction is None and self.reduction_ratio is None:

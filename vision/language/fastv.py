@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tokenreduce.algorithms.sequence import keep_best
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -42,5 +42,5 @@ class FastV(Reducer, name="fastv", stage="language", needs=("attention",), paper
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         return keep_best(evidence.attention(evidence.last())[:, :, 0].mean(1), self.keep, evidence)

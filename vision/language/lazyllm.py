@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.sequence import check_stages, keep_best, keep_chosen, shrink, stages_of, visual_of
 from tokenreduce.core.budget import check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -94,7 +94,7 @@ class LazyLLM(Reducer, name="lazyllm", stage="language", needs=("attention",), p
     def later(self) -> str:
         return "revive" if self.revive else ""
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual, last, layers = visual_of(evidence), evidence.last(), self._layers(evidence.depth)
         stage = layers.index(evidence.layer)
         scores = finite(evidence.attention(last)[:, :, 0].mean(1), evidence).scatter(1, last, float("inf"))

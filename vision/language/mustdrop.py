@@ -22,7 +22,7 @@ from tokenreduce.algorithms.sequence import (
     visual_of,
 )
 from tokenreduce.core.budget import check_keep
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import LanguageEvidence, Look
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -94,7 +94,7 @@ class MustDrop(
     def looks(self) -> tuple[Look, ...]:
         return (-1,) if self.keep_rate else ()
 
-    def mark(self, evidence: Evidence) -> Tensor:
+    def mark(self, evidence: LanguageEvidence) -> Tensor:
         """(B,N): 1 for key tokens."""
         scores = saliency(evidence, -1)
         # Less a hair, so that 0.07 of 100 is 7 and not 8.
@@ -112,12 +112,12 @@ class MustDrop(
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual, layers = visual_of(evidence), self._layers(evidence.depth)
         total, largest = _seen(evidence)
         share = total / (total * visual).sum(1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
         scores = finite(torch.maximum(share / self.global_thr, largest / self.individual_thr), evidence)
-        key = visual & (evidence.marks > 0) if self.keep_rate else torch.zeros_like(visual)
+        key = visual & (evidence.scores > 0) if self.keep_rate else torch.zeros_like(visual)
         if self.keep is not None:
             wanted = shrink(self.keep, evidence.visual_entry(), layers.index(evidence.layer), len(layers))
             chosen = best(scores, key, wanted)
@@ -127,7 +127,7 @@ class MustDrop(
         return keep_chosen(chosen | best(scores, visual, one), evidence)
 
 
-def _seen(evidence: Evidence, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def _seen(evidence: LanguageEvidence, chunk: int = 64) -> tuple[Tensor, Tensor]:
     """``(total, largest)``, (B,N) each: sum and maximum over the question of the attention to each token, averaged over
     heads; a few rows at a time, for long questions."""
     rows, there = packed(question(visual_of(evidence), evidence.valid))

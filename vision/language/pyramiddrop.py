@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokenreduce.algorithms.sequence import check_stages, keep_best, shrink, stages_of
 from tokenreduce.core.budget import check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -84,7 +84,7 @@ class PyramidDrop(
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         layers, first = self._layers(evidence.depth), evidence.visual_entry()
         stage = layers.index(evidence.layer)
         if self.keep is not None:

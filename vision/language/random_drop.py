@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tokenreduce.algorithms.baseline import draw
 from tokenreduce.algorithms.sequence import keep_best, visual_of
 from tokenreduce.core.budget import check_count, check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -49,5 +49,5 @@ class RandomVisual(
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         return keep_best(draw(evidence, self.seed, visual_of(evidence)), self.keep, evidence)

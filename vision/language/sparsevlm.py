@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, distances, finite, inner
 from tokenreduce.algorithms.sequence import best, check_stages, keep_chosen, packed, question, stages_of, visual_of
 from tokenreduce.core.budget import check_keep, count, geometric
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Evidence, LanguageEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan, take
 from tokenreduce.core.reducer import Reducer
 
@@ -99,7 +99,7 @@ class SparseVLM(
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         visual = visual_of(evidence)
         rows, there = _raters(evidence)
         seen = finite(_attention(evidence, rows), evidence) * there.unsqueeze(-1)
@@ -119,7 +119,7 @@ class SparseVLM(
         recycled = self._recycled(removed)
         return min(recycled, int(recycled * self.cluster) + 1)
 
-    def _budgets(self, seen: Tensor, there: Tensor, evidence: Evidence) -> list[tuple[int, int]]:
+    def _budgets(self, seen: Tensor, there: Tensor, evidence: LanguageEvidence) -> list[tuple[int, int]]:
         """Tokens kept and clusters made in each sample; ``seen`` (B,R,N) is what raters see."""
         present: list[int] = visual_of(evidence).sum(1).tolist()
         entry: list[int] = evidence.visual_entry()[:, 0].tolist()
@@ -151,7 +151,7 @@ class SparseVLM(
         return kept, min(self._clusters(present - kept), wanted - kept)
 
     # -- what becomes of them --------------------------------------------------------------------------------------
-    def _merge(self, scores: Tensor, chosen: Tensor, clusters: list[int], evidence: Evidence) -> Plan:
+    def _merge(self, scores: Tensor, chosen: Tensor, clusters: list[int], evidence: LanguageEvidence) -> Plan:
         """Keep ``chosen`` and all text, and make ``clusters[b]`` tokens of the best others of sample b."""
         visual, n = visual_of(evidence), evidence.n
         slots, sources, targets = [], [], []
@@ -194,7 +194,7 @@ class SparseVLM(
         )  # fmt: skip
 
 
-def _raters(evidence: Evidence) -> tuple[Tensor, Tensor]:
+def _raters(evidence: LanguageEvidence) -> tuple[Tensor, Tensor]:
     """``(rows, there)``, (B,R) each: the present tokens that rate, the last one where there is no other."""
     prompt, last = evidence.prompt, evidence.last()
     if prompt is None or prompt.x is None:
@@ -213,7 +213,7 @@ def _raters(evidence: Evidence) -> tuple[Tensor, Tensor]:
     return torch.where(there & ~none, index - end + last, last), there
 
 
-def _attention(evidence: Evidence, rows: Tensor, chunk: int = 64) -> Tensor:
+def _attention(evidence: LanguageEvidence, rows: Tensor, chunk: int = 64) -> Tensor:
     """(B,R,N) attention of ``rows`` (B,R), averaged over heads; a few rows at a time, for long questions."""
     parts = [evidence.attention(part).mean(1) for part in rows.split(chunk, 1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

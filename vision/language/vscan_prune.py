@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tokenreduce.algorithms.sequence import check_stages, keep_best, shrink, stages_of
 from tokenreduce.core.budget import check_keep
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -89,7 +89,7 @@ class VScanLLM(
     def acts(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: LanguageEvidence) -> Plan:
         layers = self._layers(evidence.depth)
         stage = layers.index(evidence.layer)
         scores = evidence.attention(evidence.last())[:, :, 0].mean(1)

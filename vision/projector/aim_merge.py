@@ -8,7 +8,7 @@ import torch
 
 from tokenreduce.algorithms.matching import halvings
 from tokenreduce.algorithms.projector import Projector
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 
 __all__ = ["AIMMerge"]
@@ -39,7 +39,7 @@ class AIMMerge(Projector, name="aim-merge", paper="2412.03248", title="AIM, merg
 
     keep: int | float = 0.25
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         plan: Plan = Identity.like(evidence.x)
         for step in halvings(evidence.x[:, evidence.prefix :], keep, evidence.layer):
             plan = plan.then(_behind(step, evidence.prefix))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.greedy import volume
 from tokenreduce.algorithms.projector import Projector, check_clip, kept, share
 from tokenreduce.algorithms.scoring import clean, finite, gram, inner, relevance, unit
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["CDPruner"]
@@ -59,7 +59,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
     def gathers(self) -> tuple[str, ...]:
         return ("text",) if self.clip is None else ("clip",)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         q, x = self.quality(evidence), clean(unit(evidence.projected.detach()), evidence)
         view = evidence.view.clamp(min=0)
         places = [w for v in range(int(view.max()) + 1) if len(w := (view == v).nonzero().flatten())]
@@ -72,7 +72,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
             chosen.append(where.expand(len(x), -1, -1).gather(2, index).flatten(1))
         return kept(torch.cat(chosen, 1), evidence)
 
-    def quality(self, evidence: Evidence) -> Tensor:
+    def quality(self, evidence: VisualEvidence) -> Tensor:
         """(B,N) q of the tokens behind the prefix: above 0, and 1 for all where relevance is constant."""
         if self.clip is None:
             r = relevance(evidence)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.greedy import farthest
 from tokenreduce.algorithms.projector import Projector, kept
 from tokenreduce.algorithms.scoring import clean, gram, unit
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["DivPrune"]
@@ -36,10 +36,10 @@ class DivPrune(Projector, name="divprune", paper="2503.02175", title="DivPrune")
 
     keep: int | float = 0.098
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         return kept(self.order(evidence, keep), evidence)
 
-    def order(self, evidence: Evidence, keep: int | None = None) -> Tensor:
+    def order(self, evidence: VisualEvidence, keep: int | None = None) -> Tensor:
         """(B,K) the tokens that stay, in the order in which they are chosen: a prefix is the answer for a smaller
         ``keep``."""
         x = evidence.x[:, evidence.prefix :].detach()

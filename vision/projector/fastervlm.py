@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenreduce.algorithms.projector import Salient, kept, top
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["FasterVLM"]
@@ -30,5 +30,5 @@ class FasterVLM(Salient, name="fastervlm", needs=("tower",), paper="2412.01818",
 
     keep: int | float = 0.25
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         return kept(top(self.saliency(evidence), keep), evidence)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.projector import Projector, check_layer, kept, top
 from tokenreduce.algorithms.scoring import finite
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Identity, Plan
 
 __all__ = ["DIRECTIONS", "SCORE_INPUTS", "STRATEGIES", "FoPru"]
@@ -65,11 +65,11 @@ class FoPru(Projector, name="fopru", needs=("tower",), paper="2411.14164", title
     def looks(self) -> tuple[Look, ...]:
         return (self.layer,)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         scores = self.significance(evidence)
         return kept(top(scores, keep), evidence) if self.strategy == "rank" else self._rows(scores, evidence, keep)
 
-    def significance(self, evidence: Evidence) -> Tensor:
+    def significance(self, evidence: VisualEvidence) -> Tensor:
         """(B,N) float32 scores of the tokens behind the prefix."""
         seen = evidence.tower(self.layer)
         both = seen.per_token(self._softmax if self.score_input == "softmax" else _logits)[:, seen.prefix :]
@@ -78,13 +78,13 @@ class FoPru(Projector, name="fopru", needs=("tower",), paper="2411.14164", title
             return received if self.direction == "received" else given
         return torch.where(received.var(1, keepdim=True) > given.var(1, keepdim=True), received, given)
 
-    def _softmax(self, patches: Evidence) -> Tensor:
+    def _softmax(self, patches: VisualEvidence) -> Tensor:
         """(B,N,2) attention that every patch receives and gives; 0 for class token and registers."""
         p, n = patches.prefix, patches.n
         out = patches.x.new_zeros(patches.batch, n, 2, dtype=torch.float32)
         there = _there(patches)
         count = there.sum(1, keepdim=True)
-        if (rows := patches._attention) is not None and rows.shape[2] != n:
+        if (rows := patches.attention.given) is not None and rows.shape[2] != n:
             if self.direction == "given":
                 raise ValueError(
                     f"direction='given' needs the attention of all {n} tokens, and the evidence has {rows.shape[2]} "
@@ -103,7 +103,7 @@ class FoPru(Projector, name="fopru", needs=("tower",), paper="2411.14164", title
             out[:, at, 1] = part.sum(2) / count
         return out
 
-    def _rows(self, scores: Tensor, evidence: Evidence, keep: int) -> Plan:
+    def _rows(self, scores: Tensor, evidence: VisualEvidence, keep: int) -> Plan:
         _, row, width = evidence.place[:, 0].to(scores.device).unique(return_inverse=True, return_counts=True)
         if bool((width != width[0]).any()):
             raise ValueError(f"strategy='row' needs rows of one length, not {width.tolist()}; take strategy='rank'")
@@ -115,19 +115,19 @@ class FoPru(Projector, name="fopru", needs=("tower",), paper="2411.14164", title
         return kept(stays.nonzero()[:, 1].view(len(scores), -1), evidence)
 
 
-def _there(patches: Evidence) -> Tensor:
+def _there(patches: VisualEvidence) -> Tensor:
     """(B,N) bool behind the prefix."""
     if patches.valid is not None:
         return patches.valid[:, patches.prefix :]
     return torch.ones_like(patches.x[:, patches.prefix :, 0], dtype=torch.bool)
 
 
-def _logits(patches: Evidence) -> Tensor:
+def _logits(patches: VisualEvidence) -> Tensor:
     """(B,N,2) means of the scaled products q·k that every patch receives and gives. A mean of products with one vector
     is the product with a mean, so no map is needed."""
-    q, k = (patches.queries, patches.keys) if patches._rotated is None else patches._rotated
+    q, k = patches.attention.used
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
-    q = q.float() * (q.shape[-1] ** -0.5 if patches._scale is None else patches._scale)
+    q = q.float() * patches.attention.factor
     p = patches.prefix
     there = _there(patches)[:, None, :, None]
     count = there.sum(2, keepdim=True)

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from tokenreduce.algorithms.projector import Projector, check_layer, kept, share
 from tokenreduce.algorithms.scoring import cls_logits, finite
 from tokenreduce.algorithms.views import apportion, covered, ranks, rooms
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["GlobalCom2"]
@@ -69,7 +69,7 @@ class GlobalCom2(Projector, name="globalcom2", needs=("tower", "cls"), paper="25
     def looks(self) -> tuple[Look, ...]:
         return (self.layer,)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         seen, view, room = evidence.tower(self.layer), evidence.view, rooms(evidence)
         own = finite(seen.per_token(cls_logits)[:, seen.prefix :].float(), evidence)
         if evidence.crops is None:
@@ -84,7 +84,7 @@ class GlobalCom2(Projector, name="globalcom2", needs=("tower", "cls"), paper="25
         order = torch.where(stay, place, 2 * len(view)).argsort(dim=1, stable=True)
         return kept(order[:, :keep], evidence, raster=False)
 
-    def budgets(self, own: Tensor, evidence: Evidence, keep: int) -> Tensor:
+    def budgets(self, own: Tensor, evidence: VisualEvidence, keep: int) -> Tensor:
         """(B,V) tokens of every view that stay, from the scores ``own`` (B,N); they sum to ``keep``."""
         room = rooms(evidence)
         first = keep * room[0] // len(evidence.view)
@@ -95,7 +95,7 @@ class GlobalCom2(Projector, name="globalcom2", needs=("tower", "cls"), paper="25
         rest = apportion(keep - first, ratio * room[1:], room[1:])
         return torch.cat([first.expand(len(rest), 1), rest], 1)
 
-    def scores(self, own: Tensor, evidence: Evidence) -> Tensor:
+    def scores(self, own: Tensor, evidence: VisualEvidence) -> Tensor:
         """(B,N) the scores ``own`` (B,N) of the overview, and those of the crops together with what it says of them."""
         (h, w), place, crop = evidence.shape, evidence.place, evidence.view > 0
         if not bool(crop.any()):
@@ -109,7 +109,7 @@ class GlobalCom2(Projector, name="globalcom2", needs=("tower", "cls"), paper="25
         both = (1 - self.alpha) * self._unit(own, evidence) + self.alpha * self._unit(resized[:, at], evidence)
         return torch.where(crop, both, own)
 
-    def _unit(self, scores: Tensor, evidence: Evidence) -> Tensor:
+    def _unit(self, scores: Tensor, evidence: VisualEvidence) -> Tensor:
         """``scores`` (B,N) divided by their norm over the tokens of a view."""
         view = evidence.view
         power = scores.new_zeros(len(scores), len(rooms(evidence))).scatter_add(1, view.expand_as(scores), scores**2)

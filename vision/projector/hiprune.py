@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.projector import Projector, check_layer, kept, saliency, top
 from tokenreduce.algorithms.scoring import descending
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["BUFFERS", "HiPrune"]
@@ -68,7 +68,7 @@ class HiPrune(Projector, name="hiprune", needs=("tower",), paper="2508.00553", t
     def looks(self) -> tuple[Look, ...]:
         return (self.object_layer, self.layer)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         middle = saliency(evidence, self.object_layer, "received")
         deep = saliency(evidence, self.layer, "received")
         anchors = top(middle, round(keep * self.alpha / 5))
@@ -78,7 +78,7 @@ class HiPrune(Projector, name="hiprune", needs=("tower",), paper="2508.00553", t
         order = torch.where(first, _ranks(middle), n + _ranks(deep))
         return kept(order.argsort(1)[:, :keep], evidence)
 
-    def _surround(self, anchors: Tensor, evidence: Evidence) -> Tensor:
+    def _surround(self, anchors: Tensor, evidence: VisualEvidence) -> Tensor:
         """(B,N) bool: ``anchors`` and their neighbours."""
         if self.buffers == "flat":
             n, columns = anchors.shape[1], evidence.shape[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.projector import Projector, check_layer, kept, saliency, share
 from tokenreduce.algorithms.views import apportion, covered, marked, ranks, rooms
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["HiRED"]
@@ -65,12 +65,12 @@ class HiRED(Projector, name="hired", needs=("tower",), paper="2408.10945", title
     def looks(self) -> tuple[Look, ...]:
         return (self.l_init, self.l_final)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         scores = saliency(evidence, self.l_final)
         budget = self.budgets(evidence, keep)
         return kept(marked(ranks(scores, evidence.view) < budget[:, evidence.view], keep), evidence)
 
-    def budgets(self, evidence: Evidence, keep: int) -> Tensor:
+    def budgets(self, evidence: VisualEvidence, keep: int) -> Tensor:
         """(B,V) tokens of every view that stay; (1,V) where the image has no crops. They sum to ``keep``."""
         room = rooms(evidence)
         if evidence.crops is None:
@@ -80,7 +80,7 @@ class HiRED(Projector, name="hired", needs=("tower",), paper="2408.10945", title
         rest = apportion(keep - first, self.contents(evidence), crops)
         return torch.cat([first.expand(len(rest), 1), rest], 1)
 
-    def contents(self, evidence: Evidence) -> Tensor:
+    def contents(self, evidence: VisualEvidence) -> Tensor:
         """(B,C) what every crop shows, by the overview of an image with crops."""
         early, view = saliency(evidence, self.l_init), evidence.view
         crops = len(rooms(evidence)) - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Salient, kept
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["ORDERS", "RESCALES", "HoloV"]
@@ -71,7 +71,7 @@ class HoloV(Salient, name="holov", needs=("tower",), paper="2510.02912", title="
         if self.rescale not in RESCALES:
             raise ValueError(f"rescale is one of {RESCALES}, not {self.rescale!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         a = self.saliency(evidence)
         x = evidence.projected.detach()
         n = a.shape[1]

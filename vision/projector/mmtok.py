@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.greedy import cover
 from tokenreduce.algorithms.projector import Projector, kept
 from tokenreduce.algorithms.scoring import clean, gram, inner, question, unit
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["MMTok"]
@@ -52,16 +52,16 @@ class MMTok(Projector, name="mmtok", needs=("text",), paper="2508.18264", title=
         if not (_number(self.alpha) and self.alpha >= 0):
             raise ValueError(f"alpha is a weight >= 0, not {self.alpha!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         return kept(self.order(evidence, keep), evidence)
 
-    def order(self, evidence: Evidence, keep: int | None = None) -> Tensor:
+    def order(self, evidence: VisualEvidence, keep: int | None = None) -> Tensor:
         """(B,K) the tokens that stay, counted behind the prefix, in the order in which they are taken: a prefix is the
         answer for a smaller ``keep``."""
         shares = self._shares(evidence)
         return cover(shares, self.total(shares.shape[1]) if keep is None else keep)
 
-    def _shares(self, evidence: Evidence) -> Tensor:
+    def _shares(self, evidence: VisualEvidence) -> Tensor:
         """(B,N,N+m) what candidate j has of the share of visual token or word r."""
         features = evidence.features.detach()[:, evidence.features.shape[1] - (evidence.n - evidence.prefix) :]
         f, v = clean(unit(features), evidence), clean(unit(evidence.projected.detach()), evidence)

@@ -10,7 +10,7 @@ import torch
 from tokenreduce.algorithms.baseline import cells_of
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Merge, Plan
 
 __all__ = ["PoolTokens"]
@@ -56,7 +56,7 @@ class PoolTokens(Projector, name="pool", title="Average pooling before the langu
             return 1, 1
         return self.kernel if isinstance(self.kernel, tuple) else (self.kernel, self.kernel)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         places = [(r, c) for r, c in evidence.place.tolist()]
         if len(set(places)) < len(places):
             raise ValueError(f"{self.name} needs one token in a place: give every frame as a view of its own")

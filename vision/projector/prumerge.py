@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Salient, saliency
 from tokenreduce.algorithms.scoring import descending, finite, highest, inner, unit
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, Pool, take
 
 __all__ = ["PruMerge", "PruMergePlus"]
@@ -60,7 +60,7 @@ class PruMerge(Salient, name="prumerge", needs=("tower",), paper="2403.15388", t
         if wrong or not 0 <= self.iqr_factor < float("inf"):
             raise ValueError(f"iqr_factor is a finite number >= 0, not {self.iqr_factor!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         a, p = saliency(evidence, self.layer, self.score, joined=True), evidence.prefix
         ranked = descending(a)
         if self.keep is None:
@@ -92,7 +92,7 @@ class PruMerge(Salient, name="prumerge", needs=("tower",), paper="2403.15388", t
         return ranked
 
     def _weights(
-        self, evidence: Evidence, a: Tensor, order: Tensor, number: Tensor, index: Tensor, place: Tensor
+        self, evidence: VisualEvidence, a: Tensor, order: Tensor, number: Tensor, index: Tensor, place: Tensor
     ) -> Tensor:
         """(B,K,N) float32 rows of outputs at ``index`` (B,K), ``place`` (B,K) of ``order`` (B,N); zero below place 0.
 

@@ -9,7 +9,7 @@ from tokenreduce.algorithms.baseline import draw
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.scoring import select
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, Prune
 
 __all__ = ["RandomTokens"]
@@ -39,5 +39,5 @@ class RandomTokens(Projector, name="random@projector", title="Random pruning bef
         super().__post_init__()
         check_count(self.seed, "seed")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         return Prune(evidence.n, select(draw(evidence, self.seed), keep, evidence))

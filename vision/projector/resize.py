@@ -8,7 +8,7 @@ import torch
 
 from tokenreduce.algorithms.baseline import cells, full_grid, resampling
 from tokenreduce.algorithms.projector import Projector
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, Pool
 
 __all__ = ["ResizeTokens"]
@@ -31,7 +31,7 @@ class ResizeTokens(Projector, name="resize@projector", title="Down-sampling befo
 
     keep: int | float = 0.25
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         grid = full_grid(evidence) or evidence.shape
         p, n, device = evidence.prefix, evidence.n - evidence.prefix, evidence.x.device
         height, width = grid[-2:]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.projector import Salient, kept, top
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["SpatialAugmented"]
@@ -44,11 +44,11 @@ class SpatialAugmented(
         if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 <= self.beta <= 1:
             raise ValueError(f"beta is a number in [0, 1], not {self.beta!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         scores = self.saliency(evidence)
         return kept(top(scores.masked_fill(self.grid(evidence, keep), float("inf")), keep), evidence)
 
-    def grid(self, evidence: Evidence, keep: int) -> Tensor:
+    def grid(self, evidence: VisualEvidence, keep: int) -> Tensor:
         """(N,) bool: the tokens that stay for where they are."""
         (h, w), place = evidence.shape, evidence.place
         most = int(self.beta * keep + 0.5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.greedy import cover
 from tokenreduce.algorithms.projector import Salient, kept
 from tokenreduce.algorithms.scoring import descending, finite, gram, unit
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, take
 
 __all__ = ["COMBINATIONS", "SCOPE"]
@@ -54,10 +54,10 @@ class SCOPE(Salient, name="scope", needs=("tower",), paper="2510.24214", title="
         if self.combination not in COMBINATIONS:
             raise ValueError(f"combination is one of {COMBINATIONS}, not {self.combination!r}")
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         return kept(self.order(evidence, keep), evidence)
 
-    def order(self, evidence: Evidence, keep: int | None = None) -> Tensor:
+    def order(self, evidence: VisualEvidence, keep: int | None = None) -> Tensor:
         """(B,K) the tokens that stay, counted behind the prefix, in the order in which they are chosen: a prefix is the
         answer for a smaller ``keep``."""
         saliency = self.saliency(evidence)
@@ -68,7 +68,7 @@ class SCOPE(Salient, name="scope", needs=("tower",), paper="2510.24214", title="
         weight = saliency.gather(1, listed)
         if self.combination == "sum":
             seen = evidence.tower(self.layer)
-            weight = weight * getattr(seen, "patches", seen).heads
+            weight = weight * getattr(seen, "patches", seen).attention.heads
         weight = weight**self.alpha
         u = unit(take(evidence.features[:, evidence.prefix :].detach(), listed))
         similar = finite(gram(u), evidence).clamp_(min=0)

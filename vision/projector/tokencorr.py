@@ -13,7 +13,7 @@ from tokenreduce.algorithms.projector import Projector, check_layer, kept, salie
 from tokenreduce.algorithms.scoring import finite, gram, unit
 from tokenreduce.algorithms.views import apportion, marked, ranks, rooms
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Identity, Plan, Pool, Prune
 
 __all__ = ["TokenCorr"]
@@ -84,7 +84,7 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
     def looks(self) -> tuple[Look, ...]:
         return (self.low_layer, self.deep_layer)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         low = evidence.tower(self.low_layer)
         metric = unit(low.keys.transpose(1, 2).flatten(2)[:, low.prefix :])
         finite(metric.sum(2), evidence)
@@ -103,7 +103,7 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
             pruned = Prune.from_mask(torch.cat([stay.new_ones(len(stay), evidence.prefix), stay], 1))
         return self._merged(evidence, pruned, alike, views, stay) if self.aggregate else pruned
 
-    def stay(self, evidence: Evidence, alike: Alike, views: list[Tensor], keep: int) -> Tensor:
+    def stay(self, evidence: VisualEvidence, alike: Alike, views: list[Tensor], keep: int) -> Tensor:
         """(B,N) bool: the tokens that stay, by the tokens of every view and how much they are alike."""
         low = saliency(evidence, self.low_layer, "cls")
         deep = saliency(evidence, self.deep_layer, "cls")
@@ -138,7 +138,7 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
         near.diagonal(dim1=1, dim2=2).fill_(False)
         return near.sum(2) > self.n_max
 
-    def _merged(self, evidence: Evidence, pruned: Prune, alike: Alike, views: list[Tensor], stay: Tensor) -> Plan:
+    def _merged(self, evidence: VisualEvidence, pruned: Prune, alike: Alike, views: list[Tensor], stay: Tensor) -> Plan:
         """``pruned`` with every dropped token in the mean of the kept one of its view that is most like it."""
         p = evidence.prefix
         target = torch.arange(evidence.n, device=stay.device).expand(len(stay), -1).clone()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.projector import Projector, check_clip, top
 from tokenreduce.algorithms.scoring import finite, inner, relevance
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, Pool
 
 __all__ = ["TRIM"]
@@ -60,7 +60,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
     def gathers(self) -> tuple[str, ...]:
         return ("text",) if self.clip is None else ("clip",)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         score, known = self.score(evidence)
         n = score.shape[1]
         if self.keep is None:
@@ -75,7 +75,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
             number = torch.full_like(best[:, :1].sum(1), keep - 1)
         return self._mean_of_rest(evidence, best, number)
 
-    def score(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+    def score(self, evidence: VisualEvidence) -> tuple[Tensor, Tensor]:
         """(B,N) logits of the weights of the tokens behind the prefix, and (B,) bool which samples have a text."""
         if self.clip is None:
             s = relevance(evidence)
@@ -89,7 +89,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
             known = (text != 0).any(-1).squeeze(1)
         return finite(s * (self.sign or (1 if self.clip is None else -1)), evidence), known
 
-    def _mean_of_rest(self, evidence: Evidence, best: Tensor, number: Tensor) -> Plan:
+    def _mean_of_rest(self, evidence: VisualEvidence, best: Tensor, number: Tensor) -> Plan:
         """The prefix, the first ``number`` (B,) tokens of ``best`` (B,K) in raster order, and the mean of the others;
         slots that a sample does not need come behind the prefix, so that the last token stays last."""
         p, k, device = evidence.prefix, best.shape[1], best.device

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tokenreduce.algorithms.baseline import full_grid, spread
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.scoring import select
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, Prune
 
 __all__ = ["UniformTokens"]
@@ -30,5 +30,5 @@ class UniformTokens(Projector, name="uniform@projector", title="Uniform pruning 
 
     keep: int | float = 0.25
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         return Prune(evidence.n, select(spread(evidence, keep, full_grid(evidence)), keep, evidence))

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from tokenreduce.algorithms.projector import Projector, Salient
 from tokenreduce.algorithms.scoring import descending, finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_count, count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, Pool, Prune, take
 
 __all__ = ["VisionZip"]
@@ -89,7 +89,7 @@ class VisionZip(Salient, name="visionzip", needs=("tower",), paper="2412.04467",
         merged = min((2 * keep * contextual + whole) // (2 * whole), keep - 1)
         return keep - merged, merged
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         p, (dominant, contextual) = evidence.prefix, self.split(keep)
         # The class token is one of the dominant; other protected tokens are not counted.
         patches = dominant - int(self.keep_cls and p > 0 and evidence.cls)
@@ -106,7 +106,7 @@ class VisionZip(Salient, name="visionzip", needs=("tower",), paper="2412.04467",
         weights[:, kept.shape[1] :].scatter_(2, rest.unsqueeze(1).expand(-1, contextual, -1), shares)
         return Pool(evidence.n, weights, normalised=False, keep=torch.cat([kept, rest[:, at]], 1))
 
-    def _merge(self, evidence: Evidence, rest: Tensor, at: Tensor) -> Tensor:
+    def _merge(self, evidence: VisualEvidence, rest: Tensor, at: Tensor) -> Tensor:
         """(B,c,M) weights of the tokens ``rest`` (B,M): 1 for the targets ``at`` (c,), 1/n for each of n members."""
         metric = unit(take(evidence.tower(self.layer).per_token(key_metric), rest))
         group = finite(inner(metric, metric[:, at]), evidence).argmax(2)

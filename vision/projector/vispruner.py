@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Salient, kept
 from tokenreduce.algorithms.scoring import descending, finite, gram, unit
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, take
 
 __all__ = ["VisPruner"]
@@ -51,13 +51,13 @@ class VisPruner(Salient, name="vispruner", needs=("tower",), paper="2412.01818",
             raise ValueError(f"important_ratio is a number in [0, 1], not {share!r}")
         check_count(self.r, "r", 1)
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         order = descending(self.saliency(evidence))
         important = int(keep * self.important_ratio)
         salient, rest = order[:, :important], order[:, important:]
         return kept(torch.cat([salient, self._diverse(rest, keep - important, evidence)], 1), evidence)
 
-    def _diverse(self, rest: Tensor, wanted: int, evidence: Evidence) -> Tensor:
+    def _diverse(self, rest: Tensor, wanted: int, evidence: VisualEvidence) -> Tensor:
         """(B,wanted) of the tokens ``rest`` (B,R), which are listed by descending attention."""
         if not wanted:
             return rest[:, :0]

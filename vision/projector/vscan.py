@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import Salient, by_class, check_layer, saliency, top
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.budget import check_count
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look, VisualEvidence
 from tokenreduce.core.plan import Merge, Plan, take
 
 __all__ = ["VScan"]
@@ -71,7 +71,7 @@ class VScan(Salient, name="vscan", needs=("tower",), paper="2505.22654", title="
     def looks(self) -> tuple[Look, ...]:
         return self.local_layer, self.layer
 
-    def choose(self, evidence: Evidence, keep: int) -> Plan:
+    def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         near = self.scan(evidence, keep)
         # As many local picks in every sample: the windows are the same.
         rest = keep - int(near[0].sum())
@@ -80,7 +80,7 @@ class VScan(Salient, name="vscan", needs=("tower",), paper="2505.22654", title="
         index = (~stay).long().argsort(dim=1, stable=True)
         return self._merge(evidence, index[:, :keep], index[:, keep:])
 
-    def scan(self, evidence: Evidence, keep: int) -> Tensor:
+    def scan(self, evidence: VisualEvidence, keep: int) -> Tensor:
         """(B,N) bool behind the prefix: what the local scan takes when ``keep`` tokens shall stay."""
         with_class = by_class(evidence.tower(self.layer), self.score)
         score = saliency(evidence, self.local_layer, self.score)
@@ -99,7 +99,7 @@ class VScan(Salient, name="vscan", needs=("tower",), paper="2505.22654", title="
         open_ = (rank < -(-wanted // many)).gather(1, order)
         return torch.zeros_like(open_).scatter(1, order, open_ & (open_.long().cumsum(1) <= wanted))
 
-    def _merge(self, evidence: Evidence, keep: Tensor, gone: Tensor) -> Plan:
+    def _merge(self, evidence: VisualEvidence, keep: Tensor, gone: Tensor) -> Plan:
         p, x = evidence.prefix, unit(evidence.x[:, evidence.prefix :].detach())
         group = finite(inner(take(x, gone), take(x, keep)), evidence).argmax(2)
         front = torch.arange(p, device=keep.device).expand(len(keep), -1)
@@ -109,7 +109,7 @@ class VScan(Salient, name="vscan", needs=("tower",), paper="2505.22654", title="
         return Merge(evidence.n, torch.cat([front, keep + p], 1), gone + p, group + p, weights=weights, by_size=False)
 
 
-def _windows(evidence: Evidence, side: int) -> Tensor:
+def _windows(evidence: VisualEvidence, side: int) -> Tensor:
     """(N,) the window of every token, numbered without gaps."""
     rows, cols = (max(s // side, 1) for s in evidence.shape)
     place = evidence.place // side

@@ -35,12 +35,12 @@ from tokenreduce.adapters.language.projector.images import Group, film_places, g
 from tokenreduce.adapters.language.projector.seen import ARRIVING
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.algorithms.projector import Projector, share
+from tokenreduce.core.evidence import ImageEvidence
 from tokenreduce.core.plan import Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step as TraceStep
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
-from tokenreduce.core.visual import Visual
 
 if TYPE_CHECKING:
     from tokenreduce.adapters.language.vlm import Language
@@ -219,7 +219,7 @@ class Part:
     rows: Tensor
     columns: Tensor
     plan: Plan
-    evidence: Visual
+    evidence: ImageEvidence
     host: Tensor
     there: Tensor
 
@@ -310,7 +310,7 @@ def _place(stay: Tensor, group: Group, reducer: Projector, compact: bool) -> lis
     return out
 
 
-def _host(stay: Tensor, rows: Tensor, columns: Tensor, plan: Plan, evidence: Visual, compact: bool) -> Part:
+def _host(stay: Tensor, rows: Tensor, columns: Tensor, plan: Plan, evidence: ImageEvidence, compact: bool) -> Part:
     p, n = evidence.prefix, columns.shape[1]
     own = plan.representatives() - p
     valid = plan.validity()

@@ -12,7 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from tokenreduce.adapters.language.projector.origin import blocks_of_patches, grid, pooled, tiled, with_class, with_end
 from tokenreduce.adapters.language.projector.seen import Encoded, Entry
-from tokenreduce.core.visual import Origin
+from tokenreduce.core.evidence import Origin
 
 __all__ = ["entries"]
 

@@ -18,7 +18,7 @@ from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.sequence import question
 from tokenreduce.algorithms.temporal import Temporal
 from tokenreduce.algorithms.views import ranks
-from tokenreduce.core.visual import Origin, Visual
+from tokenreduce.core.evidence import ImageEvidence, Origin
 
 __all__ = ["Group", "film_places", "groups", "runs", "take_rows", "tokenizer_of"]
 
@@ -29,7 +29,7 @@ class Group:
 
     rows: Tensor
     columns: Tensor
-    evidence: Visual
+    evidence: ImageEvidence
 
 
 def runs(visual: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +242,7 @@ def _group(
         clip = (said[0].patches(features), said[1][r[:, 0]])
     return Group(
         r, columns,
-        Visual(
+        ImageEvidence(
             take_rows(x, r, columns), own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans,
             feature=feature, tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
             text_valid=None if text is None else text[1][r[:, 0]], pixels=pixels, pooled=pooled,

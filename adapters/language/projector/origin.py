@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.core.visual import Origin
+from tokenreduce.core.evidence import Origin
 
 __all__ = ["blocks_of_patches", "grid", "pooled", "tiled", "with_class", "with_end"]
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.block import State, full_plan
 from tokenreduce.adapters.encoders.packed import Packed
 from tokenreduce.adapters.language.towers import remaining, sizes
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Attention, BaseEvidence, Origin
 from tokenreduce.core.plan import Plan
-from tokenreduce.core.visual import Origin
 
 __all__ = ["ARRIVING", "WATCHING", "Encoded", "Entry", "PackedCall", "Vision", "encoded_in", "put_on"]
 
@@ -143,7 +142,7 @@ class Encoded:
     def tokens(self) -> int:
         return sum(e.origin.n for e in self.entries)
 
-    def evidence(self, block: int, views: Tensor) -> Evidence:
+    def evidence(self, block: int, views: Tensor) -> BaseEvidence:
         """Evidence of a tower block for ``views`` (V,), which all have as many patches."""
         call = self.calls[block]
         if self.vision.kind == "packed":
@@ -155,11 +154,13 @@ class Encoded:
             return None if t is None else t[views]
 
         q, k = (t.detach().index_select(0, views.to(t.device)) for t in (q, k))
-        return Evidence(
-            k.transpose(1, 2).flatten(2), k, q,
-            size=None if state is None else rows(state.size), valid=None if state is None else rows(state.valid),
-            protected=int(self.vision.cls), cls=self.vision.cls, layer=block, depth=self.vision.depth,
-            proportional=state is not None and state.proportional,
+        return _of_patches(
+            Attention(
+                q, k, size=None if state is None else rows(state.size), cls=self.vision.cls,
+                valid=None if state is None else rows(state.valid),
+                proportional=state is not None and state.proportional,
+            ),
+            block, self.vision.depth, int(self.vision.cls),
         )  # fmt: skip
 
     def plan_at(self, block: int, views: Tensor) -> Plan | None:
@@ -185,7 +186,7 @@ class PackedCall:
     window: Tensor | None
     packed: Packed | None = None
 
-    def evidence(self, block: int, spans: list[tuple[int, int]], views: Tensor, depth: int) -> Evidence:
+    def evidence(self, block: int, spans: list[tuple[int, int]], views: Tensor, depth: int) -> BaseEvidence:
         """Evidence on the patches of ``views`` (V,), each with its first patch and number of patches in ``spans``."""
         state = None
         if self.packed is None:
@@ -201,11 +202,21 @@ class PackedCall:
             mask = (w[:, :, None] == w[:, None, :])[:, None]
             if valid is not None:  # rows of slots that are not there must not be empty
                 mask = mask | ~valid[:, None, :, None]
-        return Evidence(
-            k.transpose(1, 2).flatten(2), k, q, mask=mask, cls=False, rope="post", layer=block, depth=depth,
-            size=None if state is None else state.size, valid=valid,
-            proportional=state is not None and state.proportional,
+        return _of_patches(
+            Attention(
+                q, k, mask=mask, cls=False, rope="post", size=None if state is None else state.size, valid=valid,
+                proportional=state is not None and state.proportional,
+            ),
+            block, depth, 0,
         )  # fmt: skip
+
+
+def _of_patches(seen: Attention, block: int, depth: int, prefix: int) -> BaseEvidence:
+    """Evidence of a tower's ``block`` whose attention was ``seen``; keys stand for the features, which nobody kept."""
+    return BaseEvidence(
+        seen.keys.transpose(1, 2).flatten(2), seen, size=seen.size, valid=seen.valid, protected=prefix, cls=seen.cls,
+        layer=block, depth=depth,
+    )  # fmt: skip
 
 
 def encoded_in(output: Any) -> Encoded | None:

@@ -31,9 +31,8 @@ from tokenreduce.adapters.language.projector.seen import (
     encoded_in,
     put_on,
 )
-from tokenreduce.core.evidence import Look
+from tokenreduce.core.evidence import Look, resolve
 from tokenreduce.core.undo import Undo
-from tokenreduce.core.visual import resolve
 
 if TYPE_CHECKING:
     from tokenreduce.adapters.language.vlm import Language

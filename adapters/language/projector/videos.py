@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.language.projector.seen import Vision
-from tokenreduce.core.visual import Origin
+from tokenreduce.core.evidence import Origin
 
 __all__ = ["Image", "films"]
 

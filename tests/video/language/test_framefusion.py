@@ -22,7 +22,7 @@ def evidence(x=None, layer=0, history=None, depth=8, layout=LAYOUT, places=PLACE
     e = mixed((layout,), layer=layer, depth=depth, **more)
     number = (marks((layout,), "v").long().cumsum(1) - 1)[0]
     film = torch.stack([torch.zeros_like(number), number // places, number // places, number % places], -1)
-    e._films = torch.where(marks((layout,), "v")[0][:, None], film, -1)[None]
+    e._frame_of = torch.where(marks((layout,), "v")[0][:, None], film, -1)[None]
     e.history = None if history is None else torch.tensor([history])
     if x is not None:
         e.x = e.x.clone()
@@ -32,7 +32,7 @@ def evidence(x=None, layer=0, history=None, depth=8, layout=LAYOUT, places=PLACE
 
 def chain(reducer, e):
     """Steps 2, 4 and 5 in loops: members of every surviving token, by index."""
-    x, film, visual = e.x[0], e.films[0], e.visual[0].tolist()
+    x, film, visual = e.x[0], e.frame_of[0], e.visual[0].tolist()
     groups = {i: [i] for i, v in enumerate(visual) if v}
     order = sorted(groups, key=lambda i: (int(film[i, 3]), int(film[i, 1])))
     last, head = {}, {}
@@ -120,7 +120,7 @@ def test_first_frames_and_pictures_have_none_before():
     e = evidence(x)
     plan = FrameFusion(keep=1).plan(e)
     assert [i for i in plan.representatives()[0].tolist() if e.visual[0, i]] == [2, 3, 4], "one of every place is left"
-    e._films = torch.full_like(e._films, -1)
+    e._frame_of = torch.full_like(e._frame_of, -1)
     assert FrameFusion(keep=1).plan(e).is_identity
 
 

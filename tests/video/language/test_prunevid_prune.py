@@ -29,7 +29,7 @@ def literal(e, b, alpha):
     score = torch.stack([by_head(e, b, r).amax(0) for r in rows]).amax(0)
     groups: dict[tuple[int, ...], list[int]] = {}
     for i in visual:
-        film, first, last, _ = e.films[b, i].tolist()
+        film, first, last, _ = e.frame_of[b, i].tolist()
         groups.setdefault((film, first, last), []).append(i)
     kept = []
     for members in groups.values():
@@ -40,8 +40,8 @@ def literal(e, b, alpha):
 @pytest.mark.parametrize("alpha", [0.4, 0.7, 1.0])
 def test_groups_of_frames_and_of_static_tokens(alpha):
     e = mixed(layer=2)
-    e._films = e._films.clone()
-    e._films[0, 2:6, 1], e._films[0, 2:6, 2] = 0, 2  # four tokens that stand for frames 0 to 2
+    e._frame_of = e._frame_of.clone()
+    e._frame_of[0, 2:6, 1], e._frame_of[0, 2:6, 2] = 0, 2  # four tokens that stand for frames 0 to 2
     plan = PruneVidPrune(alpha=alpha).plan(e)
     there = plan.validity()
     for b in range(2):
@@ -86,7 +86,7 @@ def test_static_tokens_of_the_projector_are_groups(family):
 
     class Spy(PruneVidPrune):
         def plan(self, evidence):
-            seen.append(evidence.films.clone())
+            seen.append(evidence.frame_of.clone())
             return super().plan(evidence)
 
     with torch.no_grad(), tr.patched(vlm.model, "prunevid:tau=-1.0", Spy(alpha=0.5)):

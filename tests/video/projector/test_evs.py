@@ -125,7 +125,7 @@ def test_pixels(keep, prefix):
     for b in range(2):
         want = by_pixels(pixels[b].split(6), keep)
         assert got.representatives()[b].tolist() == [*range(prefix), *(prefix + i for i in want)]
-    assert EVS(keep=keep, score="pixels").plan(evidence.batch_rows(torch.tensor([1]))) == got.rows_at(torch.tensor([1]))
+    assert EVS(keep=keep, score="pixels").plan(evidence.samples(torch.tensor([1]))) == got.rows_at(torch.tensor([1]))
 
 
 def test_pixels_that_stand_still_go_whatever_the_embeddings_do():

@@ -7,8 +7,8 @@ import torch
 from visual import frames, noise, visual
 
 import tokenreduce as tr
-from tokenreduce import plan as plans
 from tokenreduce.core.plan import Identity
+from tokenreduce.core.plan import mix as plans
 from tokenreduce.video.projector.prunevid import PruneVid, contiguous, likeness
 
 WIDTH = 6

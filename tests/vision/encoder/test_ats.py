@@ -131,7 +131,7 @@ def test_padding_does_not_change_a_sample(there, prefix):
 def test_attention_received_in_pieces():
     valid = torch.arange(10) < torch.tensor([[10], [7]])
     for e in (evidence(n=10, prefix=0), evidence(n=10, prefix=0, valid=valid)):
-        whole, pieces = received_by_head(e), received_by_head(e, chunk=3)
+        whole, pieces = received_by_head(e.attention), received_by_head(e.attention, chunk=3)
         torch.testing.assert_close(whole, pieces)
         there = torch.ones(2, 10) if e.valid is None else e.valid.float()
         torch.testing.assert_close(whole.sum(-1), torch.ones(2, 3))

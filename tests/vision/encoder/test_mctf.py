@@ -177,7 +177,7 @@ def test_a_mask_protects_as_the_prefix_does():
     mask = torch.zeros(2, 17, dtype=torch.bool)
     mask[:, :2] = True
     masked = evidence(n=17, prefix=0)
-    masked._protected = mask
+    masked.protected = mask
     a, b = tr.MCTF(r=6).plan(plain), tr.MCTF(r=6).plan(masked)
 
     def groups(plan):

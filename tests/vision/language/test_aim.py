@@ -8,6 +8,7 @@ from mixed import DIM, HEADS, KEY_HEADS, LAYOUTS, RIGHT, kept_of, last_of, mixed
 from vlms import batch, llava
 
 import tokenreduce as tr
+from tokenreduce.core.evidence import Attention
 from tokenreduce.vision.language.aim import AIM, _sharper
 
 
@@ -105,23 +106,23 @@ def test_a_whole_map_given_is_the_same_and_rows_are_refused():
 def test_one_head_at_a_time(monkeypatch):
     """No call asks for more than some rows of one head, or for keys behind them; in pieces the map is the same."""
     evidence, asked = mixed(("t" + "v" * 300 + "t",), layer=3), []
-    stock = tr.Evidence.attention
+    stock = Attention.__call__
 
     def attention(self, rows="cls"):
         asked.append(stock(self, rows))
         return asked[-1]
 
-    monkeypatch.setattr(tr.Evidence, "attention", attention)
+    monkeypatch.setattr(Attention, "__call__", attention)
     plan = AIM(keep=9).plan(evidence)
     assert plan.k == 11
     assert {tuple(a.shape) for a in asked} == {(1, 1, 256, 256), (1, 1, 46, 302)}
     assert len(asked) == 2 * HEADS
-    one = evidence.head(3)
-    torch.testing.assert_close(_sharper(one, 0.1, 7), _sharper(one, 0.1, 1000))
+    one = evidence.attention.head(3)
+    torch.testing.assert_close(_sharper(one, evidence, 0.1, 7), _sharper(one, evidence, 0.1, 1000))
     logits = evidence.queries[0, 3] @ evidence.keys[0, 1].T / DIM**0.5
     ahead = torch.ones(302, 302, dtype=torch.bool).triu(1)
     want = (logits.masked_fill(ahead, float("-inf")) / 0.1).softmax(-1)
-    torch.testing.assert_close(_sharper(one, 0.1)[0], want, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(_sharper(one, evidence, 0.1)[0], want, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
@@ -178,4 +179,4 @@ def test_sharper_logits_are_the_same_by_every_way(kind):
     want = (rows.log() / 0.3).softmax(-1)[:, 0]
     if one.valid is not None:
         want = want.masked_fill(~one.valid.unsqueeze(2), 0.0)
-    torch.testing.assert_close(_sharper(one, 0.3, 4).double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(_sharper(one.attention, one, 0.3, 4).double(), want, rtol=1e-4, atol=1e-6)

@@ -25,7 +25,7 @@ def reference(evidence, layouts, b, share, largest, protected=True):
     seen = both(evidence, layout, b)
     stay = [j for j, (s, m) in seen.items() if not (s < share and m < largest)]
     if protected:
-        stay += [j for j in seen if evidence.marks[b, j] > 0]
+        stay += [j for j in seen if evidence.scores[b, j] > 0]
     if seen and not stay:
         stay = [max(seen, key=lambda j: (max(seen[j][0] / share, seen[j][1] / largest), -j))]
     return [i for i, c in enumerate(layout) if c != "v" or i in stay]
@@ -109,7 +109,7 @@ def test_ties_go_to_the_lower_index():
 def test_fewer_than_the_key_tokens_are_the_best_of_them():
     evidence = mixed(("t" + "v" * 20 + "tt",), layer=3)  # 4 key tokens
     seen = both(evidence, "t" + "v" * 20 + "tt", 0)
-    key = [j for j in seen if evidence.marks[0, j] > 0]
+    key = [j for j in seen if evidence.scores[0, j] > 0]
     assert len(key) == 4
     ranked = sorted(key, key=lambda j: -max(seen[j][0] / 0.1, seen[j][1] / 0.05))
     for keep in (1, 2, 3, 4):
@@ -147,9 +147,9 @@ def test_without_key_set_no_tower_is_needed():
     assert MustDrop().looks() == (-1,)
     assert MustDrop(keep_rate=0).gathers() == ("attention",)
     assert MustDrop(keep_rate=0).looks() == ()
-    evidence = mixed(marks=None)
+    evidence = mixed(scores=None)
     assert not MustDrop(keep_rate=0, keep=2).plan(evidence).is_identity
-    with pytest.raises(ValueError, match="needs marks, which the evidence lacks"):
+    with pytest.raises(ValueError, match="needs scores, which the evidence lacks"):
         MustDrop(keep=2).plan(evidence)
 
 

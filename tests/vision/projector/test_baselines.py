@@ -11,6 +11,7 @@ from visual import ORIGINS, anyres, grid, noise, visual
 
 import tokenreduce as tr
 from tokenreduce.algorithms.baseline import cells, full_grid
+from tokenreduce.core.budget import count
 from tokenreduce.core.plan import Pool
 from tokenreduce.vision.projector.pool import PoolTokens
 from tokenreduce.vision.projector.random_drop import RandomTokens
@@ -71,7 +72,7 @@ def test_random_keeps_what_is_in_front():
 @pytest.mark.parametrize("keep", [1, 2, 0.3, 0.5, 0.9])
 def test_uniform_is_every_nth_token_in_a_row(n, keep):
     plan = UniformTokens(keep=keep).plan(tr.Evidence(noise(2, n, 4), grid=(1, n)))
-    k = tr.budget.count(keep, n)
+    k = count(keep, n)
     want = [(2 * i + 1) * n // (2 * k) for i in range(k)]
     assert plan.representatives().tolist() == [want, want]
 

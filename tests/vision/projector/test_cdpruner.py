@@ -9,9 +9,8 @@ import torch
 from visual import ORIGINS, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Evidence, ImageEvidence
 from tokenreduce.core.registry import get_class
-from tokenreduce.core.visual import Visual
 
 CDPruner = get_class("cdpruner", "projector")
 
@@ -99,7 +98,7 @@ def test_the_sign_on_a_known_image():
     patches = torch.zeros(1, 6, 2)
     patches[..., 1] = 1
     patches[0, 2], patches[0, 5] = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
-    e = Visual(x, ORIGINS["square"], text=x[:, 2:3], clip=(patches, torch.tensor([[[3.0, 0.0]]])))
+    e = ImageEvidence(x, ORIGINS["square"], text=x[:, 2:3], clip=(patches, torch.tensor([[[3.0, 0.0]]])))
     e.origin = e.origin.take(torch.arange(6))
     assert CDPruner(keep=1, clip="a/b").plan(e).keep.tolist() == [[5]]
     assert CDPruner(keep=1, clip="a/b", sign=1).plan(e).keep.tolist() == [[2]]
@@ -184,7 +183,7 @@ def test_views_share_the_scale_of_relevance_and_the_budget(origin):
     e = visual(ORIGINS[origin], batch=2)
     where = (e.view >= 0).nonzero().flatten()
     o = e.origin.take(where)
-    e = Visual(e.x[:, where], o, text=e.text, text_valid=e.text_valid)
+    e = ImageEvidence(e.x[:, where], o, text=e.text, text_valid=e.text_valid)
     keep = 11
     plan = CDPruner(keep=keep).plan(e)
     for b in range(2):

@@ -151,7 +151,7 @@ def test_plain_evidence():
 @pytest.mark.parametrize("score_input", ["softmax", "logits"])
 def test_patches_that_are_not_there_take_no_part(score_input):
     """A block whose last 4 patches are padding sees what a block of 12 patches sees."""
-    from tokenreduce.core.visual import Mapped
+    from tokenreduce.core.evidence import TowerEvidence
 
     q, k, x = noise(1, 2, 17, 8), noise(1, 2, 17, 8, seed=1), noise(1, 17, 4)
     valid = (torch.arange(17) < 13)[None]
@@ -159,7 +159,7 @@ def test_patches_that_are_not_there_take_no_part(score_input):
     padded = tr.Evidence(x, k, q, protected=1, valid=valid)
     short = tr.Evidence(x[:, :13], k[:, :, :13], q[:, :, :13], protected=1)
     origin = ORIGINS["square"].take(torch.arange(12))
-    seen = [method.significance(Mapped(p, origin, x[:, 1:13])) for p in (padded, short)]
+    seen = [method.significance(TowerEvidence(p, origin, x[:, 1:13])) for p in (padded, short)]
     torch.testing.assert_close(*seen)
 
 

@@ -194,7 +194,7 @@ def test_frames_share_evenly_in_raster_order():
 def test_ties_go_to_the_lower_index():
     e = visual(CROPS["1x2"], batch=1)
     for block in e.blocks.values():
-        block._queries.zero_()
+        block.attention.q.zero_()
     assert GlobalCom2(keep=12).plan(e).keep[0].tolist() == [0, 1, 2, 3, *sorted([16, 17, 18, 19, 20, 21, 22, 23])]
 
 
@@ -241,6 +241,6 @@ def test_bad_settings_are_refused(name, bad):
 
 def test_nan_in_a_crop_is_an_error():
     e = visual(CROPS["2x2"], batch=1)
-    e.blocks[3]._keys[3, :, 2] = float("nan")
+    e.blocks[3].attention.k[3, :, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         GlobalCom2(keep=9).plan(e)

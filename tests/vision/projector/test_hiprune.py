@@ -7,7 +7,7 @@ import torch
 from visual import ORIGINS, noise, received, visual
 
 import tokenreduce as tr
-from tokenreduce.core.visual import resolve
+from tokenreduce.core.evidence import resolve
 
 
 def card(m, d, keep, alpha, place, flat=None):

@@ -208,6 +208,6 @@ def test_bad_settings_are_refused():
 
 def test_nan_in_the_early_block_is_an_error():
     e = visual(CROPS["2x2"], batch=1)
-    e.blocks[0]._keys[0, :, 2] = float("nan")
+    e.blocks[0].attention.k[0, :, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         HiRED(keep=9).plan(e)

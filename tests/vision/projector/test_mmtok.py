@@ -9,9 +9,8 @@ import torch
 from visual import ORIGINS, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Evidence, ImageEvidence
 from tokenreduce.core.registry import get_class
-from tokenreduce.core.visual import Visual
 
 MMTok = get_class("mmtok", "projector")
 
@@ -125,7 +124,7 @@ def test_duplicates_are_taken_once_and_ties_go_to_the_lower_index():
 
 def test_features_before_the_projector_are_those_that_are_covered():
     e = visual(ORIGINS["square"], batch=1)
-    other = Visual(e.x, e.origin, features=noise(1, 16, 16, seed=77), text=e.text, text_valid=e.text_valid)
+    other = ImageEvidence(e.x, e.origin, features=noise(1, 16, 16, seed=77), text=e.text, text_valid=e.text_valid)
     assert MMTok(keep=6).order(other)[0].tolist() == reference(e.x[0], other.features[0], e.text[0][e.text_valid[0]], 6)
     assert MMTok(keep=6).order(other).tolist() != MMTok(keep=6).order(e).tolist()
 

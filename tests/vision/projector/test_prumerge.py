@@ -9,6 +9,7 @@ import torch
 from visual import ORIGINS, noise, visual
 
 import tokenreduce as tr
+from tokenreduce.algorithms.scoring import descending
 from tokenreduce.core.plan import Pool
 from tokenreduce.vision.projector.prumerge import PruMerge, PruMergePlus
 
@@ -198,7 +199,7 @@ def test_spatial_samples(number, stride):
     method = PruMergePlus()
     if number < 144:
         assert method.outliers(a).item() == number
-    order, count = method.spread(tr.scoring.descending(a), torch.tensor([[number]]))
+    order, count = method.spread(descending(a), torch.tensor([[number]]))
     spaced = [j for j in range(0, 575, stride) if j >= number]
     assert order[0, : count.item()].tolist() == [*range(number), *spaced]
 
@@ -309,8 +310,8 @@ def test_ragged_plans_survive_safetensors(kind, tmp_path):
 def test_grouped_keys_are_repeated_for_their_queries():
     x, q, k = clip(20, heads=4)
     few = k[:, :2]
-    grouped = tr.scoring.single_head(tr.Evidence(x, few, q, protected=1)).attention("cls")
-    repeated = tr.scoring.single_head(tr.Evidence(x, few.repeat_interleave(2, 1), q, protected=1)).attention("cls")
+    grouped = tr.Evidence(x, few, q, protected=1).attention.joined()("cls")
+    repeated = tr.Evidence(x, few.repeat_interleave(2, 1), q, protected=1).attention.joined()("cls")
     assert torch.equal(grouped, repeated)
     torch.testing.assert_close(grouped[0, 0, 0, 1:].double(), class_attention(q[0], few[0].repeat_interleave(2, 0)))
 

@@ -252,6 +252,6 @@ def test_bad_settings_are_refused(name, bad):
 @pytest.mark.parametrize("block", [1, 2])
 def test_nan_in_either_block_is_an_error(block):
     e = visual(ORIGINS["square"], batch=1)
-    e.blocks[block]._keys[0, :, 2] = float("nan")
+    e.blocks[block].attention.k[0, :, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         TokenCorr().plan(e)

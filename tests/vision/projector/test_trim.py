@@ -130,7 +130,7 @@ def test_the_outlier_rule_of_every_sample(factor):
         assert plan.representatives()[b][there[b]].tolist()[:-1] == stay
         torch.testing.assert_close(out[b][there[b]], outputs(e.x[b], stay))
         assert there[b, -1], "the last output is there in every sample"
-        one = method.plan(e.batch_rows(torch.tensor([b])))
+        one = method.plan(e.batch_of(torch.tensor([b])))
         torch.testing.assert_close(one.reduce(e.x[b : b + 1])[0], out[b][there[b]])
     assert numbers[1] == 0, "nothing sticks out: the mean alone, where the official code fails"
     assert numbers[0] >= 3

@@ -7,6 +7,7 @@ import torch
 from visual import ORIGINS, anyres, class_row, grid, noise, received, units, visual
 
 import tokenreduce as tr
+from tokenreduce.core.budget import count
 from tokenreduce.core.plan import Merge
 from tokenreduce.vision.projector.vscan import VScan
 
@@ -83,7 +84,7 @@ def test_worked_example_without_class_token(origin, keep):
     windows, many = windows_of(origin.shape, origin.place.tolist(), 4)
     assert many == max(origin.shape[0] // 4, 1) * (origin.shape[1] // 4)
     plan = VScan(keep=keep).plan(evidence)
-    wanted = tr.budget.count(keep, origin.n)
+    wanted = count(keep, origin.n)
     for b in range(2):
         near, far = (received(evidence, look, b)[origin.index].mean(1) for look in (LOCAL, None))
         check(evidence, plan, b, reference(near, far, windows, many, wanted, capped=True))
@@ -150,7 +151,7 @@ def test_crops_without_their_padding(view):
 def _views(evidence):
     for where, part in evidence.parts():
         for i in range(len(where)):
-            yield where[i], part.batch_rows(torch.arange(i, part.batch, len(where)))
+            yield where[i], part.batch_of(torch.arange(i, part.batch, len(where)))
 
 
 def test_windows_without_a_token_do_not_count():

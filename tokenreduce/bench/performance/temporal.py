@@ -29,10 +29,9 @@ from torch import Tensor
 from tokenreduce.bench.performance.language import splice
 from tokenreduce.common.files import writing
 from tokenreduce.common.words import counted, speak_everywhere
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Evidence, ImageEvidence, Origin
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import get_class, list_methods
-from tokenreduce.core.visual import Origin, Visual
 from tokenreduce.measure.timing import interleaved, synchronise
 
 __all__ = ["SIZES", "Prefill", "Row", "Shape", "evidence", "exponent", "markdown", "measure", "methods", "prefills"]
@@ -102,7 +101,7 @@ def methods(wanted: Sequence[str] = ()) -> list[str]:
     return [n for n in found if not wanted or n in wanted]
 
 
-def evidence(frames: int, width: int, device: torch.device | str = "cpu", seed: int = 0) -> Visual:
+def evidence(frames: int, width: int, device: torch.device | str = "cpu", seed: int = 0) -> ImageEvidence:
     """A video of ``frames`` frames of 14x14 tokens, each 0.8 of the frame before, and the class-token attention of one
     block of its tower, all random."""
     n = SIDE * SIDE
@@ -116,7 +115,7 @@ def evidence(frames: int, width: int, device: torch.device | str = "cpu", seed: 
     heads = [torch.randn(frames, HEADS, n, TOWER // HEADS, generator=g) for _ in range(2)]
     keys, queries = (h.to(device) for h in heads)
     block = Evidence(keys.transpose(1, 2).flatten(2), keys, queries, cls=False, layer=0, depth=1)
-    return Visual(
+    return ImageEvidence(
         x.reshape(1, frames * n, width).to(device), one.repeat(frames), blocks={0: block}, feature=0, tower_depth=1,
     )  # fmt: skip
 

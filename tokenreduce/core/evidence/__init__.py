@@ -1,0 +1,15 @@
+"""Evidence: what a method may look at when it decides about tokens, a small core and one class per stage."""
+
+from tokenreduce.core.evidence.attention import Attention, Rows, need
+from tokenreduce.core.evidence.base import BaseEvidence
+from tokenreduce.core.evidence.encoder import EncoderEvidence
+from tokenreduce.core.evidence.image import ImageEvidence, TowerEvidence
+from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
+from tokenreduce.core.evidence.origin import Look, Origin, resolve
+from tokenreduce.core.evidence.plain import Evidence
+from tokenreduce.core.evidence.visual import VisualEvidence
+
+__all__ = [
+    "Attention", "BaseEvidence", "Earlier", "EncoderEvidence", "Evidence", "ImageEvidence", "LanguageEvidence", "Look",
+    "Origin", "Prompt", "Rows", "TowerEvidence", "VisualEvidence", "need", "resolve",
+]  # fmt: skip

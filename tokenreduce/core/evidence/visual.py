@@ -1,0 +1,114 @@
+"""Evidence between vision encoder and language model, and what plain evidence answers there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.core.evidence.attention import need
+from tokenreduce.core.evidence.base import BaseEvidence
+from tokenreduce.core.evidence.origin import Look
+
+__all__ = ["VisualEvidence"]
+
+
+class VisualEvidence(BaseEvidence):
+    """Evidence on visual tokens at the entry of a language model, see :class:`BaseEvidence`.
+
+    As it stands here every token is a patch of one image, and what the tower saw is what the evidence holds; where a
+    tower and a projector lie behind the tokens, :class:`~tokenreduce.core.evidence.image.ImageEvidence` knows them.
+
+    Args:
+        text: (B,M,D) or (B,D) embeddings of the question in the language model's space; ``text_valid`` (B,M) which are
+            there.
+        times: (B,N) seconds, for video.
+        crops: (rows, columns) of crops when view 0 is an overview of the image and views 1.. are its crops, row-major.
+        clip: ``(patches (B,N,E), text (B,M,E))`` in the joint space of a CLIP model, where a method asked for it; text
+            rows that are not there are zero.
+        pixels: (B,N,P) the pixels of every token's area, of the tokens behind the prefix.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        *args: Any,
+        text: Tensor | None = None,
+        text_valid: Tensor | None = None,
+        times: Tensor | None = None,
+        crops: tuple[int, int] | None = None,
+        clip: tuple[Tensor, Tensor] | None = None,
+        pixels: Tensor | None = None,
+        **core: Any,
+    ) -> None:
+        super().__init__(x, *args, **core)
+        self.text, self.text_valid, self.times, self.crops = text, text_valid, times, crops
+        self._clip, self._pixels = clip, pixels
+
+    # -- the vision tower ----------------------------------------------------------------------------------------------
+    def tower(self, look: Look = None) -> BaseEvidence:
+        """Evidence of a block of the vision tower for the same tokens; plain evidence stands for every block."""
+        return self
+
+    def per_token(self, score: Callable[[Any], Tensor]) -> Tensor:
+        """``score`` (B,N,...) of this evidence, where a tower is behind it computed on its patches and taken to the
+        tokens: softmax, and means over queries, then are those of the tower."""
+        return score(self)
+
+    def of_pixels(self, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B,N) for the tokens behind the prefix: ``score`` makes (B,T,n) of the pixels (B,T,n,P) of T frames, where
+        tokens are made of patches computed on these."""
+        pixels = need(self._pixels, "pixels")
+        return score(pixels.reshape(self.batch, self.frames, -1, pixels.shape[-1])).flatten(1)
+
+    def pooling(self) -> tuple[Tensor, Tensor] | None:
+        """The pooling head of the vision tower: (B,N) attention of its query to the tokens behind the prefix, mean
+        over heads, and (B,T,C) what it makes of every view; None where a tower has none or nobody asked."""
+        return None
+
+    @property
+    def features(self) -> Tensor:
+        """(B,N,C) what enters the projector; ``x`` where nothing else is known."""
+        return self.x
+
+    @property
+    def projected(self) -> Tensor:
+        """(B,N,D) embeddings behind the projector, of the tokens behind the prefix."""
+        return self.x[:, self.prefix :]
+
+    @property
+    def clip(self) -> tuple[Tensor, Tensor]:
+        """Patches (B,N,E) and question (B,M,E) in the joint space of a CLIP model."""
+        if self._clip is None:
+            raise ValueError("this method needs clip, which the evidence lacks: name a CLIP model in its setting clip")
+        return self._clip
+
+    # -- places --------------------------------------------------------------------------------------------------------
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the grid that the tokens behind the prefix lie on. Raises ``ValueError`` when unknown."""
+        if self.grid is not None:
+            return self.grid[-2], self.grid[-1]
+        side = math.isqrt(self.n - self.prefix)
+        if side * side != self.n - self.prefix:
+            raise ValueError(f"{self.n - self.prefix} tokens are no square grid: give Evidence(grid=(rows, columns))")
+        return side, side
+
+    @property
+    def place(self) -> Tensor:
+        """(N,2) row and column of every token behind the prefix on :attr:`shape`."""
+        at = torch.arange(self.n - self.prefix, device=self.x.device)
+        return torch.stack([at // self.shape[1] % self.shape[0], at % self.shape[1]], 1)
+
+    @property
+    def view(self) -> Tensor:
+        """(N,) 0-based view (overview, crop, frame) of every token behind the prefix."""
+        return torch.zeros(self.n - self.prefix, dtype=torch.long, device=self.x.device)
+
+    @property
+    def frames(self) -> int:
+        """Number of frames, which have as many tokens each: T of a grid (T,rows,columns), 1 without one."""
+        return self.grid[0] if self.grid is not None and len(self.grid) == 3 else 1
