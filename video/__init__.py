@@ -33,7 +33,13 @@ _HOMES = {
 }
 
 
+#: What must be loaded before: the kinds of memory that a file may hold.
+_BEFORE = {"StreamingMemory": ("clip_memory", "pyramid_memory")}
+
+
 def __getattr__(name: str) -> Any:
+    for kind in _BEFORE.get(name, ()):
+        importlib.import_module(f"tokenreduce.video.{kind}")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"tokenreduce.video.{home}"), name)

@@ -207,13 +207,14 @@ class StreamingMemory(ABC):
         """
         from safetensors import safe_open
 
-        from tokenreduce.video import clip_memory, pyramid_memory  # noqa: F401 - their kinds are then known
-
         with safe_open(str(path), "pt", device=device) as file:
             about = json.loads((file.metadata() or {}).get("memory", "{}"))
             kind = StreamingMemory.KINDS.get(about.get("kind", ""))
             if kind is None:
-                raise ValueError(f"{path} holds no memory of a known kind; write one with memory.save(path)")
+                raise ValueError(
+                    f"{path} holds no memory of a known kind ({', '.join(StreamingMemory.KINDS)}); write one with "
+                    f"memory.save(path), and read it with tokenreduce.video.StreamingMemory, which knows all kinds"
+                )
             names = list(file.keys())
             state = {name: file.get_tensor(name) for name in names}
         out = kind(**about["settings"], **functions)

@@ -10,7 +10,6 @@ on a module, so threads, activation checkpointing, deepcopy and compiled graphs 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -259,17 +258,7 @@ def planned(reducer: Reducer, evidence: EncoderEvidence) -> Plan:
     """The reducer's plan; for an empty batch that of one sample of equal tokens, without the sample."""
     if evidence.batch:
         return reducer.plan(evidence)
-    one = copy.copy(evidence)
-    for name, value in vars(evidence).items():
-        if isinstance(value, Tensor):
-            setattr(one, name, _ones(value))
-        elif isinstance(value, tuple) and value and all(isinstance(t, Tensor) for t in value):
-            setattr(one, name, tuple(map(_ones, value)))
-    return reducer.plan(one).rows_at(torch.empty(0, dtype=torch.long, device=evidence.x.device))
-
-
-def _ones(t: Tensor) -> Tensor:
-    return t.new_ones(1, *t.shape[1:]) if t.dim() and not t.shape[0] else t
+    return reducer.plan(evidence.one_of_ones()).rows_at(torch.empty(0, dtype=torch.long, device=evidence.x.device))
 
 
 # -- states of every layer, for dense outputs ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tokenreduce.core.evidence import Evidence, Look
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.settings import check, fit, fits, hints
 
-__all__ = ["STAGES", "Reducer", "format_spec", "parse_spec", "split_specs"]
+__all__ = ["METHODS", "STAGES", "Reducer", "format_spec", "parse_spec", "register", "split_specs"]
 
 STAGES = ("encoder", "projector", "language", "cache")
 #: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
@@ -35,6 +35,26 @@ EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
     "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
 )  # fmt: skip
+
+
+#: Every method by its name; class statements write here.
+METHODS: dict[str, type[Reducer]] = {}
+
+
+def _known(name: str) -> type[Reducer]:
+    return METHODS[name]
+
+
+#: How a class is found by its name: the registry, which knows where to look for files, puts its own way here.
+FIND: list[Callable[[str], type[Reducer]]] = [_known]
+
+
+def register(kind: type[Reducer]) -> None:
+    """Add a method class; called by its class statement. Raises ``ValueError`` if another class has its name."""
+    known = METHODS.get(kind.name)
+    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"two methods are called {kind.name!r}: {known.__module__} and {kind.__module__}")
+    METHODS[kind.name] = kind
 
 
 @dataclass(frozen=True)
@@ -94,8 +114,6 @@ class Reducer:
         if "__post_init__" in vars(cls):
             cls.__post_init__ = _checked_first(cls.__post_init__)  # type: ignore[method-assign]
         if name:
-            from tokenreduce.core.registry import register
-
             register(cls)
 
     def __post_init__(self) -> None:
@@ -167,12 +185,10 @@ class Reducer:
     def from_json(text: str | Mapping[str, Any]) -> Reducer:
         """A reducer from :meth:`to_json`'s text or an equal mapping. Raises ``ValueError`` for unknown names."""
         given = json.loads(text) if isinstance(text, str) else text
-        from tokenreduce.core.registry import get_class
-
         if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
             raise ValueError("a reducer's JSON is an object with a key 'method', the method's name, and its settings")
         settings = dict(given)
-        return build(get_class(settings.pop("method")), settings)
+        return build(FIND[0](settings.pop("method")), settings)
 
     def __str__(self) -> str:
         return self.spec()

@@ -23,21 +23,12 @@ import traceback
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from tokenreduce.core.reducer import STAGES, Reducer, build, parse_spec, split_specs
+from tokenreduce.core.reducer import FIND, METHODS, STAGES, Reducer, build, parse_spec, split_specs
 
-__all__ = ["get_class", "get_method", "list_methods", "load_all", "parse", "register"]
+__all__ = ["get_class", "get_method", "list_methods", "load_all", "parse"]
 
-_methods: dict[str, type[Reducer]] = {}
 _loaded = False
 _lock = threading.RLock()
-
-
-def register(kind: type[Reducer]) -> None:
-    """Add a method class; called by its class statement. Raises ``ValueError`` if another class has its name."""
-    known = _methods.get(kind.name)
-    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"two methods are called {kind.name!r}: {known.__module__} and {kind.__module__}")
-    _methods[kind.name] = kind
 
 
 def load_all() -> dict[str, type[Reducer]]:
@@ -59,7 +50,7 @@ def load_all() -> dict[str, type[Reducer]]:
             except BaseException:
                 _loaded = False
                 raise
-    return _methods
+    return METHODS
 
 
 def _import_methods(root: str) -> None:
@@ -176,3 +167,6 @@ def list_methods(pattern: str = "*", *, stage: str | None = None) -> list[str]:
     if stage is None:
         return sorted(fnmatch.filter(methods, pattern))
     return sorted(fnmatch.filter((n.partition("@")[0] for n, k in methods.items() if k.stage == stage), pattern))
+
+
+FIND[:] = [get_class]

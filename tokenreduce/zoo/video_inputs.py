@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from tokenreduce.zoo.world_lessons import GRID
 from tokenreduce.zoo.world_words import processor as make_processor
 
 __all__ = ["clip_pixels", "video_inputs"]
+
+
+def pool(features: torch.Tensor) -> torch.Tensor:
+    """(F,49,D) from the projected tokens (F,196,D) of frames: the mean of 2x2."""
+    return features.unflatten(1, (GRID // 2, 2, GRID // 2, 2)).mean((2, 4)).flatten(1, 2)
 
 
 def clip_pixels(clips: Sequence[np.ndarray], processor: Any = None) -> torch.Tensor:
@@ -48,8 +54,6 @@ def video_inputs(
     every patch. Raises ``ValueError`` for clips and texts of different number or
     a clip that is not (T,H,W,3).
     """
-    from tokenreduce.zoo.world_llava import pool
-
     if len(clips) != len(texts) or not len(clips):
         raise ValueError(f"one question per clip: {len(clips)} clips and {len(texts)} questions")
     reading = processor or make_processor()
@@ -74,7 +78,6 @@ def _retell(seen: Any, features: torch.Tensor) -> None:
     """Tell methods before the language model, if any, that a token is four patches now."""
     from tokenreduce.adapters.language.projector.origin import pooled
     from tokenreduce.adapters.language.projector.seen import Entry, encoded_in
-    from tokenreduce.zoo.world_llava import pool
 
     encoded = encoded_in(seen)
     if encoded is not None and encoded.entries:

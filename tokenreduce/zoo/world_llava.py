@@ -24,6 +24,7 @@ from tokenreduce.zoo import packing
 from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state
 from tokenreduce.zoo.training import Schedule, fit, half
+from tokenreduce.zoo.video_inputs import pool
 from tokenreduce.zoo.world.vocabulary import MOTIONS
 from tokenreduce.zoo.world_batches import pictures
 from tokenreduce.zoo.world_lessons import Course, Lesson, lesson
@@ -96,11 +97,6 @@ def build() -> Any:
     model.generation_config.max_new_tokens = 2  # one word and <eos>
     model.generation_config.max_length = None
     return model
-
-
-def pool(features: Tensor) -> Tensor:
-    """(F,49,D) from the projected tokens (F,196,D) of frames: the mean of 2x2."""
-    return features.unflatten(1, (GRID // 2, 2, GRID // 2, 2)).mean((2, 4)).flatten(1, 2)
 
 
 # -- training --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.core.evidence.attention import need
+from tokenreduce.core.evidence.attention import Attention, need
 from tokenreduce.core.evidence.base import BaseEvidence
 
 __all__ = ["EncoderEvidence"]
@@ -26,6 +26,24 @@ class EncoderEvidence(BaseEvidence):
     @property
     def before(self) -> Tensor:
         return need(self._before, "before")
+
+    def one_of_ones(self) -> EncoderEvidence:
+        """The same for one sample of equal tokens, where the batch is empty and yet a plan must be made."""
+
+        def one(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.new_ones(1, *t.shape[1:])
+
+        seen, protected = self.attention, self.protected
+        rotated = None if seen.rotated is None else (seen.rotated[0].new_ones(1, *seen.rotated[0].shape[1:]),) * 2
+        rows = Attention(
+            one(seen.q), one(seen.k), one(seen.v), rotated=rotated, rope=seen.rope, scale=seen.scale,
+            mask=one(seen.mask), size=one(seen.size), valid=one(seen.valid), proportional=seen.proportional, cls=seen.cls,
+        )  # fmt: skip
+        return EncoderEvidence(
+            self.x.new_ones(1, *self.x.shape[1:]), rows, size=one(self.size), protected=protected, grid=self.grid,
+            valid=one(self.valid), cls=self.cls, layer=self.layer, depth=self.depth, entry=self.entry,
+            before=one(self._before),
+        )  # fmt: skip
 
     @property
     def proportional(self) -> bool:
