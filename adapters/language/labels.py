@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.language.batching import is_paged
 from tokenreduce.adapters.language.generation import KEYWORD, Run, cache_in, run_of
 from tokenreduce.core.plan import take
 from tokenreduce.core.undo import Undo
@@ -171,6 +172,8 @@ def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     hidden: Tensor = output[0]
     if step is None:
         cache = cache_in(kwargs)
+        if cache is not None and is_paged(cache):
+            return None  # continuous batching, text alone
         if cache is not None and int(cache.get_seq_length()) > hidden.shape[1]:
             return None  # a later step of a prompt without visual tokens
         kept = Kept(hidden.shape[0], hidden.shape[1], hidden.device)
