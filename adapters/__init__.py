@@ -123,7 +123,7 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
             )
     _check_frames(model, reducers, towers, language)
     if language is not None:
-        importlib.import_module("tokenreduce.adapters.language.vlm").attach(language, reducers, undo, towers)
+        importlib.import_module("tokenreduce.adapters.language.attach").attach(language, reducers, undo, towers)
         return
     if undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
@@ -173,7 +173,7 @@ def _language(model: nn.Module) -> Any:
     """The language model with visual tokens inside ``model``, or None."""
     if "transformers" not in sys.modules:
         return None
-    return importlib.import_module("tokenreduce.adapters.language.vlm").find(model)
+    return importlib.import_module("tokenreduce.adapters.language.find").find(model)
 
 
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:

@@ -12,16 +12,14 @@ import inspect
 import re
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.hf_attention import CALL, implementation
+from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.generation import KEYWORD
 from tokenreduce.core.reducer import Reducer
-
-if TYPE_CHECKING:
-    from tokenreduce.adapters.language.vlm import Language
 
 __all__ = [
     "carries", "check_deep", "check_implementation", "check_layers", "final_norm", "hand_on", "hand_over", "ids_left",

@@ -10,18 +10,16 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.projector.seen import WATCHING, Encoded, encoded_in
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
-
-if TYPE_CHECKING:
-    from tokenreduce.adapters.language.vlm import Language
 
 __all__ = ["Arrived", "Brought", "attach_given", "brought_by", "say_late", "say_strange"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.hf_attention import Call, is_causal, softcap_of
 from tokenreduce.adapters.language.generation import Cut, Run
-from tokenreduce.adapters.language.marks import needs_marks
+from tokenreduce.adapters.language.projector.marks import needs_marks
 from tokenreduce.core.evidence import Attention, LanguageEvidence, Prompt
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer

@@ -12,17 +12,15 @@ import functools
 import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.generation import KEYWORD, Run, Step
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
-
-if TYPE_CHECKING:
-    from tokenreduce.adapters.language.vlm import Language
 
 __all__ = ["attach_retrieval", "check_owner", "limits", "note_run", "owner_of"]
 
@@ -62,9 +60,9 @@ def owner_of(model: nn.Module, inner: nn.Module) -> nn.Module | None:
     return next((m for m in known if any(child is inner for child in m.children())), None)
 
 
-def limits(found: Language) -> tuple[str, ...]:
+def limits(owner: nn.Module | None) -> tuple[str, ...]:
     """What the images of a model cannot have, in sentences for ``describe``."""
-    name = type(found.owner).__name__
+    name = type(owner).__name__
     if name in _REFUSED:
         return (f"no method acts: {_REFUSED[name]}",)
     if name in _SERVED:

@@ -13,7 +13,7 @@ from vlms import VLMS, encodes_before, prompts, skip_static_windows
 from vlms_masked import CASES, FILMS, close, dropped_by, flash, generate, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.language.vlm import FAMILIES
+from tokenreduce.adapters.language.families import FAMILIES
 
 
 @pytest.mark.parametrize("layer", [1, 2])

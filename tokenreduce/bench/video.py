@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tokenreduce.adapters.language.marks import TOWER
+from tokenreduce.adapters.language.projector.marks import TOWER
 from tokenreduce.bench.clip_frames import Sampler, Shown
 from tokenreduce.bench.clips import LAYOUTS, LETTERS, ClipItem, chosen, lettered, load_clips
 from tokenreduce.bench.questions import Item, matches

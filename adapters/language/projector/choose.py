@@ -6,7 +6,7 @@ per view. Its plan is made from the embeddings at the entry of the language mode
 (:mod:`tokenreduce.adapters.language.projector.tower`), in a pre-hook on that. What the plan leaves is written into
 columns of the
 prompt, and the others go before layer 0, where the machinery of the language stage
-(:mod:`tokenreduce.adapters.language.vlm`)
+(:mod:`tokenreduce.adapters.language.layer`)
 takes over, so that masks, windows, prefixes and caches are exact in the same way.
 
 Tokens that a plan only keeps stay bit-identical. What it mixes in the space of the tower's features goes through the
@@ -23,15 +23,16 @@ from __future__ import annotations
 import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.language.families import TOWER, Language
 from tokenreduce.adapters.language.generation import KEYWORD, Step
-from tokenreduce.adapters.language.marks import TOWER, marks_of
 from tokenreduce.adapters.language.projector.clip_text import joint_space
 from tokenreduce.adapters.language.projector.images import Group, film_places, groups, take_rows, tokenizer_of
+from tokenreduce.adapters.language.projector.marks import marks_of
 from tokenreduce.adapters.language.projector.seen import ARRIVING
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.algorithms.projector import Projector, share
@@ -41,9 +42,6 @@ from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step as TraceStep
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
-
-if TYPE_CHECKING:
-    from tokenreduce.adapters.language.vlm import Language
 
 __all__ = ["attach_projector"]
 

@@ -8,53 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenreduce.adapters.encoders.block import State, full_plan
 from tokenreduce.adapters.encoders.packed import Packed
+from tokenreduce.adapters.language.families import Vision
 from tokenreduce.adapters.language.towers import remaining, sizes
 from tokenreduce.core.evidence import Attention, BaseEvidence, Origin
 from tokenreduce.core.plan import Plan
 
-__all__ = ["ARRIVING", "WATCHING", "Encoded", "Entry", "PackedCall", "Vision", "encoded_in", "put_on"]
+__all__ = ["ARRIVING", "WATCHING", "Encoded", "Entry", "PackedCall", "encoded_in", "put_on"]
 
 _ON_OUTPUT = "_tokenreduce_encoded"
 #: What the call of get_image_features that is under way has seen so far.
 WATCHING: ContextVar[Encoded | None] = ContextVar("tokenreduce_watching", default=None)
 #: Where get_image_features leaves what it saw for the forward that called it.
 ARRIVING: ContextVar[dict[str, Encoded] | None] = ContextVar("tokenreduce_arriving", default=None)
-
-
-@dataclass(frozen=True)
-class Vision:
-    """The parts of a family between pixels and language model."""
-
-    towers: tuple[nn.Module, ...]
-    blocks: tuple[tuple[nn.Module, ...], ...]
-    projector: nn.Module | None
-    #: How tokens are made of patches: "plain", "tiled", "shuffled", "pooled" or "packed".
-    kind: str
-    cls: bool
-    #: Block whose output enters the projector.
-    feature: int
-    #: Whether the family takes videos as such, and not as several images.
-    films: bool = False
-    #: Pooling heads of the towers, with a query of their own.
-    heads: tuple[nn.Module, ...] = ()
-
-    @property
-    def depth(self) -> int:
-        return len(self.blocks[0])
-
-    @property
-    def evidence(self) -> tuple[str, ...]:
-        given = ["tower", "text"]
-        given += ["cls"] if self.cls else []
-        given += ["clip"] if self.cls and self.projector is not None else []
-        given += ["crops"] if self.kind == "tiled" else []
-        given += ["head"] if self.heads else []
-        given += ["pixels"]
-        return tuple(given)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.block import collect_states
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call, listen
 from tokenreduce.adapters.encoders.joint import FRAMES
+from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.projector.entries import entries
 from tokenreduce.adapters.language.projector.seen import (
     ARRIVING,
@@ -33,9 +34,6 @@ from tokenreduce.adapters.language.projector.seen import (
 )
 from tokenreduce.core.evidence import Look, resolve
 from tokenreduce.core.undo import Undo
-
-if TYPE_CHECKING:
-    from tokenreduce.adapters.language.vlm import Language
 
 __all__ = ["attach_tower_evidence", "encode", "encoded_in", "vision_of"]
 

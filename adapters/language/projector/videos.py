@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.projector.seen import Vision
+from tokenreduce.adapters.language.families import Vision
 from tokenreduce.core.evidence import Origin
 
 __all__ = ["Image", "films"]

@@ -34,10 +34,14 @@ class EncoderEvidence(BaseEvidence):
             return None if t is None else t.new_ones(1, *t.shape[1:])
 
         seen, protected = self.attention, self.protected
-        rotated = None if seen.rotated is None else (seen.rotated[0].new_ones(1, *seen.rotated[0].shape[1:]),) * 2
+        rotated = None
+        if seen.rotated is not None:
+            q, k = seen.rotated
+            rotated = q.new_ones(1, *q.shape[1:]), k.new_ones(1, *k.shape[1:])
         rows = Attention(
             one(seen.q), one(seen.k), one(seen.v), rotated=rotated, rope=seen.rope, scale=seen.scale,
-            mask=one(seen.mask), size=one(seen.size), valid=one(seen.valid), proportional=seen.proportional, cls=seen.cls,
+            mask=one(seen.mask), size=one(seen.size), valid=one(seen.valid), proportional=seen.proportional,
+            cls=seen.cls,
         )  # fmt: skip
         return EncoderEvidence(
             self.x.new_ones(1, *self.x.shape[1:]), rows, size=one(self.size), protected=protected, grid=self.grid,

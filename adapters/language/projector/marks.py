@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenreduce.adapters.language.families import TOWER
 from tokenreduce.adapters.language.generation import Step
 from tokenreduce.adapters.language.projector.images import groups
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.evidence import Look
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["TOWER", "marks_of", "needs_marks"]
-
-#: Evidence of the tower that a language-stage method can ask for.
-TOWER = ("tower", "cls")
+__all__ = ["marks_of", "needs_marks"]
 
 
 def needs_marks(reducer: Reducer) -> bool:
