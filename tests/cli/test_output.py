@@ -21,7 +21,8 @@ from tokenreduce.bench.runs import Run
 from tokenreduce.bench.times import speed_keys
 from tokenreduce.cli import EXAMPLES, app
 from tokenreduce.cli.optional import EXTRAS, missing
-from tokenreduce.cli.shared import Screen, print_json
+from tokenreduce.cli.shared import print_json
+from tokenreduce.common.screen import Screen
 from tokenreduce.measure.timing import Speedup
 
 VIT = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64&depth=3"

@@ -31,7 +31,7 @@ def run_script(
 
     Exit status 1 when a row failed; what the unreduced model raises is raised.
     """
-    from tokenreduce.cli.shared import complain, console
+    from tokenreduce.common.screen import complain, console
 
     if out is not None:
         write_text(out, "", "choose another place with --out")

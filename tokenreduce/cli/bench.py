@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import Screen, again, complain, console, numbers, print_json
+from tokenreduce.cli.shared import again, numbers, print_json
+from tokenreduce.common.screen import Screen, complain, console
 from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:

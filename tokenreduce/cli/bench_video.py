@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tokenreduce.cli.bench import FULL_REPEATS, REPEATS, Json, run
-from tokenreduce.cli.shared import console
+from tokenreduce.common.screen import console
 from tokenreduce.common.words import counted
 
 __all__ = ["command"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli.shared import console
+from tokenreduce.common.screen import console
 
 __all__ = ["command"]
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import console, print_json
+from tokenreduce.cli.shared import print_json
+from tokenreduce.common.screen import console
 
 if TYPE_CHECKING:
     from tokenreduce.adapters import Description

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import complain, console, open_image, picture_format, print_json, save_picture
+from tokenreduce.cli.shared import open_image, picture_format, print_json, save_picture
+from tokenreduce.common.screen import complain, console
 from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:

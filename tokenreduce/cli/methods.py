@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import Screen, console, print_json
+from tokenreduce.cli.shared import print_json
+from tokenreduce.common.screen import Screen, console
 from tokenreduce.common.words import counted
 
 __all__ = ["command"]

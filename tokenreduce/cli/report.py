@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import again, console, print_json
+from tokenreduce.cli.shared import again, print_json
+from tokenreduce.common.screen import console
 
 __all__ = ["command", "facts", "present"]
 

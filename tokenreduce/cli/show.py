@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli.shared import console, open_image, picture_format, print_json, save_picture
+from tokenreduce.cli.shared import open_image, picture_format, print_json, save_picture
+from tokenreduce.common.screen import console
 
 __all__ = ["command"]
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import complain, console, print_json
+from tokenreduce.cli.shared import print_json
+from tokenreduce.common.screen import complain, console
 from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import again, console
+from tokenreduce.cli.shared import again
 from tokenreduce.common.files import make_folder
+from tokenreduce.common.screen import console
 
 __all__ = ["command"]
 
