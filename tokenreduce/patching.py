@@ -167,7 +167,7 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
         )
     if logits not in ("auto", "caller"):
         raise ValueError(f"logits={logits!r}: choose 'auto' or 'caller'")
-    undo = Undo(chosen, model, logits)
+    undo = Undo(chosen, model, logits=logits)
     try:
         attach(model, chosen, undo)
     except BaseException:
