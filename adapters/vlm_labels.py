@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.generation import KEYWORD, Run, cache_in, run_of
+from tokenreduce.adapters.vlm_batching import is_paged
 from tokenreduce.patching import Undo
 from tokenreduce.plan import take
 
@@ -171,6 +172,8 @@ def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     hidden: Tensor = output[0]
     if step is None:
         cache = cache_in(kwargs)
+        if cache is not None and is_paged(cache):
+            return None  # continuous batching, text alone
         if cache is not None and int(cache.get_seq_length()) > hidden.shape[1]:
             return None  # a later step of a prompt without visual tokens
         kept = Kept(hidden.shape[0], hidden.shape[1], hidden.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -95,9 +96,11 @@ def _adds(layer: Any, before: nn.Module, behind: nn.Module) -> bool:
     trial._modules = {n: stubs.get(id(p), p) for n, p in layer._modules.items()}
     if behind is not getattr(layer, "mlp", None):  # a norm follows the MLP
         trial._modules["mlp"] = _Stub(m)
+    asked = list(inspect.signature(type(layer).forward).parameters.values())[2:]
+    given = {p.name: None for p in asked if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     try:
         with torch.no_grad():
-            out = type(layer).forward(trial, x)
+            out = type(layer).forward(trial, x, **given)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     out = out[0] if isinstance(out, tuple) else out

@@ -65,7 +65,7 @@ def start(
     """
     cache = cache_in(kwargs)
     if cache is not None and is_paged(cache):
-        return args, {**kwargs, KEYWORD: None}
+        return args, kwargs
     tokens = kwargs.get("input_ids", args[0] if args else None)
     new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
     past = 0 if cache is None else int(cache.get_seq_length())

@@ -124,7 +124,10 @@ def _python(value: Any) -> Any:
 
 
 def _items(hint: Any) -> tuple[Any, ...] | None:
-    """What the items of a list are: ``(X, ...)`` for any number of X, one hint each otherwise; None for no list."""
+    """What the items of a list are: ``(X, ...)`` for any number of X, one hint each otherwise; None for no list, and
+    for a plain ``list``, which a method may mean to write to."""
+    if hint is list:
+        return None
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is tuple:
         return args if args else (Any, ...)
