@@ -31,9 +31,13 @@ class Events:
 
     def connect(self, tab: gr.Tab) -> None:
         """Tie the methods to the page."""
-        on, quiet, results = self.on, {"show_progress": "hidden"}, [self.on.warning, *self.on.answers]
+        on, results = self.on, [self.on.warning, *self.on.answers]
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
         asks = gr.on([on.go.click, on.question.submit], self.run, on.inputs, results, **HEAVY)
-        follows = gr.on([c.input for c in [*on.settings, on.longest]], self.again, on.inputs, results, **HEAVY, **quiet)
+        follows = gr.on(
+            [c.input for c in [*on.settings, on.longest]], self.again, on.inputs, results, **HEAVY,
+            show_progress="minimal", show_progress_on=on.longest,
+        )  # fmt: skip
         visits = tab.select(
             self.visited, [on.opened, *on.inputs], [on.opened, on.longest, *results, *on.settings], **HEAVY,
             show_progress="minimal",

@@ -34,7 +34,9 @@ class Events:
 
     def connect(self, page: gr.Blocks) -> None:
         """Tie the methods to the page."""
-        on, quiet = self.on, {**HEAVY, "show_progress": "hidden"}
+        on = self.on
+        # A small note that runs along: it is how Gradio tells those who wait for other visitors.
+        quiet: dict[str, Any] = {**HEAVY, "show_progress": "minimal", "show_progress_on": on.keep}
         runs = gr.on([on.method.input, on.keep.input, on.batch.input], self.run, on.controls, on.shown, **quiet)
         first = page.load(self.run, on.controls, on.shown, **HEAVY, show_progress="minimal")
         other = [on.upload.upload, on.gallery.select, on.model.input]

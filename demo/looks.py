@@ -21,8 +21,8 @@ _PLOTS = """
   filter: invert(1) hue-rotate(180deg); }
 """
 _TEXTS = """
-.message { color: #b00020; font-weight: 600; overflow-wrap: anywhere; }
-.dark .message { color: #ff8f9d; }
+.message p { color: #b00020; font-weight: 600; overflow-wrap: anywhere; }
+.dark .message p { color: #ff8f9d; }
 :is(.message, .said) .html-container { padding: 0 !important; }
 .message p, .said p { margin: 0; white-space: pre-line; }
 .hint p, .small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; }

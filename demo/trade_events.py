@@ -33,7 +33,8 @@ class Events:
 
     def connect(self, page: gr.Blocks) -> None:
         """Tie the methods to the page."""
-        on, quiet = self.on, {"show_progress": "hidden"}
+        on = self.on
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
         # Sweeps line up behind each other in `Sweeps`, which tells them their place; Gradio's own line would not.
         on.go.click(
             self.start, [*on.settings, on.against], on.shown, concurrency_id="sweep", concurrency_limit=WAITING, **quiet
