@@ -75,7 +75,7 @@ def add(store: Store, tab: gr.Tab) -> None:
         gr.Markdown(missing(), elem_id="ask-missing")
         return
     first, example = store.languages[0], examples_of()[0]
-    states = {
+    states: dict[str, Any] = {
         "frames": gr.State([example.image], time_to_live=3600), "video": gr.State(False),
         "right": gr.State(dict(example.questions)), "opened": gr.State(False),
     }  # fmt: skip

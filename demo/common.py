@@ -101,7 +101,7 @@ def clear_at_once(triggers: Sequence[Any], outputs: Sequence[Any], running: Sequ
 
     The server may be busy for others: what belongs to the old input must not stand there meanwhile.
     """
-    nothing = {gr.HTML: "''", gr.Markdown: "''", gr.Label: "({})"}
+    nothing: dict[Any, str] = {gr.HTML: "''", gr.Markdown: "''", gr.Label: "({})"}
     empty = ", ".join(nothing.get(type(output), "null") for output in outputs)
     gr.on([*triggers], None, None, [*outputs], js=f"() => [{empty}]", show_progress="hidden")
     if running:

@@ -68,7 +68,7 @@ class Widgets:
 
 def add(store: Store, page: gr.Blocks) -> None:
     """Build the tab inside ``page``."""
-    states = {"picture": gr.State(None, time_to_live=3600), "seen": gr.State(None, time_to_live=3600)}
+    states: dict[str, Any] = {"picture": gr.State(None, time_to_live=3600), "seen": gr.State(None, time_to_live=3600)}
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             inputs = _inputs(store)
@@ -96,7 +96,13 @@ def _inputs(store: Store) -> dict[str, Any]:
 
 def _answers() -> dict[str, Any]:
     out: dict[str, Any] = {"warning": message("image-message")}
-    look = {"interactive": False, "type": "pil", "buttons": ["fullscreen", "download"], "height": 300, "format": "png"}
+    look: dict[str, Any] = {
+        "interactive": False,
+        "type": "pil",
+        "buttons": ["fullscreen", "download"],
+        "height": 300,
+        "format": "png",
+    }
     with gr.Row():
         with gr.Column(min_width=230):
             out["before"] = gr.Image(label="What the model sees", elem_id="image-before", **look)
