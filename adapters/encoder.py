@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.compiled import counted, settled
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan
 from tokenreduce.reducer import Reducer
@@ -161,8 +162,9 @@ class Reduced:
     def _run(self, x: Tensor, context: Any = None) -> Tensor:
         """The reduced forward. ``context`` is what the family needs besides ``x`` (rotary embeddings, kwargs)."""
         site: Site = self.__dict__[_ON_BLOCK]
+        x = x if site.layer else counted(x)
         state = self._enter(site, x)
-        reducer = site.reducer
+        reducer = None if site.reducer is None else settled(site.reducer)
         where = None if reducer is None else reducer.site()
         given = None
         if where == "before":

@@ -49,6 +49,7 @@ from tokenreduce.adapters.encoder import (
     pool_mean,
     state_of,
 )
+from tokenreduce.compiled import settled
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 
@@ -318,7 +319,7 @@ def resized_embeds(model: Any, x: Tensor, *, reducer: Any) -> Tensor:
     The position table is interpolated as open_clip's ``resize_pos_embed`` does it; the parameter stays as it is.
     """
     grid = _grid(model, x)
-    rows, cols = reducer.grid(grid)
+    rows, cols = settled(reducer).grid(grid)
     if (rows, cols) == grid:
         return type(model)._embeds(model, x)
     x = model.conv1(_resample(x, (rows * model.patch_size[0], cols * model.patch_size[1]))).flatten(2).transpose(1, 2)

@@ -38,6 +38,7 @@ from tokenreduce.adapters.encoder import (
     pool_mean,
     state_of,
 )
+from tokenreduce.compiled import settled
 from tokenreduce.patching import Undo
 from tokenreduce.reducer import Reducer
 
@@ -337,7 +338,7 @@ def forward_intermediates(model: Any, resize: Any, x: Tensor, indices: Any = Non
 def resized_input(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, reducer: Any) -> Any:
     """Forward pre-hook on the patch embedding: shrink the image to the reducer's share of patches."""
     grid = tuple(s // p for s, p in zip(args[0].shape[-2:], model.patch_size, strict=True))
-    rows, cols = reducer.grid(grid)
+    rows, cols = settled(reducer).grid(grid)
     size = (rows * model.patch_size[0], cols * model.patch_size[1])
     if size == tuple(args[0].shape[-2:]):
         return None

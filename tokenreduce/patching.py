@@ -97,6 +97,7 @@ def patch(model: M, *reducers: Reducer | str) -> M:
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced
+    from tokenreduce.compiled import fix
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
@@ -107,6 +108,8 @@ def patch(model: M, *reducers: Reducer | str) -> M:
         raise ValueError(
             "the model is patched already; call tr.unpatch(model) first (several methods go into one patch)"
         )
+    for reducer in chosen:
+        fix(reducer)
     undo = Undo(chosen)
     try:
         attach(model, chosen, undo)

@@ -57,6 +57,8 @@ class Reducer:
     title: ClassVar[str] = ""
     position: ClassVar[str] = "middle"
     needs: ClassVar[tuple[str, ...]] = ()
+    #: The settings, on reducers that are in a model; see :mod:`tokenreduce.compiled`.
+    _fixed: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
 
     def __init_subclass__(
         cls,
