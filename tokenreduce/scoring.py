@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
+from tokenreduce.readable import readable
 
 __all__ = [
     "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "gram", "highest",
@@ -35,7 +36,7 @@ def gram(x: Tensor) -> Tensor:
         return inner(x, x)
     x = x.float()
     turned, step = x.transpose(1, 2), -(-n // 4)
-    out = x.new_empty(len(x), n, n)
+    out = x.new_empty(x.shape[0], n, n)
     with torch.autocast("cpu", enabled=False):
         for start in range(0, n, step):
             end = min(start + step, n)
@@ -65,8 +66,9 @@ def distances(x: Tensor) -> Tensor:
 def finite(scores: Tensor, evidence: Evidence) -> Tensor:
     """``scores`` itself; raises ``ValueError`` when they hold NaN.
 
-    Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU or break a
-    compiled graph) NaN is replaced by the lowest score: no decision is made on it and the model's output stays NaN.
+    Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU, break a compiled
+    graph, or ask ``vmap`` for a value) NaN is replaced by the lowest score: no decision is made on it and the model's
+    output stays NaN.
     """
     if _checked(scores):
         if bool(scores.isnan().any()):
@@ -79,7 +81,7 @@ def finite(scores: Tensor, evidence: Evidence) -> Tensor:
 
 
 def _checked(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.device.type == "cpu" and readable(values)
 
 
 def clean(x: Tensor, evidence: Evidence) -> Tensor:

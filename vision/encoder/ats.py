@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenreduce.budget import check_count, check_keep
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Plan, Prune
+from tokenreduce.readable import readable
 from tokenreduce.reducer import Reducer
 from tokenreduce.schedule import check_layers, staged
 from tokenreduce.scoring import finite, received_by_head
@@ -43,8 +44,9 @@ class ATS(
             still everything does nothing, so that ``keep=1.0`` is the identity (``num_tokens=None`` is not).
         head_norm: "concat" takes the norm of a value vector over all heads, as the official code does; "per_head"
             weighs each head's attention by the norm in this head.
-        drop_tokens: pad to the largest number in the batch; if False, and in compiled graphs, which know no data, to
-            the largest possible number. The slots behind a sample's own tokens are marked in ``plan.valid``.
+        drop_tokens: pad to the largest number in the batch; if False, and in compiled graphs and under ``vmap``,
+            which know no data, to the largest possible number. The slots behind a sample's own tokens are marked in
+            ``plan.valid``.
 
     The order is: protected tokens, survivors by ascending significance, padding. The least significant patch never
     stays unless it is alone; neither does a patch of significance 0, unless all are 0, which counts as all being
@@ -116,7 +118,7 @@ class ATS(
         order = order.gather(1, group.argsort(dim=1, stable=True))
         numbers = fixed.sum(1) + hit.sum(1)
         slots, least = n - free + min(heights, free - 1), 0
-        if self.drop_tokens and not torch.compiler.is_compiling():
+        if self.drop_tokens and readable(numbers):
             least, slots = torch.stack([numbers.min(), numbers.max()]).tolist()
         valid = None
         if least < slots:
