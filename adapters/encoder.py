@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.compiled import counted, settled
+from tokenreduce.compiled import counted, refuse_script, settled
 from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Plan
+from tokenreduce.readable import length
 from tokenreduce.reducer import Reducer
 from tokenreduce.trace import Step, Trace, active
 
@@ -139,6 +140,10 @@ class Reduced:
         name = next(c for c in type(self).__mro__ if not issubclass(c, Reduced)).__name__
         return f"{name}[{site.reducer.spec()}]" if site.reducer is not None else f"{name}[tokenreduce]"
 
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks first."""
+        refuse_script()
+
     # -- what a family says ------------------------------------------------------------------------------------------
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
         """The attention branch on the block input ``x`` (norm included), before the residual is added."""
@@ -211,7 +216,7 @@ class Reduced:
                     "blocks makes new tensors (reentrant checkpointing, FSDP, a custom loop). Use non-reentrant "
                     "checkpointing, patch before wrapping, and run patched blocks in order."
                 )
-            state = State(x.shape[1])
+            state = State(length(x))
         return state
 
     def _evidence(self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None) -> Evidence:

@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from tokenreduce.scoring import descending, distances
+from tokenreduce.scoring import ascending, descending, distances
 
 __all__ = ["clusters", "leaders", "nearest", "peaks"]
-
-_LOWEST = torch.finfo(torch.float32).min
 
 
 def peaks(d: Tensor, k: int, out: Tensor | None = None) -> Tensor:
@@ -27,12 +25,12 @@ def peaks(d: Tensor, k: int, out: Tensor | None = None) -> Tensor:
     there = ~close.isinf()
     squares = torch.where(there, close.square(), 0.0).sum(-1)
     density = -squares / there.sum(-1).clamp(min=1)
-    rank = descending(density).argsort(dim=-1)
+    rank = ascending(descending(density))
     denser = rank[:, None] < rank[:, :, None]
     # The densest token has none denser: infinity instead of the largest distance, it comes first either way.
     isolation = d.masked_fill(~denser, float("inf")).amin(-1)
     # A duplicate of a denser token scores zero: below every other token, above those that are not there.
-    scores = torch.where(isolation == 0, _LOWEST, density + isolation.log())
+    scores = torch.where(isolation == 0, torch.finfo(density.dtype).min, density + isolation.log())
     return scores if out is None else scores.masked_fill(out, float("-inf"))
 
 

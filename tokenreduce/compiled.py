@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokenreduce.reducer import Reducer
 
-__all__ = ["counted", "fix", "settled"]
+__all__ = ["counted", "fix", "refuse_script", "settled"]
 
 R = TypeVar("R", bound=Reducer)
 
@@ -44,6 +44,15 @@ def counted(x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return x
     return x.narrow(1, 0, operator.index(x.shape[1]))
+
+
+def refuse_script() -> NoReturn:
+    """Raises ``RuntimeError``: TorchScript cannot compile a patched model."""
+    raise RuntimeError(
+        "torch.jit.script cannot compile a patched model: token plans are Python objects. Use "
+        "torch.export.export(model, args, dynamic_shapes=...), or torch.onnx.export(..., dynamo=True); both take a "
+        "dynamic batch, see docs/export.md. Or call tr.unpatch(model) first"
+    )
 
 
 def _written(value: Any) -> tuple[str, Any]:

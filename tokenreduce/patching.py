@@ -97,7 +97,7 @@ def patch(model: M, *reducers: Reducer | str) -> M:
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoder import Reduced
-    from tokenreduce.compiled import fix
+    from tokenreduce.compiled import fix, refuse_script
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
@@ -112,6 +112,7 @@ def patch(model: M, *reducers: Reducer | str) -> M:
         fix(reducer)
     undo = Undo(chosen)
     try:
+        undo.set(model, "__prepare_scriptable__", refuse_script)
         attach(model, chosen, undo)
     except BaseException:
         undo.revert()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tokenreduce.evidence import Evidence
-from tokenreduce.readable import readable
+from tokenreduce.readable import readable, to_onnx
 
 __all__ = [
-    "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "gram", "highest",
-    "importance", "inner", "key_metric", "question", "received_attention", "received_by_head", "relevance", "select",
-    "single_head", "unit",
+    "ascending", "clean", "cls_attention", "cls_logits", "descending", "distances", "excluded", "finite", "gram",
+    "highest", "importance", "inner", "key_metric", "question", "received_attention", "received_by_head", "relevance",
+    "select", "single_head", "unit",
 ]  # fmt: skip
 
 #: Rows from which half of a Gram matrix is worth the copies that spare the other half.
@@ -60,7 +60,12 @@ def distances(x: Tensor) -> Tensor:
     x = x.detach().float()
     x = x - x.mean(1, keepdim=True)
     eye = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    return torch.cdist(x, x).masked_fill(eye, 0.0)
+    if to_onnx():  # has no cdist; this is how cdist computes more than 25 points
+        power = x.square().sum(-1)
+        apart = (power.unsqueeze(2) + power.unsqueeze(1) - 2 * inner(x, x)).clamp(min=0).sqrt()
+    else:
+        apart = torch.cdist(x, x)
+    return apart.masked_fill(eye, 0.0)
 
 
 def finite(scores: Tensor, evidence: Evidence) -> Tensor:
@@ -92,7 +97,19 @@ def clean(x: Tensor, evidence: Evidence) -> Tensor:
 
 def descending(scores: Tensor) -> Tensor:
     """Indices that sort (B,N) from high to low; ties keep the lower index first, so that results are reproducible."""
-    return scores.argsort(dim=-1, descending=True, stable=True)
+    return _order(scores, True)
+
+
+def ascending(scores: Tensor) -> Tensor:
+    """Indices that sort (B,N) from low to high; ties keep the lower index first."""
+    return _order(scores, False)
+
+
+def _order(scores: Tensor, downwards: bool) -> Tensor:
+    # ONNX has no stable sort by name, but defines that its TopK, which a plain sort becomes, keeps ties in order.
+    if to_onnx():
+        return scores.sort(dim=-1, descending=downwards).indices
+    return scores.argsort(dim=-1, descending=downwards, stable=True)
 
 
 def highest(scores: Tensor, k: int) -> Tensor:

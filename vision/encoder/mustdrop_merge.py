@@ -13,7 +13,7 @@ from tokenreduce.evidence import Evidence
 from tokenreduce.plan import Identity, Merge, Plan
 from tokenreduce.readable import readable
 from tokenreduce.reducer import Reducer
-from tokenreduce.scoring import descending, finite, unit
+from tokenreduce.scoring import ascending, descending, finite, unit
 
 __all__ = ["MustDropMerge"]
 
@@ -113,7 +113,7 @@ def _merge(n: int, src: Tensor, target: Tensor, joins: Tensor | None) -> Plan:
     gone = torch.ones_like(src, dtype=torch.bool) if joins is None else joins
     # Rows that join nothing repeat a token that is no source, so that no place is written twice with different values.
     stay = torch.ones(src.shape[0], n, dtype=torch.bool, device=src.device).scatter(1, src, ~gone)
-    keep = (~stay).long().argsort(dim=1, stable=True)
+    keep = ascending((~stay).long())
     valid: Tensor | None = None
     if joins is None:
         keep = keep[:, : n - src.shape[1]]
