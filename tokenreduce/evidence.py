@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokenreduce.readable import length
+
 __all__ = ["Earlier", "Evidence", "Look", "Prompt", "Rows"]
 
 Rows = Literal["cls", "all"] | Tensor
@@ -130,7 +132,7 @@ class Evidence:
         self.earlier, self._pixels = earlier, pixels
         self._map: Tensor | None = None
         self.layer, self.depth = layer, depth
-        self.entry = x.shape[1] if entry is None else entry
+        self.entry = length(x) if entry is None else entry
         self.text_valid: Tensor | None = None
         self.crops: tuple[int, int] | None = None
         self._clip: tuple[Tensor, Tensor] | None = None
@@ -144,7 +146,7 @@ class Evidence:
     @property
     def n(self) -> int:
         """Number of tokens N."""
-        return self.x.shape[1]
+        return length(self.x)
 
     @property
     def prefix(self) -> int:

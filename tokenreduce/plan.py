@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tokenreduce.readable import readable
+
 __all__ = ["Chain", "Identity", "Merge", "Mix", "Plan", "Pool", "Prune"]
 
 #: Entries of a :class:`Mix` that are added at once.
@@ -36,11 +38,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); without gradients base is consumed."""
+    """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); where nothing else needs base, it is consumed."""
     k = base.shape[1]
-    where = (index + k * torch.arange(len(base), device=index.device).unsqueeze(1)).flatten()
+    where = (index + k * torch.arange(base.shape[0], device=index.device).unsqueeze(1)).flatten()
     flat, rows = base.flatten(0, 1), rows.to(base.dtype).flatten(0, 1)  # adds whole rows, unlike scatter_add
-    if base.requires_grad or rows.requires_grad:
+    if base.requires_grad or rows.requires_grad or not readable(rows):
         return flat.index_add(0, where, rows).view_as(base)
     return flat.index_add_(0, where, rows).view_as(base)
 
@@ -234,7 +236,7 @@ class Identity(Plan):
         return Identity(self.n, self.rows, torch.device(device))
 
     def rows_at(self, rows: Tensor) -> Plan:
-        return Identity(self.n, len(rows), self.device)
+        return Identity(self.n, rows.shape[0], self.device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -483,7 +485,7 @@ class Mix(Plan):
         return ((count == 1) & (alone == 1)) | missing
 
     def sources(self) -> Tensor:
-        b, n = len(self.keep), self.n
+        b, n = self.keep.shape[0], self.n
         best = torch.zeros(b, n, device=self.keep.device).scatter_reduce(1, self.src, self.weight, "amax")
         mine = (self.weight > 0) & (self.weight == best.gather(1, self.src))
         k = self.keep.shape[1]
@@ -506,7 +508,7 @@ class Mix(Plan):
 
     def reduce_size(self, size: Tensor | None) -> Tensor | None:
         # A token that feeds several outputs is shared out, so that the mass of sizes is conserved.
-        size = torch.ones(len(self.keep), self.n, device=self.keep.device) if size is None else size
+        size = torch.ones(self.keep.shape[0], self.n, device=self.keep.device) if size is None else size
         total = torch.zeros_like(size).scatter_add(1, self.src, self.weight.to(size.dtype))
         share = self.weight.to(size.dtype) / total.gather(1, self.src).clamp(min=torch.finfo(size.dtype).tiny)
         out = torch.zeros(self.keep.shape, dtype=size.dtype, device=size.device)

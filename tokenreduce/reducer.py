@@ -63,6 +63,8 @@ class Reducer:
     needs: ClassVar[tuple[str, ...]] = ()
     #: Whether samples of a batch may keep different numbers of tokens (plans with ``valid``).
     ragged: ClassVar[bool] = False
+    #: The settings, on reducers that are in a model; see :mod:`tokenreduce.compiled`.
+    _fixed: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
 
     def __init_subclass__(
         cls,
