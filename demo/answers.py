@@ -41,8 +41,9 @@ def put(loaded: Any, frames: Sequence[Image.Image], video: bool, text: str) -> t
     return question, places(loaded.model, loaded.processor, question)
 
 
-def answers(results: Sequence[Comparison], truth: str = "") -> str:
-    """Answers and numbers side by side, as an HTML table: unreduced, then each of ``results``."""
+def answers(results: Sequence[Comparison], truth: str = "", question: str = "") -> str:
+    """Answers and numbers side by side, as an HTML table: unreduced, then each of ``results``; above it what was
+    asked, so that nobody takes it for the answer to another question."""
     heads = ["", "unreduced", *(f"{name}: {r.spec}" for name, r in zip(NAMES, results, strict=True))]
     sides: list[Side] = [results[0].stock, *(r.reduced for r in results)]
     ratios = [None, *(r.ratios() for r in results)]
@@ -72,10 +73,11 @@ def answers(results: Sequence[Comparison], truth: str = "") -> str:
     )
     head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
     notes = "".join(f"<p>Note: {html.escape(n)}</p>" for n in dict.fromkeys(n for r in results for n in r.notes))
+    asked = f'<p class="small asked">Asked: {html.escape(question)}</p>' if question else ""
     said_how = "In brackets: how many times fewer or faster. Times are medians of interleaved rounds."
     return (
-        f'<div class="wide"><table class="answers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="small">{said_how}</p>{notes}'
+        f'{asked}<div class="wide"><table class="answers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        f'</div><p class="small">{said_how}</p>{notes}'
     )
 
 

@@ -11,6 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tokenreduce.demo.looks import CSS, theme
+from tokenreduce.demo.trade import WAITING
+
 __all__ = ["build", "launch"]
 
 TITLE = "tokenreduce: fewer tokens, without training"
@@ -18,49 +21,28 @@ LEAD = (
     "# Fewer tokens, without training\n"
     "Merge or drop tokens of a vision transformer while it runs, and see what that saves and what it costs."
 )
-CSS = """
-.message p { color: #b00020; font-weight: 600; margin: 0; }
-.hint p { color: #666; font-size: .85rem; margin: 0; }
-footer { display: none !important; }
-.gradio-container { max-width: 1320px !important; }
-.wide { overflow-x: auto; }
-.answers td, .answers th { padding: 4px 10px !important; text-align: left; }
-.answers td:first-child { min-width: 11rem; }
-.answers tr.r0 td { font-weight: 600; }
-.small { color: #666; font-size: .85rem; }
-.gallery-examples .grid-wrap { overflow-x: hidden; }
-.gallery-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
-.facts td, .facts th { word-break: normal; overflow-wrap: normal; }
-table { font-variant-numeric: tabular-nums; }
-@media (max-width: 640px) {
-  .gradio-container { padding: 8px !important; }
-  .facts td, .facts th { padding: 4px 5px !important; font-size: .8rem; }
-  .answers td, .answers th { padding: 3px 5px !important; font-size: .8rem; }
-  .answers td:first-child { min-width: 5rem; }
-}
-"""
 #: Largest upload; what is behind it is looked at again, by kind, before it is decoded.
 MOST_UPLOAD = "32mb"
-#: Requests that wait; later visitors are told to come back.
-WAITING = 32
+#: Every sweep that waits for its turn takes a thread to say so.
+THREADS = 40 + WAITING
 
 
 def build(store: Any, folder: Path) -> Any:
     """The page as ``gradio.Blocks``. ``folder`` takes the runs of visitors, each in one of its own."""
     import gradio as gr
 
-    from tokenreduce.demo import ask, image, trade
+    from tokenreduce.demo import ask_tab, image_tab, trade_tab
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 1800), fill_width=True) as page:
         gr.Markdown(LEAD)
         with gr.Tabs():
             if store.images:
                 with gr.Tab("Image", id="image"):
-                    image.add(store, page)
+                    image_tab.add(store, page)
             with gr.Tab("Ask", id="ask") as tab:
-                ask.add(store, tab)
+                ask_tab.add(store, tab)
             with gr.Tab("Trade-off", id="trade"):
-                trade.add(store, page, folder)
+                trade_tab.add(store, page, folder)
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     return page
 
@@ -77,14 +59,11 @@ def launch(
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(root / "files")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import gradio as gr
-
     page = build(store, root / "runs")
-    plain = ["system-ui", "sans-serif"]
-    theme = gr.themes.Default(font=plain, font_mono=["ui-monospace", "monospace"])  # no fonts from elsewhere
     _, url, public = page.launch(
         server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, show_error=True,
-        max_file_size=MOST_UPLOAD, ssr_mode=False, theme=theme, css=CSS, footer_links=[], enable_monitoring=False,
+        max_file_size=MOST_UPLOAD, ssr_mode=False, theme=theme(), css=CSS, footer_links=[], enable_monitoring=False,
+        max_threads=THREADS,
     )  # fmt: skip
     if wait:
         # Like Ctrl-C, so that the folder is deleted then, too.

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from tokenreduce.bench.turns import Place, Turns
 from tokenreduce.core.reducer import Reducer, build
 from tokenreduce.core.registry import get_class
 
 __all__ = [
+    "HEAVY",
     "NONE",
     "chosen",
+    "clear_at_once",
     "explain",
+    "fault",
+    "in_turn",
     "keep_slider",
+    "literal",
     "message",
     "method_choices",
     "method_dropdown",
     "models",
     "received",
+    "said",
     "short",
 ]
 
@@ -42,17 +49,63 @@ def short(name: str) -> str:
     return Path(name).name if "/" in name else name
 
 
-def message(elem_id: str) -> gr.Markdown:
-    """Where a tab says what went wrong."""
-    return gr.Markdown("", elem_id=elem_id, elem_classes="message")
+def literal(text: str) -> str:
+    """``text`` so that HTML and Markdown both show it letter by letter, ``<image>``, ``*`` and ``_`` included."""
+    # Entities for all but letters, digits and spaces: neither language sees a mark that it knows.
+    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in text)
+
+
+def message(elem_id: str) -> gr.HTML:
+    """Where a tab says what went wrong; it is given :func:`fault` or :func:`said`, never bare text."""
+    return gr.HTML("", elem_id=elem_id, elem_classes="message")
+
+
+def said(text: str) -> str:
+    """Text as a message shows it, letter by letter."""
+    return f"<p>{literal(text)}</p>" if text else ""
+
+
+def fault(error: Exception) -> str:
+    """:func:`explain` as a message shows it."""
+    return said(explain(error))
 
 
 def explain(error: Exception) -> str:
-    """An error as one line on the page; a bug goes to the log with its traceback."""
+    """An error in words; a bug goes to the log with its traceback."""
     if isinstance(error, EXPECTED):
         return f"⚠ {str(error) or type(error).__name__}"
     logging.getLogger("tokenreduce.demo").exception("unexpected error", exc_info=error)
     return f"⚠ unexpected {type(error).__name__}: {error} (the server's log says more)"
+
+
+def in_turn(turns: Turns, waits: Callable[[str], dict[Any, Any]]) -> Generator[dict[Any, Any], None, Place]:
+    """Wait for the machine: ``place = yield from in_turn(...)``, then ``with place: ...``, without a yield in it.
+
+    What ``waits`` makes of a sentence about the line is yielded where that takes long enough to be noticed.
+    """
+    place = turns.join()
+    told = -1
+    try:
+        while not place.wait(0.5):
+            if (ahead := place.ahead) != told:
+                told = ahead
+                yield waits(f"waiting for the machine: {ahead} before you")
+    except BaseException:  # a visitor who leaves closes the generator: the line must go on
+        place.leave()
+        raise
+    return place
+
+
+def clear_at_once(triggers: Sequence[Any], outputs: Sequence[Any], running: Sequence[Any] = ()) -> None:
+    """Empty ``outputs`` in the browser itself when one of ``triggers`` fires, and drop what is still ``running``.
+
+    The server may be busy for others: what belongs to the old input must not stand there meanwhile.
+    """
+    nothing: dict[Any, str] = {gr.HTML: "''", gr.Markdown: "''", gr.Label: "({})"}
+    empty = ", ".join(nothing.get(type(output), "null") for output in outputs)
+    gr.on([*triggers], None, None, [*outputs], js=f"() => [{empty}]", show_progress="hidden")
+    if running:
+        gr.on([*triggers], None, None, None, cancels=[*running], show_progress="hidden")
 
 
 @contextlib.contextmanager

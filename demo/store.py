@@ -8,8 +8,8 @@ from typing import Any
 from tokenreduce.bench.models import EMBEDDED, Loaded, load_model
 from tokenreduce.bench.resolve import resolve
 from tokenreduce.bench.safely import safetensors_only
+from tokenreduce.bench.turns import Turns
 from tokenreduce.bench.vlms import LoadedVlm, load_vlm
-from tokenreduce.demo.turns import Turns
 from tokenreduce.patching import describe, twin
 from tokenreduce.zoo import weights
 

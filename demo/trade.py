@@ -1,4 +1,4 @@
-"""The trade-off tab: a sweep on an embedded benchmark with a live Pareto plot, or an earlier run."""
+"""What the trade-off tab does: sweeps on the benchmarks of a page, one after the other, and earlier runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from tokenreduce.bench.columns import cell, columns, failure, label, ordered
 from tokenreduce.bench.live import Progress, follow_sweep
 from tokenreduce.bench.page import write_html
@@ -21,18 +19,22 @@ from tokenreduce.bench.runs import Run, read_run
 from tokenreduce.bench.safely import safetensors_only
 from tokenreduce.bench.sweep import UNREDUCED, full_name, is_baseline
 from tokenreduce.bench.task import Task
+from tokenreduce.bench.turns import Turns
 from tokenreduce.bench.vision import VisionTask
 from tokenreduce.bench.vlm import STAGES, VlmTask
 from tokenreduce.core.registry import get_class
-from tokenreduce.demo.common import explain, message, received, short
+from tokenreduce.demo.common import short
 from tokenreduce.demo.store import Store
 
-__all__ = ["add", "benchmarks", "methods_of", "rows_of", "task_of"]
+__all__ = [
+    "BUDGETS", "WAITING", "Sweeps", "benchmarks", "drawn", "files_of", "methods_of", "rows_of", "said_of", "task_of",
+    "title_of",
+]  # fmt: skip
 
 BUDGETS = ("75 %", "50 %", "35 %", "25 %", "10 %")
-AXES = {"cost": "cost", "flops": "FLOPs", "tokens": "tokens", "clock": "measured time"}
-START = ("tome", "evit", "visionzip", "fastv")
 BATCH, REPEATS = 16, 3
+#: Visitors that may wait for something; later ones are told to come back.
+WAITING = 32
 
 
 def benchmarks(store: Store) -> dict[str, str]:
@@ -84,155 +86,91 @@ def rows_of(run: Run) -> tuple[list[str], list[list[str]]]:
     return ["budget", "method", *(c.label for c in shown)], body
 
 
-def add(store: Store, page: gr.Blocks, folder: Path) -> None:
-    """Build the tab inside ``page``; runs go to ``folder``, each visitor's into one of its own."""
-    known = benchmarks(store)
-    stops: dict[str, threading.Event] = {}
-    if not known:
-        gr.Markdown("There is no benchmark for this model: start the page with `--data FOLDER` (labelled images).")
-    first = next(iter(known), None)
-    names = methods_of(store, known[first]) if first else []
-    held = gr.State(None, time_to_live=3600)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=280):
-            bench = gr.Dropdown(list(known), value=first, label="Benchmark", elem_id="trade-bench", filterable=False)
-            methods = gr.Dropdown(
-                names, value=[n for n in START if n in names], multiselect=True, label="Methods",
-                elem_id="trade-methods", info="random, uniform and resize are in every sweep, and the unreduced model",
-            )  # fmt: skip
-            budgets = gr.CheckboxGroup(
-                BUDGETS, value=list(BUDGETS[:3]), label="Budgets: share of the unreduced cost", elem_id="trade-budgets"
-            )
-            inputs = gr.Slider(
-                50, 1000, value=200, step=50, label="Held-out images or questions", elem_id="trade-inputs",
-                info="more are slower and have smaller standard errors",
-            )  # fmt: skip
-            with gr.Row():
-                go = gr.Button("Run", variant="primary", elem_id="trade-run", interactive=bool(known))
-                stop = gr.Button("Stop", elem_id="trade-stop", interactive=False)
-            earlier = gr.UploadButton(
-                "Load an earlier run (rows.jsonl, with run.json if you have it)", file_count="multiple",
-                file_types=[".jsonl", ".json"], elem_id="trade-load", type="filepath", size="sm",
-            )  # fmt: skip
-        with gr.Column(scale=5, min_width=300):
-            warning = message("trade-message")
-            state = gr.Markdown("Choose methods and press Run: the plot grows row by row.", elem_id="trade-state")
-            against = gr.Radio(
-                [(text, key) for key, text in AXES.items() if key != "cost"], value="flops", label="Accuracy against",
-                elem_id="trade-against",
-            )  # fmt: skip
-            plot = gr.Plot(show_label=False, elem_id="trade-plot")
-            with gr.Row():
-                as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="trade-csv", size="sm")
-                as_html = gr.DownloadButton("Download HTML report", interactive=False, elem_id="trade-html", size="sm")
-            table = gr.Dataframe(
-                elem_id="trade-rows", interactive=False, wrap=False, show_label=False, max_height=420, visible=False
-            )
+class Sweeps:
+    """The sweeps of a page's visitors: one at a time, each in a folder of its visitor, each may be stopped.
 
-    shown = [warning, state, held, plot, as_csv, as_html, table, go, stop]
+    Args:
+        store: models, and the machine's turn.
+        folder: takes the runs, a folder per visitor.
+    """
 
-    def present(run: Run, axis: str, files: dict[str, Path] | None) -> dict[Any, Any]:
-        heads, body = rows_of(run)
-        out: dict[Any, Any] = {
-            held: run,
-            plot: _plot(run, axis),
-            table: gr.Dataframe({"headers": heads, "data": body}, visible=True),
-        }
-        for button, kind in ((as_csv, "csv"), (as_html, "html")):
-            ready = files is not None
-            out[button] = gr.DownloadButton(value=str(files[kind]) if files else None, interactive=ready)
-        return out
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.folder = store, folder
+        self.known = benchmarks(store)
+        self.line = Turns()
+        self._stops: dict[str, threading.Event] = {}
 
-    def start(
-        what: str, wanted: list[str], shares: list[str], n: float, axis: str, request: gr.Request
-    ) -> Iterator[dict[Any, Any]]:
-        mine = folder / str(request.session_hash)
-        event = stops[str(request.session_hash)] = threading.Event()
-        idle = {go: gr.Button(interactive=True), stop: gr.Button(interactive=False)}
-        yield {
-            warning: "",
-            state: "loading model and data ...",
-            go: gr.Button(interactive=False),
-            stop: gr.Button(interactive=True),
-        }
-        try:
-            if not wanted or not shares:
-                raise ValueError(f"choose at least one {'budget' if wanted else 'method'}")
-            if what not in known:
-                raise ValueError("choose a benchmark")
-            task = task_of(store, known[what], int(n))
-            parts = [float(text.removesuffix(" %")) / 100 for text in shares]
+    def run(
+        self, visitor: str, what: str, methods: Sequence[str], budgets: Sequence[str], inputs: int
+    ) -> Iterator[tuple[Progress, Path]]:
+        """Sweep a benchmark and yield how far it is, with the folder of the run; first its place among those that
+        wait. Raises ``ValueError`` for what cannot be run, and what a sweep raises."""
+        if not methods or not budgets:
+            raise ValueError(f"choose at least one {'budget' if methods else 'method'}")
+        if what not in self.known:
+            raise ValueError(f"choose a benchmark: {', '.join(self.known) or 'there is none'}")
+        if self.line.waiting >= WAITING:
+            raise ValueError(f"{self.line.waiting} sweeps wait already; try again later")
+        event = self._stops[visitor] = threading.Event()
+        task = task_of(self.store, self.known[what], inputs)
+        shares = [float(text.removesuffix(" %")) / 100 for text in budgets]
+        out = self.folder / visitor / _key(task, methods, shares)
+
+        def load() -> None:
             with safetensors_only():
                 task.prepare()
-            out = mine / _key(task, wanted, parts)
-            for progress in follow_sweep(
-                task, out, event, turn=store.turn, methods=wanted, budgets=parts, device=store.device
-            ):
-                if progress.state == "running":
-                    yield {state: _said(progress), **(present(progress.run, axis, None) if progress.run else {})}
-                else:
-                    files = _files(progress.run, out) if progress.run else None
-                    yield {
-                        state: _said(progress),
-                        **idle,
-                        **(present(progress.run, axis, files) if progress.run else {}),
-                    }
-        except Exception as error:
-            yield {warning: explain(error), state: "", **idle}
 
-    def halt(request: gr.Request) -> dict[Any, Any]:
-        if event := stops.get(str(request.session_hash)):
-            event.set()
-        return {state: "stopping behind the row that is being measured ...", stop: gr.Button(interactive=False)}
-
-    def load(paths: list[str], axis: str, request: gr.Request) -> dict[Any, Any]:
         try:
-            with received(paths) as files:
-                run = _read(files)
-                run.folder = folder / str(request.session_hash) / "earlier"
-                run.folder.mkdir(parents=True, exist_ok=True)
-                what = run.info.get("settings") or {}
-                name = " on ".join(str(what[k]) for k in ("model", "data") if what.get(k)) or "an earlier run"
-                return {
-                    warning: "", state: f"{name}: {len(run.good)} rows, {len(run.errors)} failed",
-                    **present(run, axis, _files(run, run.folder)),
-                }  # fmt: skip
-        except Exception as error:
-            return {warning: explain(error)}
+            for progress in follow_sweep(
+                task, out, event, turn=self.store.turn, line=self.line, before=load, methods=methods, budgets=shares,
+                device=self.store.device,
+            ):  # fmt: skip
+                yield progress, out
+        finally:
+            if self._stops.get(visitor) is event:
+                del self._stops[visitor]
 
-    def again(run: Run | None, axis: str) -> Any:
-        return gr.skip() if run is None else _plot(run, axis)
+    def runs(self, visitor: str) -> bool:
+        """Whether a visitor has a sweep that runs or waits."""
+        return visitor in self._stops
 
-    def switched(what: str) -> Any:
-        names = methods_of(store, known[what])
-        return gr.Dropdown(names, value=[n for n in START if n in names])
-
-    def left(request: gr.Request) -> None:
-        if event := stops.pop(str(request.session_hash), None):
+    def stop(self, visitor: str) -> None:
+        """End a visitor's sweep behind the row it is at, or take it out of the line."""
+        if event := self._stops.get(visitor):
             event.set()
-        shutil.rmtree(folder / str(request.session_hash), ignore_errors=True)
 
-    bench.input(switched, bench, methods, show_progress="hidden")
-    go.click(start, [bench, methods, budgets, inputs, against], shown, concurrency_id="sweep", concurrency_limit=1,
-             show_progress="hidden")  # fmt: skip
-    stop.click(halt, None, [state, stop], show_progress="hidden")
-    against.input(again, [held, against], plot, show_progress="hidden")
-    earlier.upload(load, [earlier, against], shown, show_progress="hidden")
-    page.unload(left)
+    def leave(self, visitor: str) -> None:
+        """Stop a visitor's sweep and forget all that is theirs."""
+        self.stop(visitor)
+        shutil.rmtree(self.folder / visitor, ignore_errors=True)
+
+    def earlier(self, visitor: str, files: Sequence[Path]) -> Run:
+        """A run that a visitor uploads, with a folder for its reports. Raises ``ValueError`` for other files."""
+        run = _read(files)
+        run.folder = self.folder / visitor / "earlier"
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return run
 
 
-def _plot(run: Run, axis: str) -> Any:
+def drawn(run: Run, axis: str) -> Any:
+    """The plot of a run against ``axis``, or against its own where it has none of that."""
     have = trade_axes(run)
     return trade_plot(run, axis if axis in have else "cost", height=500, below=True)
 
 
-def _said(progress: Progress) -> str:
+def said_of(progress: Progress) -> str:
+    """How far a sweep is, in words."""
+    if progress.state == "waiting":
+        before = "1 sweep is" if progress.ahead == 1 else f"{progress.ahead} sweeps are"
+        return f"In the queue: {before} before yours, it is number {progress.ahead + 1}. Stop leaves the queue."
+    if progress.state == "stopped" and not progress.total:
+        return "Stopped before the first row."
     if progress.state == "done":
         failed = len(progress.run.errors) if progress.run else 0
         return f"Done: {progress.total} rows" + (f", {failed} failed" if failed else "")
     if progress.state == "stopped":
         return f"Stopped: {progress.done} of {progress.total} rows are there. Run continues from here."
-    return f"{progress.done} of {progress.total or '?'} rows; now `{progress.now}`"
+    return f"{progress.done} of {progress.total or '?'} rows; now {progress.now}"
 
 
 def _key(task: Task, methods: Sequence[str], budgets: Sequence[float]) -> str:
@@ -241,7 +179,15 @@ def _key(task: Task, methods: Sequence[str], budgets: Sequence[float]) -> str:
     return f"{task.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _files(run: Run, folder: Path) -> dict[str, Path]:
+def title_of(run: Run) -> str:
+    """What an uploaded run is about, as it says itself."""
+    what = run.info.get("settings") or {}
+    name = " on ".join(str(what[k]) for k in ("model", "data") if what.get(k)) or "an earlier run"
+    return f"{name}: {len(run.good)} rows, {len(run.errors)} failed"
+
+
+def files_of(run: Run, folder: Path) -> dict[str, Path]:
+    """The run as files to take away, by kind."""
     return {"csv": write_csv([run], folder / "rows.csv"), "html": write_html([run], folder / "report.html")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import time
@@ -33,7 +34,9 @@ def _chromium() -> str | None:
 class Page:
     """One visitor. ``shots`` is where screenshots go."""
 
-    def __init__(self, url: str, shots: Path, downloads: Path, width: int = 1280, height: int = 1700) -> None:
+    def __init__(
+        self, url: str, shots: Path, downloads: Path, width: int = 1280, height: int = 1700, theme: str = "light"
+    ) -> None:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
 
@@ -50,7 +53,7 @@ class Page:
             "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}
         )
         self.shots, self.downloads, self.width = shots, downloads, width
-        self.browser.get(url)
+        self.browser.get(f"{url}?__theme={theme}")
 
     def find(self, name: str, inside: str = "") -> Any:
         """The element of an id, or one inside it by its selector."""
@@ -113,14 +116,30 @@ class Page:
 
         self.until(option, f"option {value} of {name}").click()
 
+    def pixels(self, name: str, inside: str) -> Any:
+        """What an element looks like, as grey values (H,W) from 0 to 255."""
+        import numpy as np
+        from PIL import Image
+
+        shot = self.find(name, inside).screenshot_as_png
+        return np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
+
+    def boxes(self, name: str, inside: str) -> list[dict[str, float]]:
+        """Where on the page the visible elements inside the one of an id are: left, right, top, bottom."""
+        script = (
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect())"
+            ".filter(b => b.width).map(({left, right, top, bottom}) => ({left, right, top, bottom}));"
+        )
+        return list(self.browser.execute_script(script, f"#{name} {inside}"))
+
     def picture(self, name: str) -> str:
         """The address of the picture that a component shows, which changes with it."""
         return str(self.find(name, "img").get_attribute("src"))
 
 
 @contextlib.contextmanager
-def visit(url: str, shots: Path, downloads: Path, **size: int) -> Iterator[Page]:
-    page = Page(url, shots, downloads, **size)
+def visit(url: str, shots: Path, downloads: Path, **how: Any) -> Iterator[Page]:
+    page = Page(url, shots, downloads, **how)
     try:
         yield page
     finally:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import threading
 import time
 
-from tokenreduce.demo.turns import Turns
+import pytest
+
+from tokenreduce.bench.turns import Turns
 
 
 def line_up(turns: Turns, n: int) -> None:
@@ -75,3 +77,38 @@ def test_only_one_is_inside_and_errors_let_go() -> None:
         thread.join()
     assert most == [1]
     assert turns.waiting == 0
+
+
+def test_a_place_knows_how_many_are_ahead_and_may_be_left() -> None:
+    turns = Turns()
+    first, second, third = turns.join(), turns.join(), turns.join()
+    assert [first.ahead, second.ahead, third.ahead] == [0, 1, 2]
+    assert first.wait(0)
+    assert not third.wait(0)
+    second.leave()
+    assert [first.ahead, third.ahead, turns.waiting] == [0, 1, 2]
+    with first:
+        pass
+    assert third.wait(0)
+    third.leave()
+    third.leave()  # nothing, and nobody else's place
+    assert turns.waiting == 0
+    with pytest.raises(RuntimeError, match="join again"):
+        third.wait(0)
+
+
+def test_a_place_and_a_plain_turn_stand_in_one_line() -> None:
+    turns, order = Turns(), []
+    place = turns.join()
+
+    def other() -> None:
+        with turns:
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    line_up(turns, 2)
+    with place:
+        order.append("place")
+    thread.join()
+    assert order == ["place", "other"]

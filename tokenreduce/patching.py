@@ -64,6 +64,7 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     """
     from tokenreduce.adapters import attach, default_stage
     from tokenreduce.adapters.encoders.block import Reduced
+    from tokenreduce.core.compiled import fix, refuse_script
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
@@ -76,8 +77,11 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
         )
     if logits not in ("auto", "caller"):
         raise ValueError(f"logits={logits!r}: choose 'auto' or 'caller'")
+    for reducer in chosen:
+        fix(reducer)
     undo = Undo(chosen, model, logits=logits)
     try:
+        undo.set(model, "__prepare_scriptable__", refuse_script)
         attach(model, chosen, undo)
     except BaseException:
         undo.revert()

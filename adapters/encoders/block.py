@@ -32,8 +32,10 @@ from tokenreduce.adapters.encoders.state import (
     state_of,
 )
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.core.compiled import counted, refuse_script, settled
 from tokenreduce.core.evidence import Attention, EncoderEvidence
 from tokenreduce.core.plan import Plan
+from tokenreduce.core.readable import length
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step, Trace, active
 
@@ -122,6 +124,10 @@ class Reduced:
         name = next(c for c in type(self).__mro__ if not issubclass(c, Reduced)).__name__
         return f"{name}[{site.reducer.spec()}]" if site.reducer is not None else f"{name}[tokenreduce]"
 
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks first."""
+        refuse_script()
+
     # -- what a family says ------------------------------------------------------------------------------------------
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
         """The attention branch on the block input ``x`` (norm included), before the residual is added."""
@@ -145,8 +151,9 @@ class Reduced:
     def _run(self, x: Tensor, context: Any = None) -> Tensor:
         """The reduced forward. ``context`` is what the family needs besides ``x`` (rotary embeddings, kwargs)."""
         site: Site = self.__dict__[_ON_BLOCK]
+        x = x if site.layer else counted(x)
         state = self._enter(site, x)
-        reducer = site.reducer
+        reducer = None if site.reducer is None else settled(site.reducer)
         where = None if reducer is None else reducer.site()
         given = None
         if where == "before":
@@ -193,7 +200,7 @@ class Reduced:
                     "checkpointing, patch before wrapping, and run patched blocks in order."
                 )
             entry = entry_of(x)
-            state = State(x.shape[1], grid=None if entry is None else entry.grid)
+            state = State(length(x), grid=None if entry is None else entry.grid)
         return state
 
     def _evidence(

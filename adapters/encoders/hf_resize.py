@@ -12,6 +12,7 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from tokenreduce.adapters.encoders.block import Tower
+from tokenreduce.core.compiled import settled
 from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_resize", "pair"]
@@ -22,7 +23,7 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def _target(pixels: Tensor, reducer: Any, patch: tuple[int, int]) -> tuple[int, int]:
-    rows, cols = reducer.grid(tuple(s // p for s, p in zip(pixels.shape[-2:], patch, strict=True)))
+    rows, cols = settled(reducer).grid(tuple(s // p for s, p in zip(pixels.shape[-2:], patch, strict=True)))
     return rows * patch[0], cols * patch[1]
 
 

@@ -37,6 +37,7 @@ from tokenreduce.adapters.encoders.state import (
     state_of,
 )
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.core.compiled import settled
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -53,7 +54,7 @@ class ReducedModel(nn.Module):
     def _embeds(self, x: Tensor) -> Tensor:
         model: Any = self
         resize = self.__dict__.get(_RESIZE)
-        grid = _grid(model, x) if resize is None else resize.grid(_grid(model, x))
+        grid = _grid(model, x) if resize is None else settled(resize).grid(_grid(model, x))
         if grid == _grid(model, x):
             out = super()._embeds(x)  # type: ignore[misc]
         else:

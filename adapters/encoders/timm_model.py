@@ -24,6 +24,7 @@ from tokenreduce.adapters.encoders.state import (
     state_of,
 )
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.core.compiled import settled
 from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_model", "attach_resize"]
@@ -153,7 +154,7 @@ def attach_model(model: Any, family: str, undo: Undo) -> None:
 def resized_input(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, reducer: Any) -> Any:
     """Forward pre-hook on the patch embedding: shrink the image to the reducer's share of patches."""
     grid = tuple(s // p for s, p in zip(args[0].shape[-2:], model.patch_size, strict=True))
-    rows, cols = reducer.grid(grid)
+    rows, cols = settled(reducer).grid(grid)
     size = (rows * model.patch_size[0], cols * model.patch_size[1])
     if size == tuple(args[0].shape[-2:]):
         return None

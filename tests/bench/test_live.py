@@ -8,6 +8,7 @@ from fake_task import FakeTask
 
 from tokenreduce.bench.live import follow_sweep
 from tokenreduce.bench.sweep import sweep
+from tokenreduce.bench.turns import Turns
 
 SETTINGS = {"methods": ["tome"], "budgets": (0.75, 0.5)}
 
@@ -78,3 +79,53 @@ def test_closing_the_iterator_ends_the_thread(tmp_path: Path) -> None:
         if thread.name == "sweep":
             thread.join(60)
             assert not thread.is_alive()
+
+
+def test_the_second_sweep_is_told_its_place_and_then_runs(tmp_path: Path) -> None:
+    line, called = Turns(), []
+    with line:
+        second = follow_sweep(
+            FakeTask(), tmp_path / "b", threading.Event(), line=line, before=lambda: called.append(1), **SETTINGS
+        )
+        progress = next(p for p in second if p.state == "waiting")
+        assert (progress.ahead, progress.done, progress.run) == (1, 0, None)
+        assert not called
+    rest = list(second)
+    assert called == [1]
+    assert rest[-1].state == "done"
+    assert line.waiting == 0
+
+
+def test_a_stop_leaves_the_line_without_a_row(tmp_path: Path) -> None:
+    line, stop, states = Turns(), threading.Event(), []
+    with line:
+        for progress in follow_sweep(FakeTask(), tmp_path / "b", stop, line=line, **SETTINGS):
+            states.append(progress.state)
+            if progress.state == "waiting":
+                stop.set()
+        assert states[-1] == "stopped"
+        assert not (tmp_path / "b").exists()
+    assert line.waiting == 0
+
+
+def test_closing_the_iterator_leaves_the_line(tmp_path: Path) -> None:
+    line = Turns()
+    with line:
+        steps = follow_sweep(FakeTask(), tmp_path / "b", threading.Event(), line=line, **SETTINGS)
+        next(p for p in steps if p.state == "waiting")
+        steps.close()
+        for thread in threading.enumerate():
+            if thread.name == "sweep":
+                thread.join(60)
+        assert line.waiting == 1
+
+
+def test_an_error_before_the_sweep_comes_out_and_lets_the_next_one_in(tmp_path: Path) -> None:
+    line = Turns()
+
+    def fail() -> None:
+        raise OSError("no such data")
+
+    with pytest.raises(OSError, match="no such data"):
+        list(follow_sweep(FakeTask(), tmp_path, threading.Event(), line=line, before=fail, **SETTINGS))
+    assert list(follow_sweep(FakeTask(), tmp_path, threading.Event(), line=line, **SETTINGS))[-1].state == "done"

@@ -4,6 +4,7 @@ TOKENREDUCE_DEMO_SHOTS names, or to pytest's."""
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -52,6 +53,22 @@ def timed(page: Page) -> bool:
 def tokens(page: Page) -> int:
     """Tokens after the last layer with the reduction."""
     return int(re.search(r"last layer\s+\d+\s+(\d+)", page.text("image-facts"))[1])
+
+
+#: What must be shown letter by letter.
+ODD = "<image> *a* _b_ `c` ${1+1} {{value}}"
+
+
+def assert_nothing_answered(page: Page, tab: str) -> None:
+    """No table, no picture of tokens, no plot of an input before."""
+    table, pictures, plot = {
+        "image": ("image-facts", ["image-after"], "image-plot"),
+        "ask": ("ask-answers", ["ask-kept-A", "ask-kept-B"], "ask-plot"),
+    }[tab]
+    page.until(lambda: page.text(table) == "", "no table")
+    for name in pictures:
+        page.until(lambda name=name: not page.every(name, "img"), "no picture")
+    page.until(lambda: not page.every(plot, ".main-svg"), "no plot")
 
 
 @pytest.fixture
@@ -109,6 +126,7 @@ def test_an_upload_is_shown_and_bad_ones_are_told(image_tab, files) -> None:
         image_tab.upload("image-upload", files / name)
         image_tab.until(lambda words=words: words in image_tab.text("image-message"), f"a message about {name}")
         assert image_tab.picture("image-before") == example
+        assert_nothing_answered(image_tab, "image")
     image_tab.shot("image_bad")
     image_tab.upload("image-upload", files / "noise.png")
     image_tab.until(lambda: image_tab.picture("image-before") != example and timed(image_tab), "the upload")
@@ -119,7 +137,7 @@ def test_an_upload_is_shown_and_bad_ones_are_told(image_tab, files) -> None:
 def test_another_model_brings_its_examples(image_tab) -> None:
     image_tab.choose("image-model", "digits-vit")
     image_tab.until(lambda: " 50 " in image_tab.text("image-facts") and timed(image_tab), "tokens of the digits")
-    assert image_tab.text("image-stock").splitlines()[1:2] == ["0"] or "\n0\n" in image_tab.text("image-stock")
+    image_tab.until(lambda: "\n0\n" in image_tab.text("image-stock"), "the prediction")
     image_tab.every("image-examples", "button.thumbnail-item")[1].click()
     image_tab.until(lambda: "In the picture: 1" in image_tab.text("image-caption"), "the digit 1")
     image_tab.shot("image_digit")
@@ -145,18 +163,41 @@ def test_a_question_is_answered_three_times(page, files) -> None:
     field.send_keys(" ")
     page.find("ask-go").click()
     page.until(lambda: "empty" in page.text("ask-message"), "a message about the empty question")
+    assert_nothing_answered(page, "ask")
     page.upload("ask-upload", files / "text.mp4")
     page.until(lambda: "text.mp4" in page.text("ask-message"), "a message about the text called video")
     page.shot("ask_bad")
     field.send_keys("what is this")
     page.find("ask-go").click()
-    page.until(lambda: page.text("ask-message") == "", "the page goes on")
+    page.until(lambda: "KV cache" in page.text("ask-answers"), "the page goes on")
+    assert page.text("ask-message") == ""
+    assert "Asked: what is this" in page.text("ask-answers")
+    page.upload("ask-upload", files / "noise.png")
+    assert_nothing_answered(page, "ask")
+    page.find("ask-go").click()
+    page.until(lambda: "KV cache" in page.text("ask-answers"), "answers about the upload")
+    field.send_keys("?")
+    assert_nothing_answered(page, "ask")
+
+
+def test_a_question_is_shown_as_it_was_typed(page) -> None:
+    """A placeholder of images in the text is refused by the processor or answered, and either is said literally."""
+    page.tab("Ask")
+    field = page.find("ask-question", "textarea, input")
+    field.clear()
+    field.send_keys(ODD)
+    page.find("ask-go").click()
+    page.until(lambda: "<image>" in page.text("ask-message") + page.text("ask-answers"), "an answer or a message")
+    page.shot("ask_odd")
 
 
 def test_the_embedded_model_answers_right(page) -> None:
     page.tab("Ask")
     page.choose("ask-model", "world-llava")
     page.until(lambda: page.find("ask-go").is_displayed() and not page.text("ask-message"), "the embedded model")
+    before = page.picture("ask-shown")
+    page.every("ask-examples", "button.thumbnail-item")[0].click()
+    page.until(lambda: page.picture("ask-shown") != before, "the first example")
     field = page.find("ask-question", "textarea, input")
     field.clear()
     field.send_keys("what color is at the top right")  # of the first example
@@ -198,6 +239,77 @@ def test_a_small_sweep_runs_stops_and_comes_out_as_csv(page, files) -> None:
     assert all(0 <= float(row["top1"]) <= 1 for row in rows)
     page.upload("trade-load", files / "rows.jsonl")
     page.until(lambda: "rows.jsonl" in page.text("trade-message"), "a message about the file")
+    page.until(lambda: not page.every("trade-plot", ".main-svg"), "no plot")
+    assert not page.find("trade-csv").is_enabled()
+    assert not page.text("trade-state")
+
+
+def test_an_earlier_run_is_shown_literally_and_goes_with_the_benchmark(url, shots, tmp_path) -> None:
+    rows = [
+        {"id": "unreduced", "method": "unreduced", "spec": "", "budget": 1.0, "top1": 0.9, "share": 1.0, "notes": []},
+        {"id": "a", "method": "<b>tome</b>", "spec": ODD, "budget": 0.5, "top1": 0.8, "share": 0.5},
+        {"id": "e", "method": "evit", "spec": "evit", "budget": 0.5, "error": f"ValueError: {ODD}"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    axis = {"key": "share", "title": "<b>axis</b>", "label": "axis"}
+    info = {"task": "vision", "metric": "top1", "settings": {"model": ODD, "data": "_d_"}, "axis": axis}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    with visit(url, shots, tmp_path) as page:
+        page.tab("Trade-off")
+        page.upload("trade-load", tmp_path / "rows.jsonl", tmp_path / "run.json")
+        page.until(lambda: page.text("trade-state") == f"{ODD} on _d_: 2 rows, 1 failed", "what it says itself")
+        page.until(
+            lambda: ODD in page.text("trade-rows") and f"ValueError: {ODD}" in page.text("trade-rows"), "its rows"
+        )
+        page.until(lambda: "<b>tome</b>" in page.text("trade-plot"), "the plot")
+        page.shot("trade_earlier")
+        page.choose("trade-bench", "digits-vit")
+        page.until(lambda: not page.every("trade-plot", ".main-svg") and not page.text("trade-state"), "no plot")
+        assert not page.every("trade-rows", "td")
+
+
+def test_a_second_visitor_is_told_the_place_in_the_queue(url, shots, tmp_path) -> None:
+    with visit(url, shots, tmp_path) as first, visit(url, shots, tmp_path) as second:
+        for visitor in (first, second):
+            visitor.tab("Trade-off")
+            visitor.until(lambda visitor=visitor: visitor.find("trade-run").is_displayed(), "the trade-off tab")
+            visitor.until(lambda visitor=visitor: "tome" in visitor.text("trade-methods"), "methods")
+        first.find("trade-run").click()
+        first.until(lambda: re.match(r"\d+ of \d+ rows", first.text("trade-state")), "a sweep")
+        second.find("trade-run").click()
+        second.until(lambda: "it is number 2" in second.text("trade-state"), "the place in the queue")
+        assert not second.find("trade-bench", "input").is_enabled()
+        second.shot("trade_queue")
+        second.find("trade-stop").click()
+        second.until(lambda: second.text("trade-state").startswith("Stopped"), "out of the queue")
+        second.until(lambda: second.find("trade-run").is_enabled(), "the button")
+        assert re.match(r"\d+ of \d+ rows", first.text("trade-state")), "the sweep of the first goes on"
+        second.find("trade-run").click()
+        second.until(lambda: "it is number 2" in second.text("trade-state"), "the queue again")
+        first.browser.get("about:blank")
+        second.until(lambda: re.match(r"[1-9]\d* of \d+ rows", second.text("trade-state")), "the first has left")
+        second.find("trade-stop").click()
+        second.until(lambda: second.text("trade-state").startswith("Stopped"), "the stop")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_plots_and_hints_can_be_read_in(theme: str, url, shots, tmp_path) -> None:
+    with visit(url, shots, tmp_path, theme=theme) as visitor:
+        visitor.until(lambda: timed(visitor) and visitor.every("image-plot", ".main-svg"), "the first picture")
+        visitor.shot(f"image_{theme}")
+        grey = visitor.pixels("image-plot", ".js-plotly-plot").astype(int)
+        behind = int(np.median(grey))
+        assert behind < 60 if theme == "dark" else behind > 200
+        # Titles and numbers: enough of the plot is far from its background.
+        assert (np.abs(grey - behind) > 130).mean() > 0.003
+        colours = visitor.browser.execute_script(
+            "return [...document.querySelectorAll('.hint p, .hint, #image-plot .infolayer text')]"
+            ".map(e => { const s = getComputedStyle(e); return e.tagName === 'text' ? s.fill : s.color; });"
+        )
+        assert len(colours) > 3
+        for colour in colours:
+            light = np.mean([float(v) for v in re.findall(r"[\d.]+", colour)[:3]])
+            assert light > 150 if theme == "dark" else light < 130
 
 
 def test_a_narrow_page_fits(url, shots, tmp_path) -> None:
@@ -211,3 +323,24 @@ def test_a_narrow_page_fits(url, shots, tmp_path) -> None:
             )
             assert wide <= room
             phone.shot(tab.lower())
+
+
+def test_a_narrow_page_shows_both_reductions_and_titles_apart(url, shots, tmp_path) -> None:
+    with visit(url, shots, tmp_path, width=400, height=3600) as phone:
+        phone.until(lambda: timed(phone) and phone.every("image-plot", ".main-svg"), "the first picture")
+        titles = phone.boxes("image-plot", ".infolayer .annotation-text, #image-plot .infolayer .annotation text")
+        titles = list({(b["left"], b["top"]): b for b in titles}.values())
+        assert len(titles) == 2
+        a, b = titles
+        assert a["bottom"] <= b["top"] or b["bottom"] <= a["top"] or a["right"] <= b["left"] or b["right"] <= a["left"]
+        assert all(t["left"] >= 0 and t["right"] <= 400 for t in titles)
+        phone.tab("Ask")
+        phone.until(lambda: phone.find("ask-go").is_displayed() and not phone.text("ask-message"), "the ask tab")
+        phone.until(lambda: phone.find("ask-shown", "img"), "an example")
+        phone.find("ask-go").click()
+        phone.until(lambda: "KV cache" in phone.text("ask-answers"), "answers")
+        cells = phone.boxes("ask-answers", ":is(td, th)")
+        assert len(cells) > 20
+        assert all(c["left"] >= 0 and c["right"] <= 400 for c in cells)
+        assert "B: fastv:keep=0.2" in phone.text("ask-answers")
+        phone.shot("ask_answers")

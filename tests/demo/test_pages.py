@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import html
 import json
 import threading
 from pathlib import Path
@@ -15,11 +18,12 @@ pytest.importorskip("plotly")
 
 import gradio as gr
 
+from tokenreduce.bench.turns import Turns
 from tokenreduce.demo.answers import NAMES, put, reducers_from
 from tokenreduce.demo.app import build
 from tokenreduce.demo.ask import missing
-from tokenreduce.demo.common import chosen, explain, method_choices, received
-from tokenreduce.demo.image import facts, probabilities
+from tokenreduce.demo.common import chosen, explain, fault, in_turn, literal, method_choices, received
+from tokenreduce.demo.image import drawn, facts, probabilities
 from tokenreduce.demo.store import Store
 from tokenreduce.demo.trade import benchmarks, methods_of, rows_of, task_of
 from tokenreduce.measure.image import clock_image, compare_image
@@ -98,6 +102,27 @@ def test_facts_show_both_sides_and_the_clock(comparison) -> None:
     assert f"{100 * made.reduced.flops / made.stock.flops:.1f} %" in text
 
 
+def test_the_picture_follows_the_layer_and_says_what_is_there(comparison) -> None:
+    _, made = comparison
+    last, about = drawn(made, 99, "7", side=64)
+    assert about.startswith(f"After layer {made.look.depth}: ")
+    assert about.endswith("In the picture: 7.")
+    first, about = drawn(made, 1, side=64)
+    assert about.startswith("After layer 1: ")
+    assert "In the picture" not in about
+    assert np.asarray(first).shape == np.asarray(last).shape
+    assert not np.array_equal(first, last)
+
+
+def test_notes_below_the_facts_are_literal(comparison) -> None:
+    _, made = comparison
+    noted = dataclasses.replace(made, notes=("an <image> of *two* tokens",))
+    last = facts(noted, None, 4).splitlines()[-1]
+    assert html.unescape(last) == "Note: an <image> of *two* tokens"
+    assert "<" not in last
+    assert "*" not in last
+
+
 def test_questions_are_checked_before_the_model_runs(store) -> None:
     image = Image.new("RGB", (8, 8))
     for text, words in (("  ", "empty"), ("why " * 200, "at most 400")):
@@ -125,6 +150,42 @@ def test_errors_are_told_in_words(caplog) -> None:
     assert explain(ValueError("keep is a number")) == "⚠ keep is a number"
     assert "unexpected KeyError" in explain(KeyError("x"))
     assert "unexpected error" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["<image> & <b>x</b>", "*a* _b_ `c` [d](http://e)", "${1+1} {{value}} $$x$$ | ~ é"])
+def test_texts_of_errors_and_users_are_literal(text: str) -> None:
+    assert html.unescape(literal(text)) == text
+    assert not set("<>*_`[]{}$|~") & {*literal(text)}
+    shown = fault(ValueError(text))
+    assert shown.startswith("<p>")
+    assert html.unescape(shown) == f"<p>⚠ {text}</p>"
+
+
+def test_whoever_waits_for_the_machine_is_told_and_whoever_leaves_frees_the_line() -> None:
+    turns = Turns()
+    first = turns.join()
+    waiting = in_turn(turns, lambda text: {"said": text})
+    assert next(waiting) == {"said": "waiting for the machine: 1 before you"}
+    gone = in_turn(turns, lambda text: {"said": text})
+    assert "2 before you" in next(gone)["said"]
+    gone.close()
+    assert turns.waiting == 2
+    first.leave()
+    with pytest.raises(StopIteration) as end:
+        next(waiting)
+    with end.value.value:
+        assert turns.waiting == 1
+    assert turns.waiting == 0
+
+
+def test_functions_of_the_page_are_short() -> None:
+    """Layout, wiring and work are apart; a function that grows over the screen does two of them."""
+    import tokenreduce.demo
+
+    for file in Path(tokenreduce.demo.__path__[0]).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 45, f"{file.name}: {node.name}"
 
 
 def test_the_ask_tab_says_when_there_is_no_model(store, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import share
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.temporal import frames_of
-from tokenreduce.core.evidence import ImageEvidence, VisualEvidence
+from tokenreduce.core.evidence import BaseEvidence, ImageEvidence, VisualEvidence
 
 __all__ = ["cells", "draw", "evenly", "full_grid", "regular", "resampling", "spread", "sub_grid"]
 
@@ -21,7 +21,7 @@ _CHANNELS, _STEPS = 4, 16
 
 
 # -- draws -------------------------------------------------------------------------------------------------------------
-def draw(evidence: VisualEvidence, seed: int, among: Tensor | None = None) -> Tensor:
+def draw(evidence: BaseEvidence, seed: int, among: Tensor | None = None) -> Tensor:
     """(B,N) uniform numbers in [0, 2^24), exact in float32.
 
     A hash of ``seed``, the layer, the token's place and the sample's own content, and of nothing else. A random
@@ -77,7 +77,7 @@ def _mix(a: int, b: int) -> int:
 
 
 # -- equal distances ---------------------------------------------------------------------------------------------------
-def spread(evidence: VisualEvidence, k: int, grid: tuple[int, ...] | None) -> Tensor:
+def spread(evidence: BaseEvidence, k: int, grid: tuple[int, ...] | None) -> Tensor:
     """(B,N) 1 for ``k`` tokens at equal distances, 0 for others; protected tokens and slots without a token do not
     count along.
 

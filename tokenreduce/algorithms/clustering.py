@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.scoring import descending, distances
+from tokenreduce.algorithms.scoring import ascending, descending, distances
 
 __all__ = ["clusters", "leaders", "nearest", "peaks"]
-
-_LOWEST = torch.finfo(torch.float32).min
 
 
 def peaks(d: Tensor, k: int, out: Tensor | None = None) -> Tensor:
@@ -27,19 +25,19 @@ def peaks(d: Tensor, k: int, out: Tensor | None = None) -> Tensor:
     there = ~close.isinf()
     squares = torch.where(there, close.square(), 0.0).sum(-1)
     density = -squares / there.sum(-1).clamp(min=1)
-    rank = descending(density).argsort(dim=-1)
+    rank = ascending(descending(density))
     denser = rank[:, None] < rank[:, :, None]
     # The densest token has none denser: infinity instead of the largest distance, it comes first either way.
     isolation = d.masked_fill(~denser, float("inf")).amin(-1)
     # A duplicate of a denser token scores zero: below every other token, above those that are not there.
-    scores = torch.where(isolation == 0, _LOWEST, density + isolation.log())
+    scores = torch.where(isolation == 0, torch.finfo(density.dtype).min, density + isolation.log())
     return scores if out is None else scores.masked_fill(out, float("-inf"))
 
 
 def nearest(d: Tensor, centres: Tensor) -> Tensor:
     """(B,T) place in ``centres`` (B,K) of the nearest one of every point, from distances ``d`` (B,T,T); ties go to the
     first, and every centre belongs to itself."""
-    b, t, k = len(d), d.shape[1], centres.shape[1]
+    b, t, k = d.shape[0], d.shape[1], centres.shape[1]
     group = d.gather(2, centres.unsqueeze(1).expand(-1, t, -1)).argmin(-1)
     return group.scatter(1, centres, torch.arange(k, device=d.device).expand(b, -1))
 
@@ -55,8 +53,8 @@ def clusters(x: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
 def leaders(x: Tensor, count: int, k: int) -> Tensor:
     """(M,) index of the centre that every point of ``x`` (M,C) joins in ``count`` >= 1 clusters as of :func:`clusters`;
     its own where there are no more points. Of centres at the same distance the lower index counts."""
-    if count >= len(x):
-        return torch.arange(len(x), device=x.device)
+    if count >= x.shape[0]:
+        return torch.arange(x.shape[0], device=x.device)
     d = distances(x[None]) / math.sqrt(x.shape[-1])
     centres = descending(peaks(d, k))[:, :count].sort(1).values
     return centres[0][nearest(d, centres)[0]]

@@ -15,7 +15,7 @@ from tokenreduce.algorithms.scoring import (
     finite,
 )
 from tokenreduce.core.budget import check_keep, count
-from tokenreduce.core.evidence import BaseEvidence, Look, VisualEvidence
+from tokenreduce.core.evidence import BaseEvidence, Evidence, Look, VisualEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 
@@ -114,7 +114,7 @@ class Projector(Reducer, stage="projector"):
             where = free.nonzero().flatten()
             if not len(where):
                 continue
-            plan = self.plan(cast(VisualEvidence, evidence).tokens_at(b, where))
+            plan = self.plan(cast(Evidence, evidence).tokens_at(b, where))
             if not bool(plan.untouched().all()):
                 raise ValueError(
                     f"{self.name} merges: give it samples of one length, without a mask of protected tokens"

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from tokenreduce.core.evidence import Attention, BaseEvidence, VisualEvidence
+from tokenreduce.core.readable import readable, to_onnx
 
 __all__ = [
-    "attention_paid", "attention_received", "clean", "cls_attention", "cls_logits", "descending", "distances",
-    "excluded", "finite", "gram", "highest", "importance", "inner", "key_metric", "question", "received_attention",
-    "received_by_head", "relevance", "select", "unit",
+    "ascending", "attention_paid", "attention_received", "clean", "cls_attention", "cls_logits", "descending",
+    "distances", "excluded", "finite", "gram", "highest", "importance", "inner", "key_metric", "question",
+    "received_attention", "received_by_head", "relevance", "select", "unit",
 ]  # fmt: skip
 
 #: Rows from which half of a Gram matrix is worth the copies that spare the other half.
@@ -33,7 +34,7 @@ def gram(x: Tensor) -> Tensor:
         return inner(x, x)
     x = x.float()
     turned, step = x.transpose(1, 2), -(-n // 4)
-    out = x.new_empty(len(x), n, n)
+    out = x.new_empty(x.shape[0], n, n)
     with torch.autocast("cpu", enabled=False):
         for start in range(0, n, step):
             end = min(start + step, n)
@@ -57,14 +58,20 @@ def distances(x: Tensor) -> Tensor:
     x = x.detach().float()
     x = x - x.mean(1, keepdim=True)
     eye = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    return torch.cdist(x, x).masked_fill(eye, 0.0)
+    if to_onnx():  # has no cdist; this is how cdist computes more than 25 points
+        power = x.square().sum(-1)
+        apart = (power.unsqueeze(2) + power.unsqueeze(1) - 2 * inner(x, x)).clamp(min=0).sqrt()
+    else:
+        apart = torch.cdist(x, x)
+    return apart.masked_fill(eye, 0.0)
 
 
 def finite(scores: Tensor, evidence: BaseEvidence) -> Tensor:
     """``scores`` itself; raises ``ValueError`` when they hold NaN.
 
-    Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU or break a
-    compiled graph) NaN is replaced by the lowest score: no decision is made on it and the model's output stays NaN.
+    Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU, break a compiled
+    graph, or ask ``vmap`` for a value) NaN is replaced by the lowest score: no decision is made on it and the model's
+    output stays NaN.
     """
     if _checked(scores):
         if bool(scores.isnan().any()):
@@ -77,7 +84,7 @@ def finite(scores: Tensor, evidence: BaseEvidence) -> Tensor:
 
 
 def _checked(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.device.type == "cpu" and readable(values)
 
 
 def clean(x: Tensor, evidence: BaseEvidence) -> Tensor:
@@ -88,7 +95,19 @@ def clean(x: Tensor, evidence: BaseEvidence) -> Tensor:
 
 def descending(scores: Tensor) -> Tensor:
     """Indices that sort (B,N) from high to low; ties keep the lower index first, so that results are reproducible."""
-    return scores.argsort(dim=-1, descending=True, stable=True)
+    return _order(scores, True)
+
+
+def ascending(scores: Tensor) -> Tensor:
+    """Indices that sort (B,N) from low to high; ties keep the lower index first."""
+    return _order(scores, False)
+
+
+def _order(scores: Tensor, downwards: bool) -> Tensor:
+    # ONNX has no stable sort by name, but defines that its TopK, which a plain sort becomes, keeps ties in order.
+    if to_onnx():
+        return scores.sort(dim=-1, descending=downwards).indices
+    return scores.argsort(dim=-1, descending=downwards, stable=True)
 
 
 def highest(scores: Tensor, k: int) -> Tensor:

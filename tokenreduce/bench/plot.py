@@ -10,6 +10,7 @@ from tokenreduce.bench.columns import cell, columns, label
 from tokenreduce.bench.picture import curves, metric_label, need, percent, style
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
+from tokenreduce.measure.plots import CLEAR
 
 __all__ = ["front", "trade_axes", "trade_plot"]
 
@@ -121,8 +122,8 @@ def trade_plot(run: Run, against: str = "cost", *, height: int = 520, below: boo
             )
         )  # fmt: skip
     figure.update_layout(
-        template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 30, "b": 55}, xaxis_title=axis.title,
-        yaxis_title=metric_label(run.metric) + (", %" if by == 100 else ""),
+        template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 30, "b": 55}, xaxis_title=_e(axis.title),
+        yaxis_title=_e(metric_label(run.metric)) + (", %" if by == 100 else ""), **CLEAR,
     )  # fmt: skip
     if below:
         figure.update_layout(legend={"orientation": "h", "yanchor": "top", "y": -0.18, "x": 0})

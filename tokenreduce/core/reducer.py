@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenreduce.core.evidence import Evidence, Look
+from tokenreduce.core.evidence import Look
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.settings import check, fit, fits, hints
 
@@ -83,6 +83,8 @@ class Reducer:
     needs: ClassVar[tuple[str, ...]] = ()
     #: Whether samples of a batch may keep different numbers of tokens (plans with ``valid``).
     ragged: ClassVar[bool] = False
+    #: The settings, on reducers that are in a model; see :mod:`tokenreduce.core.compiled`.
+    _fixed: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
 
     def __init_subclass__(
         cls,
@@ -121,7 +123,7 @@ class Reducer:
             check(self)
 
     # -- what a method says ----------------------------------------------------------------------------------------
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, evidence: Any) -> Plan:
         """Which of the N tokens become which of K; a pure function of the evidence."""
         raise NotImplementedError("abstract")
 
@@ -152,10 +154,10 @@ class Reducer:
         and ``earlier`` is the step before."""
         return ""
 
-    def mark(self, evidence: Evidence) -> Tensor:
+    def mark(self, evidence: Any) -> Tensor:
         """(B,N) numbers for the visual tokens of one view of an image, from what the vision tower saw of them: a pure
         function of ``evidence`` (a :class:`~tokenreduce.core.evidence.ImageEvidence`). For language-stage methods that
-        need ``tower``: it is asked once, at the entry of the language model, and :attr:`Evidence.marks` has the
+        need ``tower``: it is asked once, at the entry of the language model, and ``evidence.scores`` has the
         answer."""
         raise NotImplementedError("abstract")
 

@@ -18,9 +18,6 @@ from tokenreduce.core.schedule import staged
 
 __all__ = ["VidTLDR"]
 
-#: Scores that differ by less than this share of their size are the same up to rounding.
-_FLAT = 1e-5
-
 
 @dataclass(frozen=True)
 class VidTLDR(
@@ -131,7 +128,7 @@ def _saliency(evidence: EncoderEvidence) -> Tensor:
     mean = (score * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
     above = (score - mean) * there
     highest = above.amax(1, keepdim=True)
-    flat = highest <= _FLAT * mean.abs()
+    flat = highest <= 1e-5 * mean.abs()  # the same up to rounding
     share = (above / highest.clamp(min=torch.finfo(above.dtype).tiny)).clamp(0, 1)
     share = torch.where(flat, 1.0, share) * there
     return torch.nn.functional.pad(share, (p, 0), value=1.0)

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.scoring import finite, received_by_head
+from tokenreduce.algorithms.scoring import ascending, finite, received_by_head
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
+from tokenreduce.core.readable import readable, to_onnx
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers, staged
 
@@ -44,8 +45,9 @@ class ATS(
             still everything does nothing, so that ``keep=1.0`` is the identity (``num_tokens=None`` is not).
         head_norm: "concat" takes the norm of a value vector over all heads, as the official code does; "per_head"
             weighs each head's attention by the norm in this head.
-        drop_tokens: pad to the largest number in the batch; if False, and in compiled graphs, which know no data, to
-            the largest possible number. The slots behind a sample's own tokens are marked in ``plan.valid``.
+        drop_tokens: pad to the largest number in the batch; if False, and in compiled graphs and under ``vmap``,
+            which know no data, to the largest possible number. The slots behind a sample's own tokens are marked in
+            ``plan.valid``.
 
     The order is: protected tokens, survivors by ascending significance, padding. The least significant patch never
     stays unless it is alone; neither does a patch of significance 0, unless all are 0, which counts as all being
@@ -116,10 +118,10 @@ class ATS(
         candidate = ~fixed if evidence.valid is None else ~fixed & evidence.valid
         order, hit = _sample(finite(self._significance(evidence), evidence), candidate, heights)
         group = torch.where(fixed.gather(1, order), 0, torch.where(hit, 1, 2))
-        order = order.gather(1, group.argsort(dim=1, stable=True))
+        order = order.gather(1, ascending(group))
         numbers = fixed.sum(1) + hit.sum(1)
         slots, least = n - free + min(heights, free - 1), 0
-        if self.drop_tokens and not torch.compiler.is_compiling():
+        if self.drop_tokens and readable(numbers):
             least, slots = torch.stack([numbers.min(), numbers.max()]).tolist()
         valid = None
         if least < slots:
@@ -144,7 +146,7 @@ def _sample(scores: Tensor, candidate: Tensor, heights: int) -> tuple[Tensor, Te
     scores = scores.masked_fill(~candidate, 0.0)
     flat = candidate & (scores.sum(1, keepdim=True) == 0)
     scores = torch.where(flat, 1.0, scores)
-    order = scores.masked_fill(~candidate, -1.0).argsort(dim=1, stable=True)
+    order = ascending(scores.masked_fill(~candidate, -1.0))
     total = scores.gather(1, order).cumsum(1)
     first = (n - candidate.sum(1, keepdim=True)).clamp(max=n - 1)
     low = total.gather(1, first)
@@ -155,9 +157,16 @@ def _sample(scores: Tensor, candidate: Tensor, heights: int) -> tuple[Tensor, Te
     start = torch.where(curve > 0, curve, 1.0).amin(1, keepdim=True)
     part = torch.linspace(0, 1, heights, device=scores.device) if heights > 1 else torch.ones(1, device=scores.device)
     points = start + part * (1 - start)
-    above = torch.searchsorted(curve, points).clamp(max=n - 1)
+    above = _first_at(curve, points).clamp(max=n - 1)
     below = (above - 1).clamp(min=0)
     nearer = points - curve.gather(1, below) <= curve.gather(1, above) - points
-    hit = torch.zeros_like(candidate).scatter(1, torch.where(nearer, below, above), True)
+    hit = torch.zeros_like(candidate).scatter(1, torch.where(nearer, below, above), 1)
     # A sample without candidates would hit its last protected token.
     return order, hit & candidate.gather(1, order)
+
+
+def _first_at(curve: Tensor, points: Tensor) -> Tensor:
+    """(B,P): the first place where the ascending ``curve`` (B,N) reaches each of ``points`` (B,P)."""
+    if to_onnx():  # has no searchsorted
+        return (curve.unsqueeze(1) < points.unsqueeze(2)).sum(-1)
+    return torch.searchsorted(curve, points)

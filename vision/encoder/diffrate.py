@@ -55,6 +55,8 @@ def _ratios(schedule: str) -> tuple[float, ...]:
 
 
 RATIOS = _ratios(CURVE)
+#: The same as text: a compiled graph may take floats of a module for inputs.
+_CURVE = tuple(map(repr, RATIOS))
 
 
 def _published(schedule: str) -> Lists:
@@ -164,7 +166,7 @@ class DiffRate(Reducer, name="diffrate", stage="encoder", needs=("attention",), 
 
             return _clamped(scaled(prune), scaled(merge), patches)
         last = count(self.keep, patches)
-        curve = RATIOS
+        curve = tuple(float(ratio) for ratio in _CURVE)
         gamma = math.log(last / patches) / math.log(curve[-1])
 
         def left(part: float) -> int:

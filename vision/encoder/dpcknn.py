@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenreduce.algorithms.clustering import peaks
-from tokenreduce.algorithms.scoring import descending, distances, excluded, finite
+from tokenreduce.algorithms.scoring import ascending, descending, distances, excluded, finite
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
@@ -93,9 +93,9 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
         assign = d.gather(2, centres.unsqueeze(1).expand(-1, t, -1)).argmin(-1)
         if self.order == "position":
             centres, place = centres.sort(dim=-1)
-            assign = place.argsort(dim=-1).gather(1, assign)
+            assign = ascending(place).gather(1, assign)
         is_centre = torch.zeros_like(scores).scatter(1, centres, 1.0)
-        members = is_centre.argsort(dim=-1, stable=True)[:, : t - k]
+        members = ascending(is_centre)[:, : t - k]
         lead = torch.arange(p, device=d.device).expand(batch, -1)
         real = None if evidence.valid is None else evidence.valid.float()
         keep, dst = torch.cat([lead, p + centres], 1), p + assign.gather(1, members)

@@ -19,8 +19,6 @@ __all__ = ["MCTF"]
 _DEFAULT_R = 0.35
 #: Pooling types of the paper's code as settings of a Merge; type 1 also gets weights.
 _POOLING = {0: {}, 1: {}, 2: {"mode": "max"}, 3: {"by_size": False}}
-#: Attention that a token receives is clamped to this: a token that nobody attends to would have infinite rarity.
-_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -175,14 +173,14 @@ class MCTF(
     def _received(self, evidence: EncoderEvidence) -> Tensor:
         """(B,N) mean attention that every token receives; taken from the map where the block needs it anyway."""
         if not self.forwards_attention:
-            return received_attention(evidence).detach().clamp(min=_LEAST)
+            return _seen(received_attention(evidence).detach())
         rows = evidence.attention("all").detach()
         if evidence.valid is not None and rows.shape[2] == evidence.n:
             voters = evidence.valid.sum(1, keepdim=True).clamp(min=1)
             received = (rows * evidence.valid[:, None, :, None]).sum(2).mean(1) / voters
         else:
             received = rows.mean((1, 2))
-        return received.clamp(min=_LEAST)
+        return _seen(received)
 
     def _scores(self, evidence: EncoderEvidence, received: Tensor | None, a: slice, b: slice) -> Tensor:
         """(B,A,B) float32 scores of all pairs; -inf where a token is protected or not there."""
@@ -207,6 +205,11 @@ class MCTF(
         if blocked is not None:
             scores = scores.masked_fill(blocked[:, a, None] | blocked[:, None, b], float("-inf"))
         return scores
+
+
+def _seen(received: Tensor) -> Tensor:
+    """Attention received, a little at least: a token that nobody attends to would have infinite rarity."""
+    return received.clamp(min=1e-9)
 
 
 def _empty_first(best: Tensor, evidence: EncoderEvidence, at: slice) -> Tensor:

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.scoring import descending, finite, unit
+from tokenreduce.algorithms.scoring import ascending, descending, finite, unit
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
+from tokenreduce.core.readable import readable
 from tokenreduce.core.reducer import Reducer
 
 __all__ = ["MustDropMerge"]
@@ -44,8 +45,8 @@ class MustDropMerge(
     counts on places behind the encoder); on a grid whose sides are no multiple of ``window``, the windows that fit are
     used, counted from the top left, and the rest stays; where the grid is not known (and the patches are no square),
     windows are runs of ``window ** 2`` patches; slots without a token do not count in a window, and those with at most
-    one token are alike; ties go to the upper left window. In a compiled graph, which knows no data, ``threshold``
-    leaves as many slots as there were.
+    one token are alike; ties go to the upper left window. In a compiled graph and under
+    ``vmap``, which know no data, ``threshold`` leaves as many slots as there were.
 
     Raises ``ValueError`` for settings outside these ranges, a layer that the model does not have, or tokens that are
     protected by a mask.
@@ -99,7 +100,7 @@ class MustDropMerge(
             return _merge(n, src, dst, None)
         merged = (similarity >= self.threshold).sum(1, keepdim=True) * each
         joins = torch.arange(src.shape[1], device=src.device) < merged
-        if not torch.compiler.is_compiling():
+        if readable(merged):
             most = int(merged.max())
             if most == 0:
                 return Identity.like(evidence.x)
@@ -114,17 +115,17 @@ def _merge(n: int, src: Tensor, target: Tensor, joins: Tensor | None) -> Plan:
     the same one, which stays."""
     gone = torch.ones_like(src, dtype=torch.bool) if joins is None else joins
     # Rows that join nothing repeat a token that is no source, so that no place is written twice with different values.
-    stay = torch.ones(len(src), n, dtype=torch.bool, device=src.device).scatter(1, src, ~gone)
-    keep = (~stay).long().argsort(dim=1, stable=True)
+    stay = torch.ones(src.shape[0], n, dtype=torch.bool, device=src.device).scatter(1, src, ~gone)
+    keep = ascending((~stay).long())
     valid: Tensor | None = None
     if joins is None:
         keep = keep[:, : n - src.shape[1]]
     else:
         numbers = stay.sum(1)
-        if not torch.compiler.is_compiling():
+        if readable(numbers):
             keep = keep[:, : int(numbers.max())]
         valid = torch.arange(keep.shape[1], device=src.device) < numbers[:, None]
-        if not torch.compiler.is_compiling() and bool(joins.all()):
+        if readable(joins) and bool(joins.all()):
             joins = valid = None
     slot = stay.long().cumsum(1) - 1
     scale = None if joins is None else joins.float()

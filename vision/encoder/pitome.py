@@ -21,10 +21,13 @@ __all__ = ["PiToMe"]
 
 
 class Preset(NamedTuple):
-    """What the authors use for one family of models: ``margin`` falls by ``fall`` over the depth."""
+    """What the authors use for one family of models: ``margin`` falls by ``fall`` over the depth.
 
-    margin: float
-    fall: float
+    These two are text, since a compiled graph may take floats of a module for inputs.
+    """
+
+    margin: str
+    fall: str
     early: str = "split"  # matching of the first layers: energy, split or tome
     late: str = "energy"
     metric: str = "keys"
@@ -35,13 +38,13 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "deit": Preset(0.75, 0.75),
-    "augreg": Preset(0.9, 0.9),
-    "mae": Preset(0.75, 0.75, early="energy", late="split"),
-    "clip": Preset(0.95, 0.95, early="energy", metric="x"),
-    "clip_hf": Preset(0.9, 0.9, early="tome", metric="x", first=13, site="after", by_size=False),
-    "blip": Preset(0.9, 0.9, early="energy", metric="x"),
-    "blip2": Preset(0.75, 0.4, early="energy", prop_attn=True),
+    "deit": Preset("0.75", "0.75"),
+    "augreg": Preset("0.9", "0.9"),
+    "mae": Preset("0.75", "0.75", early="energy", late="split"),
+    "clip": Preset("0.95", "0.95", early="energy", metric="x"),
+    "clip_hf": Preset("0.9", "0.9", early="tome", metric="x", first=13, site="after", by_size=False),
+    "blip": Preset("0.9", "0.9", early="energy", metric="x"),
+    "blip2": Preset("0.75", "0.4", early="energy", prop_attn=True),
 }
 
 
@@ -133,7 +136,7 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
 
     def _margin(self, evidence: EncoderEvidence) -> float:
         family = PRESETS[self.preset]
-        m = (family.margin, family.fall) if self.margin is None else self.margin
+        m = (float(family.margin), float(family.fall)) if self.margin is None else self.margin
         start, fall = m if isinstance(m, tuple) else (m, m)
         return start - fall * evidence.layer / evidence.depth
 

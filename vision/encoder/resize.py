@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class Resize(Reducer, name="resize", position="input", title="Smaller input imag
         >>> Resize(keep=0.5).grid((14, 14)), Resize(keep=49).grid((14, 14)), Resize(keep=0.25).grid((12, 24))
         ((10, 10), (7, 7), (6, 12))
         """
-        rows, cols = grid
+        rows, cols = (operator.index(side) for side in grid)  # numbers also where a graph is traced
         target = count(self.scale**2 if self.keep is None else self.keep, rows * cols)
 
         def cost(size: tuple[int, int]) -> tuple[int, float, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenreduce.algorithms.matching import bipartite, clamp_r
-from tokenreduce.algorithms.scoring import finite, inner, key_metric, unit
+from tokenreduce.algorithms.scoring import ascending, finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
@@ -81,9 +81,9 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
         end = free if self.keep is not None or self.tail == "merge" else groups * self.k
         step = torch.arange(1, groups + 1, device=position.device)
         target = p + (step * free // groups if self.keep is not None else step * self.k) - 1
-        chosen = torch.zeros(n, dtype=torch.bool, device=position.device).scatter(0, target, True)
+        chosen = torch.zeros(n, dtype=torch.bool, device=position.device).scatter(0, target, 1)
         # The number of sources is known, so this stays one graph where a boolean index would not.
-        source = chosen[p : p + end].long().argsort(stable=True)[: end - groups] + p
+        source = ascending(chosen[p : p + end].long())[: end - groups] + p
         m = unit(key_metric(evidence))
         scores = finite(inner(m[:, source], m[:, target]), evidence)
         keep = torch.cat([position[:p], target]).expand(evidence.batch, -1)

@@ -22,7 +22,7 @@ from tokenreduce.algorithms.sequence import (
     visual_of,
 )
 from tokenreduce.core.budget import check_keep
-from tokenreduce.core.evidence import LanguageEvidence, Look
+from tokenreduce.core.evidence import LanguageEvidence, Look, VisualEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 
@@ -94,7 +94,7 @@ class MustDrop(
     def looks(self) -> tuple[Look, ...]:
         return (-1,) if self.keep_rate else ()
 
-    def mark(self, evidence: LanguageEvidence) -> Tensor:
+    def mark(self, evidence: VisualEvidence) -> Tensor:
         """(B,N): 1 for key tokens."""
         scores = saliency(evidence, -1)
         # Less a hair, so that 0.07 of 100 is 7 and not 8.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.core.evidence.attention import Attention
+from tokenreduce.core.readable import length
 from tokenreduce.core.trace import active
 
 __all__ = ["BaseEvidence"]
@@ -50,7 +51,7 @@ class BaseEvidence:
         self.protected = protected
         self._attention = Attention(size=size, valid=valid, cls=cls) if attention is None else attention
         self.layer, self.depth = layer, depth
-        self.entry = x.shape[1] if entry is None else entry
+        self.entry = length(x) if entry is None else entry
 
     # -- the attention -------------------------------------------------------------------------------------------------
     @property
@@ -78,7 +79,7 @@ class BaseEvidence:
     @property
     def n(self) -> int:
         """Number of tokens N."""
-        return self.x.shape[1]
+        return length(self.x)
 
     @property
     def prefix(self) -> int:

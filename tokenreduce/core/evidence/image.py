@@ -157,7 +157,7 @@ class ImageEvidence(VisualEvidence):
     def frames(self) -> int:
         return self.origin.views
 
-    def tower(self, look: Look = None) -> BaseEvidence:
+    def tower(self, look: Look = None) -> VisualEvidence:
         return self._block(look) if self.blocks else self
 
     def _block(self, look: Look) -> TowerEvidence:

@@ -49,7 +49,7 @@ class VisualEvidence(BaseEvidence):
         self._clip, self._pixels = clip, pixels
 
     # -- the vision tower ----------------------------------------------------------------------------------------------
-    def tower(self, look: Look = None) -> BaseEvidence:
+    def tower(self, look: Look = None) -> VisualEvidence:
         """Evidence of a block of the vision tower for the same tokens; plain evidence stands for every block."""
         return self
 

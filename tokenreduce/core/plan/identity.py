@@ -50,7 +50,7 @@ class Identity(Plan):
         return Identity(self.n, self.rows, torch.device(device))
 
     def rows_at(self, rows: Tensor) -> Plan:
-        return Identity(self.n, len(rows), self.device)
+        return Identity(self.n, rows.shape[0], self.device)
 
     def _described(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         out = super()._described(prefix, tensors)

@@ -60,7 +60,7 @@ class Mix(Plan):
         return ((count == 1) & (alone == 1)) | missing
 
     def sources(self) -> Tensor:
-        b, n = len(self.keep), self.n
+        b, n = self.keep.shape[0], self.n
         best = torch.zeros(b, n, device=self.keep.device).scatter_reduce(1, self.src, self.weight, "amax")
         mine = (self.weight > 0) & (self.weight == best.gather(1, self.src))
         k = self.keep.shape[1]
@@ -83,7 +83,7 @@ class Mix(Plan):
 
     def reduce_size(self, size: Tensor | None) -> Tensor | None:
         # A token that feeds several outputs is shared out, so that the mass of sizes is conserved.
-        size = torch.ones(len(self.keep), self.n, device=self.keep.device) if size is None else size
+        size = torch.ones(self.keep.shape[0], self.n, device=self.keep.device) if size is None else size
         total = torch.zeros_like(size).scatter_add(1, self.src, self.weight.to(size.dtype))
         share = self.weight.to(size.dtype) / total.gather(1, self.src).clamp(min=torch.finfo(size.dtype).tiny)
         out = torch.zeros(self.keep.shape, dtype=size.dtype, device=size.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenreduce.core.readable import readable
+
 __all__ = ["take"]
 
 
@@ -22,10 +24,10 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); without gradients base is consumed."""
+    """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); where nothing else needs base, it is consumed."""
     k = base.shape[1]
-    where = (index + k * torch.arange(len(base), device=index.device).unsqueeze(1)).flatten()
+    where = (index + k * torch.arange(base.shape[0], device=index.device).unsqueeze(1)).flatten()
     flat, rows = base.flatten(0, 1), rows.to(base.dtype).flatten(0, 1)  # adds whole rows, unlike scatter_add
-    if base.requires_grad or rows.requires_grad:
+    if base.requires_grad or rows.requires_grad or not readable(rows):
         return flat.index_add(0, where, rows).view_as(base)
     return flat.index_add_(0, where, rows).view_as(base)

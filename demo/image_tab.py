@@ -1,0 +1,119 @@
+"""The image tab: one picture through one model, without and with a reduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from tokenreduce.demo.common import keep_slider, message, method_dropdown, models
+from tokenreduce.demo.image import thumbnails
+from tokenreduce.demo.image_events import Events
+from tokenreduce.demo.store import Store
+from tokenreduce.demo.uploads import IMAGES
+
+__all__ = ["START", "Widgets", "add"]
+
+#: The method and the share of patch tokens, in percent, that the page starts with.
+START = "tome", 35
+ABOUT = (
+    "A patch alone in its token keeps its pixels; merged patches show their mean colour with a line of one colour "
+    "around them; dropped patches are dark."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Widgets:
+    """What is on the tab; ``picture``, ``truth`` and ``seen`` are what the server keeps for a visitor."""
+
+    model: gr.Dropdown
+    method: gr.Dropdown
+    keep: gr.Slider
+    batch: gr.Dropdown
+    gallery: gr.Gallery
+    upload: gr.UploadButton
+    warning: gr.HTML
+    before: gr.Image
+    after: gr.Image
+    layer: gr.Slider
+    caption: gr.HTML
+    stock: gr.Label
+    reduced: gr.Label
+    table: gr.Markdown
+    plot: gr.Plot
+    picture: gr.State
+    truth: gr.State
+    seen: gr.State
+
+    @property
+    def controls(self) -> list[Any]:
+        """What a run is made from."""
+        return [self.model, self.picture, self.truth, self.method, self.keep, self.layer, self.batch]
+
+    @property
+    def answers(self) -> list[Any]:
+        """What belongs to one picture and one setting, and to no other."""
+        return [self.after, self.stock, self.reduced, self.caption, self.table, self.plot]
+
+    @property
+    def shown(self) -> list[Any]:
+        """Everything that a run may change."""
+        return [self.warning, self.picture, self.truth, self.seen, self.before, self.layer, *self.answers]
+
+    def cleared(self) -> dict[Any, Any]:
+        """No answers."""
+        return {self.seen: None, **dict.fromkeys(self.answers), self.caption: "", self.table: ""}
+
+
+def add(store: Store, page: gr.Blocks) -> None:
+    """Build the tab inside ``page``."""
+    states: dict[str, Any] = {"picture": gr.State(None, time_to_live=3600), "seen": gr.State(None, time_to_live=3600)}
+    with gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            inputs = _inputs(store)
+        with gr.Column(scale=5, min_width=300):
+            answers = _answers()
+    Events(store, Widgets(**inputs, **answers, **states, truth=gr.State(""))).connect(page)
+
+
+def _inputs(store: Store) -> dict[str, Any]:
+    first = store.images[0]
+    model = gr.Dropdown(models(store.images), value=first, label="Model", elem_id="image-model", filterable=False)
+    method = method_dropdown("encoder", store.methods(first)["encoder"], START[0], "image-method", label="Method")
+    keep = keep_slider("Patch tokens left after the last layer, %", START[1], "image-keep")
+    batch = gr.Dropdown([1, 8, 32], value=8, label="Images per timed forward", elem_id="image-batch", filterable=False)
+    gr.Markdown("Examples, held out from training:", elem_classes="hint")
+    gallery = gr.Gallery(
+        thumbnails(first), show_label=False, columns=3, height=235, allow_preview=False, object_fit="contain",
+        elem_id="image-examples", elem_classes="gallery-examples", buttons=[], interactive=False,
+    )  # fmt: skip
+    upload = gr.UploadButton(
+        "Upload an image", file_types=list(IMAGES), elem_id="image-upload", type="filepath", size="sm"
+    )
+    return {"model": model, "method": method, "keep": keep, "batch": batch, "gallery": gallery, "upload": upload}
+
+
+def _answers() -> dict[str, Any]:
+    out: dict[str, Any] = {"warning": message("image-message")}
+    look: dict[str, Any] = {
+        "interactive": False,
+        "type": "pil",
+        "buttons": ["fullscreen", "download"],
+        "height": 300,
+        "format": "png",
+    }
+    with gr.Row():
+        with gr.Column(min_width=230):
+            out["before"] = gr.Image(label="What the model sees", elem_id="image-before", **look)
+        with gr.Column(min_width=230):
+            out["after"] = gr.Image(label="Tokens that are left", elem_id="image-after", **look)
+    out["layer"] = gr.Slider(1, 6, value=6, step=1, label="Picture after layer", elem_id="image-layer")
+    out["caption"] = gr.HTML(elem_id="image-caption", elem_classes="said")
+    gr.Markdown(ABOUT, elem_classes="hint")
+    with gr.Row():
+        out["stock"] = gr.Label(label="Prediction, unreduced", elem_id="image-stock", min_width=200)
+        out["reduced"] = gr.Label(label="Prediction, reduced", elem_id="image-reduced", min_width=200)
+    out["table"] = gr.Markdown(elem_id="image-facts", elem_classes="facts")
+    out["plot"] = gr.Plot(show_label=False, elem_id="image-plot")
+    return out

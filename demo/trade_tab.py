@@ -1,0 +1,125 @@
+"""The trade-off tab: a sweep on an embedded benchmark with a live Pareto plot, or an earlier run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tokenreduce.demo.common import message, said
+from tokenreduce.demo.store import Store
+from tokenreduce.demo.trade import BUDGETS, Sweeps, methods_of
+from tokenreduce.demo.trade_events import Events, first_methods
+
+__all__ = ["Widgets", "add"]
+
+AXES = {"flops": "FLOPs", "tokens": "tokens", "clock": "measured time"}
+
+
+@dataclass(frozen=True, eq=False)
+class Widgets:
+    """What is on the tab; ``held`` is the run that is shown, which the server keeps for a visitor."""
+
+    bench: gr.Dropdown
+    methods: gr.Dropdown
+    budgets: gr.CheckboxGroup
+    inputs: gr.Slider
+    go: gr.Button
+    stop: gr.Button
+    earlier: gr.UploadButton
+    warning: gr.HTML
+    state: gr.HTML
+    against: gr.Radio
+    plot: gr.Plot
+    as_csv: gr.DownloadButton
+    as_html: gr.DownloadButton
+    table: gr.Dataframe
+    held: gr.State
+
+    @property
+    def settings(self) -> list[Any]:
+        """What a sweep is made from; they stand still while one runs."""
+        return [self.bench, self.methods, self.budgets, self.inputs]
+
+    @property
+    def shown(self) -> list[Any]:
+        """Everything that a run may change."""
+        files = [self.as_csv, self.as_html]
+        return [
+            self.warning, self.state, self.held, self.plot, self.table, *files, self.go, self.stop, self.earlier,
+            *self.settings,
+        ]  # fmt: skip
+
+    def cleared(self) -> dict[Any, Any]:
+        """No run."""
+        gone = {b: gr.DownloadButton(value=None, interactive=False) for b in (self.as_csv, self.as_html)}
+        return {self.held: None, self.plot: None, self.table: gr.Dataframe(None, visible=False), **gone}
+
+    def busy(self, now: bool) -> dict[Any, Any]:
+        """Whether a sweep of this visitor runs or waits."""
+        free = {kind: gr.update(interactive=not now) for kind in (*self.settings, self.go, self.earlier)}
+        return {**free, self.stop: gr.Button(interactive=now)}
+
+
+def add(store: Store, page: gr.Blocks, folder: Path) -> None:
+    """Build the tab inside ``page``; runs go to ``folder``, each visitor's into one of its own."""
+    sweeps = Sweeps(store, folder)
+    if not sweeps.known:
+        gr.Markdown("There is no benchmark for this model: start the page with `--data FOLDER` (labelled images).")
+    held = gr.State(None, time_to_live=3600)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            settings = _settings(store, sweeps.known)
+        with gr.Column(scale=5, min_width=300):
+            results = _results()
+    Events(sweeps, Widgets(**settings, **results, held=held)).connect(page)
+
+
+def _settings(store: Store, known: dict[str, str]) -> dict[str, Any]:
+    first = next(iter(known), None)
+    names = methods_of(store, known[first]) if first else []
+    out: dict[str, Any] = {
+        "bench": gr.Dropdown(list(known), value=first, label="Benchmark", elem_id="trade-bench", filterable=False),
+        "methods": gr.Dropdown(
+            names, value=first_methods(names), multiselect=True, label="Methods",
+            elem_id="trade-methods", info="random, uniform and resize are in every sweep, and the unreduced model",
+        ),
+        "budgets": gr.CheckboxGroup(
+            BUDGETS, value=list(BUDGETS[:3]), label="Budgets: share of the unreduced cost", elem_id="trade-budgets"
+        ),
+        "inputs": gr.Slider(
+            50, 1000, value=200, step=50, label="Held-out images or questions", elem_id="trade-inputs",
+            info="more are slower and have smaller standard errors",
+        ),
+    }  # fmt: skip
+    with gr.Row():
+        out["go"] = gr.Button("Run", variant="primary", elem_id="trade-run", interactive=bool(known))
+        out["stop"] = gr.Button("Stop", elem_id="trade-stop", interactive=False)
+    out["earlier"] = gr.UploadButton(
+        "Load an earlier run (rows.jsonl, with run.json if you have it)", file_count="multiple",
+        file_types=[".jsonl", ".json"], elem_id="trade-load", type="filepath", size="sm",
+    )  # fmt: skip
+    return out
+
+
+def _results() -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "warning": message("trade-message"),
+        "state": gr.HTML(
+            said("Choose methods and press Run: the plot grows row by row."), elem_id="trade-state", elem_classes="said"
+        ),
+        "against": gr.Radio(
+            [(text, key) for key, text in AXES.items()], value="flops", label="Accuracy against",
+            elem_id="trade-against",
+        ),
+        "plot": gr.Plot(show_label=False, elem_id="trade-plot"),
+    }  # fmt: skip
+    with gr.Row():
+        out["as_csv"] = gr.DownloadButton("Download CSV", interactive=False, elem_id="trade-csv", size="sm")
+        out["as_html"] = gr.DownloadButton("Download HTML report", interactive=False, elem_id="trade-html", size="sm")
+    out["table"] = gr.Dataframe(
+        elem_id="trade-rows", interactive=False, wrap=False, show_label=False, max_height=420, visible=False
+    )
+    return out
