@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -10,63 +9,13 @@ import gradio as gr
 from tokenreduce.core.registry import list_methods
 from tokenreduce.demo.answers import LONGEST_QUESTION, NAMES
 from tokenreduce.demo.ask import EMBEDDED, STAGES, START, examples_of, missing
-from tokenreduce.demo.ask_events import Events
+from tokenreduce.demo.ask_events import Controls, Events, Widgets
 from tokenreduce.demo.common import NONE, keep_slider, message, method_dropdown, models
 from tokenreduce.demo.store import Store
 from tokenreduce.demo.uploads import IMAGES, VIDEOS
 from tokenreduce.zoo.examples import Example
 
 __all__ = ["Widgets", "add"]
-
-Controls = dict[str, tuple[gr.Dropdown, gr.Slider]]
-
-
-@dataclass(frozen=True, eq=False)
-class Widgets:
-    """What is on the tab; ``frames``, ``video``, ``right`` (questions with their answers) and ``opened`` are what the
-    server keeps for a visitor. ``columns`` are the controls of A and B by stage: a method and its budget."""
-
-    model: gr.Dropdown
-    gallery: gr.Gallery
-    upload: gr.UploadButton
-    shown: gr.Image
-    warning: gr.HTML
-    question: gr.Textbox
-    suggested: gr.Dropdown
-    columns: list[Controls]
-    longest: gr.Slider
-    go: gr.Button
-    table: gr.HTML
-    kept: list[gr.Image]
-    plot: gr.Plot
-    frames: gr.State
-    video: gr.State
-    right: gr.State
-    opened: gr.State
-
-    @property
-    def settings(self) -> list[Any]:
-        """Methods and budgets of both columns."""
-        return [control for column in self.columns for pair in column.values() for control in pair]
-
-    @property
-    def inputs(self) -> list[Any]:
-        """What a run is made from."""
-        return [self.model, self.frames, self.video, self.right, self.question, self.longest, *self.settings]
-
-    @property
-    def answers(self) -> list[Any]:
-        """What belongs to one question about one picture, and to no other."""
-        return [self.table, *self.kept, self.plot]
-
-    @property
-    def asked(self) -> list[Any]:
-        """What a new picture changes."""
-        return [self.frames, self.video, self.right, self.shown, self.suggested, self.question]
-
-    def cleared(self) -> dict[Any, Any]:
-        """No answers."""
-        return {**dict.fromkeys(self.answers), self.table: ""}
 
 
 def add(store: Store, tab: gr.Tab) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -16,14 +17,54 @@ from tokenreduce.demo.uploads import image_from
 from tokenreduce.measure.image import ImageComparison, clock_image, compare_image
 from tokenreduce.measure.plots import image_layers_plot
 
-if TYPE_CHECKING:
-    from tokenreduce.demo.image_tab import Widgets
-
 __all__ = ["Events"]
 
 Updates = Iterator[dict[Any, Any]]
 #: Stands for the last layer, whatever its number is.
 LAST = 1 << 10
+
+
+@dataclass(frozen=True, eq=False)
+class Widgets:
+    """What is on the tab; ``picture``, ``truth`` and ``seen`` are what the server keeps for a visitor."""
+
+    model: gr.Dropdown
+    method: gr.Dropdown
+    keep: gr.Slider
+    batch: gr.Dropdown
+    gallery: gr.Gallery
+    upload: gr.UploadButton
+    warning: gr.HTML
+    before: gr.Image
+    after: gr.Image
+    layer: gr.Slider
+    caption: gr.HTML
+    stock: gr.Label
+    reduced: gr.Label
+    table: gr.Markdown
+    plot: gr.Plot
+    picture: gr.State
+    truth: gr.State
+    seen: gr.State
+
+    @property
+    def controls(self) -> list[Any]:
+        """What a run is made from."""
+        return [self.model, self.picture, self.truth, self.method, self.keep, self.layer, self.batch]
+
+    @property
+    def answers(self) -> list[Any]:
+        """What belongs to one picture and one setting, and to no other."""
+        return [self.after, self.stock, self.reduced, self.caption, self.table, self.plot]
+
+    @property
+    def shown(self) -> list[Any]:
+        """Everything that a run may change."""
+        return [self.warning, self.picture, self.truth, self.seen, self.before, self.layer, *self.answers]
+
+    def cleared(self) -> dict[Any, Any]:
+        """No answers."""
+        return {self.seen: None, **dict.fromkeys(self.answers), self.caption: "", self.table: ""}
 
 
 class Events:

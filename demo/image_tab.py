@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from tokenreduce.demo.common import keep_slider, message, method_dropdown, models
 from tokenreduce.demo.image import thumbnails
-from tokenreduce.demo.image_events import Events
+from tokenreduce.demo.image_events import Events, Widgets
 from tokenreduce.demo.store import Store
 from tokenreduce.demo.uploads import IMAGES
 
@@ -21,49 +20,6 @@ ABOUT = (
     "A patch alone in its token keeps its pixels; merged patches show their mean colour with a line of one colour "
     "around them; dropped patches are dark."
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Widgets:
-    """What is on the tab; ``picture``, ``truth`` and ``seen`` are what the server keeps for a visitor."""
-
-    model: gr.Dropdown
-    method: gr.Dropdown
-    keep: gr.Slider
-    batch: gr.Dropdown
-    gallery: gr.Gallery
-    upload: gr.UploadButton
-    warning: gr.HTML
-    before: gr.Image
-    after: gr.Image
-    layer: gr.Slider
-    caption: gr.HTML
-    stock: gr.Label
-    reduced: gr.Label
-    table: gr.Markdown
-    plot: gr.Plot
-    picture: gr.State
-    truth: gr.State
-    seen: gr.State
-
-    @property
-    def controls(self) -> list[Any]:
-        """What a run is made from."""
-        return [self.model, self.picture, self.truth, self.method, self.keep, self.layer, self.batch]
-
-    @property
-    def answers(self) -> list[Any]:
-        """What belongs to one picture and one setting, and to no other."""
-        return [self.after, self.stock, self.reduced, self.caption, self.table, self.plot]
-
-    @property
-    def shown(self) -> list[Any]:
-        """Everything that a run may change."""
-        return [self.warning, self.picture, self.truth, self.seen, self.before, self.layer, *self.answers]
-
-    def cleared(self) -> dict[Any, Any]:
-        """No answers."""
-        return {self.seen: None, **dict.fromkeys(self.answers), self.caption: "", self.table: ""}
 
 
 def add(store: Store, page: gr.Blocks) -> None:

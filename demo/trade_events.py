@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
@@ -12,12 +13,54 @@ from tokenreduce.bench.runs import Run
 from tokenreduce.demo.common import clear_at_once, fault, received, said
 from tokenreduce.demo.trade import WAITING, Sweeps, drawn, files_of, methods_of, rows_of, said_of, title_of
 
-if TYPE_CHECKING:
-    from tokenreduce.demo.trade_tab import Widgets
-
 __all__ = ["Events", "first_methods"]
 
 Updates = Iterator[dict[Any, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Widgets:
+    """What is on the tab; ``held`` is the run that is shown, which the server keeps for a visitor."""
+
+    bench: gr.Dropdown
+    methods: gr.Dropdown
+    budgets: gr.CheckboxGroup
+    inputs: gr.Slider
+    go: gr.Button
+    stop: gr.Button
+    earlier: gr.UploadButton
+    warning: gr.HTML
+    state: gr.HTML
+    against: gr.Radio
+    plot: gr.Plot
+    as_csv: gr.DownloadButton
+    as_html: gr.DownloadButton
+    table: gr.Dataframe
+    held: gr.State
+
+    @property
+    def settings(self) -> list[Any]:
+        """What a sweep is made from; they stand still while one runs."""
+        return [self.bench, self.methods, self.budgets, self.inputs]
+
+    @property
+    def shown(self) -> list[Any]:
+        """Everything that a run may change."""
+        files = [self.as_csv, self.as_html]
+        return [
+            self.warning, self.state, self.held, self.plot, self.table, *files, self.go, self.stop, self.earlier,
+            *self.settings,
+        ]  # fmt: skip
+
+    def cleared(self) -> dict[Any, Any]:
+        """No run."""
+        gone = {b: gr.DownloadButton(value=None, interactive=False) for b in (self.as_csv, self.as_html)}
+        return {self.held: None, self.plot: None, self.table: gr.Dataframe(None, visible=False), **gone}
+
+    def busy(self, now: bool) -> dict[Any, Any]:
+        """Whether a sweep of this visitor runs or waits."""
+        free = {kind: gr.update(interactive=not now) for kind in (*self.settings, self.go, self.earlier)}
+        return {**free, self.stop: gr.Button(interactive=now)}
 
 
 def first_methods(names: Sequence[str]) -> list[str]:

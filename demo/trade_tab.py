@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +10,11 @@ import gradio as gr
 from tokenreduce.demo.common import message, said
 from tokenreduce.demo.store import Store
 from tokenreduce.demo.trade import BUDGETS, Sweeps, methods_of
-from tokenreduce.demo.trade_events import Events, first_methods
+from tokenreduce.demo.trade_events import Events, Widgets, first_methods
 
 __all__ = ["Widgets", "add"]
 
 AXES = {"flops": "FLOPs", "tokens": "tokens", "clock": "measured time"}
-
-
-@dataclass(frozen=True, eq=False)
-class Widgets:
-    """What is on the tab; ``held`` is the run that is shown, which the server keeps for a visitor."""
-
-    bench: gr.Dropdown
-    methods: gr.Dropdown
-    budgets: gr.CheckboxGroup
-    inputs: gr.Slider
-    go: gr.Button
-    stop: gr.Button
-    earlier: gr.UploadButton
-    warning: gr.HTML
-    state: gr.HTML
-    against: gr.Radio
-    plot: gr.Plot
-    as_csv: gr.DownloadButton
-    as_html: gr.DownloadButton
-    table: gr.Dataframe
-    held: gr.State
-
-    @property
-    def settings(self) -> list[Any]:
-        """What a sweep is made from; they stand still while one runs."""
-        return [self.bench, self.methods, self.budgets, self.inputs]
-
-    @property
-    def shown(self) -> list[Any]:
-        """Everything that a run may change."""
-        files = [self.as_csv, self.as_html]
-        return [
-            self.warning, self.state, self.held, self.plot, self.table, *files, self.go, self.stop, self.earlier,
-            *self.settings,
-        ]  # fmt: skip
-
-    def cleared(self) -> dict[Any, Any]:
-        """No run."""
-        gone = {b: gr.DownloadButton(value=None, interactive=False) for b in (self.as_csv, self.as_html)}
-        return {self.held: None, self.plot: None, self.table: gr.Dataframe(None, visible=False), **gone}
-
-    def busy(self, now: bool) -> dict[Any, Any]:
-        """Whether a sweep of this visitor runs or waits."""
-        free = {kind: gr.update(interactive=not now) for kind in (*self.settings, self.go, self.earlier)}
-        return {**free, self.stop: gr.Button(interactive=now)}
 
 
 def add(store: Store, page: gr.Blocks, folder: Path) -> None:

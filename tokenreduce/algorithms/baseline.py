@@ -43,7 +43,7 @@ def draw(evidence: BaseEvidence, seed: int, among: Tensor | None = None) -> Tens
     return (_scramble(state.unsqueeze(1) ^ _scramble(place)) >> 8).float()
 
 
-def _content(evidence: VisualEvidence, there: Tensor | None) -> Tensor:
+def _content(evidence: BaseEvidence, there: Tensor | None) -> Tensor:
     """(B,4) int64: rounded channel means that tell samples apart."""
     x = evidence.x.detach().float()
     if there is None:
