@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results test test-slow test-all test-oldest lint typecheck wheel performance performance-vlm clean
+.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel performance performance-vlm clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -69,6 +69,10 @@ wheel: $(VENV)/dev.stamp
 typecheck: wheel  ## on the wheel, where the folders beside tokenreduce/ are its subpackages
 	$(BIN)/python -m pip install -q --no-deps --target build/typecheck build/wheel/*.whl
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tokenreduce
+
+imports: wheel  ## who may import whom, on the wheel as well
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/typecheck build/wheel/*.whl
+	cd build/typecheck && PYTHONPATH=. ../../$(BIN)/lint-imports --no-logo ../../pyproject.toml
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
 	$(BIN)/python -m tokenreduce.bench.performance.encoders

@@ -9,6 +9,7 @@ Importing this package loads torch and nothing heavier; model libraries are touc
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from tokenreduce.core.evidence import Evidence
@@ -82,6 +83,9 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.vision.projector.visionzip import VisionZip
     from tokenreduce.vision.projector.vispruner import VisPruner
     from tokenreduce.vision.projector.vscan import VScan
+
+# Modules are found by their old names, too, for one release.
+__path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,18 @@ class LanguageEvidence(BaseEvidence):
     @property
     def scores(self) -> Tensor:
         return need(self._scores, "scores")
+
+    @property
+    def films(self) -> Tensor:
+        """The old name of :attr:`frame_of`."""
+        warnings.warn("evidence.films is evidence.frame_of now", DeprecationWarning, stacklevel=2)
+        return self.frame_of
+
+    @property
+    def marks(self) -> Tensor:
+        """The old name of :attr:`scores`."""
+        warnings.warn("evidence.marks is evidence.scores now", DeprecationWarning, stacklevel=2)
+        return self.scores
 
     @property
     def normed(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor
@@ -38,6 +39,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         before: see :class:`EncoderEvidence`.
         prompt, norm, frame_of, history, scores, earlier: see :class:`LanguageEvidence`.
         text_valid, pixels, clip, crops: see :class:`VisualEvidence`.
+        films, marks: what ``frame_of`` and ``scores`` were called before.
     """
 
     def __init__(
@@ -77,7 +79,12 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         pixels: Tensor | None = None,
         clip: tuple[Tensor, Tensor] | None = None,
         crops: tuple[int, int] | None = None,
+        films: Tensor | None = None,
+        marks: Tensor | None = None,
     ) -> None:
+        if films is not None or marks is not None:
+            warnings.warn("films is frame_of now, and marks is scores", DeprecationWarning, stacklevel=2)
+            frame_of, scores = films if frame_of is None else frame_of, marks if scores is None else scores
         if cls is None:
             cls = isinstance(protected, int) and protected > 0
         rows = Attention(

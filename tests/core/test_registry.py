@@ -15,7 +15,8 @@ from tokenreduce.core import registry
 from tokenreduce.core.reducer import STAGES, parse_spec, split_specs
 from tokenreduce.core.registry import get_class
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+PARTS = ("adapters", "demo", "video", "vision")
 # The examples that CONTRIBUTING.md gives to authors of methods, so that they cannot rot: as they stand, each in a file.
 PLUGINS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
 NAMES = [re.search(r'name="(\w+)"', code).group(1) for code in PLUGINS]
@@ -264,3 +265,24 @@ def test_a_broken_entry_point_names_its_package() -> None:
     point = EntryPoint("mine", "nosuchpackage.methods", "tokenreduce.methods")
     with pytest.raises(ImportError, match=r"methods of nosuchpackage.methods .* ModuleNotFoundError"):
         registry._import_point(point)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("budget", "core.budget"), ("scoring", "algorithms.scoring"), ("plan", "core.plan")]
+)
+def test_modules_are_found_by_their_old_names(old, new):
+    """In a fresh process: the warning comes when the module is first loaded."""
+    code = f"import warnings; warnings.simplefilter('error', DeprecationWarning); import tokenreduce.{old}"
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"tokenreduce.{old} is tokenreduce.{new} now" in failed.stderr
+    code = f"import tokenreduce.{old} as a, tokenreduce.{new} as b; print([n for n in b.__all__ if getattr(a, n) is not getattr(b, n)])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_folder_of_code_is_a_package_of_the_wheel():
+    folders = {str(p.parent.relative_to(ROOT)) for d in ("tokenreduce", *PARTS) for p in (ROOT / d).rglob("*.py")}
+    named = {("tokenreduce." if f.split("/")[0] != "tokenreduce" else "") + f.replace("/", ".") for f in folders}
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = text[text.index("packages = [") : text.index("[tool.setuptools.package-dir]")]
+    listed = set(re.findall(r'"(tokenreduce[\w.]*)"', listed))
+    assert named == listed
