@@ -275,7 +275,10 @@ def test_modules_are_found_by_their_old_names(old, new):
     code = f"import warnings; warnings.simplefilter('error', DeprecationWarning); import tokenreduce.{old}"
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"tokenreduce.{old} is tokenreduce.{new} now" in failed.stderr
-    code = f"import tokenreduce.{old} as a, tokenreduce.{new} as b; print([n for n in b.__all__ if getattr(a, n) is not getattr(b, n)])"
+    code = (
+        f"import tokenreduce.{old} as a, tokenreduce.{new} as b; "
+        "print([n for n in b.__all__ if getattr(a, n) is not getattr(b, n)])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 
 import tokenreduce as tr
-from tokenreduce.core.trace import DecodeStep, Step
+from tokenreduce.core.trace import DecodeStep, Step, Trace
 
 
 def test_the_repr_is_short() -> None:
-    trace = tr.trace.Trace(modules=frozenset(range(10_000, 10_400)))
+    trace = Trace(modules=frozenset(range(10_000, 10_400)))
     assert repr(trace) == "Trace(0 steps, 0 plans)"
     for layer, left in enumerate((40, 30, 30, 20, 10, 5, 4, 3)):
         trace.steps.append(Step("encoder", layer, left, tr.Prune(50, torch.arange(left)[None]) if layer != 2 else None))
