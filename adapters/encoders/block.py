@@ -27,6 +27,7 @@ from tokenreduce.adapters.encoders.state import (
     expand_patches,
     full_plan,
     log_size,
+    note_entry,
     pool_mean,
     set_state,
     state_of,
@@ -151,7 +152,7 @@ class Reduced:
     def _run(self, x: Tensor, context: Any = None) -> Tensor:
         """The reduced forward. ``context`` is what the family needs besides ``x`` (rotary embeddings, kwargs)."""
         site: Site = self.__dict__[_ON_BLOCK]
-        x = x if site.layer else counted(x)
+        x = x if site.layer else _counted(x)
         state = self._enter(site, x)
         reducer = None if site.reducer is None else settled(site.reducer)
         where = None if reducer is None else reducer.site()
@@ -259,6 +260,16 @@ class Reduced:
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state, given
+
+
+def _counted(x: Tensor) -> Tensor:
+    """:func:`counted` tokens, with what is noted on them."""
+    made, entry = counted(x), entry_of(x)
+    if made is not x:
+        set_state(made, state_of(x))
+        if entry is not None:
+            note_entry(made, entry)
+    return made
 
 
 def planned(reducer: Reducer, evidence: EncoderEvidence) -> Plan:

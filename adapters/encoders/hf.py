@@ -208,7 +208,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
             refuse_patched(kind)
             undo.swap_class(core, layout.core[1])
     undo.pre_hook(module, check_inputs)
-    _note_grid(tower, undo)
+    _note_grid(tower, reducers, undo)
     if isinstance(module, BACKBONES):
         _attach_backbone(module, layout, prefix, undo)
     elif layout.norm is not None and getattr(module, layout.norm) is not None:
@@ -228,11 +228,12 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
             attach_resize(tower, reducer, undo, flag=layout.flag)
 
 
-def _note_grid(tower: Tower, undo: Undo) -> None:
+def _note_grid(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """Let the tokens of a forward say its own grid of patches, up to the first layer."""
     module: Any = tower.module
     if isinstance(module, siglip2.Siglip2VisionModel):
-        undo.hook(module.embeddings, note_shapes, with_kwargs=True)
+        gridded = next((r.spec() for r in reducers if r.gridded), "")
+        undo.hook(module.embeddings, functools.partial(note_shapes, gridded=gridded), with_kwargs=True)
     else:
         note = functools.partial(note_patches, patch=hf_video.token_size(module.config))
         undo.hook(module.embeddings, note, with_kwargs=True)

@@ -22,13 +22,21 @@ def note_patches(
     note_entry(output, Entry(tuple(side // each for side, each in zip(sides, patch, strict=True))))
 
 
-def note_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+def note_shapes(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, *, gridded: str = ""
+) -> None:
     """Forward hook on SigLIP2's embeddings, which get patches and their (rows, columns) per image.
 
     The grid is that of all images where they are the same. Other shapes of as many patches are one row each, since
-    nothing else holds for all of them. A compiled graph does not know the shapes, and then no grid is known.
+    nothing else holds for all of them. A compiled graph does not know the shapes, which are data to it; raises
+    ``RuntimeError`` there where a method, ``gridded``, lays tokens out on the grid.
     """
     if torch.compiler.is_compiling():
+        if gridded:
+            raise RuntimeError(
+                f"{gridded} lays tokens out on the grid of the image, which SigLIP2 gets as data (spatial_shapes) that "
+                "a compiled graph does not know; run the model uncompiled, or choose tome, pitome or evit"
+            )
         note_entry(output, Entry())
         return
     found = {tuple(shape) for shape in (args[1] if len(args) > 1 else kwargs["spatial_shapes"]).tolist()}

@@ -83,6 +83,8 @@ class Reducer:
     needs: ClassVar[tuple[str, ...]] = ()
     #: Whether samples of a batch may keep different numbers of tokens (plans with ``valid``).
     ragged: ClassVar[bool] = False
+    #: Whether an encoder method lays tokens out on the grid of the image.
+    gridded: ClassVar[bool] = False
     #: The settings, on reducers that are in a model; see :mod:`tokenreduce.core.compiled`.
     _fixed: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
 

@@ -53,6 +53,7 @@ class MustDropMerge(
     """
 
     ragged: ClassVar[bool] = True
+    gridded: ClassVar[bool] = True
 
     threshold: float = 0.8
     keep: int | float | None = None

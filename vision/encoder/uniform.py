@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tokenreduce.algorithms.baseline import spread
 from tokenreduce.algorithms.scoring import select
@@ -32,6 +33,8 @@ class Uniform(Reducer, name="uniform", title="Uniform pruning"):
 
     every: int = 2
     layer: int = 0
+    gridded: ClassVar[bool] = True
+
     keep: int | float | None = None
 
     def __post_init__(self) -> None:

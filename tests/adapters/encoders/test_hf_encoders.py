@@ -870,6 +870,17 @@ def test_compile(name: str) -> None:
     close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("spec", ["uniform:keep=0.5", "mustdrop-merge"])
+def test_a_compiled_siglip2_refuses_methods_on_a_grid(spec: str) -> None:
+    """Its shapes are data; without the grid other tokens would be chosen than in eager mode."""
+    name = next(n for n in TOWERS if "siglip2" in n)
+    model, given = build(name), inputs(name)
+    tr.patch(model, spec)
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="lays tokens out on the grid of the image"):
+        torch.compile(model, fullgraph=True, backend="eager")(**given)
+
+
 @pytest.mark.parametrize("name", TOWERS)
 def test_half_precision(name: str) -> None:
     model, given = build(name), inputs(name)
