@@ -30,7 +30,7 @@ from typing import Any
 from torch import nn
 
 from tokenreduce.adapters.encoders.block import Tower
-from tokenreduce.adapters.encoders.readers_source import use_of
+from tokenreduce.adapters.encoders.readers_source import Known, find_givers, use_of
 
 __all__ = ["KNOWN", "VLMS", "hands_of", "is_vlm", "outside", "own_code"]
 
@@ -81,6 +81,8 @@ _BEHIND = {
 }
 #: Classes and functions of these read no tokens: the base classes of modules, and wrappers of a whole forward.
 _NEUTRAL = ("torch", "accelerate", "builtins", "abc", "typing", "collections", "contextlib", "functools")
+#: Tools whose hooks watch and read no tokens.
+_TOOLS = ("wandb", "deepspeed", "peft", "fvcore", "torchinfo", "thop")
 #: Config attributes that name the tokens of a prompt that images take the place of.
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -151,7 +153,7 @@ def hands_of(root: nn.Module, tower: Tower, maps: bool = False, known: tuple[str
 
     ``maps`` says that the tower hands out dense maps only, whoever reads; ``known`` are further classes that the
     caller answers for. Raises ``TypeError``, by name, for a model of a library that reads tokens in a way that nobody
-    checked, and for code that reads tokens between blocks.
+    checked, and for code that reads tokens between blocks; ``ValueError`` for hooks that do, where code reads them.
     """
     found = {_inside(tower)}
     holders = _holders(root, tower.module)
@@ -165,7 +167,11 @@ def hands_of(root: nn.Module, tower: Tower, maps: bool = False, known: tuple[str
             f"{type(tower.module).__name__} runs its blocks in code of its own and a decoder attends to its tokens; "
             "supported there is the tower class of the library itself"
         )
-    return next(how for how in _ORDER if how in found)
+    how = next(how for how in _ORDER if how in found)
+    _check_parts(root, tower)
+    if how != "own":
+        _check_hooks(tower)
+    return how
 
 
 def is_vlm(module: Any) -> bool:
@@ -178,7 +184,7 @@ def is_vlm(module: Any) -> bool:
         return False
     if any(isinstance(getattr(config, name, None), int) for name in _PLACEHOLDERS):
         return True
-    return module.can_generate() and config.get_text_config() is not config
+    return getattr(module, "can_generate", bool)() and config.get_text_config() is not config
 
 
 def _around(holder: nn.Module, tower: Tower, maps: bool) -> str:
@@ -191,11 +197,54 @@ def _around(holder: nn.Module, tower: Tower, maps: bool) -> str:
         raise _unknown(base, tower)
     code = own_code(holder)
     if code:
-        chains = [f"{path}.{_container(tower)[0]}" for path in _paths(holder, tower.module)]
+        chains = list(dict.fromkeys(_paths(holder, _container(tower)[1])))
         how = min(how, _used(code, chains, holder, tower), key=_ORDER.index)
     elif base is None and kind.__name__ not in _WRAPPERS:  # nn.Sequential hands tokens to whatever comes next
         how = "all"
     return how
+
+
+def _ways(holder: nn.Module, chain: str) -> dict[int, tuple[str, ...]]:
+    """The names from every module on the way to the blocks, by its ``id``."""
+    parts = tuple(chain.split("."))
+    return {id(holder.get_submodule(".".join(parts[:i]))): parts[i:] for i in range(len(parts) + 1)}
+
+
+def _check_parts(root: nn.Module, tower: Tower) -> None:
+    """Raise ``TypeError`` where blocks are held outside their tower as well, so that they may be run one by one."""
+    container, blocks, seen = _container(tower)[1], set(map(id, tower.blocks)), set()
+    queue = [("", root)]
+    while queue:
+        path, module = queue.pop()
+        if module is container or id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, child in module.named_children():
+            if id(child) in blocks:
+                raise TypeError(
+                    f"{path}.{name} is a block of {tower.family} outside of it, where tokens may be read between "
+                    "blocks and a patched model has fewer of them; hold the blocks in the tower alone, or use "
+                    "forward_intermediates of timm or open_clip, which returns all tokens".lstrip(".")
+                )
+            queue.append((f"{path}.{name}".lstrip("."), child))
+
+
+def _check_hooks(tower: Tower) -> None:
+    """Raise ``ValueError`` where a hook of a user's sees tokens inside a tower, and code around it reads tokens: hooks
+    see those that are left, which that code cannot know."""
+    module = tower.module
+    norms = [n for n in ("norm", "layernorm", "ln_post", "post_layernorm") if hasattr(module, n)]
+    for part in (_container(tower)[0], *norms):
+        for name, inner in getattr(module, part).named_modules(prefix=part):
+            for hook in (*inner._forward_hooks.values(), *inner._forward_pre_hooks.values()):
+                called = _plain(hook) or type(hook)
+                if _foreign(called) and _top(called) not in _TOOLS:
+                    raise ValueError(
+                        f"the hook {called.__qualname__} on {name} of {tower.family} would see fewer tokens than the "
+                        "code around the model may count on; read all of them from what the model returns "
+                        "(forward_intermediates, output_hidden_states), take the hook off, or give tr.patch the tower "
+                        "itself and read what is left"
+                    )
 
 
 def _base(kind: type) -> type | None:
@@ -209,7 +258,11 @@ def _known(base: type | None) -> str | None:
 
 
 def _used(code: dict[str, FunctionType], chains: list[str], holder: nn.Module, tower: Tower) -> str:
-    uses = {use_of(function, chain): name for name, function in code.items() for chain in chains}
+    uses: dict[str, str] = {}
+    for chain in chains:
+        known = Known(code, modules=_ways(holder, chain))
+        find_givers(code, chain, known)
+        uses |= {use_of(function, chain, known): name for name, function in code.items()}
     if "reads" in uses:
         raise TypeError(
             f"{type(holder).__name__}.{uses['reads']} reads tokens of {tower.family} between its blocks, where a "

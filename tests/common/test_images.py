@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -146,3 +147,33 @@ def test_names_sort_by_their_numbers() -> None:
     assert sorted(names, key=natural) == [
         "7.png", "007.png", "10.png", "a1_3.png", "a1_20.png", "B1.png", "b2.png", "b10.png",
     ]  # fmt: skip
+
+
+def tiff(path: Path, data: bytes, bits: int, photometric: int = 1, kind: int = 1) -> Path:
+    """64x64 values in a TIFF whose tags Pillow itself does not write."""
+    tags = {256: 64, 257: 64, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 64, 279: len(data), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags))
+    path.write_bytes(head + entries + bytes(4))
+    return path
+
+
+def test_twelve_bits_go_to_white(tmp_path: Path) -> None:
+    pairs = (RAMP / 16).astype(int).reshape(-1, 2)
+    packed = [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255]
+    check_ramp(open_picture(tiff(tmp_path / "a.tif", np.stack(packed, 1).astype(np.uint8).tobytes(), 12)), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "kind"), [(RAMP.astype("<u2"), 16, 1), ((RAMP / 65535).astype("<f4"), 32, 3)], ids=["16", "f"]
+)
+def test_zero_may_be_white(tmp_path: Path, values: np.ndarray, bits: int, kind: int) -> None:
+    top = values.max()
+    check_ramp(open_picture(tiff(tmp_path / "a.tif", (top - values).tobytes(), bits, 0, kind)), 1)
+
+
+def test_integers_with_a_sign_are_refused(tmp_path: Path) -> None:
+    for values, bits in ((RAMP / 2, 16), (RAMP - 32768, 16), (RAMP / 257 - 128, 8)):
+        path = tiff(tmp_path / "a.tif", values.astype(f"<i{bits // 8}").tobytes(), bits, kind=2)
+        with pytest.raises(PictureError, match="integers with a sign"):
+            open_picture(path)

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "
 
 #: Floats whose highest is between 1 and this may be of either range: 0 to 1 overshot, or 0 to 255 in the dark.
 DIM = 16
+#: Tags of a TIFF: bits of a value, what 0 is (0: white), and the kind of numbers (2: with a sign).
+_BITS, _PHOTOMETRIC, _KIND = 258, 262, 339
 #: What Pillow raises for files that are broken or no pictures.
 BROKEN = (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
 
@@ -94,13 +97,13 @@ def as_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
     Raises ``ValueError`` for values without a range that a viewer would know, and what Pillow raises for broken files.
     """
     image.load()
-    wide = image.mode == "I" and image.format == "TIFF"  # of other formats, Pillow reads 16 bits into that mode
+    made = _Made.of(image)
     if upright:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_grey(image, wide)).convert("RGB")
+        return Image.fromarray(_grey(image, made)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         # Pillow has no way from every mode to RGBA: bilevel pictures go over grey, premultiplied grey over LA.
         if image.mode in ("1", "La"):
@@ -110,8 +113,30 @@ def as_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey(image: Image.Image, wide: bool) -> np.ndarray:
-    """(H,W) uint8 of a picture with 16-bit, floating point or, if ``wide``, 32-bit values."""
+@dataclass(frozen=True)
+class _Made:
+    """What a TIFF says of its values, which Pillow passes by."""
+
+    wide: bool = False  # 32 bits; of other formats, Pillow reads 16 bits into the same mode
+    white: int = 65535  # the highest value of its bits
+    negative: bool = False  # 0 is white
+
+    @classmethod
+    def of(cls, image: Image.Image) -> _Made:
+        """Raises ``ValueError`` for 8 or 16 bits with a sign, which Pillow reads as if they had none."""
+        tags = getattr(image, "tag_v2", None)
+        if image.format != "TIFF" or tags is None:
+            return cls()
+        bits, kinds = (tuple(np.atleast_1d(tags.get(tag, 1))) for tag in (_BITS, _KIND))
+        if 2 in kinds and bits[0] < 32:
+            raise ValueError("it has integers with a sign, which say no brightness; save it as 8-bit or 16-bit")
+        wide = image.mode == "I"
+        negative = tags.get(_PHOTOMETRIC) == 0 and image.mode != "L"  # Pillow does it for 8 bits
+        return cls(wide, 65535 if wide or image.mode == "F" else 2 ** int(bits[0]) - 1, negative)
+
+
+def _grey(image: Image.Image, made: _Made) -> np.ndarray:
+    """(H,W) uint8 of a picture with up to 16-bit, floating point or 32-bit values."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it has pixels that are NaN or infinite")
@@ -122,12 +147,12 @@ def _grey(image: Image.Image, wide: bool) -> np.ndarray:
             raise ValueError(f"{span}, and floats are read from 0 to 1 or 0 to 255; scale them, or save it as 16-bit")
         values = values * 255 if high <= 1 else values
     else:
-        if low < 0 or high > 65535 or (wide and 0 < high <= 255):
+        if low < 0 or high > made.white or (made.wide and 0 < high <= 255):
             raise ValueError(f"{span} of 32-bit integers, which say no brightness; save it as 8-bit or 16-bit")
-        values = values / 257
         clear = image.info.get("transparency")
-        if isinstance(clear, int):
-            values = np.where(np.asarray(image) == clear, 255, values)
+        paper = np.asarray(image) == clear if isinstance(clear, int) else False
+        values = np.where(paper, 255, values * (255 / made.white))
+    values = 255 - values if made.negative else values
     return (values + 0.5).clip(0, 255).astype(np.uint8)
 
 

@@ -16,7 +16,7 @@ SIGNS = {
     "…": "...", "·": "-", "•": "-", "°": "^", "✓": "ok", "✗": "x",
     "█": "#", "━": "-", "─": "-", "╸": "-", "╺": "-", "│": "|", "┃": "|",
 }  # fmt: skip
-_HANDLER = "tokenreduce.readable"
+_HANDLER = "tokenreduce.core.readable"
 
 
 def counted(n: int, noun: str, plural: str | None = None) -> str:

@@ -230,7 +230,7 @@ def build(kind: type[Reducer], settings: Mapping[str, Any]) -> Reducer:
     for key in settings:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else "."
             raise ValueError(f"{kind.name} has no setting {key!r}{hint} It takes: {', '.join(known) or 'none'}.")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 

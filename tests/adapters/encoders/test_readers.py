@@ -1,8 +1,4 @@
-"""Code around a tower that reads its tokens: served, or refused by name; never a wrong number.
-
-The oracle: tokens without positions, of which many are equal. Merging equal tokens changes nothing, wherever the
-tokens are counted, and a token counted once too few shows, because the kinds are not equally many.
-"""
+"""Code around a tower that reads its tokens: served, or refused by name; never a wrong number. See ``equal_tokens``."""
 
 from __future__ import annotations
 
@@ -13,57 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from equal_tokens import MERGE, PATCH, SIDE, SMALL, check_equal_tokens, hf, pictures, timm_vit, without_positions
 from torch import nn
 
 import tokenreduce as tr
 
-SIDE, PATCH = 6, 4
-SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE * PATCH, patch_size=PATCH)
-MERGE = "tome:r=[5,0,4]"
-
-
-def pictures(side: int = SIDE, patch: int = PATCH, batch: int = 2) -> torch.Tensor:
-    """(B,3,H,W) of ``side`` x ``side`` patches, each one of three kinds, not equally often and not in a row."""
-    g = torch.Generator().manual_seed(3)
-    kinds = torch.randn(batch, 3, 3, patch, patch, generator=g)
-    weights = torch.tensor([0.6, 0.3, 0.1])
-    which = torch.multinomial(weights, batch * side * side, replacement=True, generator=g).view(batch, side, side)
-    rows = [torch.stack([kinds[b, which[b].flatten()]], 0)[0] for b in range(batch)]
-    grid = torch.stack(rows).view(batch, side, side, 3, patch, patch)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, 3, side * patch, side * patch)
-
-
-def without_positions(model: nn.Module) -> Any:
-    """``model`` with wide weights and position tables of zeros."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "position" in name or "pos_embed" in name:
-                p.zero_()
-            elif p.dim() > 1:
-                p.normal_(std=0.2)
-    return model.eval()
-
-
-def check_equal_tokens(model: Any, run: Any, method: str = MERGE, tolerance: float = 2e-4) -> None:
-    with torch.no_grad():
-        want = run(model)
-        with tr.patched(model, method), tr.record(model) as trace:
-            got = run(model)
-        assert any(step.plan is not None for step in trace.steps)
-        assert got.shape == want.shape
-        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want.abs().max()))
-        assert torch.equal(run(model), want)
-
 
 # -- timm --------------------------------------------------------------------------------------------------------------
-def timm_vit(kind: type | None = None, **changes: Any) -> Any:
-    from timm.models.vision_transformer import VisionTransformer
-
-    settings = dict(img_size=SIDE * PATCH, patch_size=PATCH, embed_dim=32, depth=3, num_heads=2, num_classes=7)
-    return without_positions((kind or VisionTransformer)(**(settings | changes)))
-
-
 def subclasses() -> dict[str, type]:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -131,10 +83,10 @@ def test_a_timm_subclass_that_reads_tokens_itself(name):
 def test_its_mean_after_pruning_is_that_of_what_is_left(name):
     model, x = timm_vit(subclasses()[name]), torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     seen = []
-    hook = model.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))  # runs before ours
     with torch.no_grad(), tr.patched(model, "uniform:keep=0.5"):
+        hook = model.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out), prepend=True)
         got = model(x)
-    hook.remove()
+        hook.remove()
     with torch.no_grad():
         left = seen[0][:, 1:]
         assert left.shape[1] < 36
@@ -373,13 +325,6 @@ def test_open_clip_subclasses_and_wrappers():
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
-def hf(model: str, config: str, **changes: Any) -> Any:
-    import transformers
-
-    made = getattr(transformers, config)(**(SMALL | changes))
-    return without_positions(getattr(transformers, model)(made))
-
-
 class Hidden(nn.Module):
     """A user's head on the tokens of a transformers tower."""
 
