@@ -82,7 +82,7 @@ def _evidence(
     return Evidence(
         x,
         **seen,
-        visual=run.visual_at(index),
+        visual=run.choosable_at(index),
         valid=run.column_mask(index),
         cls=False,
         rope="pre" if plain else "post",
