@@ -11,6 +11,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenreduce.adapters.language.decode import follow_beams
@@ -24,14 +25,14 @@ def keep_run(cache: Any, run: Run) -> None:
     attach_run(cache, run)
     if run.again is not None:
         follow_beams(cache, run)
-    for name, asked in (("get_seq_length", seen), ("get_mask_sizes", mask_sizes), ("crop", crop)):
+    for name, asked in _ASKED.items():
         setattr(cache, name, functools.partial(asked, cache))
 
 
 def forget_run(cache: Any) -> None:
     """Undo :func:`keep_run`, for a cache that was emptied and now takes another prompt."""
     attach_run(cache, None)
-    for name in ("get_seq_length", "get_mask_sizes", "crop"):
+    for name in _ASKED:
         vars(cache).pop(name, None)
 
 
@@ -62,6 +63,8 @@ def crop(cache: Any, number: int) -> None:
     batch hold unequal numbers of the columns that go.
     """
     run = run_of(cache)
+    if run is not None:
+        run.given = min(run.given, int(seen(cache)) + number if number <= 0 else number)
     if run is None or (number > 0 and "tokens_to_remove" in inspect.signature(type(cache).crop).parameters):
         type(cache).crop(cache, number)
         return
@@ -83,6 +86,19 @@ def crop(cache: Any, number: int) -> None:
         run.crop(left)
 
 
+def update(cache: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    """``cache.update``. Raises ``ValueError`` for a model without our hooks, which would take slots for columns."""
+    run = run_of(cache)
+    if run is not None and run.cuts and layer_idx == 0 and not torch.compiler.is_compiling():
+        held = int(type(cache).get_seq_length(cache, 0))
+        if held and run.columns(held + keys.shape[2]) > run.given:
+            raise ValueError(
+                f"this cache holds a prompt that {run.methods} reduced, and this model is not patched with that (any "
+                f"more); patch it as it was, or give the whole prompt again without the cache"
+            )
+    return type(cache).update(cache, keys, values, layer_idx, *args, **kwargs)
+
+
 def slots_before(run: Run, layer: int, columns: Tensor, left: int) -> int:
     """How many slots of ``layer``, where tokens came back and which has ``columns`` (B,S), were filled when it held the
     first ``left`` columns. What came back with a later token goes with that, and may come back again."""
@@ -92,3 +108,6 @@ def slots_before(run: Run, layer: int, columns: Tensor, left: int) -> int:
     cut = run.cut_at(layer)
     held = run.length if cut is None else cut.index.shape[1]
     return held - (run.slots_behind(layer, left, run.length) if left < run.length else 0)
+
+
+_ASKED = {"get_seq_length": seen, "get_mask_sizes": mask_sizes, "crop": crop, "update": update}

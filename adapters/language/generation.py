@@ -98,6 +98,9 @@ class Run:
     #: :class:`~tokenreduce.adapters.language.decode.Again`.
     again: Any = None
     front: int = 0
+    #: What chose, and how many columns the hooks of its model have seen so far.
+    methods: str = ""
+    given: int = 0
 
     def columns(self, cached: Any, layer: int = 0) -> Any:
         """Tokens that the caller gave when ``layer`` has ``cached`` of them: more, where tokens went before it."""
@@ -195,6 +198,14 @@ class Run:
             return self.visual
         visual = self.visual.gather(1, cut.index)
         return visual if cut.valid is None else visual & cut.valid
+
+    def choosable_at(self, layer: int) -> Tensor:
+        """(B,K) :meth:`visual_at` without the last real token of a row: what comes next is predicted from it, also
+        where a prompt ends in an image."""
+        visual, real = self.visual_at(layer), self.column_mask(layer)
+        slot = torch.arange(visual.shape[1], device=visual.device)
+        last = slot[-1:] if real is None else slot.where(real, -1).amax(1, keepdim=True)
+        return visual & (slot != last)
 
     def films_at(self, layer: int) -> Tensor | None:
         """(B,K,4) :attr:`films` of the slots that ``layer`` sees in prefill."""

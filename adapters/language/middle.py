@@ -38,6 +38,8 @@ class Open:
 
 
 _OPEN: ContextVar[Open | None] = ContextVar("tokenreduce_open_layer", default=None)
+#: Whether the layer that is under way was called for its gradient.
+_LEARNS: ContextVar[bool] = ContextVar("tokenreduce_layer_learns", default=False)
 
 
 def is_middle(reducer: Reducer | None, index: int) -> bool:
@@ -63,6 +65,7 @@ def attach_middle(layer: Any, reducer: Reducer, index: int, depth: int, norm: nn
             f"{reducer.name} acts between attention and MLP, and {type(layer).__name__} does more behind that than to "
             f"add the MLP to its stream; choose a method that acts between layers, such as fastv or pyramiddrop"
         )
+    undo.pre_hook(layer, _note_gradient)
     undo.pre_hook(layer.self_attn, _open)
     make = functools.partial(_choose, layer=layer, reducer=reducer, index=index, depth=depth, norm=norm)
     undo.pre_hook(before, make)
@@ -107,6 +110,22 @@ def _adds(layer: Any, before: nn.Module, behind: nn.Module) -> bool:
     return norm.given is not None and torch.equal(out, norm.given + y)
 
 
+def _note_gradient(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on the layer, which runs outside of its checkpoint, and inside in earlier releases."""
+    inside = type(layer).__call__ is not nn.Module.__call__
+    _LEARNS.set(args[0].requires_grad if inside else torch.is_grad_enabled())
+
+
+def _check_gradient(layer: Any, method: str) -> None:
+    """Raise ``RuntimeError`` where a layer's gradient would get lost: what is put by passes by what reentrant
+    checkpointing gives to the next layer."""
+    if layer.training and _LEARNS.get() and not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{method} drops tokens in the middle of a layer, where reentrant checkpointing loses the gradient; call "
+            f"model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={{'use_reentrant': False}})"
+        )
+
+
 def _open(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook on the attention, which gets the step as a keyword, also where the layer runs again for its gradient."""
     step: Step | None = kwargs.get(KEYWORD)
@@ -140,6 +159,7 @@ def _choose(
     if y is x:
         _OPEN.set(None)
         return None
+    _check_gradient(layer, reducer.name)
     now.x, now.left = x, y
     return (y, *args[1:]), kwargs
 

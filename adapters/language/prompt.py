@@ -78,6 +78,7 @@ def start(
         if images and not front:
             say_late(methods, run is not None)
         if run is not None:
+            _check_methods(run, methods)
             return args, {**kwargs, KEYWORD: _later(run, cache, tokens, kwargs)}
         if not (images and front):
             return args, {**kwargs, KEYWORD: None}
@@ -96,7 +97,15 @@ def start(
     newline = getattr(inner, "image_newline", None)
     given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
     step = Step(
-        Run(visual.shape[1], visual, padding, again=Again(again) if again else None, front=past),
+        Run(
+            visual.shape[1],
+            visual,
+            padding,
+            again=Again(again) if again else None,
+            front=past,
+            methods=methods,
+            given=visual.shape[1],
+        ),
         prefill=True,
         newline=newline,
         encoded={**{k: e for k, e in given.items() if e is not None}, **brought.encoded},
@@ -117,7 +126,8 @@ def start_alone(
         if step is None or step.ids is not None:
             arrived.clear()  # the model merged them itself
         return (args, {k: v for k, v in kwargs.items() if k != KEYWORD}) if step is None else None
-    if kwargs.get("inputs_embeds") is None:  # ids alone bring no image
+    cache = cache_in(kwargs)
+    if kwargs.get("inputs_embeds") is None and (cache is None or run_of(cache) is None):  # ids alone bring no image
         return None
     args, kwargs = begin(inner, args, kwargs)
     return args, {k: v for k, v in kwargs.items() if k != KEYWORD or v is not None}
@@ -138,6 +148,7 @@ def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any]) 
     """The step of a call on a cache that holds the prompt; its columns are the caller's, dropped ones included."""
     new = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
     past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
+    run.given = past + new
     flat = isinstance(mask, Tensor) and mask.dim() == 2
     grows = not any(hasattr(layer, "max_cache_len") for layer in cache.layers)
     if isinstance(mask, Tensor) and (flat or grows) and run.cuts:
@@ -148,6 +159,15 @@ def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any]) 
         later = None if real is None else real[:, run.length :]
         run.later = None if later is None or bool(later.all()) else later
     return Step(run, prefill=False, new=new, past=past, masked=mask is not None and not flat and grows)
+
+
+def _check_methods(run: Run, methods: str) -> None:
+    """Layers before our first hook, and methods that choose in decode, would read another cache than was made."""
+    if run.cuts and run.methods != methods:
+        raise ValueError(
+            f"this cache holds a prompt that {run.methods} reduced, and this model is patched with {methods}; patch it "
+            f"as it was, or give the whole prompt again without the cache"
+        )
 
 
 def _check_turn(mask: Tensor, columns: int, new: int) -> None:

@@ -73,7 +73,7 @@ def _evidence(
         frame_of=run.films_at(index) if "films" in asked else None,
         scores=run.marks_at(index, reducer) if needs_marks(reducer) else None,
         history=history,
-        visual=run.visual_at(index),
+        visual=run.choosable_at(index),
         valid=valid,
         layer=index,
         depth=depth,

@@ -16,7 +16,7 @@ SIGNS = {
     "…": "...", "·": "-", "•": "-", "°": "^", "✓": "ok", "✗": "x",
     "█": "#", "━": "-", "─": "-", "╸": "-", "╺": "-", "│": "|", "┃": "|",
 }  # fmt: skip
-_HANDLER = "tokenreduce.core.readable"
+_HANDLER = "tokenreduce.readable"
 
 
 def counted(n: int, noun: str, plural: str | None = None) -> str:

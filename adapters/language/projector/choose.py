@@ -160,9 +160,9 @@ def choose(
     step: Step | None = kwargs.get(KEYWORD)
     if step is None:
         return None
-    run, x, front = step.run, kwargs["inputs_embeds"], step.run.front
     if not step.prefill:
-        return _positions_later(args, kwargs, step, x.shape[1])
+        return _positions_later(args, kwargs, step)
+    run, x, front = step.run, kwargs["inputs_embeds"], step.run.front
     ARRIVING.set(None)
     if front:  # columns are counted from the first in the cache, of which no method sees anything
         x = torch.cat([x.new_zeros(len(x), front, x.shape[-1]), x], 1)
@@ -333,16 +333,18 @@ def _host(stay: Tensor, rows: Tensor, columns: Tensor, plan: Plan, evidence: Ima
 
 
 def _positions_later(
-    args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, new: int
+    args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Compact position ids (B,Q) or (3 or 4,B,Q) of ``new`` tokens behind a shortened prompt."""
+    """Compact position ids (B,Q) or (3 or 4,B,Q) of new tokens behind a shortened prompt."""
     run = step.run
     ids: Any = kwargs.get("position_ids")
     if run.cut_at(-1) is None:
         return None
-    run.check_batch(kwargs["inputs_embeds"].shape[0])
+    given = kwargs.get("inputs_embeds")
+    given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
+    run.check_batch(given.shape[0])
     if run.shift is None:
         return None
     if ids is None:
-        ids = torch.arange(step.past, step.past + new, device=run.visual.device)[None]
+        ids = torch.arange(step.past, step.past + step.new, device=run.visual.device)[None]
     return args, {**kwargs, "position_ids": ids - run.shift.to(ids.device)}

@@ -342,3 +342,23 @@ def test_every_stage_of_pyramiddrop_reads_the_layer_at_its_boundary(name):
             best = sorted(places, key=lambda p: (-float(rows[b, p]), p))[: int(share * first[b])]
             assert (visual[b] & ~gone[b]).nonzero().flatten().tolist() == sorted(best)
         present = visual & ~gone
+
+
+@pytest.mark.parametrize(
+    "spec", ["fastv:layer=2,keep=0.3", "pyramiddrop", "dart:layer=1,keep=4", "aim", "mustdrop:keep=0.3"]
+)
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_a_prompt_that_ends_in_an_image(name, spec):
+    """The last token predicts the next one, so it stays; rows end at other columns."""
+    vlm = VLMS[name]
+    inputs = prompts(vlm, ((2, "i"), (9, "ii")), "right")
+    width = int((inputs["input_ids"][0] == 99).nonzero()[-1]) + 1
+    for key in {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"} & set(inputs):
+        inputs[key][0, width:] = 0
+    assert int(inputs["attention_mask"].sum(1)[0]) == width < inputs["input_ids"].shape[1]
+    with torch.no_grad(), tr.patched(vlm.model, spec), tr.record(vlm.model, flops=False) as trace:
+        columns, there = tr.kept_columns(vlm.model(**inputs))
+    kept = columns[0][there[0]]
+    assert width - 1 in kept
+    assert len(kept) < inputs["input_ids"].shape[1]
+    assert trace.plans

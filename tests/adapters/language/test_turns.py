@@ -211,6 +211,59 @@ def test_copies_and_pickles_of_a_cache_count_for_themselves():
         assert cache.get_seq_length() == length + 2
 
 
+# -- caches that meet another model ---------------------------------------------------------------------------------
+NEXT = [torch.tensor([[17]]), torch.tensor([[17, 18, 19]])]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_reduced_cache_is_refused_by_models_that_are_not_patched_as_it_was(name, spec):
+    """They would count slots as columns: silently wrong where a window slides."""
+    model, inputs = VLMS[name].model, prompts(VLMS[name], ROWS["alone"][0])
+    with torch.no_grad():
+        with tr.patched(model, spec):
+            caches = [call(model, None, inputs)[0] for _ in range(4)]
+            want = talk(model, [{"input_ids": NEXT[1]}], copy.deepcopy(caches[0]))
+        for ids, cache in zip(NEXT, caches, strict=False):
+            with pytest.raises(ValueError, match="is not patched with that"):
+                talk(model, [{"input_ids": ids}], cache)
+        with tr.patched(model, "fastv:layer=3,keep=0.5"), pytest.raises(ValueError, match="is patched with fastv"):
+            talk(model, [{"input_ids": NEXT[0]}], caches[2])
+        with tr.patched(model, spec):
+            assert torch.equal(talk(model, [{"input_ids": NEXT[1]}], caches[3])[0], want[0])
+
+
+def test_caches_of_prompts_that_were_not_reduced_go_anywhere():
+    model, inputs = VLMS["llava"].model, prompts(VLMS["llava"], ROWS["alone"][0])
+    turns = [{"input_ids": ids} for ids in NEXT]
+    with torch.no_grad():
+        want = talk(model, turns, call(model, None, inputs)[0])
+        with tr.patched(model, "fastv:layer=2,keep=1.0"):
+            cache = call(model, None, inputs)[0]
+        got = talk(model, turns, cache)
+        stock = call(model, None, inputs)[0]
+        with tr.patched(model, "divprune:keep=4"):
+            again = talk(model, turns, stock)
+    for a, b, c in zip(got, again, want, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [("llava", "divprune:keep=4"), ("gemma3", "divprune:keep=4"), ("internvl", "fastv:layer=2,keep=4")],
+)
+def test_a_language_model_that_is_called_alone_goes_on(name, spec):
+    model, inputs = VLMS[name].model, prompts(VLMS[name], ROWS["alone"][0])
+    with torch.no_grad(), tr.patched(model, spec):
+        cache = call(model, None, inputs)[0]
+        other = copy.deepcopy(cache)
+        for ids in NEXT:
+            want = call(model, cache, {"input_ids": ids})[1]
+            text = model.model.language_model
+            close(model.lm_head(text(input_ids=ids, **cache_as(text, other)).last_hidden_state), want)
+
+
 # -- continuous batching ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("spec", ["fastv:layer=2,keep=4", "visionzip:keep=6"])
 def test_continuous_batching_serves_text_and_refuses_images(spec):

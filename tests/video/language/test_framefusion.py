@@ -233,6 +233,11 @@ def test_gradients_and_checkpointing():
         want = gradient()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         got = gradient()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(RuntimeError, match="'use_reentrant': False"):
+            gradient()
+        with torch.no_grad():  # nothing to lose
+            assert torch.isfinite(model(**inputs).logits).all()
     assert want.abs().sum() > 0
     torch.testing.assert_close(got, want)
 
