@@ -1,4 +1,4 @@
-"""Evidence for language-stage methods beyond the layer before: the acting layer's own attention, and the prompt."""
+"""Evidence for language-stage methods beyond the layer before: the acting layer's own attention."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call, Seen, is_causal
 from tokenreduce.adapters.language.decoders import carries, hand_over, ids_left
-from tokenreduce.adapters.language.generation import KEYWORD, Run, Step, gather_mask, rows_of
+from tokenreduce.adapters.language.generation import Run, gather_mask, rows_of
 
-__all__ = ["drop_prompt", "keep_prompt", "look_ahead"]
+__all__ = ["look_ahead"]
 
 
 def look_ahead(
@@ -42,17 +42,3 @@ def look_ahead(
     except Seen:
         return call
     raise RuntimeError(f"{type(layer.self_attn).__name__} does not hand its keywords to the attention function")
-
-
-def keep_prompt(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook on layer 0: remember what enters it."""
-    step: Step | None = kwargs.get(KEYWORD)
-    if step is not None and step.prefill:
-        step.run.entered = args[0].detach()
-
-
-def drop_prompt(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook on the last layer that asks for it: a cache lives long, and holds the run."""
-    step: Step | None = kwargs.get(KEYWORD)
-    if step is not None and step.prefill:
-        step.run.entered = None

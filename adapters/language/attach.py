@@ -1,45 +1,124 @@
 """Putting methods into an image/video language model: before, inside and behind its prefill.
 
 A pre-hook on the inner model makes a :class:`~tokenreduce.adapters.language.generation.Run` at prefill and passes it on
-as a keyword; pre-hooks on decoder layers compute plans from the attention of the layer before, gather hidden states,
-rotary tables and masks from the acting layer on, and rebuild the mask of those layers in decode, where their caches are
-shorter than the prompt. Kept tokens keep their original positions, and sliding windows count them.
+as a keyword. Every decoder layer where something happens gets one
+:class:`~tokenreduce.adapters.language.site.LayerSite`
+with its steps in order. Kept tokens keep their original positions, and sliding windows count them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from tokenreduce.adapters.encoders.hf_attention import listen
-from tokenreduce.adapters.language.ahead import drop_prompt, keep_prompt
 from tokenreduce.adapters.language.batching import attach_batching
-from tokenreduce.adapters.language.decode import Site, check_later, choose_again, last_only
+from tokenreduce.adapters.language.decode import Site, check_later
 from tokenreduce.adapters.language.decoders import (
     carries,
     check_deep,
     check_implementation,
     check_layers,
     final_norm,
-    hand_on,
-    take_up,
     window_of,
 )
 from tokenreduce.adapters.language.drafts import attach_drafts
 from tokenreduce.adapters.language.families import FAMILIES, Language
 from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
-from tokenreduce.adapters.language.layer import enter, take_deep
-from tokenreduce.adapters.language.middle import attach_middle, is_middle
+from tokenreduce.adapters.language.middle import is_middle
 from tokenreduce.adapters.language.projector.choose import attach_projector
 from tokenreduce.adapters.language.projector.marks import needs_marks
 from tokenreduce.adapters.language.prompt import WholePrefill, start, start_alone
 from tokenreduce.adapters.language.retrieval import attach_retrieval, check_owner, note_run
+from tokenreduce.adapters.language.site import LayerSite, LayerStep
+from tokenreduce.adapters.language.steps.again import ChooseAgain, LastOnly
+from tokenreduce.adapters.language.steps.choose import Choose, SetAside
+from tokenreduce.adapters.language.steps.deepstack import AddDeepstack, attach_deepstack
+from tokenreduce.adapters.language.steps.entry import OwnCache, TakeEntry
+from tokenreduce.adapters.language.steps.gather import GatherColumns
+from tokenreduce.adapters.language.steps.hand_on import HandOn
+from tokenreduce.adapters.language.steps.listen import Listen
+from tokenreduce.adapters.language.steps.middle import ChooseInside, TakeInside
+from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepPrompt
 from tokenreduce.adapters.language.towers import Everything, attach_encoder
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
-__all__ = ["attach"]
+__all__ = ["attach", "layer_sites"]
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Who acts where in a language model of as many layers as ``windows`` (the width of each one's, if it slides).
+
+    ``tower`` are the methods inside the vision tower, ``entry`` the one before the language model, ``layers`` those
+    before each layer, and ``again`` those that choose before it in every decode step.
+    """
+
+    tower: tuple[Reducer, ...]
+    entry: Reducer | None
+    layers: tuple[Reducer | None, ...]
+    again: tuple[Reducer | None, ...]
+    windows: tuple[int | None, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def first(self) -> int:
+        """The first layer before which a method chooses, the depth where none does."""
+        here = (i for i in range(self.depth) if self.layers[i] is not None or self.again[i] is not None)
+        return next(here, self.depth)
+
+    @property
+    def behind(self) -> int:
+        """The first layer that may see fewer tokens."""
+        return self.first if self.entry is None else 0
+
+    @property
+    def inside(self) -> tuple[Reducer, ...]:
+        """The methods inside the language model in prefill."""
+        return tuple(dict.fromkeys(r for r in self.layers if r is not None))
+
+    @property
+    def marking(self) -> tuple[Reducer, ...]:
+        """Those of them that look at what the vision tower saw."""
+        return tuple(r for r in self.inside if needs_marks(r))
+
+    @property
+    def frames(self) -> bool:
+        """Whether one asks which frame a token is of."""
+        return any("films" in r.gathers() for r in self.inside)
+
+
+def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
+    """Raises ``ValueError`` for methods that act in one place."""
+    depth = len(found.layers)
+    staged = {s: tuple(r for r in reducers if r.stage == s) for s in ("encoder", "projector", "language", "cache")}
+    before, inside = staged["projector"], staged["language"]
+    shows = staged["encoder"] or any("films" in r.gathers() or needs_marks(r) for r in inside)
+    if not before and shows:  # which token is of what shows where it enters
+        before = (Everything(),)
+    if len(before) > 1:
+        raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")
+    layers: list[Reducer | None] = []
+    for i in range(depth):
+        here = [r for r in inside if r.acts(i, depth)]
+        if len(here) > 1:
+            raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
+        layers.append(here[0] if here else None)
+    windows = tuple(window_of(found.text.config, i) for i in range(depth))  # type: ignore[arg-type]
+    present = [[r for r in (layers[i], *staged["cache"]) if r is not None and r.acts(i, depth)] for i in range(depth)]
+    again = tuple(next((r for r in here if r.later()), None) for here in present)
+    acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows)
+    if acting.behind < depth:
+        check_layers(found.layers, acting.behind, layers, list(again))
+        check_later(present, list(windows), found.layers)
+    return acting
 
 
 def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: Any = ()) -> None:
@@ -48,44 +127,32 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     Raises ``ValueError`` for layers that do not exist or clash, and for attention that dropping tokens would change:
     chunked, linear and other layer types than full and sliding, or sliding windows inside flash attention.
     """
-    depth = len(found.layers)
     check_owner(found, reducers)
-    methods = " + ".join(r.spec() for r in reducers)
-    before = [r for r in reducers if r.stage == "projector"]
-    inside = tuple(r for r in reducers if r.stage == "encoder")
-    if inside:
+    if inside := tuple(r for r in reducers if r.stage == "encoder"):
         attach_encoder(towers, inside, undo)
-        before = before or [Everything()]
-    caching = [r for r in reducers if r.stage == "cache"]
-    reducers = tuple(r for r in reducers if r.stage == "language")
-    films = any("films" in r.gathers() for r in reducers)
-    marking = tuple(dict.fromkeys(r for r in reducers if needs_marks(r)))
-    if films or marking:  # which frame a token is of, and what the tower saw of it, shows where it enters
-        before = before or [Everything()]
-    if len(before) > 1:
-        raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")
-    acting: list[Reducer | None] = []
-    for i in range(depth):
-        here = [r for r in reducers if r.acts(i, depth)]
-        if len(here) > 1:
-            raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
-        acting.append(here[0] if here else None)
-    windows = [window_of(found.text.config, i) for i in range(depth)]
-    present = [[r for r in (acting[i], *caching) if r is not None and r.acts(i, depth)] for i in range(depth)]
-    again = [next((r for r in here if r.later()), None) for here in present]
-    first = next((i for i, here in enumerate(present) if here), depth)
-    behind = 0 if before else first  # the first layer that may see fewer tokens
+    acting = _acting(found, reducers)
     attach_labels(found.inner, found.generator, undo)
-    if behind == depth:
+    if acting.behind == acting.depth:
         return
-    check_layers(found.layers, behind, acting, again)
-    check_later(present, windows, found.layers)
-    for i in range(max(behind - 1, 0), depth):
-        check_implementation(found.layers[i], i, windows[i])
+    for i in range(max(acting.behind - 1, 0), acting.depth):
+        check_implementation(found.layers[i], i, acting.windows[i])
     arrived = Arrived()
+    _attach_start(found, acting, arrived, " + ".join(r.spec() for r in reducers), undo)
+    if acting.entry is not None:
+        attach_projector(found, acting.entry, list(acting.windows), undo, acting.frames, acting.marking)
+    attach_given(found, arrived, undo)
+    if FAMILIES[found.family].deep:
+        check_deep(found, acting.depth)
+        attach_deepstack(found.text, acting.first, undo)
+    _attach_layers(found, acting, undo)
+
+
+def _attach_start(found: Language, acting: Acting, arrived: Arrived, methods: str, undo: Undo) -> None:
+    """Where a generation begins: on the inner model, on the language model alone, and in ``generate``."""
     begin = functools.partial(
-        start, ids=found.ids, slides=None not in windows, again=tuple(i for i, r in enumerate(again) if r is not None),
-        arrived=arrived, types=FAMILIES[found.family].types, methods=methods, front=first == depth and not any(windows),
+        start, ids=found.ids, slides=None not in acting.windows, arrived=arrived, methods=methods,
+        again=tuple(i for i, r in enumerate(acting.again) if r is not None), types=FAMILIES[found.family].types,
+        front=acting.first == acting.depth and not any(acting.windows),
     )  # fmt: skip
     if found.owner is not None:
         attach_retrieval(found, undo)
@@ -96,60 +163,71 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     if found.generator is not None:
         undo.mix_in(found.generator, WholePrefill)
         attach_batching(found.generator, found.ids, undo)
-        attach_drafts(found.generator, next((r for r in again if r is not None), None), undo)
-    if before:
-        attach_projector(found, before[0], windows, undo, films, marking)
-    attach_given(found, arrived, undo)
-    if FAMILIES[found.family].deep:
-        check_deep(found, depth)
-        undo.pre_hook(found.text, functools.partial(take_deep, first=first))
+        attach_drafts(found.generator, next((r for r in acting.again if r is not None), None), undo)
+
+
+def _attach_layers(found: Language, acting: Acting, undo: Undo) -> None:
     copies: dict[int, Any] = {}
-    for i in range(depth):
-        layer: Any = found.layers[i]
-        reducer = acting[i]
+    for site in layer_sites(found, acting):
+        layer: Any = found.layers[site.index]
         if "forward" in vars(layer):
             raise ValueError(
-                f"layer {i} has a forward of its own (accelerate's dispatch); call tr.patch before dispatching"
+                f"layer {site.index} has a forward of its own (accelerate's dispatch); call tr.patch before dispatching"
             )
-        if not carries(layer):
-            undo.pre_hook(layer.self_attn, take_up)
-        after = acting[i + 1] if i + 1 < depth else None
-        reads = after is not None and _reads(after)
-        ahead = reducer is not None and "ahead" in reducer.gathers()
-        chosen = [j for j in range(i + 1) if again[j] is not None]
-        site = Site(again[i], chosen[-1] if chosen else None, i + 1 < depth and again[i + 1] is not None, depth)
-        if reads or ahead or chosen or site.reads:
+        if any(isinstance(s, Listen | ChooseAgain) or (isinstance(s, Choose) and s.ahead) for s in site.steps):
             listen(layer.self_attn, undo, copies)
-        if chosen or site.reads:
-            undo.pre_hook(layer, functools.partial(choose_again, index=i, site=site))
-        if chosen and i == depth - 1:
-            undo.hook(layer, last_only, with_kwargs=True)
-        if i >= behind or reads or site.reads or is_middle(after, i + 1):
-            undo.pre_hook(
-                layer,
-                functools.partial(
-                    enter,
-                    index=i,
-                    depth=depth,
-                    reducer=reducer,
-                    reads=reads,
-                    later=site.reads,
-                    window=windows[i],
-                    norm=final_norm(found.text, reducer),
-                    plain=reducer is not None and "plain" in reducer.gathers() and _mrope(found.text.config),
-                ),
-            )
-        if after is not None and is_middle(after, i + 1):
-            attach_middle(layer, after, i + 1, depth, final_norm(found.text, after), undo)
-        if not carries(layer):
-            undo.pre_hook(layer, hand_on)  # behind the hooks above
-        shown = reducer or again[i]
+        site.attach(layer, undo)
+        shown = acting.layers[site.index] or acting.again[site.index]
         if shown is not None:
             undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, shown))
-    asking = [i for i, r in enumerate(acting) if r is not None and "prompt" in r.gathers()]
-    if asking:
-        undo.pre_hook(found.layers[0], keep_prompt)  # behind the hooks above
-        undo.pre_hook(found.layers[asking[-1]], drop_prompt)
+
+
+def layer_sites(found: Language, acting: Acting) -> list[LayerSite]:
+    """The decoder layers where something happens, and what, in order."""
+    sites = [LayerSite(i, tuple(_steps(found, acting, i))) for i in range(acting.depth)]
+    some = [site for site in sites if site.steps]
+    first = some[0]
+    return [LayerSite(first.index, (OwnCache(), *first.steps)), *some[1:]]
+
+
+def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
+    """What happens at layer ``i``, in order."""
+    depth, reducer = acting.depth, acting.layers[i]
+    following = acting.layers[i + 1] if i + 1 < depth else None
+    chosen = [j for j in range(i + 1) if acting.again[j] is not None]
+    asks_next = i + 1 < depth and acting.again[i + 1] is not None
+    reads = following is not None and _reads(following)
+    asking = [j for j, r in enumerate(acting.layers) if r is not None and "prompt" in r.gathers()]
+    if not (i >= acting.behind or reads or asks_next or is_middle(following, i + 1) or (asking and i == 0)):
+        return
+    if chosen or asks_next:
+        yield ChooseAgain(Site(acting.again[i], chosen[-1] if chosen else None, asks_next, depth))
+    if i == 0 and acting.entry is not None:
+        yield TakeEntry()
+    middle = is_middle(reducer, i)
+    if middle:
+        yield TakeInside()
+    if FAMILIES[found.family].deep:
+        yield AddDeepstack(cut_before=middle)
+    if reducer is not None and not middle:
+        plain = "plain" in reducer.gathers() and _mrope(found.text.config)
+        yield Choose(reducer, depth, acting.windows[i], final_norm(found.text, reducer), plain)
+        if reducer.later() == "revive":
+            yield SetAside()
+    if i >= acting.behind:
+        yield GatherColumns(acting.windows[i])
+    if reads or asks_next:
+        yield Listen(reads, asks_next)
+    if following is not None and is_middle(following, i + 1):
+        yield ChooseInside(following, i + 1, depth, final_norm(found.text, following))
+    if i == 0 and asking:
+        yield KeepPrompt()
+    if asking and i == asking[-1]:
+        yield ForgetPrompt()
+    if chosen and i == depth - 1:
+        yield LastOnly()
+    if not carries(found.layers[i]):
+        yield HandOn()
 
 
 def _reads(reducer: Reducer) -> bool:

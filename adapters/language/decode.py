@@ -237,14 +237,13 @@ def choose_again(
     return (x, *args[1:]), kwargs
 
 
-def last_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook on the last layer: what came back is in the caches; the model goes on with the new token alone."""
-    step: Step | None = kwargs.get(KEYWORD)
-    if step is None or step.prefill or step.new > 1:
-        return None
+def last_only(step: Step, output: Any) -> Any:
+    """What the last layer returns: what came back is in the caches; the model goes on with the new token alone."""
+    if step.prefill or step.new > 1:
+        return output
     if isinstance(output, tuple):
-        return (output[0][:, -1:], *output[1:]) if output[0].shape[1] > 1 else None
-    return output[:, -1:] if output.shape[1] > 1 else None
+        return (output[0][:, -1:], *output[1:]) if output[0].shape[1] > 1 else output
+    return output[:, -1:] if output.shape[1] > 1 else output
 
 
 def _columns(run: Run, layer: int, since: int | None, slots: int) -> Tensor:

@@ -22,7 +22,7 @@ from tokenreduce.adapters.language.generation import KEYWORD
 from tokenreduce.core.reducer import Reducer
 
 __all__ = [
-    "carries", "check_deep", "check_implementation", "check_layers", "final_norm", "hand_on", "hand_over", "ids_left",
+    "carries", "check_deep", "check_implementation", "check_layers", "final_norm", "hand_over", "ids_left",
     "needs_ids", "take_up", "window_of",
 ]  # fmt: skip
 
@@ -198,11 +198,6 @@ def carries(layer: Any) -> bool:
 def hand_over(kwargs: dict[str, Any]) -> None:
     """Keep our keywords among ``kwargs`` for the attention that is called next in this thread."""
     _HANDED.set({name: kwargs[name] for name in (KEYWORD, CALL) if name in kwargs})
-
-
-def hand_on(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Last pre-hook on a layer that does not hand on its keywords."""
-    hand_over(kwargs)
 
 
 def take_up(

@@ -1,0 +1,142 @@
+"""One decoder layer with the steps that act around it: one object, one pre-hook, one post-hook.
+
+What happens at a layer is the list of its steps, in order; ``tr.describe(model, detail=True)`` prints it. A step is
+frozen data that is made when a model is patched; what it remembers of a generation is kept by the run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokenreduce.adapters.encoders.hf_attention import CALL, Call
+from tokenreduce.adapters.language.generation import KEYWORD, Run, Step, cache_in
+from tokenreduce.core.undo import Undo
+
+__all__ = ["LayerCall", "LayerSite", "LayerStep", "sites_in"]
+
+
+@dataclass
+class LayerCall:
+    """One call of a decoder layer, which its steps change one after the other.
+
+    ``x`` (B,N,C) are the hidden states that enter it, ``kwargs`` its other arguments, and ``step`` says where in its
+    generation the call is: in prefill, or behind it.
+    """
+
+    layer: Any
+    index: int
+    x: Tensor
+    kwargs: dict[str, Any]
+    step: Step
+    #: (B,N,C) what a method of this call chose from, once one did.
+    whole: Tensor | None = None
+
+    @property
+    def run(self) -> Run:
+        return self.step.run
+
+    @property
+    def cache(self) -> Any:
+        return cache_in(self.kwargs)
+
+    @property
+    def mask(self) -> Any:
+        """The attention mask: the stock one, until a step makes another."""
+        return self.kwargs.get("attention_mask")
+
+    @mask.setter
+    def mask(self, mask: Any) -> None:
+        self.kwargs["attention_mask"] = mask
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """Rotary tables."""
+        tables: tuple[Tensor, ...] = self.kwargs["position_embeddings"]
+        return tables
+
+    @tables.setter
+    def tables(self, tables: tuple[Tensor, ...]) -> None:
+        self.kwargs["position_embeddings"] = tables
+
+    @property
+    def attention(self) -> Call | None:
+        """What the attention is to do besides attending, or to show."""
+        return self.kwargs.get(CALL)
+
+    @attention.setter
+    def attention(self, call: Call) -> None:
+        self.kwargs[CALL] = call
+
+
+class LayerStep:
+    """Something that happens around a decoder layer, in prefill, in decode or in both."""
+
+    #: Whether the step has something to do behind the layer.
+    ends: ClassVar[bool] = False
+
+    def before(self, call: LayerCall) -> None:
+        """Change what enters the layer."""
+
+    def behind(self, step: Step, output: Any) -> Any:
+        """The layer's output, changed or not."""
+        return output
+
+    def attach(self, layer: Any, undo: Undo) -> None:
+        """Hooks on parts of the layer, for the few steps that act inside it."""
+
+    def __str__(self) -> str:
+        return "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__).strip()
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """Decoder layer ``index`` and its ``steps``, in order."""
+
+    index: int
+    steps: tuple[LayerStep, ...]
+
+    def attach(self, layer: Any, undo: Undo) -> None:
+        """Put the steps into ``layer``."""
+        for step in self.steps:
+            step.attach(layer, undo)
+        undo.pre_hook(layer, functools.partial(run_before, site=self))
+        if any(step.ends for step in self.steps):
+            undo.hook(layer, functools.partial(run_behind, site=self), with_kwargs=True)
+
+    def __str__(self) -> str:
+        return f"layer {self.index}: {', '.join(map(str, self.steps))}"
+
+
+def run_before(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, site: LayerSite
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The one pre-hook of a layer."""
+    step: Step | None = kwargs.get(KEYWORD)
+    if step is None:
+        return None
+    call = LayerCall(layer, site.index, args[0], dict(kwargs), step)
+    for one in site.steps:
+        one.before(call)
+    return (call.x, *args[1:]), call.kwargs
+
+
+def run_behind(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, site: LayerSite) -> Any:
+    """The one hook behind a layer, where a step needs it."""
+    step: Step | None = kwargs.get(KEYWORD)
+    if step is None:
+        return None
+    for one in site.steps:
+        if one.ends:
+            output = one.behind(step, output)
+    return output
+
+
+def sites_in(layers: Iterable[Any]) -> list[LayerSite]:
+    """The sites that a patch put into decoder ``layers``."""
+    hooks = (hook for layer in layers for hook in layer._forward_pre_hooks.values())
+    return [h.keywords["site"] for h in hooks if isinstance(h, functools.partial) and h.func is run_before]

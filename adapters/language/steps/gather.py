@@ -1,0 +1,56 @@
+"""What runs along columns, for a layer behind a cut: rotary tables, position ids, and the mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenreduce.adapters.encoders.hf_attention import is_causal
+from tokenreduce.adapters.language.decoders import check_implementation, ids_left
+from tokenreduce.adapters.language.generation import Cut, Step, gather_mask, rows_of
+from tokenreduce.adapters.language.later import later_mask
+from tokenreduce.adapters.language.site import LayerCall, LayerStep
+
+__all__ = ["GatherColumns"]
+
+
+@dataclass(frozen=True)
+class GatherColumns(LayerStep):
+    """Show the layer the columns that its cache holds; ``window`` is the width of its sliding window, if it has one."""
+
+    window: int | None = None
+
+    def before(self, call: LayerCall) -> None:
+        cut = call.run.cut_at(call.index)
+        if cut is None:
+            return
+        if call.step.prefill:
+            self._prompt(call, cut, check_implementation(call.layer, call.index, self.window))
+        elif call.attention is None:  # else a step that chooses in decode has made the mask
+            call.run.check_batch(call.x.shape[0])
+            name = check_implementation(call.layer, call.index, self.window)
+            call.mask = later_mask(call.mask, call.x, call.step, call.index, call.cache, self.window, name)
+
+    def _prompt(self, call: LayerCall, cut: Cut, implementation: str) -> None:
+        run, n = call.run, call.x.shape[1]
+        call.tables = _tables(call.step, cut, call.tables)
+        call.kwargs["position_ids"] = ids_left(call.layer, call.kwargs.get("position_ids"), cut.here)
+        slots = n if call.cache is None else call.cache.layers[call.index].get_mask_sizes(n)[0]
+        if "flash" in implementation:
+            call.mask = run.flash_mask(call.index, run.front + n, slots)
+            return
+        causal, made = is_causal(call.layer.self_attn), call.step.masks
+        key = (id(cut), id(call.mask), slots, causal)
+        if key not in made:
+            made[key] = gather_mask(call.mask, cut.index, cut.valid, slots, causal, run.front)
+        call.mask = made[key]
+
+
+def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rotary tables of the columns that are left; gathered once for the layers that share them."""
+    key = (id(cut), *map(id, tables))
+    if key not in step.tables:
+        # The stock tables are held as well, so that no other can get their ids while they are a key.
+        step.tables[key] = (tables, tuple(rows_of(t, cut.here) for t in tables))
+    return step.tables[key][1]

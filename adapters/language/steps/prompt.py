@@ -1,0 +1,27 @@
+"""What entered the language model, for methods that look at it in a later layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenreduce.adapters.language.site import LayerCall, LayerStep
+
+__all__ = ["ForgetPrompt", "KeepPrompt"]
+
+
+@dataclass(frozen=True)
+class KeepPrompt(LayerStep):
+    """At layer 0: remember what enters it."""
+
+    def before(self, call: LayerCall) -> None:
+        if call.step.prefill:
+            call.run.entered = call.x.detach()
+
+
+@dataclass(frozen=True)
+class ForgetPrompt(LayerStep):
+    """At the last layer that asks for it: a cache lives long, and holds the run."""
+
+    def before(self, call: LayerCall) -> None:
+        if call.step.prefill:
+            call.run.entered = None
