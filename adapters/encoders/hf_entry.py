@@ -42,10 +42,10 @@ def note_shapes(
     found = {tuple(shape) for shape in (args[1] if len(args) > 1 else kwargs["spatial_shapes"]).tolist()}
     n = output.shape[1]
     if len(found) > 1 and gridded:
+        shapes = ", ".join(f"{rows}x{cols}" for rows, cols in sorted(found))
         raise ValueError(
-            f"{gridded} lays tokens out on the grid of the image, and this batch has images of "
-            f"{', '.join(f'{rows}x{cols}' for rows, cols in sorted(found))} patches; give images of one shape per batch, "
-            "or choose tome, pitome or evit"
+            f"{gridded} lays tokens out on the grid of the image, and this batch has images of {shapes} patches; give "
+            "images of one shape per batch, or choose tome, pitome or evit"
         )
     if len(found) > 1:
         found = {(1, n)} if all(rows * cols == n for rows, cols in found) else set()

@@ -13,7 +13,7 @@ from vlms import IMAGE, VIDEO, VLMS, encodes_before, prompts
 from vlms_masked import CASES, FILMS, close, generate, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.language import vlm as vlm_adapter
+from tokenreduce.adapters.language import find as vlm_adapter
 from tokenreduce.algorithms.projector import saliency
 from tokenreduce.core.plan import Identity
 from tokenreduce.core.reducer import Reducer
