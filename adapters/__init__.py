@@ -65,11 +65,13 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
     """Every tower in ``model`` with its adapter, and who reads its tokens; a tower inside another one belongs to the
     outer. The towers of a language model with visual tokens are served by what acts before it.
 
-    Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked.
+    Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked, and for one without layers.
     """
     found: list[tuple[ModuleType, Tower]] = []
     for adapter in _adapters():
         for tower in adapter.towers(model):
+            if not tower.blocks:
+                raise TypeError(f"{tower.family} has no layers, so there is nowhere to reduce tokens")
             found.append((adapter, tower))
     outer = [
         (a, t)

@@ -66,8 +66,23 @@ def fill_again(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefix:
     return full
 
 
+def _attentions(value: Any) -> bool:
+    """Whether ``value`` is what transformers returns for ``output_attentions``: (B,H,N,N) of every layer."""
+    maps = value if type(value) is tuple else ()
+    return any(isinstance(m, Tensor) and m.dim() == 4 and m.shape[2] == m.shape[3] for m in maps)
+
+
 def hand_out(module: nn.Module, args: tuple[Any, ...], output: Any, *, one: Callable[[Tensor, State], Tensor]) -> Any:
-    """Forward hook on a transformers tower: ``one`` makes what is handed out of each of its token sequences."""
+    """Forward hook on a transformers tower: ``one`` makes what is handed out of each of its token sequences.
+
+    Raises ``ValueError`` where attention maps are asked for: theirs are rows and columns of fewer tokens.
+    """
+    values = tuple(output.values()) if isinstance(output, dict) else output
+    if isinstance(values, tuple) and any(map(_reduced, values)) and any(map(_attentions, values)):
+        raise ValueError(
+            "output_attentions=True of a tower whose tokens are reduced gives maps over fewer tokens than the code "
+            "around it may count on; call tr.unpatch for attention maps, or give tr.patch the tower itself"
+        )
 
     def each(value: Any) -> Any:
         state = _reduced(value)

@@ -28,8 +28,8 @@ def note_shapes(
     """Forward hook on SigLIP2's embeddings, which get patches and their (rows, columns) per image.
 
     The grid is that of all images where they are the same. Other shapes of as many patches are one row each, since
-    nothing else holds for all of them. A compiled graph does not know the shapes, which are data to it; raises
-    ``RuntimeError`` there where a method, ``gridded``, lays tokens out on the grid.
+    nothing else holds for all of them. Where a method, ``gridded``, lays tokens out on the grid, raises ``ValueError``
+    for images of different shapes, and ``RuntimeError`` in a compiled graph, to which the shapes are data.
     """
     if torch.compiler.is_compiling():
         if gridded:
@@ -41,6 +41,12 @@ def note_shapes(
         return
     found = {tuple(shape) for shape in (args[1] if len(args) > 1 else kwargs["spatial_shapes"]).tolist()}
     n = output.shape[1]
+    if len(found) > 1 and gridded:
+        shapes = ", ".join(f"{rows}x{cols}" for rows, cols in sorted(found))
+        raise ValueError(
+            f"{gridded} lays tokens out on the grid of the image, and this batch has images of {shapes} patches; give "
+            "images of one shape per batch, or choose tome, pitome or evit"
+        )
     if len(found) > 1:
         found = {(1, n)} if all(rows * cols == n for rows, cols in found) else set()
     note_entry(output, Entry(found.pop() if found else None))

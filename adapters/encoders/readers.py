@@ -264,9 +264,11 @@ def _used(code: dict[str, FunctionType], chains: list[str], holder: nn.Module, t
         find_givers(code, chain, known)
         uses |= {use_of(function, chain, known): name for name, function in code.items()}
     if "reads" in uses:
+        container = _container(tower)[1]
+        listed = next(_paths(holder, next(iter(_holders(container, tower.blocks[0])), container)))
         raise TypeError(
             f"{type(holder).__name__}.{uses['reads']} reads tokens of {tower.family} between its blocks, where a "
-            f"patched model has fewer of them; run the blocks with 'for block in self.{chains[0]}: x = block(x)' and "
+            f"patched model has fewer of them; run the blocks with 'for block in self.{listed}: x = block(x)' and "
             "nothing else in the loop, or use forward_intermediates of timm or open_clip, which returns all tokens"
         )
     return "inside" if "passes" in uses else "all"

@@ -149,7 +149,9 @@ class _Uses(ast.NodeVisitor):
             return self._below(self.rest(node.value), node.attr, node.value)
         if isinstance(node, ast.Subscript):
             key = str(node.slice.value) if isinstance(node.slice, ast.Constant) else None
-            return {r[1:] for r in self.rest(node.value) if r and r != _IN and key in (None, r[0])}
+            if isinstance(node.slice, ast.Slice | ast.Tuple):  # of a tensor
+                return set()
+            return {r[1:] for r in self.rest(node.value) if len(r) > 1 and key in (None, r[0])}
         if isinstance(node, ast.Call):
             if _name(node.func) == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
                 return self._below(self.rest(node.args[0]), str(node.args[1].value), node.args[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,4 +111,9 @@ def slots_before(run: Run, layer: int, columns: Tensor, left: int) -> int:
     return held - (run.slots_behind(layer, left, run.length) if left < run.length else 0)
 
 
-_ASKED = {"get_seq_length": seen, "get_mask_sizes": mask_sizes, "crop": crop, "update": update}
+_ASKED: dict[str, Callable[..., Any]] = {
+    "get_seq_length": seen,
+    "get_mask_sizes": mask_sizes,
+    "crop": crop,
+    "update": update,
+}

@@ -300,6 +300,16 @@ def test_a_picture_that_is_too_large_has_a_sentence_of_ours(tmp_path: Path, phot
     assert (result.exit_code, result.stderr) == (0, "")
 
 
+def test_a_picture_is_not_drawn_over_itself(tmp_path: Path, photo: Path) -> None:
+    before = photo.read_bytes()
+    (tmp_path / "link.png").symlink_to(photo)
+    for out in (photo, tmp_path / "link.png"):
+        result = call("show", VIT, photo, "--reduce", "tome:r=3", "-o", out)
+        assert result.exit_code == 2
+        assert "is the image itself, which would be lost" in result.stderr
+    assert photo.read_bytes() == before
+
+
 def test_a_picture_of_sixteen_bits_is_shown(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")

@@ -33,6 +33,8 @@ def command(
 
     chosen = parse(reduce)
     picture_format(out, "--out")
+    if out.exists() and image.exists() and out.samefile(image):
+        raise ValueError(f"--out {out} is the image itself, which would be lost; write to another file")
     picture = open_image(image)
     loaded = load_model(model)
     check_layer(loaded, layer)

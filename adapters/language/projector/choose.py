@@ -340,7 +340,7 @@ def _positions_later(
     ids: Any = kwargs.get("position_ids")
     if run.cut_at(-1) is None:
         return None
-    given = kwargs.get("inputs_embeds")
+    given: Any = kwargs.get("inputs_embeds")
     given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
     run.check_batch(given.shape[0])
     if run.shift is None:

@@ -101,11 +101,13 @@ def test_windows_are_of_this_image(build, inputs):
     assert trace.tokens[-1] == prefix + 3 + 9
 
 
-def test_other_shapes_of_as_many_patches_are_no_square():
+@pytest.mark.parametrize("spec", ["uniform:keep=0.5", "mustdrop-merge:threshold=-1"])
+def test_images_of_different_shapes_have_no_grid_in_common(spec):
+    """An answer must not depend on the other images of a batch."""
     shapes = NAFLEX | dict(spatial_shapes=torch.tensor([[4, 9], [9, 4]]))
-    trace = _run(_siglip2(), "mustdrop-merge:threshold=-1", shapes)
-    assert trace.steps[0].grid == (1, 36)
-    assert trace.tokens[-1] == 36  # no window is one in both images
+    with pytest.raises(ValueError, match="images of 4x9, 9x4 patches; give images of one shape per batch"):
+        _run(_siglip2(), spec, shapes)
+    assert _run(_siglip2(), "tome:r=4", shapes).tokens[-1] == 24, "methods without a grid take any"
 
 
 @torch.no_grad()

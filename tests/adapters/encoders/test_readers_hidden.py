@@ -339,3 +339,46 @@ def test_parts_of_a_language_model_that_cannot_generate_are_looked_at():
     for call in (tr.describe, lambda m: tr.patch(m, "tome:r=2")):
         with pytest.raises(TypeError, match=r"GitModel|no adapter"):
             call(model)
+
+
+def test_a_tower_without_layers():
+    for call in (tr.describe, lambda m: tr.patch(m, "tome:r=2")):
+        with pytest.raises(TypeError, match="has no layers"):
+            call(timm_vit(depth=0))
+
+
+def test_the_loop_that_is_advised_is_one_over_the_blocks():
+    from open_clip.transformer import VisionTransformer
+
+    class Middle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = VisionTransformer(24, 4, 32, 3, 2, 2.0, output_dim=8)
+
+        def forward(self, x):
+            return self.visual.transformer.resblocks[0](self.visual._embeds(x))
+
+    with pytest.raises(TypeError, match=r"for block in self.visual.transformer.resblocks: x"):
+        tr.patch(Middle(), "tome:r=2")
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_attention_maps_of_fewer_tokens_are_not_handed_to_other_code(as_dict):
+    class Rollout(nn.Module):
+        def __init__(self, tower: nn.Module) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, x):
+            return self.tower(x, output_attentions=True, return_dict=as_dict)[-1][-1].mean((1, 2))
+
+    model = Rollout(hf("ViTModel", "ViTConfig"))
+    model.tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(pictures())
+        with tr.patched(model, "tome:r=0"):
+            assert torch.equal(model(pictures()), want)
+        with tr.patched(model, MERGE), pytest.raises(ValueError, match=r"output_attentions=True .* fewer tokens"):
+            model(pictures())
+        with tr.patched(model.tower, MERGE):  # its caller asked for fewer tokens
+            assert model(pictures()).shape[1] < want.shape[1]
