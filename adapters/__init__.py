@@ -200,6 +200,8 @@ class Description:
     towers: tuple[Tower, ...]
     active: tuple[Reducer, ...]
     language: Any = None
+    #: Decoder layers of a patched model with the steps that act there, where asked for.
+    layers: tuple[Any, ...] = ()
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -248,17 +250,22 @@ class Description:
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")
         lines.append(f"  active   {' + '.join(r.spec() for r in self.active) or 'none'}")
+        lines += [f"  steps    {site}" for site in self.layers]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def describe(model: nn.Module) -> Description:
-    """The sites of ``model``. Raises ``TypeError`` for a model without adapter."""
+def describe(model: nn.Module, *, detail: bool = False) -> Description:
+    """The sites of ``model``; with ``detail``, what happens at each decoder layer of a patched one, in order. Raises
+    ``TypeError`` for a model without adapter."""
     from tokenreduce.core.undo import reducers_of
 
     language = _language(model)
     towers = tuple(t for _, t in _towers(model, language))
     if not towers and language is None:
         raise _unsupported(model)
-    return Description(type(model).__name__, towers, reducers_of(model), language)
+    layers: tuple[Any, ...] = ()
+    if detail and language is not None:
+        layers = tuple(importlib.import_module("tokenreduce.adapters.language.site").sites_in(language.layers))
+    return Description(type(model).__name__, towers, reducers_of(model), language, layers)

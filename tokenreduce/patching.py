@@ -166,11 +166,15 @@ def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F
     return decorate
 
 
-def describe(model: nn.Module) -> Any:
-    """What can act where in ``model``: its sites, tokens, evidence and the methods that fit; prints as a table."""
+def describe(model: nn.Module, *, detail: bool = False) -> Any:
+    """What can act where in ``model``: its sites, tokens, evidence and the methods that fit; prints as a table.
+
+    With ``detail``, also the steps that a patch put around each decoder layer of a language model, in their order.
+    Raises ``TypeError`` for a model without adapter.
+    """
     from tokenreduce.adapters import describe as by_adapter
 
-    return by_adapter(model)
+    return by_adapter(model, detail=detail)
 
 
 def kept_columns(source: Any) -> tuple[Tensor, Tensor]:
