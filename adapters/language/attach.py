@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenreduce.adapters.encoders.hf_attention import listen
+from tokenreduce.adapters.language.again import Site, check_later
 from tokenreduce.adapters.language.batching import attach_batching
-from tokenreduce.adapters.language.decode import Site, check_later
 from tokenreduce.adapters.language.decoders import (
     carries,
     check_deep,

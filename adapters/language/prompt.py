@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from tokenreduce.adapters.language.again import Again
 from tokenreduce.adapters.language.batching import is_paged
 from tokenreduce.adapters.language.cache import forget_run
-from tokenreduce.adapters.language.decode import Again
 from tokenreduce.adapters.language.drafts import sees_images
 from tokenreduce.adapters.language.generation import KEYWORD, Run, Step, cache_in, run_of
 from tokenreduce.adapters.language.given import Arrived, Brought, brought_by, say_late, say_strange

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tokenreduce.adapters.language.decode import Site, choose_again, last_only
+from tokenreduce.adapters.language.again import Site
+from tokenreduce.adapters.language.decode import choose_again, last_only
 from tokenreduce.adapters.language.generation import Step
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tokenreduce.adapters.language.ahead import look_ahead
-from tokenreduce.adapters.language.decode import set_aside
 from tokenreduce.adapters.language.decoders import check_implementation
 from tokenreduce.adapters.language.reduce import reduce_before
+from tokenreduce.adapters.language.revive import set_aside
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 from tokenreduce.core.reducer import Reducer
 
