@@ -212,7 +212,7 @@ class Description:
         from tokenreduce.core.registry import get_class, list_methods
 
         stage = self.stages[0] if stage is None else stage
-        if stage not in self.stages:
+        if stage not in self.stages or (self.language is not None and not self.language.served):
             return []
         given = [t.evidence for t in self.towers]
         if stage != "encoder":

@@ -98,6 +98,8 @@ class Language:
     owner: nn.Module | None = None
     #: What is not reduced, in sentences.
     limits: tuple[str, ...] = ()
+    #: Whether methods can act in it at all.
+    served: bool = True
 
     @property
     def evidence(self) -> tuple[str, ...]:

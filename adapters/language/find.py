@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenreduce.adapters.language.families import FAMILIES, Language
 from tokenreduce.adapters.language.projector.tower import vision_of
-from tokenreduce.adapters.language.retrieval import limits, owner_of
+from tokenreduce.adapters.language.retrieval import is_served, limits, owner_of
 
 __all__ = ["find"]
 
@@ -36,6 +36,6 @@ def find(model: nn.Module) -> Language | None:
             owner = owner_of(model, module)
             return Language(
                 name, module, type(module).__name__, text, layers, ids, next(owners, None), vision_of(module), owner,
-                limits(owner),
+                limits(owner), is_served(owner),
             )  # fmt: skip
     return None

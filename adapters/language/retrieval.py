@@ -22,7 +22,7 @@ from tokenreduce.adapters.language.generation import KEYWORD, Run, Step
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
-__all__ = ["attach_retrieval", "check_owner", "limits", "note_run", "owner_of"]
+__all__ = ["attach_retrieval", "check_owner", "is_served", "limits", "note_run", "owner_of"]
 
 #: Wrappers that are served, and those that cannot be, with the reason.
 _SERVED = ("ColPaliForRetrieval", "ColQwen2ForRetrieval")
@@ -58,6 +58,11 @@ def owner_of(model: nn.Module, inner: nn.Module) -> nn.Module | None:
     """The wrapper in ``model`` that calls ``inner`` in a way of its own, or None."""
     known = (m for m in model.modules() if type(m).__name__ in (*_SERVED, *_REFUSED))
     return next((m for m in known if any(child is inner for child in m.children())), None)
+
+
+def is_served(owner: nn.Module | None) -> bool:
+    """Whether methods can act in a model with this wrapper."""
+    return type(owner).__name__ not in _REFUSED
 
 
 def limits(owner: nn.Module | None) -> tuple[str, ...]:

@@ -112,5 +112,7 @@ def test_what_cannot_be_served_is_refused():
     for spec in ("divprune:keep=0.3", "fastv:layer=1,keep=0.3", "tome:r=2"):
         with pytest.raises(ValueError, match="PI0Model is not supported: its action expert"):
             tr.patch(robot, spec)
-    assert "no method acts" in str(tr.describe(robot))
+    about = tr.describe(robot)
+    assert "no method acts" in str(about)
+    assert not any(about.methods(stage) for stage in about.stages)
     assert not [k for m in robot.modules() for k in vars(m) if "tokenreduce" in k]
