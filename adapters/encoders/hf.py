@@ -232,7 +232,7 @@ def _note_grid(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """Let the tokens of a forward say its own grid of patches, up to the first layer."""
     module: Any = tower.module
     if isinstance(module, siglip2.Siglip2VisionModel):
-        gridded = next((r.spec() for r in reducers if r.gridded), "")
+        gridded = next((r.spec() for r in reducers if r.gridded and may_reduce(tower.blocks)), "")
         undo.hook(module.embeddings, functools.partial(note_shapes, gridded=gridded), with_kwargs=True)
     else:
         note = functools.partial(note_patches, patch=hf_video.token_size(module.config))
