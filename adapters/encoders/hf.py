@@ -196,6 +196,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     copies: dict[int, Any] = {}
     for attn in attentions:
         core: Any = getattr(attn, "attention", attn)
+        refuse_own(core)
         listen(core, undo, copies)
         if layout.core is not None:
             kind = type(core)
@@ -204,7 +205,6 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
                     f"{tower.family}: attention class {kind.__name__} is not supported; "
                     f"supported: {layout.core[0].__name__}"
                 )
-            refuse_own(core)
             refuse_patched(kind)
             undo.swap_class(core, layout.core[1])
     undo.pre_hook(module, check_inputs)

@@ -35,9 +35,18 @@ def talk(model, turns, cache=None):
     return logits
 
 
+def stock_talks(model, turns):
+    """Skip where a release's own model fails on these turns (Gemma 3 with new images in early ones)."""
+    try:
+        talk(model, turns)
+    except RuntimeError as error:
+        pytest.skip(f"the stock model of this release fails: {error}")
+
+
 def compare(name, spec, turns, model=None):
     """What the later turns of a patched model and of the oracle say; and the patched model's first logits."""
     model = VLMS[name].model if model is None else model
+    stock_talks(model, turns)
     with tr.patched(model, spec), tr.record(model, flops=False) as trace:
         got = talk(model, turns)
     dropped = dropped_by(trace, turns[0])
@@ -85,6 +94,7 @@ def test_tokens_of_a_new_image_see_each_other(spec):
     turns = conversation("gemma3", *ROWS["alone"])
     plain = [dict(turn) for turn in turns]
     del plain[1]["token_type_ids"]
+    stock_talks(VLMS["gemma3"].model, turns)
     with tr.patched(VLMS["gemma3"].model, spec):
         one, other = talk(VLMS["gemma3"].model, turns), talk(VLMS["gemma3"].model, plain)
     assert float((one[1] - other[1]).abs().max()) > 1e-2
@@ -275,8 +285,12 @@ def test_continuous_batching_serves_text_and_refuses_images(spec):
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
     texts = [[5, 6, 7, 8], [9, 10, 11]]
     plain = [model.generate(torch.tensor([t]), generation_config=config)[0, len(t) :].tolist() for t in texts]
-    tr.patch(model, spec)
     small = ContinuousBatchingConfig(num_blocks=8, block_size=16, max_batch_tokens=32)
+    try:
+        model.generate_batch(texts, generation_config=config, continuous_batching_config=small)
+    except ValueError as error:
+        pytest.skip(f"continuous batching of this release takes no model with images: {str(error)[:80]}")
+    tr.patch(model, spec)
     out = model.generate_batch(texts, generation_config=config, continuous_batching_config=small)
     assert [o.generated_tokens for o in out.values()] == plain
     with pytest.raises(ValueError, match="continuous batching takes no images"):
