@@ -36,7 +36,7 @@ def test_family(family, name):
     want, keys = first_tensor(model(**inputs)), list(model.state_dict())
     with tr.patched(model, with_keep(name, 1.0)):
         assert torch.equal(first_tensor(model(**inputs)), want), "keep-all is bit-identical"
-    if called.endswith("padded") and with_keep(name, 0.4).gridded:  # 6x6 and 4x6 patches have no grid in common
+    if "siglip2, padded" in called and with_keep(name, 0.4).gridded:  # 6x6 and 4x6 patches have no grid in common
         with tr.patched(model, with_keep(name, 0.4)), pytest.raises(ValueError, match="images of one shape per batch"):
             model(**inputs)
         inputs = {k: v[1:] for k, v in inputs.items()}
