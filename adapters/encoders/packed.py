@@ -258,11 +258,7 @@ class Packed:
         plan = full_plan(part.state)
         if plan is None or plan.is_identity:
             return None
-        at, valid = plan.representatives(), plan.validity()
-        if valid is not None:
-            at = torch.where(valid, at, plan.n)
-        marks = torch.zeros(plan.batch, plan.n + 1, dtype=torch.bool, device=at.device).scatter(1, at, True)
-        return marks[:, :-1].reshape(-1, units)[rows].repeat_interleave(self.layout.unit, 1)
+        return plan.places().reshape(-1, units)[rows].repeat_interleave(self.layout.unit, 1)
 
     def sizes(self, views: Tensor) -> Tensor | None:
         """(V,patches) number of units behind the unit of every patch of ``views``, None when each is one."""

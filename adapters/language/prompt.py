@@ -87,32 +87,12 @@ def start(
     if brought is None:
         brought = _brought(inner, tokens, kwargs, ids, arrived, types)
     brought = brought.behind(past) if past else brought
-    visual = brought.visual
+    images = bool(brought.visual.any())
     if brought.strange:
-        say_strange(methods, bool(visual.any()))
-    if not bool(visual.any()):
+        say_strange(methods, images)
+    if not images:
         return args, {**kwargs, KEYWORD: None}
-    padding = _padding(kwargs.get("attention_mask"), visual.shape[0], visual.shape[1], slides)
-    _check_packed(kwargs)
-    newline = getattr(inner, "image_newline", None)
-    given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
-    step = Step(
-        Run(
-            visual.shape[1],
-            visual,
-            padding,
-            again=Again(again) if again else None,
-            front=past,
-            methods=methods,
-            given=visual.shape[1],
-        ),
-        prefill=True,
-        newline=newline,
-        encoded={**{k: e for k, e in given.items() if e is not None}, **brought.encoded},
-        ids=pad(tokens, (past, 0)) if past and tokens is not None else tokens,
-        kinds=brought.kinds,
-        places=brought.places,
-    )
+    step = _first(inner, brought, tokens, kwargs, past=past, slides=slides, again=again, methods=methods)
     return args, {**kwargs, KEYWORD: step}
 
 
@@ -142,6 +122,42 @@ def _brought(
         return brought_by(inner, embeds, ids, arrived, kwargs.get(types), mask)
     arrived.clear()
     return Brought({k: tokens == i for k, i in zip(("image", "video"), ids, strict=False)})
+
+
+def _first(
+    inner: Any,
+    brought: Brought,
+    tokens: Tensor | None,
+    kwargs: dict[str, Any],
+    *,
+    past: int,
+    slides: bool,
+    again: tuple[int, ...],
+    methods: str,
+) -> Step:
+    """The step of a call that brings the prompt with its images, behind ``past`` cached columns; it begins a run."""
+    batch, columns = brought.visual.shape
+    padding = _padding(kwargs.get("attention_mask"), batch, columns, slides)
+    _check_packed(kwargs)
+    given = {k: encoded_in(v) for k, v in (kwargs.get("mm_encoder_outputs") or {}).items()}
+    run = Run(
+        columns,
+        brought.visual,
+        padding,
+        again=Again(again) if again else None,
+        front=past,
+        methods=methods,
+        given=columns,
+    )
+    return Step(
+        run,
+        prefill=True,
+        newline=getattr(inner, "image_newline", None),
+        encoded={**{k: e for k, e in given.items() if e is not None}, **brought.encoded},
+        ids=pad(tokens, (past, 0)) if past and tokens is not None else tokens,
+        kinds=brought.kinds,
+        places=brought.places,
+    )
 
 
 def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any]) -> Step:

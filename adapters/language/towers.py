@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenreduce.adapters.encoders.block import Tower
@@ -102,11 +101,7 @@ def remaining(state: State | None, prefix: int) -> Tensor | None:
     plan = None if state is None else full_plan(state)
     if plan is None or plan.is_identity:
         return None
-    at, valid = plan.representatives(), plan.validity()
-    if valid is not None:
-        at = torch.where(valid, at, plan.n)
-    marks = torch.zeros(plan.batch, plan.n + 1, dtype=torch.bool, device=at.device).scatter(1, at, True)
-    return _apart(marks[:, :-1], state)[:, prefix:]
+    return _apart(plan.places(), state)[:, prefix:]
 
 
 def _apart(t: Tensor, state: State | None) -> Tensor:

@@ -271,3 +271,12 @@ def test_a_mix_has_gradients_and_half_precision():
     half = plan.reduce(x.detach().half())
     assert half.dtype == torch.float16
     assert torch.equal(half[0, 2], x.detach().half()[0, 4])
+
+
+def test_places_are_the_tokens_behind_real_outputs():
+    plan = Prune(5, torch.tensor([[0, 2, 3], [1, 0, 0]]), torch.tensor([[True, True, True], [True, False, False]]))
+    want = [[True, False, True, True, False], [False, True, False, False, False]]
+    assert plan.places().tolist() == want
+    again = Chain(5, (plan, Prune(3, torch.tensor([[1, 2], [0, 1]]), torch.tensor([[True, True], [True, False]]))))
+    assert again.places().tolist() == [[False, False, True, True, False], want[1]]
+    assert bool(Identity(3, 2).places().all())

@@ -147,8 +147,15 @@ def test_no_mask_and_no_cache(name, rows):
 
 
 @pytest.mark.parametrize("padded", [0, 2])
-@pytest.mark.parametrize("name", ["llava_next_window", "gemma3", "internvl"])
-def test_a_second_turn_with_the_cache(name, padded):
+@pytest.mark.parametrize(
+    ("spec", "layer", "name"),
+    [
+        (spec, layer, name)
+        for spec, layer in (("fastv:layer=1,keep=0.3", 1), ("divprune:keep=0.3,positions=original", 0))
+        for name in ("llava", "llava_next_window", "gemma3", "internvl")
+    ],
+)
+def test_a_second_turn_with_the_cache(spec, layer, name, padded):
     """More than one new token on a cache that is shorter than the prompt: causal and windowed by original columns."""
     vlm, more = VLMS[name], torch.tensor([[15, 17, 30], [14, 20, 44]])
     inputs = prompts(vlm, CASES["unequal"])
@@ -170,9 +177,9 @@ def test_a_second_turn_with_the_cache(name, padded):
             logits.append(out.logits)
         return logits[1:]
 
-    with tr.patched(vlm.model, tr.FastV(layer=1, keep=0.3)), tr.record(vlm.model) as trace:
+    with tr.patched(vlm.model, spec), tr.record(vlm.model) as trace:
         got = last_turns()
-    with hidden(layers_of(name, vlm.model), dropped_by(trace, inputs), 1):
+    with hidden(layers_of(name, vlm.model), dropped_by(trace, inputs), layer):
         want = last_turns()
     close(got[0][1], want[0][1])
     close(got[0][0, padded:], want[0][0, padded:])

@@ -64,6 +64,14 @@ class Plan:
         """(B,K) bool, or None when every output is real."""
         return getattr(self, "valid", None)
 
+    def places(self) -> Tensor:
+        """(B,N) bool: input tokens that are the representative of a real output."""
+        at, valid = self.representatives(), self.validity()
+        if valid is not None:
+            at = torch.where(valid, at, self.n)
+        marked = torch.zeros(self.batch, self.n + 1, dtype=torch.bool, device=at.device).scatter(1, at, True)
+        return marked[:, :-1]
+
     def untouched(self) -> Tensor:
         """(B,K) bool: outputs that are their representative's value and nothing else."""
         return torch.ones_like(self.representatives(), dtype=torch.bool)
