@@ -2,6 +2,7 @@
 
 from tokenreduce.core.evidence.attention import Attention, Rows, need
 from tokenreduce.core.evidence.base import BaseEvidence
+from tokenreduce.core.evidence.cache import CacheEvidence, Rotary
 from tokenreduce.core.evidence.encoder import EncoderEvidence
 from tokenreduce.core.evidence.image import ImageEvidence, TowerEvidence
 from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
@@ -10,6 +11,7 @@ from tokenreduce.core.evidence.plain import Evidence
 from tokenreduce.core.evidence.visual import VisualEvidence
 
 __all__ = [
-    "Attention", "BaseEvidence", "Earlier", "EncoderEvidence", "Evidence", "ImageEvidence", "LanguageEvidence", "Look",
-    "Origin", "Prompt", "Rows", "TowerEvidence", "VisualEvidence", "need", "resolve",
+    "Attention", "BaseEvidence", "CacheEvidence", "Earlier", "EncoderEvidence", "Evidence", "ImageEvidence",
+    "LanguageEvidence", "Look", "Origin", "Prompt", "Rotary", "Rows", "TowerEvidence", "VisualEvidence", "need",
+    "resolve",
 ]  # fmt: skip

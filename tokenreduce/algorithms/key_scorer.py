@@ -1,0 +1,47 @@
+"""Base of methods that rank cached keys by one number each and keep the best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenreduce.algorithms.keys import check_what, keep_best_slots
+from tokenreduce.core.budget import check_keep
+from tokenreduce.core.cache_reducer import CacheReducer
+from tokenreduce.core.evidence import CacheEvidence
+from tokenreduce.core.plan import Plan
+
+__all__ = ["KeyScorer"]
+
+
+@dataclass(frozen=True)
+class KeyScorer(CacheReducer):
+    """A method says what a key is worth (:meth:`importance`) and which stay whatever they are worth (:meth:`always`).
+
+    Wrappers that share a budget over heads or layers ask for both.
+
+    Args:
+        keep: keys of every KV head that stay of those that ``what`` counts, a count or a ratio, rounded half up.
+        what: "visual" counts visual keys, and all text stays; "all" lets text compete, too.
+    """
+
+    keep: int | float = 0.25
+    what: str = "visual"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_what(self.what)
+
+    def importance(self, evidence: CacheEvidence) -> Tensor:
+        """(B*Hkv,N): what every key is worth; larger ones stay."""
+        raise NotImplementedError("abstract")
+
+    def always(self, evidence: CacheEvidence) -> Tensor | None:
+        """(B*Hkv,N) bool: keys that stay whatever they are worth, inside the budget; None for none."""
+        return None
+
+    def plan(self, evidence: CacheEvidence) -> Plan:
+        return keep_best_slots(
+            self.importance(evidence), self.keep, evidence, what=self.what, always=self.always(evidence)
+        )

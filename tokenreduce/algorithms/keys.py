@@ -1,0 +1,101 @@
+"""Choosing among the cached keys of one layer, as methods of the cache stage do. Rows are KV heads, B*Hkv of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenreduce.algorithms.sequence import best
+from tokenreduce.core.budget import Keep, check_keep
+from tokenreduce.core.evidence import CacheEvidence
+from tokenreduce.core.plan import Identity, Plan, Prune
+
+__all__ = ["WHAT", "budget", "candidates", "check_what", "keep_best_slots", "keep_slots", "pooled"]
+
+#: What a budget counts: visual keys (text stays), or all.
+WHAT = ("visual", "all")
+
+
+def check_what(what: str) -> None:
+    """Raise ``ValueError`` unless ``what`` is "visual" or "all"."""
+    if what not in WHAT:
+        raise ValueError(f"what={what!r}: a budget counts 'visual' keys (all text stays) or 'all' keys")
+
+
+def candidates(evidence: CacheEvidence, what: str) -> Tensor:
+    """(B*Hkv,N) bool: the slots that a budget counts, and that may go."""
+    return evidence.visual if what == "visual" else evidence.there
+
+
+def budget(keep: Keep | Tensor, among: Tensor) -> Tensor:
+    """(B*Hkv,1): how many of the slots ``among`` (B*Hkv,N) stay; the rule of :func:`tokenreduce.core.budget.count`,
+    for rows with different numbers."""
+    present = among.sum(1, keepdim=True)
+    if isinstance(keep, Tensor):
+        return torch.minimum(keep, present)
+    check_keep(keep)
+    if isinstance(keep, int):
+        return present.clamp(max=keep)
+    return torch.minimum((keep * present.double() + 0.5).long().clamp(min=1), present)
+
+
+def keep_slots(stay: Tensor, evidence: CacheEvidence) -> Plan:
+    """The plan that keeps the slots in ``stay`` (B*Hkv,N) bool, ascending; padding goes. The identity where every slot
+    that is there stays, so that nothing is touched."""
+    there = evidence.there
+    stay = stay & there
+    return Identity.like(evidence.keys) if bool((stay == there).all()) else Prune.from_mask(stay)
+
+
+def keep_best_slots(
+    scores: Tensor,
+    keep: Keep | Tensor,
+    evidence: CacheEvidence,
+    *,
+    what: str = "visual",
+    always: Tensor | None = None,
+) -> Plan:
+    """Keep the best slots by ``scores`` (B*Hkv,N) of those that ``what`` counts, and all others.
+
+    ``always`` (B*Hkv,N) bool stay whatever their score, and count inside the budget where they are of the counted kind.
+    Ties go to the lower slot. Raises ``ValueError`` for scores that are not finite on such slots, and for a budget
+    that is smaller than what always stays.
+    """
+    among = candidates(evidence, what)
+    wanted = budget(keep, among)
+    stay = evidence.there & ~among
+    if bool((wanted >= among.sum(1, keepdim=True)).all()):
+        return Identity.like(evidence.keys)
+    free = among
+    if always is not None:
+        fixed = among & always
+        held = fixed.sum(1, keepdim=True)
+        if bool((held > wanted).any()):
+            raise ValueError(
+                f"the budget of {int(wanted.min())} keys is below the {int(held.max())} that always stay (window and "
+                f"sinks); give a larger keep, or smaller ones"
+            )
+        free, wanted, stay = among & ~always, wanted - held, stay | fixed
+    check_finite(scores, free)
+    return keep_slots(stay | best(scores, free, wanted), evidence)
+
+
+def check_finite(scores: Tensor, among: Tensor) -> None:
+    """Raise ``ValueError`` for NaN among the scores that decide."""
+    if bool((scores.isnan() & among).any()):
+        raise ValueError("keys, values or attention of the cache hold NaN; the model's activations overflowed")
+
+
+def pooled(scores: Tensor, kernel: int, kind: str) -> Tensor:
+    """``scores`` (...,N) smoothed by a window of ``kernel`` slots, stride 1: "avgpool" (zeros beyond the ends count)
+    or "maxpool". Raises ``ValueError`` for an even kernel, which would change the length, and another kind."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel_size is an odd int >= 1, not {kernel!r}")
+    if kind not in ("avgpool", "maxpool"):
+        raise ValueError(f"pooling={kind!r}: choose 'avgpool' or 'maxpool'")
+    if kernel == 1:
+        return scores
+    flat = scores.reshape(1, -1, scores.shape[-1])
+    pool = F.avg_pool1d if kind == "avgpool" else F.max_pool1d
+    return pool(flat, kernel, 1, kernel // 2).view_as(scores)

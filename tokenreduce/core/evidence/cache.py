@@ -1,0 +1,269 @@
+"""Evidence at the cache stage: the keys and values of one layer of a language model, its KV heads as rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenreduce.core.evidence.attention import need
+
+__all__ = ["CacheEvidence", "Rotary"]
+
+#: Rows of attention that are computed at once where a method sums over many of them: bounds memory, N x N never exists.
+_BLOCK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """Rotary tables of a layer: ``cos`` and ``sin`` (B,N,r) of the cached slots, ``ahead(f)`` those (B,f,r) of the next
+    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves."""
+
+    cos: Tensor
+    sin: Tensor
+    ahead: Callable[[int], tuple[Tensor, Tensor]]
+    paired: bool = False
+
+
+class CacheEvidence:
+    """What a method of the cache stage may look at: one layer's cached keys and values, and who attended to them.
+
+    The B samples have Hkv KV heads each, folded into B*Hkv rows (row b*Hkv+h is head h of sample b). N slots are in the
+    order of their columns. Evidence is read, never written to; asking for what is missing raises ``ValueError``.
+
+    Args:
+        keys, values: (B*Hkv,N,d) as cached, keys behind their rotation.
+        attention: (B*Hkv,G,R,N) causal softmax rows of the last R queries, G query heads for each KV head; in decode
+            R=1.
+        queries: (B*Hkv,G,R,d) the last R queries, instead of ``attention``; rows are then computed when asked for.
+        kv_heads: Hkv.
+        visual: (B,N) bool, per sample: which slots hold visual tokens of the prompt.
+        valid: (B,N) bool, per sample: slots that are there. Padding is not, is never kept and counts nowhere. Also
+            (B*Hkv,N), where an earlier plan left the heads unequal numbers.
+        scores: (B*Hkv,N) or (B*Hkv,N,S) what ``score`` returned in the step before, gathered by the plans since;
+            columns that came later have 0.
+        layer, depth: 0-based layer and number of layers.
+        step: 0 at the prompt, then the number of the decode step.
+        scale, softcap: of the model's logits; 1/sqrt(d) and none by default.
+        mask: (B or 1,1,R,N) bool or additive, what the last R queries see in the model, instead of causal order.
+        columns: (B*Hkv,N) column of every slot in the sequence as the caller sees it; 0 to N-1 by default.
+        seen: (B,1) real tokens that were given so far; those that are there by default.
+        prompt_slots: (B*Hkv,1) slots that the plan at the prompt left, in decode.
+        frame_of: (B,N) number of the frame that a visual slot is of, -1 elsewhere.
+        rotary: rotary tables, for methods that undo a rotation.
+        mrope: whether positions are places in time and image, so that keys of different places must not be averaged.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        attention: Tensor | None = None,
+        *,
+        queries: Tensor | None = None,
+        kv_heads: int,
+        visual: Tensor | None = None,
+        valid: Tensor | None = None,
+        scores: Tensor | None = None,
+        layer: int = 0,
+        depth: int = 1,
+        step: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
+        mask: Tensor | None = None,
+        columns: Tensor | None = None,
+        seen: Tensor | None = None,
+        prompt_slots: Tensor | None = None,
+        frame_of: Tensor | None = None,
+        rotary: Rotary | None = None,
+        mrope: bool = False,
+    ) -> None:
+        if keys.dim() != 3 or values.shape[:2] != keys.shape[:2]:
+            raise ValueError(
+                f"keys and values have shape (batch * kv_heads, slots, channels), not {tuple(keys.shape)} and "
+                f"{tuple(values.shape)}"
+            )
+        if kv_heads < 1 or keys.shape[0] % kv_heads:
+            raise ValueError(f"{keys.shape[0]} rows are no whole number of samples with kv_heads={kv_heads}")
+        self.keys, self.values, self.kv_heads = keys, values, kv_heads
+        self.layer, self.depth, self.step = layer, depth, step
+        self.scores, self.prompt_slots, self.mrope = scores, prompt_slots, mrope
+        self.scale = keys.shape[-1] ** -0.5 if scale is None else scale
+        self.softcap, self.mask = softcap, mask
+        self._attention, self._queries, self._visual, self._rotary = attention, queries, visual, rotary
+        self._columns, self._seen, self._frame_of = columns, seen, frame_of
+        self._valid = valid
+        for name, given in (("attention", attention), ("queries", queries)):
+            if given is not None and (given.dim() != 4 or given.shape[0] != keys.shape[0]):
+                raise ValueError(
+                    f"{name} has shape (batch * kv_heads, query heads of each, rows, ...), not {tuple(given.shape)} for "
+                    f"{keys.shape[0]} rows"
+                )
+        for name, marks in (("visual", visual), ("valid", valid)):
+            if marks is not None and (marks.shape[-1] != self.n or marks.shape[0] not in (self.batch, keys.shape[0])):
+                raise ValueError(f"{name} has shape (batch, slots) {(self.batch, self.n)}, not {tuple(marks.shape)}")
+
+    # -- sizes -----------------------------------------------------------------------------------------------------
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return self.keys.shape[0] // self.kv_heads
+
+    @property
+    def n(self) -> int:
+        """Number of slots N."""
+        return self.keys.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Query heads G for each KV head."""
+        given = self._attention if self._attention is not None else self._queries
+        return 1 if given is None else given.shape[1]
+
+    @property
+    def rows_given(self) -> int:
+        """Number R of the last queries that are known; 0 where none are."""
+        given = self._attention if self._attention is not None else self._queries
+        return 0 if given is None else given.shape[2]
+
+    def fold(self, per_sample: Tensor) -> Tensor:
+        """(B,...) repeated for every head, (B*Hkv,...); (B*Hkv,...) as it is."""
+        same = per_sample.shape[0] == self.keys.shape[0]
+        return per_sample if same else per_sample.repeat_interleave(self.kv_heads, 0)
+
+    def unfold(self, folded: Tensor) -> Tensor:
+        """(B*Hkv,...) as (B,Hkv,...)."""
+        return folded.unflatten(0, (self.batch, self.kv_heads))
+
+    # -- which slots -----------------------------------------------------------------------------------------------
+    @property
+    def there(self) -> Tensor:
+        """(B*Hkv,N) bool: slots that hold a token."""
+        if self._valid is None:
+            return torch.ones(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device)
+        return self.fold(self._valid.bool())
+
+    @property
+    def all_there(self) -> bool:
+        return self._valid is None or bool(self._valid.all())
+
+    @property
+    def visual(self) -> Tensor:
+        """(B*Hkv,N) bool: slots that hold visual tokens. Raises ``ValueError`` where none are marked."""
+        return self.fold(need(self._visual, "visual").bool()) & self.there
+
+    @property
+    def counts(self) -> Tensor:
+        """(B*Hkv,1) slots that are there."""
+        return self.there.sum(1, keepdim=True)
+
+    @property
+    def columns(self) -> Tensor:
+        """(B*Hkv,N) column of every slot."""
+        if self._columns is None:
+            return torch.arange(self.n, device=self.keys.device).expand(self.keys.shape[:2])
+        return self.fold(self._columns)
+
+    @property
+    def seen(self) -> Tensor:
+        """(B*Hkv,1) real tokens that were given so far."""
+        return self.counts if self._seen is None else self.fold(self._seen)
+
+    @property
+    def frame_of(self) -> Tensor:
+        """(B*Hkv,N) number of the frame of a visual slot, -1 elsewhere."""
+        return self.fold(need(self._frame_of, "frame_of"))
+
+    @property
+    def rotary(self) -> Rotary:
+        if self._rotary is None:
+            raise ValueError("this method needs the rotary tables, which the evidence lacks: give rotary=Rotary(...)")
+        return self._rotary
+
+    def last(self, count: int | Tensor) -> Tensor:
+        """(B*Hkv,N) bool: the last ``count`` slots that are there, ``count`` an int or (B*Hkv,1)."""
+        there = self.there
+        behind = there.long().flip(1).cumsum(1).flip(1)
+        return there & (behind <= count)
+
+    def first(self, count: int | Tensor) -> Tensor:
+        """(B*Hkv,N) bool: the first ``count`` slots that are there, ``count`` an int or (B*Hkv,1)."""
+        there = self.there
+        return there & (there.long().cumsum(1) <= count)
+
+    # -- attention -------------------------------------------------------------------------------------------------
+    @property
+    def queries(self) -> Tensor:
+        """(B*Hkv,G,R,d) the last R queries, behind their rotation."""
+        return need(self._queries, "queries")
+
+    def row_there(self, rows: int | None = None) -> Tensor:
+        """(B*Hkv,R) bool: which of the last ``rows`` queries (all that are known) are of real tokens."""
+        r = self.rows_given if rows is None else min(rows, self.rows_given)
+        return self.there[:, self.n - r :]
+
+    def rows(self, rows: int | None = None) -> Tensor:
+        """(B*Hkv,G,R,N) float32: causal softmax rows of the last ``rows`` queries (all that are known; fewer where
+        fewer are). Rows of padding are 0. Raises ``ValueError`` for evidence with neither attention nor queries."""
+        if self._attention is None and self._queries is None:
+            raise ValueError("this method needs attention, which the evidence lacks: give attention=... or queries=...")
+        r = self.rows_given if rows is None else min(rows, self.rows_given)
+        return self._rows(self.rows_given - r, self.rows_given)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """(B*Hkv,G,R,N) float32: masked logits of the queries ``start`` to ``stop`` of those that are known, -inf where
+        a query does not see a key. From given attention, they are right up to a number for each row."""
+        if self._attention is not None:
+            return self._attention[:, :, start:stop].float().log()
+        q = self.queries[:, :, start:stop].float()
+        logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits + self._hidden(start, stop)
+
+    def _hidden(self, start: int, stop: int) -> Tensor:
+        """What is added to logits: -inf where a query does not see a key."""
+        device, first = self.keys.device, self.n - self.rows_given
+        if self.mask is not None:
+            mask = self.mask[:, :, start:stop].expand(self.batch, -1, -1, -1)
+            sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            out = self.fold(sees)
+        else:
+            at = torch.arange(first + start, first + stop, device=device)
+            out = (torch.arange(self.n, device=device) <= at[:, None])[None, None]
+        out = out & self.there[:, None, None]
+        return torch.zeros(out.shape, device=device).masked_fill(~out, float("-inf"))
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        there = self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
+        if self._attention is not None:
+            return self._attention[:, :, start:stop].float() * there
+        return self.logits(start, stop).softmax(-1).nan_to_num(0.0) * there
+
+    def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
+        """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
+        weight, (R,) or (B*Hkv,R). Computed in blocks of rows."""
+        known = self.rows_given
+        r = known if rows is None else min(rows, known)
+        if not r:
+            self.rows()
+        if weights is not None:
+            weights = weights.float().expand(self.keys.shape[0], -1)
+        out: Tensor | None = None
+        for start in range(known - r, known, _BLOCK):
+            stop = min(start + _BLOCK, known)
+            block = self._rows(start, stop)
+            if weights is not None:
+                block = block * weights[:, start - (known - r) : stop - (known - r)][:, None, :, None]
+            out = block.sum(2) if out is None else out + block.sum(2)
+        assert out is not None
+        return out
+
+    def readers(self, rows: int | None = None) -> Tensor:
+        """(B*Hkv,N): how many of the last ``rows`` queries (all that are known) see a slot in causal order."""
+        r = self.rows_given if rows is None else min(rows, self.rows_given)
+        real = self.there.long()
+        real[:, : self.n - r] = 0
+        return real.flip(1).cumsum(1).flip(1)
