@@ -90,16 +90,16 @@ __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.1.0"
 __all__ = [
-    "AIM", "AIMMerge", "ATS", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN", "DiffRate", "DivPrune", "DyCoke", "EVS", "EViT",
-    "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge",
-    "GlobalCom2", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok",
-    "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens",
-    "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens",
-    "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SparseVLM",
-    "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames",
-    "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe",
-    "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch",
-    "zoo",
+    "AIM", "AIMMerge", "ATS", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN", "DiffRate", "DivPrune",
+    "DyCoke", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru",
+    "FrameFusion", "FrameMerge", "GlobalCom2", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids",
+    "LazyLLM", "MCTF", "MMTok", "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool",
+    "PoolFrames", "PoolTokens", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop",
+    "Random", "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE",
+    "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform",
+    "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune",
+    "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
+    "unpatch", "zoo",
 ]  # fmt: skip
 
 

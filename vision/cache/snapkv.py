@@ -21,8 +21,8 @@ class SnapKV(KeyScorer, name="snapkv", needs=("attention",), paper="2404.14469",
 
     A key's score is the softmaxed attention of the last ``window_size`` tokens (softmax over all keys, causal inside
     the window), summed over them, averaged over the query heads of its KV head, and pooled over neighbouring slots in
-    front of the window. With ``what="all"``, the window itself always stays. Keys keep their rotation and their order; nothing is evicted
-    while decoding.
+    front of the window. With ``what="all"``, the window itself always stays. Keys keep their rotation and their order;
+    nothing is evicted while decoding.
 
     Args:
         keep, what: see :class:`~tokenreduce.algorithms.key_scorer.KeyScorer`. With ``what="visual"`` all text

@@ -1,4 +1,4 @@
-"""Evidence at the cache stage: the keys and values of one layer of a language model, its KV heads as rows of a batch."""
+"""Evidence at the cache stage: keys and values of one layer of a language model, whose KV heads are rows of a batch."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class CacheEvidence:
         for name, given in (("attention", attention), ("queries", queries)):
             if given is not None and (given.dim() != 4 or given.shape[0] != keys.shape[0]):
                 raise ValueError(
-                    f"{name} has shape (batch * kv_heads, query heads of each, rows, ...), not {tuple(given.shape)} for "
-                    f"{keys.shape[0]} rows"
+                    f"{name} has shape (batch * kv_heads, query heads of each, rows, ...), not {tuple(given.shape)} "
+                    f"for {keys.shape[0]} rows"
                 )
         for name, marks in (("visual", visual), ("valid", valid)):
             if marks is not None and (marks.shape[-1] != self.n or marks.shape[0] not in (self.batch, keys.shape[0])):
