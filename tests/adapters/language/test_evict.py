@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from vlms import IMAGE, VLMS, batch, encodes_before, prompts, skip_beams_of_several
+from talks import ROWS, conversation, stock_talks, talk
+from vlms import VLMS, prompts, skip_beams_of_several
 from vlms_masked import close, layers_of
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.generation import cache_in, cache_of
 from tokenreduce.algorithms.keys import keep_slots
 from tokenreduce.core.cache_reducer import CacheReducer
-from tokenreduce.core.reducer import METHODS
 
 STEPS = 5
 
 
 @dataclass(frozen=True)
-class Scatter(CacheReducer, name="test-scatter"):
+class Scatter(CacheReducer):
     """Another budget for every row, head and layer; decided right behind the layer, or ``together`` behind the last."""
 
     together: bool = False
@@ -35,7 +35,9 @@ class Scatter(CacheReducer, name="test-scatter"):
         stay = evidence.there.clone()
         for row in range(len(stay)):
             head = 0 if self.alike else row % evidence.kv_heads
-            g = torch.Generator().manual_seed(1000 * evidence.layer + 10 * (row // evidence.kv_heads // self.beams) + head)
+            g = torch.Generator().manual_seed(
+                1000 * evidence.layer + 10 * (row // evidence.kv_heads // self.beams) + head
+            )
             visual = evidence.visual[row].nonzero().flatten()
             count = int(len(visual) * (self.share + (0 if self.alike else 0.1 * head + 0.05 * evidence.layer)))
             gone = visual[torch.randperm(len(visual), generator=g)[count:]]
@@ -43,10 +45,7 @@ class Scatter(CacheReducer, name="test-scatter"):
         return keep_slots(stay, evidence)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget():
-    yield
-    METHODS.pop("test-scatter", None)
+Scatter.name = "scatter"  # not registered: tables take every registered method
 
 
 class masked:  # noqa: N801 - used like open()
@@ -140,7 +139,8 @@ def check(name, case, settings, method, monkeypatch, attention=None):
         plain_ids, plain, _ = answer(model, inputs, **settings)
         with tr.patched(model, method), kept_plans(method, monkeypatch) as gone:
             ids, got, cache = answer(model, inputs, **settings)
-        assert gone and all(bool(g.any()) for g in gone.values())
+        assert gone
+        assert all(bool(g.any()) for g in gone.values())
         with masked(layers_of(name, model), gone):
             want_ids, want, full = answer(model, inputs, **settings)
         assert torch.equal(ids, want_ids)
@@ -177,40 +177,20 @@ def test_one_row_without_padding_where_heads_keep_as_many_needs_no_mask(name, mo
     check(name, "alone", {}, Scatter(alike=True), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3"])
-def test_a_later_turn_with_an_image(name, monkeypatch):
-    vlm = VLMS[name]
-    model = vlm.model
-    inputs = prompts(vlm, CASES["several"])
-    turn = torch.tensor([[0, 20, 21, 22], [30, 31, 32, 33]])
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-
-    def run():
-        with torch.no_grad():
-            first = model(**inputs, use_cache=True)
-            cache = cache_of(first)
-            whole = torch.cat([inputs["attention_mask"], mask], 1)
-            from tokenreduce.adapters.language.generation import cache_as
-
-            more = {k: torch.zeros_like(turn) for k in ("token_type_ids",) if k in inputs}
-            places = (torch.arange(60, 64) - 1 + mask.cumsum(1) - mask.sum(1, keepdim=True)).clamp(min=0)
-            if name.startswith("qwen"):
-                places = places.expand(3, -1, -1)
-            more["position_ids"] = places
-            second = model(input_ids=turn, attention_mask=whole, **cache_as(model, cache), **more)
-            one = torch.ones(2, 1, dtype=torch.long)
-            more = {k: v[..., -1:] + (k == "position_ids") for k, v in more.items()}
-            third = model(
-                input_ids=one * 40, attention_mask=torch.cat([whole, one], 1), **cache_as(model, cache), **more
-            )
-            return second.logits, third.logits
-
-    with tr.patched(model, Scatter()), kept_plans(Scatter(), monkeypatch) as gone:
-        got = run()
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", VLMS)
+def test_a_later_turn_with_a_new_image(name, rows, monkeypatch):
+    model, turns = VLMS[name].model, conversation(name, *ROWS[rows])
+    stock_talks(model, turns)
+    warned = pytest.warns(UserWarning, match="later turn brings images")
+    with tr.patched(model, Scatter()), kept_plans(Scatter(), monkeypatch) as gone, warned:
+        got = talk(model, turns)
     with masked(layers_of(name, model), gone):
-        want = run()
-    close(got[0][mask.bool()], want[0][mask.bool()])
-    close(got[1], want[1])
+        want = talk(model, turns)
+    real = prompts(VLMS[name], ROWS[rows][1])["attention_mask"].bool()
+    assert torch.equal(got[0], want[0])  # the prompt's own prefill is untouched
+    close(got[1][real], want[1][real])
+    close(got[2], want[2])
 
 
 def test_a_budget_for_everything_touches_nothing():
@@ -244,7 +224,7 @@ def test_right_padding_is_put_in_order(monkeypatch):
             return first.logits, out.logits, cache_of(first)
 
     with tr.patched(model, Scatter()), kept_plans(Scatter(), monkeypatch) as gone:
-        first, got, cache = run()
+        first, got, _ = run()
     with masked(layers_of("llava", model), gone):
         want_first, want, _ = run()
     assert torch.equal(first, want_first)
@@ -258,9 +238,10 @@ def test_right_padding_is_put_in_order(monkeypatch):
 def test_all_stages_in_one_patch():
     vlm = VLMS["qwen2_5_vl"]
     inputs = prompts(vlm, CASES["unequal"])
-    with tr.patched(vlm.model, "divprune:keep=0.75+fastv:layer=2,keep=0.5+knorm:keep=0.5"), tr.record(
-        vlm.model, flops=False
-    ) as trace:
+    with (
+        tr.patched(vlm.model, "divprune:keep=0.75+fastv:layer=2,keep=0.5+knorm:keep=0.5"),
+        tr.record(vlm.model, flops=False) as trace,
+    ):
         _, _, cache = answer(vlm.model, inputs)
     assert [s.layer for s in trace.cache] == [0, 1, 2, 3]
     assert all((s.kept <= s.before).all() for s in trace.cache)
@@ -311,6 +292,142 @@ def test_what_cannot_be_right_is_refused():
         tr.patch(model, "knorm:keep=0.5", "dycoke-cache:layer=2")
     with pytest.raises(ValueError, match="acts at none"):
         tr.patch(model, "knorm:keep=0.5,skip=9")
-    assert int(inputs["input_ids"].eq(IMAGE).sum()) == 16
-    assert encodes_before() in (True, False)
-    assert batch() is not None
+
+
+# -- while decoding --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Greedy(CacheReducer):
+    """Every ``steps`` decode steps, another number of keys stays in every head: those with most attention so far."""
+
+    steps: int = 2
+    room: int = 12
+
+    def every(self):
+        return self.steps
+
+    def gathers(self):
+        return ("attention",)
+
+    def score(self, evidence):
+        mine = evidence.column_sums().sum(1)
+        return mine if evidence.scores is None else mine + evidence.scores
+
+    def plan(self, evidence):
+        score, stay = self.score(evidence), evidence.last(1)
+        for row in range(len(stay)):
+            room = self.room + 2 * (row % evidence.kv_heads) + evidence.layer
+            best = score[row].masked_fill(~evidence.there[row] | stay[row], -1.0).argsort(descending=True, stable=True)
+            stay[row, best[: min(room, int(evidence.there[row].sum()) - 1)]] = True
+        return keep_slots(stay, evidence)
+
+
+Greedy.name = "greedy"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", VLMS)
+def test_eviction_in_decode_is_as_if_masked_from_then_on(name, attention, monkeypatch):
+    vlm = VLMS[name]
+    model, inputs, stock = copy.deepcopy(vlm.model), prompts(vlm, CASES["several"]), Greedy.plan
+    if attention == "eager":
+        model.set_attn_implementation("eager")
+    events = []  # (layer, step, sums (B*Hkv,N), columns, gone (B,Hkv,L))
+
+    def plan(method, evidence):
+        made = stock(method, evidence)
+        away, columns = (made.sources() < 0) & evidence.there, evidence.columns
+        gone = torch.zeros(len(columns), 80, dtype=torch.bool)
+        gone.scatter_(1, torch.where(away, columns, 79), away)
+        events.append((evidence.layer, evidence.step, gone.unflatten(0, (2, -1))))
+        return made
+
+    monkeypatch.setattr(Greedy, "plan", plan)
+    with tr.patched(model, Greedy()):
+        ids, got, _ = answer(model, inputs)
+    assert {step for _, step, _ in events} == {0, 2, 4}
+    length = inputs["input_ids"].shape[1]
+
+    class Masked(masked):
+        def hide(self, module, args, kwargs):
+            at = module.self_attn.layer_idx
+            past = int(cache_in(kwargs).layers[at].get_seq_length())
+            before = [g for layer, step, g in events if layer == at and past and length + step <= past]
+            self.gone = {at: torch.stack(before).any(0)} if before else {}
+            return super().hide(module, args, kwargs)
+
+    with Masked(layers_of(name, model), {}):
+        want_ids, want, _ = answer(model, inputs)
+    assert torch.equal(ids, want_ids)
+    close(got, want)
+
+
+def test_scores_are_what_the_model_attended():
+    vlm = VLMS["llava"]
+    model, inputs, seen = copy.deepcopy(vlm.model), prompts(vlm, CASES["unequal"]), []
+
+    @dataclass(frozen=True)
+    class Watch(Greedy):
+        def plan(self, evidence):
+            seen.append((evidence.layer, evidence.step, evidence.rows(), evidence.columns, evidence.scores))
+            return super().plan(evidence) if evidence.step else keep_slots(evidence.there, evidence)
+
+    Watch.name = "watch"
+    with tr.patched(model, Watch(steps=1, room=500)):
+        answer(model, inputs)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, output_attentions=True
+        )
+    real = inputs["attention_mask"].bool()
+    for layer, step, rows, _, _ in seen:
+        want = out.attentions[step][layer]  # (B,H,Q,S)
+        got = rows.unflatten(0, (2, 2)).flatten(1, 2)
+        if step == 0:
+            want = want * real[:, None, :, None]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    sums = {}
+    for layer, step, rows, _, scores in seen:
+        if step:
+            torch.testing.assert_close(scores[:, :-1], sums[layer])
+            assert (scores[:, -1] == 0).all()
+        mine = rows.sum((1, 2))
+        old = sums.get(layer)
+        sums[layer] = mine if old is None else mine + torch.nn.functional.pad(old, (0, 1))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_beams_take_what_is_remembered_with_them(name):
+    """Beams that came from one row answer as that row alone does, forced along the same tokens."""
+    vlm = VLMS[name]
+    model, inputs = vlm.model, prompts(vlm, CASES["alone"])
+    with tr.patched(model, Greedy(steps=1, room=9)), torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=STEPS, do_sample=False, num_beams=4, num_return_sequences=4, output_scores=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        kept = out.sequences[:, inputs["input_ids"].shape[1] :]
+        for row, total in zip(kept, out.sequences_scores, strict=True):
+            force = lambda b, ids, row=row, n=inputs["input_ids"].shape[1]: [int(row[min(len(ids) - n, STEPS - 1)])]
+            alone = model.generate(
+                **inputs, max_new_tokens=STEPS, do_sample=False, prefix_allowed_tokens_fn=force, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            assert torch.equal(alone.sequences[0, -STEPS:], row)
+            logs = torch.stack(alone.logits, 1).log_softmax(-1)[0].gather(1, row[:, None]).sum()
+            torch.testing.assert_close(logs / STEPS, total, rtol=1e-3, atol=1e-4)
+
+
+def test_drafts_and_decisions_in_decode_do_not_go_together():
+    vlm = VLMS["llava"]
+    with tr.patched(vlm.model, Greedy()), pytest.raises(ValueError, match="every decode step"):
+        answer(vlm.model, prompts(vlm, CASES["alone"]), prompt_lookup_num_tokens=2)
+
+
+def test_assisted_decoding_with_a_thinned_prompt_is_exact(monkeypatch):
+    vlm = VLMS["llava"]
+    inputs = prompts(vlm, CASES["alone"])
+    with tr.patched(vlm.model, Scatter()):
+        want = vlm.model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+        got = vlm.model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, prompt_lookup_num_tokens=2)
+    assert torch.equal(got, want)
