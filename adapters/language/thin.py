@@ -186,11 +186,8 @@ def thin(
     if trace is not None:
         left = evidence.counts if plan.is_identity else plan.places().sum(1, keepdim=True)
         after = layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
-        trace.add_cache(
-            owner,
-            CacheStep(index, evidence.step, method.spec(), evidence.unfold(evidence.counts[:, 0]),
-                      evidence.unfold(left[:, 0]), before, after),
-        )  # fmt: skip
+        counts, together = (evidence.unfold(t[:, 0]) for t in (evidence.counts, left)), method.moment() == "prompt"
+        trace.add_cache(owner, CacheStep(index, evidence.step, method.spec(), *counts, before, after, together))
 
 
 def _bias(method: CacheReducer, plan: Plan, run: Run, index: int, b: int, heads: int, n: int) -> Tensor | None:

@@ -177,6 +177,9 @@ def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
     def whole(value: int | None) -> str:
         return "-" if value is None else f"{value:,}"
 
+    def both(name: str) -> tuple[str, str]:
+        return in_bytes(getattr(a, name)), in_bytes(getattr(b, name))
+
     entry = a.layers[0]
     rows = [("patches, vision encoder", whole(a.encoder), whole(b.encoder), times("encoder_tokens"))]
     if not any(s.layer is None for s in result.sites):
@@ -200,5 +203,14 @@ def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
         rows.append(("time to first token", seconds(first[0]), seconds(first[1]), times("first_token_s")))
     if (step := clock["step_s"]) is not None:
         rows.append(("decoding", *(f"{1 / s:,.1f} tokens/s" for s in step), times("tokens_per_s")))  # type: ignore[arg-type]
+    for one in result.cached:
+        share = f"{one.before / one.kept:.2f}x" if one.kept else "-"
+        what = f"keys of a head behind the prompt, mean over {counted(one.layers, 'layer')} ({one.method})"
+        rows.append((what, f"{one.before:,.1f}", f"{one.kept:,.1f}", share))
+        if one.last is not None:
+            rows.append((f"keys of a head behind the answer ({one.method})", "", f"{one.last:,.1f}", ""))
     rows.append(("KV cache after prefill", in_bytes(a.cache), in_bytes(b.cache), times("cache_bytes")))
+    if result.cached:
+        rows.append(("KV cache at the prefill's peak", *both("cache_peak"), times("cache_peak_bytes")))
+        rows.append(("KV cache behind the answer", *both("cache_end"), times("cache_end_bytes")))
     return rows

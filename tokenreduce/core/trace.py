@@ -43,6 +43,8 @@ class CacheStep:
     kept: Tensor
     bytes_before: int
     bytes_held: int
+    #: Whether all layers were thinned together, behind the last one's prefill.
+    together: bool = False
 
 
 @dataclass(frozen=True)
