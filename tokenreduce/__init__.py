@@ -21,6 +21,7 @@ from tokenreduce.core.trace import record
 from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
 
 if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
+    from tokenreduce.streaming import stream
     from tokenreduce.video.encoder.vidtldr import VidTLDR
     from tokenreduce.video.language.flashvid_llm import FlashVIDLLM
     from tokenreduce.video.language.framefusion import FrameFusion
@@ -99,16 +100,21 @@ __all__ = [
     "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform",
     "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune",
     "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
-    "unpatch", "zoo",
+    "stream", "unpatch", "zoo",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Method classes (``tr.ToMe``, ``tr.PiToMe``, ...) come from the registry, ``tr.zoo`` when first used."""
+    """Method classes (``tr.ToMe``, ``tr.PiToMe``, ...) come from the registry, ``tr.zoo`` and ``tr.stream`` when first
+    used."""
     if name == "zoo":
         import importlib
 
         return importlib.import_module("tokenreduce.zoo")
+    if name == "stream":
+        from tokenreduce.streaming import stream
+
+        return stream
     if not name.startswith("_"):
         from tokenreduce.core.registry import load_all
 

@@ -10,7 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli import bench, bench_video, demo, describe, generate, methods, report, scene, show, stream, train
+from tokenreduce.cli import (
+    ask_stream,
+    bench,
+    bench_video,
+    demo,
+    describe,
+    generate,
+    methods,
+    report,
+    scene,
+    show,
+    stream,
+    train,
+)
 from tokenreduce.cli.shared import Friendly, set_debug
 
 __all__ = ["app", "main"]
@@ -56,6 +69,8 @@ EXAMPLES = {
     "bench vlm": "tokenreduce bench vlm --model llava-hf/llava-1.5-7b-hf --data questions.jsonl --budgets 0.25",
     "bench video": "tokenreduce bench video --model Qwen/Qwen2.5-VL-7B-Instruct --data /data/MVBench --frames 16",
     "stream": "tokenreduce stream film.mp4 --fps 1 --state memory.safetensors",
+    "ask-stream": "tokenreduce ask-stream Qwen/Qwen2.5-VL-7B-Instruct film.mp4 --ask 'What happened?' --at 30,90 "
+    "--method 'knorm:keep=4096'",
     "report": "tokenreduce report runs/vision runs/other --out runs/both",
     "train": "tokenreduce train digits-vit --out runs/digits --export",
     "scene": "tokenreduce scene scene.png --seed 7 --questions 8",
@@ -63,7 +78,8 @@ EXAMPLES = {
 }
 COMMANDS: tuple[tuple[str, Any], ...] = (
     ("methods", methods.command), ("describe", describe.command), ("show", show.command),
-    ("generate", generate.command), ("stream", stream.command), ("report", report.command), ("train", train.command),
+    ("generate", generate.command), ("stream", stream.command),
+    ("ask-stream", ask_stream.command), ("report", report.command), ("train", train.command),
     ("scene", scene.command), ("demo", demo.command),
 )  # fmt: skip
 for _name, _command in COMMANDS:
