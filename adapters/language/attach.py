@@ -191,7 +191,7 @@ def _attach_layers(found: Language, acting: Acting, undo: Undo) -> None:
         if any(looks):
             listen(layer.self_attn, undo, copies)
         site.attach(layer, undo)
-        shown = acting.layers[site.index] or acting.again[site.index]
+        shown = acting.layers[site.index] or acting.again[site.index] or acting.evict[site.index]
         if shown is not None:
             undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, shown))
 

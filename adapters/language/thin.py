@@ -181,13 +181,16 @@ def thin(
             kept, there = kept[:, :1], None if there is None else there[:, :1]
         run.held[index] = Held(kept, there, total, bias)
         if state is not None and state.scores is not None:
-            state.scores = plan.gather(_grown(state.scores, n))
+            scores = _grown(state.scores, n)
+            assert scores is not None
+            state.scores = plan.gather(scores)
     trace = active()
     if trace is not None:
         left = evidence.counts if plan.is_identity else plan.places().sum(1, keepdim=True)
         after = layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
-        counts, together = (evidence.unfold(t[:, 0]) for t in (evidence.counts, left)), method.moment() == "prompt"
-        trace.add_cache(owner, CacheStep(index, evidence.step, method.spec(), *counts, before, after, together))
+        had, has = (evidence.unfold(t[:, 0]) for t in (evidence.counts, left))
+        together = method.moment() == "prompt"
+        trace.add_cache(owner, CacheStep(index, evidence.step, method.spec(), had, has, before, after, together))
 
 
 def _bias(method: CacheReducer, plan: Plan, run: Run, index: int, b: int, heads: int, n: int) -> Tensor | None:

@@ -81,9 +81,9 @@ class Evict(LayerStep):
             wanted = self.looks and self.method.every() > 0
         if not wanted:
             return
-        if call.attention is None:
-            call.attention = Call(call.mask, record=True)
-        call.attention.record = True
+        made = call.attention or Call(call.mask)
+        made.record = True
+        call.attention = made
 
     def behind(self, call: LayerCall, output: Any) -> Any:
         if call.cache is None or (not call.step.prefill and (not self.method.every() or self.method.temporary())):
