@@ -22,8 +22,8 @@ from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched
 
 __all__ = [
-    "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layers_of", "patches_left",
-    "patches_of", "visual_columns",
+    "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "greedy", "layers_of",
+    "patches_left", "patches_of", "visual_columns",
 ]  # fmt: skip
 
 STOCK = "stock"
@@ -83,7 +83,7 @@ def compare_several(
             with _patched(model, variants[name]):
                 clock = _Clock(next(model.parameters()).device)
                 inputs = placed or _inputs(model, question)  # the tower runs inside the clock, wherever that is
-                _generate(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
+                greedy(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
                 clock.stop()
             first[name].append(clock.first)
             step[name].append((clock.total - clock.first) / max(max_new_tokens - 1, 1))
@@ -135,11 +135,11 @@ def _answer(
     with the choices of all decode steps."""
     with torch.inference_mode(), _patched(model, some):
         with record(model, flops=False) as trace:
-            out = _generate(model, _inputs(model, question), 1, return_dict_in_generate=True)
+            out = greedy(model, _inputs(model, question), 1, return_dict_in_generate=True)
         cache = cache_bytes(cache_of(out))
         del out
         with record(model, flops=False) as whole:
-            made = _generate(model, _inputs(model, question), tokens)
+            made = greedy(model, _inputs(model, question), tokens)
         trace.decode = whole.decode
     return tuple(made[0, prompt:].tolist()), cache, trace
 
@@ -276,8 +276,8 @@ def _inputs(model: nn.Module, question: Question) -> dict[str, Any]:
     }
 
 
-def _generate(model: Any, inputs: dict[str, Any], tokens: int, **settings: Any) -> Any:
-    """Greedy, whatever the checkpoint's own settings for sampling are."""
+def greedy(model: Any, inputs: dict[str, Any], tokens: int, **settings: Any) -> Any:
+    """``generate`` of ``tokens`` more, greedy, whatever the checkpoint's own settings for sampling are."""
     plain = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, use_cache=True)
     return model.generate(**inputs, max_new_tokens=tokens, **plain, **settings)
 
