@@ -215,7 +215,7 @@ def vlm(
         raise ValueError("give --full or --limit, not both")
     from tokenreduce.bench.vlm import VlmTask
     from tokenreduce.bench.vlms import pick_device
-    from tokenreduce.cli.generate import _quiet_bars
+    from tokenreduce.cli.generate import quiet_bars
 
     place = str(pick_device(device))
     task = VlmTask(
@@ -241,7 +241,7 @@ def vlm(
             said.append("sweeping a few methods of each stage (--methods '*' takes all)")
         if said:
             console(stderr=as_json).say(f"{'; '.join(said)}; --full takes everything")
-    _quiet_bars()
+    quiet_bars()
     budgets = budgets or BUDGETS["vlm"][full]
     run(
         ctx,

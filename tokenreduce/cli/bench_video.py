@@ -89,7 +89,7 @@ def command(
         raise ValueError("give --frames or --fps, not both")
     from tokenreduce.bench.video import VideoTask
     from tokenreduce.bench.vlms import pick_device
-    from tokenreduce.cli.generate import _quiet_bars
+    from tokenreduce.cli.generate import quiet_bars
 
     place = str(pick_device(device))
     few = not full and methods is None
@@ -104,7 +104,7 @@ def command(
         said.append("sweeping a few methods of each stage (--methods '*' takes all)")
     if said:
         console(stderr=as_json).say(f"{'; '.join(said)}; --full takes everything")
-    _quiet_bars()
+    quiet_bars()
     budgets = budgets or BUDGETS[full]
     run(
         ctx,

@@ -67,7 +67,7 @@ def command(
         raise ValueError("--frames, --fps and --rate are for --video")
     pictures = [open_image(path) for path in image or []]
     film = None if video is None else _film(video, frames, fps, rate)
-    _quiet_bars()
+    quiet_bars()
     loaded = load_vlm(model, device, dtype)
     if film is None:
         question = ask(loaded.processor, pictures, prompt)
@@ -114,7 +114,7 @@ def _check_words(tokenizer: Any, question: Question) -> None:
     complain(f"the model does not know: {', '.join(strange) or 'some characters of the prompt'}")
 
 
-def _quiet_bars() -> None:
+def quiet_bars() -> None:
     """No progress bar of the weights where nobody watches it."""
     if sys.stderr.isatty():
         return

@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from typing import Any
 
-__all__ = ["are", "ascii_for", "counted", "speak_everywhere", "spoken"]
+__all__ = ["are", "ascii_for", "counted", "speak_everywhere", "spoken", "whole"]
 
 #: Signs that have no letters inside which ``unicodedata`` could find.
 SIGNS = {
@@ -30,6 +30,15 @@ def counted(n: int, noun: str, plural: str | None = None) -> str:
 def are(n: int) -> str:
     """The verb behind :func:`counted`."""
     return "is" if n == 1 else "are"
+
+
+def whole(value: float) -> float:
+    """``value`` as an int where it is one, else with one decimal: counts and their means.
+
+    >>> whole(3.0), whole(3.14)
+    (3, 3.1)
+    """
+    return int(value) if value == int(value) else round(value, 1)
 
 
 def ascii_for(character: str) -> str:

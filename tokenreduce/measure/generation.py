@@ -23,8 +23,8 @@ from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched
 
 __all__ = [
-    "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layer_bytes", "layers_of",
-    "patches_left", "patches_of", "visual_columns",
+    "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "greedy", "layer_bytes",
+    "layers_of", "patches_left", "patches_of", "visual_columns",
 ]  # fmt: skip
 
 STOCK = "stock"
@@ -84,7 +84,7 @@ def compare_several(
             with _patched(model, variants[name]):
                 clock = _Clock(next(model.parameters()).device)
                 inputs = placed or _inputs(model, question)  # the tower runs inside the clock, wherever that is
-                _generate(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
+                greedy(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
                 clock.stop()
             first[name].append(clock.first)
             step[name].append((clock.total - clock.first) / max(max_new_tokens - 1, 1))
@@ -143,12 +143,12 @@ def _answer(
     answer, and the trace of a prefill with the choices of all decode steps."""
     with torch.inference_mode(), _patched(model, some):
         with record(model, flops=False) as trace:
-            out = _generate(model, _inputs(model, question), 1, return_dict_in_generate=True)
+            out = greedy(model, _inputs(model, question), 1, return_dict_in_generate=True)
         layers = layer_bytes(cache_of(out))
         peak = cache_peak(layers, trace.cache)
         del out
         with record(model, flops=False) as whole:
-            made = _generate(model, _inputs(model, question), tokens, return_dict_in_generate=True)
+            made = greedy(model, _inputs(model, question), tokens, return_dict_in_generate=True)
         trace.decode, trace.cache = whole.decode, whole.cache
     ids = tuple(made.sequences[0, prompt:].tolist())
     return ids, (sum(layers), peak, cache_bytes(cache_of(made))), trace
@@ -291,8 +291,8 @@ def _inputs(model: nn.Module, question: Question) -> dict[str, Any]:
     }
 
 
-def _generate(model: Any, inputs: dict[str, Any], tokens: int, **settings: Any) -> Any:
-    """Greedy, whatever the checkpoint's own settings for sampling are."""
+def greedy(model: Any, inputs: dict[str, Any], tokens: int, **settings: Any) -> Any:
+    """``generate`` of ``tokens`` more, greedy, whatever the checkpoint's own settings for sampling are."""
     plain = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, use_cache=True)
     return model.generate(**inputs, max_new_tokens=tokens, **plain, **settings)
 
