@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import open_image, picture_format, print_json, save_picture
+from tokenreduce.cli.shared import open_image, picture_format, print_json, quiet_bars, save_picture
 from tokenreduce.common.screen import complain, console
 from tokenreduce.common.words import counted
 
@@ -67,7 +66,7 @@ def command(
         raise ValueError("--frames, --fps and --rate are for --video")
     pictures = [open_image(path) for path in image or []]
     film = None if video is None else _film(video, frames, fps, rate)
-    _quiet_bars()
+    quiet_bars()
     loaded = load_vlm(model, device, dtype)
     if film is None:
         question = ask(loaded.processor, pictures, prompt)
@@ -112,18 +111,6 @@ def _check_words(tokenizer: Any, question: Question) -> None:
         return
     strange = [w for w in question.prompt.split() if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
     complain(f"the model does not know: {', '.join(strange) or 'some characters of the prompt'}")
-
-
-def _quiet_bars() -> None:
-    """No progress bar of the weights where nobody watches it."""
-    if sys.stderr.isatty():
-        return
-    import importlib.util
-
-    if importlib.util.find_spec("transformers") is not None:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
 
 
 def _present(result: Comparison, about: dict[str, str]) -> None:
