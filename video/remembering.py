@@ -57,7 +57,7 @@ def remember(
         began = time.perf_counter()
         got = film.read(piece)
         if len(got):
-            memory.push(got.frames, got.times)
+            memory.push(got.frames, got.times.tolist())
         each = (time.perf_counter() - began) / len(piece)
         if state is not None:
             memory.save(state)

@@ -115,7 +115,7 @@ def _asked(
     if film is None:
         question = ask(loaded.processor, pictures, prompt)
         return question, places(loaded.model, loaded.processor, question) if show else None
-    question, where = ask_frames(loaded, [Image.fromarray(f) for f in film.frames], prompt, times=film.times)
+    question, where = ask_frames(loaded, [Image.fromarray(f) for f in film.frames], prompt, times=film.times.tolist())
     if show and not where:
         raise ValueError(f"--show cannot tell where the tokens of this {type(loaded.model).__name__}'s frames lie")
     return question, where
