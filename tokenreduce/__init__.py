@@ -89,7 +89,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
 # Modules are found by their old names, too, for one release.
 __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AIM", "AIMMerge", "ATS", "CDPruner", "DART", "DPCKNN", "DiffRate", "DivPrune", "DyCoke", "EVS", "EViT",
     "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge",
