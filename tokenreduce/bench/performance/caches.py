@@ -24,9 +24,9 @@ from torch import Tensor
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.generation import cache_as, cache_of
-from tokenreduce.bench.performance.pinned import load_of_machine, pin
 from tokenreduce.bench.performance.prefills import shell
 from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.common.pinned import load_of_machine, pin
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.measure.cached import cache_peak
 from tokenreduce.measure.generation import layer_bytes
@@ -184,7 +184,6 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="file whose marked section is replaced")] = None,
 ) -> None:
     """Memory and decode time of methods that thin the KV cache."""
-    pin()
     speak_everywhere()
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape is one of {', '.join(SHAPES)}")
@@ -211,4 +210,5 @@ def main(
 
 
 if __name__ == "__main__":
+    pin()
     typer.run(main)
