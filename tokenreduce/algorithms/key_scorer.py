@@ -41,7 +41,14 @@ class KeyScorer(CacheReducer):
         """(B*Hkv,N) bool: keys that stay whatever they are worth, inside the budget; None for none."""
         return None
 
+    def mass(self, evidence: CacheEvidence) -> Tensor:
+        """(B*Hkv,N): by what heads share a budget, on one scale for all of them; what a key is worth, unless that mixes
+        in terms of another kind."""
+        return self.importance(evidence)
+
+    def choose(self, scores: Tensor, evidence: CacheEvidence) -> Plan:
+        """The plan of this method's budget, where keys are worth ``scores`` (B*Hkv,N)."""
+        return keep_best_slots(scores, self.keep, evidence, what=self.what, always=self.always(evidence))
+
     def plan(self, evidence: CacheEvidence) -> Plan:
-        return keep_best_slots(
-            self.importance(evidence), self.keep, evidence, what=self.what, always=self.always(evidence)
-        )
+        return self.choose(self.importance(evidence), evidence)

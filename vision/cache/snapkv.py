@@ -75,11 +75,9 @@ class SnapKV(KeyScorer, name="snapkv", needs=("attention",), paper="2404.14469",
     def always(self, evidence: CacheEvidence) -> Tensor | None:
         return evidence.last(self.window_size) if self.what == "all" else None
 
-    def plan(self, evidence: CacheEvidence) -> Plan:
+    def choose(self, scores: Tensor, evidence: CacheEvidence) -> Plan:
         if self.max_capacity_prompt is None:
-            return super().plan(evidence)
+            return super().choose(scores, evidence)
         if bool((evidence.counts <= self.max_capacity_prompt).all()):
             return Identity.like(evidence.keys)
-        return keep_best_slots(
-            self.importance(evidence), self.max_capacity_prompt, evidence, what="all", always=self.always(evidence)
-        )
+        return keep_best_slots(scores, self.max_capacity_prompt, evidence, what="all", always=self.always(evidence))

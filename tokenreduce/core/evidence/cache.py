@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +138,12 @@ class CacheEvidence:
         """(B*Hkv,...) as (B,Hkv,...)."""
         return folded.unflatten(0, (self.batch, self.kv_heads))
 
+    def bare(self) -> CacheEvidence:
+        """The same without queries and attention: what a summary may hold on to, since the rest is in the cache."""
+        out = copy.copy(self)
+        out._attention = out._queries = out.mask = None
+        return out
+
     # -- which slots -----------------------------------------------------------------------------------------------
     @property
     def there(self) -> Tensor:
@@ -212,15 +219,18 @@ class CacheEvidence:
         r = self.rows_given if rows is None else min(rows, self.rows_given)
         return self._rows(self.rows_given - r, self.rows_given)
 
-    def logits(self, start: int, stop: int) -> Tensor:
+    def logits(self, start: int, stop: int, *, causal: bool = True) -> Tensor:
         """(B*Hkv,G,R,N) float32: masked logits of the queries ``start`` to ``stop`` of those that are known, -inf where
-        a query does not see a key. From given attention, they are right up to a number for each row."""
+        a query does not see a key, or only at padding without ``causal``. From given attention, they are right up to a
+        number for each row, and always causal."""
         if self._attention is not None:
             return self._attention[:, :, start:stop].float().log()
         q = self.queries[:, :, start:stop].float()
         logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if not causal:
+            return logits.masked_fill(~self.there[:, None, None], float("-inf"))
         return logits + self._hidden(start, stop)
 
     def _hidden(self, start: int, stop: int) -> Tensor:
@@ -245,21 +255,26 @@ class CacheEvidence:
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
         weight, (R,) or (B*Hkv,R). Computed in blocks of rows."""
-        known = self.rows_given
-        r = known if rows is None else min(rows, known)
-        if not r:
-            self.rows()
         if weights is not None:
             weights = weights.float().expand(self.keys.shape[0], -1)
         out: Tensor | None = None
-        for start in range(known - r, known, _BLOCK):
-            stop = min(start + _BLOCK, known)
-            block = self._rows(start, stop)
+        for start, block in self.blocks(rows):
             if weights is not None:
-                block = block * weights[:, start - (known - r) : stop - (known - r)][:, None, :, None]
+                block = block * weights[:, start : start + block.shape[2]][:, None, :, None]
             out = block.sum(2) if out is None else out + block.sum(2)
-        assert out is not None
+        if out is None:
+            raise ValueError("this method needs attention, of which the evidence has no row: give attention or queries")
         return out
+
+    def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """:meth:`rows` in blocks, so that N x N numbers never exist at once: ``(first, block)``, where ``first`` counts
+        from the first of the ``rows`` that are asked for."""
+        if self._attention is None and self._queries is None:
+            self.rows()
+        known = self.rows_given
+        begin = known - (known if rows is None else min(rows, known))
+        for start in range(begin, known, _BLOCK):
+            yield start - begin, self._rows(start, min(start + _BLOCK, known))
 
     def readers(self, rows: int | None = None) -> Tensor:
         """(B*Hkv,N): how many of the last ``rows`` queries (all that are known) see a slot in causal order."""

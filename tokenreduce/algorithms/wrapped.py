@@ -1,0 +1,43 @@
+"""Methods of the cache stage that sit on another one: its text, and the method that it names."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tokenreduce.algorithms.key_scorer import KeyScorer
+from tokenreduce.core.reducer import build, parse_spec
+from tokenreduce.core.registry import get_class, list_methods
+
+__all__ = ["scorer"]
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # keep=1 is one key, keep=1.0 all
+def scorer(base: str, owner: str, keep: int | float, what: str, refused: tuple[str, ...] = ()) -> KeyScorer:
+    """The method that ``base`` names ("snapkv", or with settings of its own "snapkv:window_size=16"), with the budget
+    of the method ``owner`` that sits on it.
+
+    Raises ``ValueError`` for a method that does not rank keys, one that chooses again in decode, and settings of the
+    budget or in ``refused``.
+    """
+    name = parse_spec(base)[0]
+    kind = get_class(name, "cache")
+    if not issubclass(kind, KeyScorer):
+        raise ValueError(f"{owner}: base={base!r} does not rank keys by one number each; choose {_known()}")
+    settings: dict[str, Any] = parse_spec(base, kind)[1]
+    for own in ("keep", "what", *refused):
+        if own in settings:
+            raise ValueError(f"{owner}: the budget is {owner}'s own, give it there instead of {own} in base={base!r}")
+    out = build(kind, {**settings, "keep": keep, "what": what})
+    assert isinstance(out, KeyScorer)
+    if out.moment() != "layer" or out.every():
+        raise ValueError(
+            f"{owner}: base={base!r} does not choose once behind each layer's prefill, which is all that {owner} does; "
+            f"choose {_known()}"
+        )
+    return out
+
+
+def _known() -> str:
+    kinds = {name: get_class(name, "cache") for name in list_methods(stage="cache")}
+    return ", ".join(name for name, kind in kinds.items() if issubclass(kind, KeyScorer) and not hasattr(kind, "base"))
