@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenreduce.algorithms.keys import check_what, keep_best_slots
-from tokenreduce.core.budget import check_keep
+from tokenreduce.core.budget import Keep, check_keep
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Plan
@@ -46,9 +46,12 @@ class KeyScorer(CacheReducer):
         in terms of another kind."""
         return self.importance(evidence)
 
-    def choose(self, scores: Tensor, evidence: CacheEvidence) -> Plan:
-        """The plan of this method's budget, where keys are worth ``scores`` (B*Hkv,N)."""
-        return keep_best_slots(scores, self.keep, evidence, what=self.what, always=self.always(evidence))
+    def wanted(self, evidence: CacheEvidence) -> Keep | Tensor:
+        """How many keys stay of those that the budget counts: a count, a ratio, or a number for every head (B*Hkv,1).
+        Methods with a schedule over layers say so here, where wrappers ask, too."""
+        return self.keep
 
     def plan(self, evidence: CacheEvidence) -> Plan:
-        return self.choose(self.importance(evidence), evidence)
+        return keep_best_slots(
+            self.importance(evidence), self.wanted(evidence), evidence, what=self.what, always=self.always(evidence)
+        )

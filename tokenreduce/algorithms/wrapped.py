@@ -13,19 +13,19 @@ __all__ = ["scorer"]
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # keep=1 is one key, keep=1.0 all
-def scorer(base: str, owner: str, keep: int | float, what: str, refused: tuple[str, ...] = ()) -> KeyScorer:
+def scorer(base: str, owner: str, keep: int | float, what: str) -> KeyScorer:
     """The method that ``base`` names ("snapkv", or with settings of its own "snapkv:window_size=16"), with the budget
     of the method ``owner`` that sits on it.
 
-    Raises ``ValueError`` for a method that does not rank keys, one that chooses again in decode, and settings of the
-    budget or in ``refused``.
+    Raises ``ValueError`` for a method that does not rank keys, or plans otherwise than by its ranking; for one that
+    chooses again in decode; and for ``keep`` or ``what`` among its settings.
     """
     name = parse_spec(base)[0]
     kind = get_class(name, "cache")
-    if not issubclass(kind, KeyScorer):
+    if not issubclass(kind, KeyScorer) or kind.plan is not KeyScorer.plan:
         raise ValueError(f"{owner}: base={base!r} does not rank keys by one number each; choose {_known()}")
     settings: dict[str, Any] = parse_spec(base, kind)[1]
-    for own in ("keep", "what", *refused):
+    for own in ("keep", "what"):
         if own in settings:
             raise ValueError(f"{owner}: the budget is {owner}'s own, give it there instead of {own} in base={base!r}")
     out = build(kind, {**settings, "keep": keep, "what": what})
@@ -40,4 +40,5 @@ def scorer(base: str, owner: str, keep: int | float, what: str, refused: tuple[s
 
 def _known() -> str:
     kinds = {name: get_class(name, "cache") for name in list_methods(stage="cache")}
-    return ", ".join(name for name, kind in kinds.items() if issubclass(kind, KeyScorer) and not hasattr(kind, "base"))
+    known = (name for name, kind in kinds.items() if issubclass(kind, KeyScorer) and kind.plan is KeyScorer.plan)
+    return ", ".join(known)

@@ -23,7 +23,8 @@ __all__ = ["AdaKV"]
 class AdaKV(CacheReducer, name="adakv", needs=("attention",), paper="2407.11550", title="Ada-KV"):
     """Ada-KV: behind each layer's prefill, share the budget over the KV heads of a sample by one common threshold.
 
-    ``base`` says what a key is worth and which keys always stay. With b keys for each of H heads (those that always
+    ``base`` says what a key is worth, which keys always stay, and how many, by a schedule over layers where it has one.
+    With b keys for each of H heads (those that always
     stay not counted), the H b best of all heads are looked for, and head h gets n_h, as many of them as are its own.
     With ``safeguard="floor"``, as the official code does, n_h becomes n_h (1 - a) + floor(b a), rounded half to even,
     so that every head has at least a of its share; the total may fall short of H b by about H keys. With "topk", as
@@ -74,7 +75,7 @@ class AdaKV(CacheReducer, name="adakv", needs=("attention",), paper="2407.11550"
         self._inner()
 
     def _inner(self) -> KeyScorer:
-        return scorer(self.base, self.name, self.keep, self.what, ("max_capacity_prompt",))
+        return scorer(self.base, self.name, self.keep, self.what)
 
     def gathers(self) -> tuple[str, ...]:
         return self._inner().gathers()
@@ -87,7 +88,7 @@ class AdaKV(CacheReducer, name="adakv", needs=("attention",), paper="2407.11550"
 
     def plan(self, evidence: CacheEvidence) -> Plan:
         inner, among = self._inner(), candidates(evidence, self.what)
-        wanted = budget(self.keep if self.base_capacity is None else self.base_capacity, among)
+        wanted = budget(inner.wanted(evidence) if self.base_capacity is None else self.base_capacity, among)
         if bool((wanted >= among.sum(1, keepdim=True)).all()):
             return Identity.like(evidence.keys)
         always = inner.always(evidence)

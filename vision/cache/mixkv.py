@@ -11,8 +11,8 @@ from tokenreduce.algorithms.key_scorer import KeyScorer
 from tokenreduce.algorithms.keys import candidates, check_finite
 from tokenreduce.algorithms.scoring import unit
 from tokenreduce.algorithms.wrapped import scorer
+from tokenreduce.core.budget import Keep
 from tokenreduce.core.evidence import CacheEvidence
-from tokenreduce.core.plan import Plan
 
 __all__ = ["MixKV"]
 
@@ -53,9 +53,7 @@ class MixKV(KeyScorer, name="mixkv", needs=("attention",), paper="2510.20707", t
         super().__post_init__()
         if self.select_method not in _METHODS:
             raise ValueError(f"select_method={self.select_method!r}: choose one of {', '.join(_METHODS)}")
-        inner = self._inner()
-        if type(inner).plan is not KeyScorer.plan:
-            raise ValueError(f"mixkv: base={self.base!r} plans in a way of its own, which no other score can enter")
+        self._inner()
 
     def _inner(self) -> KeyScorer:
         return scorer(self.base, self.name, self.keep, self.what)
@@ -75,8 +73,8 @@ class MixKV(KeyScorer, name="mixkv", needs=("attention",), paper="2510.20707", t
     def mass(self, evidence: CacheEvidence) -> Tensor:
         return self._inner().mass(evidence)
 
-    def choose(self, scores: Tensor, evidence: CacheEvidence) -> Plan:
-        return self._inner().choose(scores, evidence)
+    def wanted(self, evidence: CacheEvidence) -> Keep | Tensor:
+        return self._inner().wanted(evidence)
 
     def importance(self, evidence: CacheEvidence) -> Tensor:
         outside = self._inner().importance(evidence).float()
