@@ -67,3 +67,16 @@ def test_numbers_that_travel_and_shares():
     assert over.flatten().tolist() == [True] * 6
     few = above_share(case(("tttt",), step=2, prompt_slots=left[:2], seen=torch.tensor([[14]])), "mine")
     assert few.flatten().tolist() == [False] * 2
+
+
+def test_nan_of_the_model_is_seen_and_that_of_padding_is_not():
+    ev = case()
+    ev.keys[0, 3] = float("nan")
+    assert ev.column_sums()[0].isnan().any()
+    assert not ev.column_sums()[1:].isnan().any()
+    rows = dense(ev, ev.drawn)
+    rows[~ev.there[:, None, :, None].expand_as(rows)] = float("nan")
+    given = tr.CacheEvidence(ev.keys, ev.values, attention=rows, kv_heads=2, valid=ev._valid)
+    assert not given.column_sums()[1:].isnan().any()
+    with pytest.raises(ValueError, match="hold NaN"):
+        tr.get_method("look-m:keep=2").plan(ev)

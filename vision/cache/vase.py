@@ -179,9 +179,9 @@ class VaSE(CacheReducer, name="vase", needs=("attention",), paper="2606.03928", 
             evidence.rows()
         rows = min(self.residual_length, known)
         logits = evidence.logits(known - rows, known) / self.temperature
-        got = logits.masked_fill(~free[:, None, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-        real = evidence.row_there(rows)
-        got = (got * real[:, None, :, None]).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
+        got = logits.masked_fill(~free[:, None, None], float("-inf")).softmax(-1)
+        real = evidence.row_there(rows) & free.any(1, keepdim=True)
+        got = got.masked_fill(~real[:, None, :, None], 0.0).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
         if self.smooth:  # over neighbours among the competing slots, whatever lies between them
             order = (~free).long().argsort(dim=1, stable=True)[:, None].expand_as(got)
             got = torch.zeros_like(got).scatter(2, order, pooled(got.gather(2, order), 5, "avgpool"))

@@ -229,12 +229,11 @@ class CacheEvidence:
         logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        if not causal:
-            return logits.masked_fill(~self.there[:, None, None], float("-inf"))
-        return logits + self._hidden(start, stop)
+        sees = self._sees(start, stop) if causal else self.there[:, None, None]
+        return logits.masked_fill(~sees, float("-inf"))
 
-    def _hidden(self, start: int, stop: int) -> Tensor:
-        """What is added to logits: -inf where a query does not see a key."""
+    def _sees(self, start: int, stop: int) -> Tensor:
+        """Which queries see which keys, bool that broadcasts to (B*Hkv,G,R,N)."""
         device, first = self.keys.device, self.n - self.rows_given
         if self.mask is not None:
             mask = self.mask[:, :, start:stop].expand(self.batch, -1, -1, -1)
@@ -243,14 +242,14 @@ class CacheEvidence:
         else:
             at = torch.arange(first + start, first + stop, device=device)
             out = (torch.arange(self.n, device=device) <= at[:, None])[None, None]
-        out = out & self.there[:, None, None]
-        return torch.zeros(out.shape, device=device).masked_fill(~out, float("-inf"))
+        return out & self.there[:, None, None]
 
     def _rows(self, start: int, stop: int) -> Tensor:
-        there = self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
-        if self._attention is not None:
-            return self._attention[:, :, start:stop].float() * there
-        return self.logits(start, stop).softmax(-1).nan_to_num(0.0) * there
+        # Rows of padding see nothing, of which softmax makes NaN; other NaN is the model's, and is seen by methods.
+        away = ~self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
+        given = self._attention
+        rows = self.logits(start, stop).softmax(-1) if given is None else given[:, :, start:stop].float()
+        return rows.masked_fill(away, 0.0)
 
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
