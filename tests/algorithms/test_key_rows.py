@@ -30,13 +30,15 @@ def test_blocks_are_the_rows(monkeypatch):
         list(ev.bare().blocks())
 
 
-def test_logits_without_causal_order_hide_padding_only():
+def test_logits_of_some_slots_whoever_sees_them():
     ev = case()
     raw = torch.einsum("bgid,bjd->bgij", ev.queries, ev.keys) * ev.scale
-    got = ev.logits(2, 5, causal=False)
-    there = ev.there[:, None, None].expand_as(got)
-    torch.testing.assert_close(got[there], raw[:, :, 2:5][there])
-    assert torch.isneginf(got[~there]).all()
+    slots = torch.tensor([[4, 16, 9]]).expand(6, 3) - torch.arange(6)[:, None] % 3
+    got = ev.logits(2, 5, slots)
+    for row in range(6):
+        torch.testing.assert_close(got[row], raw[row, :, 2:5][..., slots[row]])
+    given = case(given="attention").logits(9, 12, slots)
+    torch.testing.assert_close(given.exp()[1], dense(ev, ev.drawn)[1, :, 9:12][..., slots[1]])
 
 
 def test_heads_meet_at_columns():

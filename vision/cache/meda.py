@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.key_merge import check_merge, merge_slots, text_first
 from tokenreduce.algorithms.keys import candidates, check_finite, check_what
-from tokenreduce.algorithms.sequence import best
+from tokenreduce.algorithms.sequence import best, packed
 from tokenreduce.core.budget import check_keep, check_share
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
@@ -126,18 +126,22 @@ def _full(evidence: CacheEvidence) -> Tensor:
 def _cross(evidence: CacheEvidence) -> Tensor:
     """(B,) entropies of text over vision and of vision over text, each averaged over its queries and query heads."""
     visual = evidence.visual
-    known, first = evidence.rows_given, evidence.n - evidence.rows_given
+    known = evidence.rows_given
     if not known:
         evidence.rows()
-    kinds = (evidence.there & ~visual, visual), (visual, evidence.there & ~visual)
+    text, first = evidence.there & ~visual, evidence.n - known
     out = torch.zeros(evidence.batch, dtype=torch.double, device=visual.device)
-    for start in range(0, known, _BLOCK):
-        stop = min(start + _BLOCK, known)
-        logits = evidence.logits(start, stop, causal=False)
-        for asking, asked in kinds:
-            mine = asking[:, first + start : first + stop]
-            number = evidence.unfold(asking[:, first:])[:, 0].sum(1).clamp(min=1)
-            rows = logits.masked_fill(~asked[:, None, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-            bits = -torch.xlogy(rows, rows).sum(-1) * mine[:, None]
+    for asking, asked in ((text, visual), (visual, text)):
+        asking = asking[:, first:]
+        slots, there = packed(asked)
+        number = evidence.unfold(asking)[:, 0].sum(1).clamp(min=1)
+        for start in range(0, known, _BLOCK):
+            stop = min(start + _BLOCK, known)
+            mine = asking[:, start:stop]
+            if not bool(mine.any()):
+                continue
+            logits = evidence.logits(start, stop, slots).masked_fill(~there[:, None, None], float("-inf"))
+            logs = logits.log_softmax(-1).nan_to_num(-1e4)  # of a row that sees nothing, -inf less -inf
+            bits = -(logs.exp() * logs.clamp(min=-1e4)).sum(-1) * mine[:, None]
             out += evidence.unfold(bits.sum(2, dtype=torch.double)).mean((1, 2)) / number
     return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.key_rows import marked_sums, over_heads, span
+from tokenreduce.algorithms.key_rows import over_heads, span
 from tokenreduce.algorithms.keys import candidates, check_finite, check_what, keep_slots
 from tokenreduce.algorithms.sequence import best, question
 from tokenreduce.core.budget import check_keep, check_share
@@ -81,17 +81,17 @@ class VLCache(CacheReducer, name="vl-cache", needs=("attention",), paper="2410.2
         there = evidence.there
         asks = question(evidence.visual, there)
         asks = torch.where(asks.any(1, keepdim=True), asks, evidence.last(1))
-        scores = marked_sums(evidence, asks).sum(1)
+        rows = span(asks, evidence)
+        mine = asks[:, evidence.n - rows :]
+        scores = torch.zeros(there.shape, device=there.device)
+        alive = torch.zeros(len(there), evidence.groups, dtype=torch.long, device=there.device)
+        for start, block in evidence.blocks(rows):
+            block = block.masked_fill(~mine[:, None, start : start + block.shape[2], None], 0.0)
+            scores += block.sum((1, 2))
+            alive += ((block >= self.threshold * block.amax(-1, keepdim=True)) & (block > 0)).sum((2, 3))
         if not self.head_adaptive:
             scores = over_heads(scores, evidence) * evidence.kv_heads
         check_finite(scores, there)
-        rows = span(asks, evidence)
-        mine = asks[:, evidence.n - rows :]
-        alive = torch.zeros(len(there), evidence.groups, dtype=torch.long, device=there.device)
-        for start, block in evidence.blocks(rows):
-            high = block >= self.threshold * block.amax(-1, keepdim=True)
-            high = high & (block > 0) & mine[:, None, start : start + block.shape[2], None]
-            alive += high.sum((2, 3))
         visible = (there.long().cumsum(1)[:, evidence.n - rows :] * mine).sum(1, keepdim=True)
         density = evidence.unfold(alive.double() / visible.clamp(min=1)).mean((1, 2))
         return _Layer(evidence.bare(), scores, density)

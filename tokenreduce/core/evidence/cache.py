@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.core.evidence.attention import need
+from tokenreduce.core.plan import take
 
 __all__ = ["CacheEvidence", "Rotary"]
 
@@ -219,18 +220,18 @@ class CacheEvidence:
         r = self.rows_given if rows is None else min(rows, self.rows_given)
         return self._rows(self.rows_given - r, self.rows_given)
 
-    def logits(self, start: int, stop: int, *, causal: bool = True) -> Tensor:
+    def logits(self, start: int, stop: int, slots: Tensor | None = None) -> Tensor:
         """(B*Hkv,G,R,N) float32: masked logits of the queries ``start`` to ``stop`` of those that are known, -inf where
-        a query does not see a key, or only at padding without ``causal``. From given attention, they are right up to a
-        number for each row, and always causal."""
+        a query does not see a key. With ``slots`` (B*Hkv,W), those of these keys only, (B*Hkv,G,R,W), also where they
+        are not seen. From given attention, logits are right up to a number for each row, and always masked."""
         if self._attention is not None:
-            return self._attention[:, :, start:stop].float().log()
-        q = self.queries[:, :, start:stop].float()
-        logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
+            rows = self._attention[:, :, start:stop].float().log()
+            return rows if slots is None else rows.gather(3, slots[:, None, None].expand(*rows.shape[:3], -1))
+        keys = self.keys if slots is None else take(self.keys, slots)
+        logits = (self.queries[:, :, start:stop].float() @ keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        sees = self._sees(start, stop) if causal else self.there[:, None, None]
-        return logits.masked_fill(~sees, float("-inf"))
+        return logits if slots is not None else logits.masked_fill(~self._sees(start, stop), float("-inf"))
 
     def _sees(self, start: int, stop: int) -> Tensor:
         """Which queries see which keys, bool that broadcasts to (B*Hkv,G,R,N)."""
