@@ -20,15 +20,20 @@ def scorer(base: str, owner: str, keep: int | float, what: str) -> KeyScorer:
     Raises ``ValueError`` for a method that does not rank keys, or plans otherwise than by its ranking; for one that
     chooses again in decode; and for ``keep`` or ``what`` among its settings.
     """
-    name = parse_spec(base)[0]
-    kind = get_class(name, "cache")
+    try:
+        kind = get_class(parse_spec(base)[0], "cache")
+        settings: dict[str, Any] = parse_spec(base, kind)[1]
+    except ValueError as error:
+        raise ValueError(f"{owner}: base={base!r}: {error}") from None
     if not issubclass(kind, KeyScorer) or kind.plan is not KeyScorer.plan:
         raise ValueError(f"{owner}: base={base!r} does not rank keys by one number each; choose {_known()}")
-    settings: dict[str, Any] = parse_spec(base, kind)[1]
     for own in ("keep", "what"):
         if own in settings:
             raise ValueError(f"{owner}: the budget is {owner}'s own, give it there instead of {own} in base={base!r}")
-    out = build(kind, {**settings, "keep": keep, "what": what})
+    try:
+        out = build(kind, {**settings, "keep": keep, "what": what})
+    except ValueError as error:
+        raise ValueError(f"{owner}: base={base!r}: {error}") from None
     assert isinstance(out, KeyScorer)
     if out.moment() != "layer" or out.every():
         raise ValueError(

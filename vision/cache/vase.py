@@ -112,7 +112,7 @@ class VaSE(CacheReducer, name="vase", needs=("attention",), paper="2606.03928", 
         return self.residual_length
 
     def recent_queries(self) -> int:
-        return self.residual_length
+        return self.residual_length if self.mode == "attnv" else 1
 
     def score(self, evidence: CacheEvidence) -> Tensor | None:
         """With a ratio of visual keys, at every slot how many of them the prompt had; nothing else is kept."""

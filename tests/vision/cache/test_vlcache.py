@@ -124,3 +124,18 @@ def test_a_summary_holds_no_rows():
     bare = tr.VLCache().summary(case()).evidence
     with pytest.raises(ValueError, match="attention"):
         bare.rows()
+
+
+def test_the_rows_of_the_question_are_enough():
+    """Given only these, as adapters and others' data may have them, plans are the same."""
+    evs = layers(3, ("ttvvvvvvvvvvvtttt", ".tvvvvvvvvvvvtttt"), given="attention")
+    few = []
+    for ev in evs:
+        marks = dict(visual=ev._visual, valid=ev._valid)
+        rows = ev.rows(4)
+        few.append(
+            tr.CacheEvidence(ev.keys, ev.values, attention=rows, kv_heads=2, layer=ev.layer, depth=3, **marks)
+        )  # fmt: skip
+    for spec in ("vl-cache:keep=0.3", "tgv-kv:keep=0.3", "aircache:keep=0.3", "snapkv:window_size=4"):
+        method = tr.get_method(spec)
+        assert method.plans(few) == method.plans(evs)
