@@ -42,8 +42,18 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.video.projector.timesuite import TokenShuffle
     from tokenreduce.video.projector.uniform_frames import UniformFrames
     from tokenreduce.video.projector.vidcom2 import VidCom2
+    from tokenreduce.vision.cache.adakv import AdaKV
+    from tokenreduce.vision.cache.aircache import AirCache
     from tokenreduce.vision.cache.knorm import Knorm
+    from tokenreduce.vision.cache.lazyeviction import LazyEviction
+    from tokenreduce.vision.cache.lookm import LookM
+    from tokenreduce.vision.cache.meda import MEDA
+    from tokenreduce.vision.cache.mixkv import MixKV
+    from tokenreduce.vision.cache.prefixkv import PrefixKV
     from tokenreduce.vision.cache.snapkv import SnapKV
+    from tokenreduce.vision.cache.tgvkv import TGVKV
+    from tokenreduce.vision.cache.vase import VaSE
+    from tokenreduce.vision.cache.vlcache import VLCache
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
     from tokenreduce.vision.encoder.dpcknn import DPCKNN
@@ -96,16 +106,17 @@ __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.2.0"
 __all__ = [
-    "AIM", "AIMMerge", "ATS", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN", "DiffRate", "DivPrune",
-    "DyCoke", "DyCokeCache", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM",
-    "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV",
-    "KMedoids", "Knorm", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe",
-    "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune",
-    "PyramidDrop", "Random", "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens",
-    "SCOPE", "SnapKV", "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle",
-    "Uniform", "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
-    "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record",
-    "reduce_tokens", "stream", "unpatch", "zoo",
+    "AIM", "AIMMerge", "ATS", "AdaKV", "AirCache", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN",
+    "DiffRate", "DivPrune", "DyCoke", "DyCokeCache", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM",
+    "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2", "HiPrune", "HiRED", "HoliTom",
+    "HoliTomMerge", "HoloV", "KMedoids", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge",
+    "Mix", "MixKV", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens",
+    "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random",
+    "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SnapKV",
+    "SparseVLM", "SpatialAugmented", "TGVKV", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform",
+    "UniformFrames", "UniformTokens", "VLCache", "VScan", "VScanLLM", "VaSE", "VidCom2", "VidTLDR", "VisPruner",
+    "VisionZip", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched",
+    "record", "reduce_tokens", "stream", "unpatch", "zoo",
 ]  # fmt: skip
 
 
