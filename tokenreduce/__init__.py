@@ -38,6 +38,18 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.video.projector.timesuite import TokenShuffle
     from tokenreduce.video.projector.uniform_frames import UniformFrames
     from tokenreduce.video.projector.vidcom2 import VidCom2
+    from tokenreduce.vision.cache.a2sf import A2SF
+    from tokenreduce.vision.cache.ems import EMS
+    from tokenreduce.vision.cache.expected_attention import ExpectedAttention
+    from tokenreduce.vision.cache.h2o import H2O
+    from tokenreduce.vision.cache.keydiff import KeyDiff
+    from tokenreduce.vision.cache.keyformer import Keyformer
+    from tokenreduce.vision.cache.knorm import Knorm
+    from tokenreduce.vision.cache.pyramidkv import PyramidKV
+    from tokenreduce.vision.cache.random_drop import RandomKeys
+    from tokenreduce.vision.cache.snapkv import SnapKV
+    from tokenreduce.vision.cache.streamingllm import Recent, StreamingLLM
+    from tokenreduce.vision.cache.tova import TOVA
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
     from tokenreduce.vision.encoder.dpcknn import DPCKNN
@@ -90,16 +102,17 @@ __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.1.0"
 __all__ = [
-    "AIM", "AIMMerge", "ATS", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN", "DiffRate", "DivPrune",
-    "DyCoke", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru",
-    "FrameFusion", "FrameMerge", "GlobalCom2", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids",
-    "LazyLLM", "MCTF", "MMTok", "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool",
-    "PoolFrames", "PoolTokens", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop",
-    "Random", "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE",
-    "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform",
-    "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune",
-    "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
-    "unpatch", "zoo",
+    "A2SF", "AIM", "AIMMerge", "ATS", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN", "DiffRate",
+    "DivPrune", "DyCoke", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID", "FasterVLM",
+    "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom",
+    "HoliTomMerge", "HoloV", "KMedoids", "KeyDiff", "Keyformer", "Knorm", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix",
+    "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge",
+    "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys",
+    "RandomTokens", "RandomVisual", "Recent", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE",
+    "SnapKV", "SparseVLM", "SpatialAugmented", "StreamingLLM", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr",
+    "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner",
+    "VisionZip", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched",
+    "record", "reduce_tokens", "unpatch", "zoo",
 ]  # fmt: skip
 
 

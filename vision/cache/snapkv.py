@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenreduce.algorithms.key_scorer import KeyScorer
-from tokenreduce.algorithms.keys import keep_best_slots, pooled
+from tokenreduce.algorithms.keys import check_rows, keep_best_slots, pooled
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan
@@ -65,8 +65,13 @@ class SnapKV(KeyScorer, name="snapkv", needs=("attention",), paper="2404.14469",
     def query_rows(self) -> int:
         return self.window_size
 
+    def over_group(self, scores: Tensor) -> Tensor:
+        """(B*Hkv,G,N) scores of query heads to (B*Hkv,N) of their KV head."""
+        return scores.mean(1)
+
     def importance(self, evidence: CacheEvidence) -> Tensor:
-        scores = evidence.column_sums(rows=self.window_size).mean(1).masked_fill(~evidence.there, 0.0)
+        check_rows(evidence, self.window_size)
+        scores = self.over_group(evidence.column_sums(rows=self.window_size)).masked_fill(~evidence.there, 0.0)
         window = self.always(evidence)
         if window is not None:  # takes no part, so that pooling sees zeros behind the last key in front of it
             scores = scores.masked_fill(window, 0.0)

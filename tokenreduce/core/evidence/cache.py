@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ _BLOCK = 256
 @dataclass(frozen=True, eq=False)
 class Rotary:
     """Rotary tables of a layer: ``cos`` and ``sin`` (B,N,r) of the cached slots, ``ahead(f)`` those (B,f,r) of the next
-    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves."""
+    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves. Both channels
+    of a pair have the same number, so that a rotation is ``x * cos + turned(x) * sin`` in either layout."""
 
     cos: Tensor
     sin: Tensor
@@ -95,6 +96,7 @@ class CacheEvidence:
         self._attention, self._queries, self._visual, self._rotary = attention, queries, visual, rotary
         self._columns, self._seen, self._frame_of = columns, seen, frame_of
         self._valid = valid
+        self._known: dict[Hashable, Tensor] = {}
         for name, given in (("attention", attention), ("queries", queries)):
             if given is not None and (given.dim() != 4 or given.shape[0] != keys.shape[0]):
                 raise ValueError(
@@ -136,6 +138,12 @@ class CacheEvidence:
     def unfold(self, folded: Tensor) -> Tensor:
         """(B*Hkv,...) as (B,Hkv,...)."""
         return folded.unflatten(0, (self.batch, self.kv_heads))
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, which is asked once for each ``key``: what both ``score`` and ``plan`` of a method need."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     # -- which slots -----------------------------------------------------------------------------------------------
     @property
@@ -221,26 +229,26 @@ class CacheEvidence:
         logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits + self._hidden(start, stop)
+        return logits.masked_fill(~self._sees(start, stop), float("-inf"))
 
-    def _hidden(self, start: int, stop: int) -> Tensor:
-        """What is added to logits: -inf where a query does not see a key."""
+    def _sees(self, start: int, stop: int) -> Tensor:
+        """(B*Hkv or 1,1,R,N) bool: which keys a query sees."""
         device, first = self.keys.device, self.n - self.rows_given
         if self.mask is not None:
             mask = self.mask[:, :, start:stop].expand(self.batch, -1, -1, -1)
-            sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            out = self.fold(sees)
+            out = self.fold(mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
         else:
             at = torch.arange(first + start, first + stop, device=device)
             out = (torch.arange(self.n, device=device) <= at[:, None])[None, None]
-        out = out & self.there[:, None, None]
-        return torch.zeros(out.shape, device=device).masked_fill(~out, float("-inf"))
+        return out & self.there[:, None, None]
 
     def _rows(self, start: int, stop: int) -> Tensor:
-        there = self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
+        """Rows of padding are 0, whatever it holds; NaN that a real row sees stays, so that no choice is made on it."""
+        gone = ~self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
         if self._attention is not None:
-            return self._attention[:, :, start:stop].float() * there
-        return self.logits(start, stop).softmax(-1).nan_to_num(0.0) * there
+            return self._attention[:, :, start:stop].float().masked_fill(gone, 0.0)
+        blind = ~self._sees(start, stop).any(-1, keepdim=True)
+        return self.logits(start, stop).softmax(-1).masked_fill(gone | blind, 0.0)
 
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
