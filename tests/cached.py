@@ -32,11 +32,11 @@ def contents(row, number, kv_heads=2, groups=2, dim=DIM, seed=0):
 
 
 def cached(
-    layouts=LAYOUTS, kv_heads=2, groups=2, dim=DIM, seed=0, samples=None, pad=float("nan"), rows=None, ties=None,
+    layouts=LAYOUTS, kv_heads=2, groups=2, dim=DIM, seed=0, samples=None, pad=float("nan"), rows=None,
     paired=False, **more,
 ):  # fmt: skip
     """Evidence of a prompt, all queries known (or the last ``rows``). ``samples`` are the numbers of the samples, whose
-    contents follow from them; padding holds ``pad``. ``ties`` rounds contents to multiples of it, so that scores tie."""
+    contents follow from them; padding holds ``pad``."""
     samples = range(len(layouts)) if samples is None else samples
     b, n = len(layouts), len(layouts[0])
     keys, values = torch.full((b, kv_heads, n, dim), pad), torch.full((b, kv_heads, n, dim), pad)
@@ -44,8 +44,6 @@ def cached(
     for i, (row, number) in enumerate(zip(layouts, samples, strict=True)):
         at = torch.tensor([c != "." for c in row])
         k, v, q = contents(row, number, kv_heads, groups, dim, seed)
-        if ties:
-            k, v, q = ((x / ties).round() * ties for x in (k, v, q))
         keys[i, :, at], values[i, :, at], queries[i, :, :, at] = k, v, q
     valid = marks(layouts, "tv")
     positions = (valid.long().cumsum(1) - 1).clamp(min=0)
@@ -58,6 +56,25 @@ def cached(
         kv_heads=kv_heads, visual=marks(layouts, "v"), valid=valid, rotary=rotary,
         **{"layer": 1, "depth": 4, **more},
     )  # fmt: skip
+
+
+def tied(layouts=LAYOUTS, kv_heads=2, groups=2, rows=None, seed=0, **more):
+    """Evidence with attention of few values, eighths, so that sums are exact and many are equal; and its rows
+    (B*Hkv,G,R,N) in float64."""
+    b, n = len(layouts), len(layouts[0])
+    rows = rows or n
+    g = torch.Generator().manual_seed(seed)
+    attention = torch.randint(0, 3, (b * kv_heads, groups, rows, n), generator=g) / 8
+    valid = marks(layouts, "tv")
+    there = valid.repeat_interleave(kv_heads, 0)
+    sees = (torch.arange(n) <= torch.arange(n - rows, n)[:, None]) & there[:, None] & there[:, n - rows :, None]
+    attention = attention * sees[:, None]
+    keys = torch.randn(b * kv_heads, n, DIM, generator=g)
+    evidence = CacheEvidence(
+        keys, keys.flip(-1), attention, kv_heads=kv_heads, visual=marks(layouts, "v"), valid=valid,
+        **{"layer": 1, "depth": 4, **more},
+    )  # fmt: skip
+    return evidence, attention.double()
 
 
 def kept(plan, n=None):
@@ -101,9 +118,8 @@ def plain_rows(evidence):
 
 
 def top(scores, among, count):
-    """The ``count`` of the slots ``among`` with the largest scores, ties to the lower slot, ascending. Scores are
-    rounded to nine digits, so that those which are equal on paper are here, too."""
-    return sorted(sorted(among, key=lambda j: (-round(float(scores[j]), 9), j))[:count])
+    """The ``count`` of the slots ``among`` with the largest scores, ties to the lower slot, ascending."""
+    return sorted(sorted(among, key=lambda j: (-float(scores[j]), j))[:count])
 
 
 def half_up(keep, n):
@@ -163,11 +179,12 @@ class Decode:
         return [c[v].tolist() for c, v in zip(self.columns, self.valid, strict=True)]
 
 
-def against(method, cut, update=None, steps=200, seed=0, **more):
+def against(method, cut, update=None, steps=200, seed=0, interval=1, **more):
     """Run ``method`` for many steps beside a plain reference, which knows every key ever and masks those that left.
 
-    ``update(score dict, row (G,n) float64, columns, real rows of the prompt (G,R,n) or None)`` changes scores;
-    ``cut(columns, score dict, mean row dict, prompt length)`` returns the columns that stay.
+    ``update(scores, rows, columns, evidence, i)`` changes the dict of scores of row i by softmax rows (G,R,n) float64
+    over its columns; ``cut(columns, scores, last, n)`` returns those that stay, ``last`` being what the last token
+    gives them on average, n the length of the prompt.
     """
     run = Decode(method, seed=seed, **more)
     first = run.evidence
@@ -178,7 +195,7 @@ def against(method, cut, update=None, steps=200, seed=0, **more):
         mine = {}
         prompt = rows[i][:, :, columns][:, columns]
         if update:
-            update(mine, prompt, columns, run, i, 0)
+            update(mine, prompt, columns, first, i)
         last = dict(zip(columns, prompt[:, -1].mean(0).tolist(), strict=True))
         left = cut(columns, mine, last, len(columns))
         scores.append({c: mine.get(c, 0.0) for c in left})
@@ -193,9 +210,9 @@ def against(method, cut, update=None, steps=200, seed=0, **more):
             stacked = torch.stack([keys[i][c] for c in columns])
             row = (evidence.queries[i].double() @ stacked.T * evidence.scale).softmax(-1)  # (G,1,n)
             if update:
-                update(scores[i], row, columns, run, i, step)
+                update(scores[i], row, columns, evidence, i)
             last = dict(zip(columns, row[:, 0].mean(0).tolist(), strict=True))
-            alive[i] = cut(columns, scores[i], last, len(there[i]))
+            alive[i] = columns if step % interval else cut(columns, scores[i], last, len(there[i]))
             scores[i] = {c: scores[i].get(c, 0.0) for c in alive[i]}
         assert run.held() == alive, step
     return run
