@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.key_scorer import KeyScorer
-from tokenreduce.algorithms.keys import budget, covered, keep_best_slots, standing
+from tokenreduce.algorithms.keys import budget, covered, keep_best_slots, left_by_prompt, standing
 from tokenreduce.core.budget import Keep, check_count
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan
@@ -43,6 +43,8 @@ class DecodeScorer(KeyScorer):
         return standing(self.keep, evidence) if self.what == "all" else self.keep
 
     def plan(self, evidence: CacheEvidence) -> Plan:
+        if evidence.step and self.what == "visual":
+            return Identity.like(evidence.keys)
         capacity = self.capacity(evidence)
         if covered(capacity, evidence, self.what):
             return Identity.like(evidence.keys)
@@ -86,44 +88,74 @@ class HeavyHitters(Accumulating):
         recent_share: with ``what="all"``, share of the budget that is the last tokens, rounded down.
         recent_size: instead, with ``what="all"``: last tokens that stay, inside the budget.
         hh_size: instead of ``keep``, together with ``recent_size``: keys that stay in front of the window.
+        heavy_ratio, recent_ratio: instead of all these: both in shares of the prompt, each rounded down. In decode the
+            budget is what it was behind the prompt, and the window the nearest number to its part of it.
     """
 
     recent_share: float = 0.5
     recent_size: int | None = None
     hh_size: int | None = None
+    heavy_ratio: float | None = None
+    recent_ratio: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.recent_share <= 1:
             raise ValueError(f"recent_share is a number in [0, 1], not {self.recent_share!r}")
-        for name in ("recent_size", "hh_size"):
-            if (size := getattr(self, name)) is None:
-                continue
-            check_count(size, name)
-            if self.what != "all":
-                raise ValueError(f"{name} counts all keys of a head; give what=all with it, or keep instead")
-        if self.hh_size is None:
-            return
-        if self.recent_size is None or self.hh_size + self.recent_size < 1:
-            raise ValueError("hh_size and recent_size are given together, and are the budget: at least one key")
+        given = [n for n in ("recent_size", "hh_size", "heavy_ratio", "recent_ratio") if getattr(self, n) is not None]
+        if given and self.what != "all":
+            raise ValueError(f"{given[0]} counts all keys of a head; give what=all with it, or keep instead")
+        for name in given:
+            value = getattr(self, name)
+            if name.endswith("size"):
+                check_count(value, name)
+            elif not 0 <= value <= 1:
+                raise ValueError(f"{name} is a share of the prompt in [0, 1], not {value!r}")
+        sizes, ratios = (self.hh_size, self.recent_size), (self.heavy_ratio, self.recent_ratio)
+        if sizes != (None, None) and ratios != (None, None):
+            raise ValueError("give hh_size and recent_size, or heavy_ratio and recent_ratio, not both")
+        if self.hh_size is not None and not self.hh_size + (self.recent_size or 0):
+            raise ValueError("hh_size and recent_size are the budget: at least one key")
+        if self.hh_size is not None and self.recent_size is None:
+            raise ValueError("hh_size and recent_size are given together")
+        if (self.heavy_ratio is None) != (self.recent_ratio is None):
+            raise ValueError("heavy_ratio and recent_ratio are given together")
+        if ratios != (None, None) and not 0 < (self.heavy_ratio or 0) + (self.recent_ratio or 0) <= 1:
+            raise ValueError("heavy_ratio and recent_ratio are together above 0 and at most 1")
 
     def capacity(self, evidence: CacheEvidence) -> Keep | Tensor:
         if self.hh_size is not None and self.recent_size is not None:
             return self.hh_size + self.recent_size
-        return super().capacity(evidence)
+        if self.heavy_ratio is None or self.recent_ratio is None:
+            return super().capacity(evidence)
+        if evidence.step:
+            return left_by_prompt(evidence)
+        return (_floor(self.heavy_ratio, evidence) + _floor(self.recent_ratio, evidence)).clamp(min=1)
 
     def always(self, evidence: CacheEvidence) -> Tensor | None:
         if self.what != "all":
             return None
         if self.recent_size is not None:
             return evidence.last(self.recent_size)
-        return evidence.last(part(self.capacity(evidence), self.recent_share, evidence))
+        capacity = self.capacity(evidence)
+        if self.heavy_ratio is None or self.recent_ratio is None:
+            return evidence.last(part(capacity, self.recent_share, evidence))
+        if not evidence.step:
+            return evidence.last(_floor(self.recent_ratio, evidence))
+        share = self.recent_ratio / (self.heavy_ratio + self.recent_ratio)
+        return evidence.last(part(capacity, share, evidence, 0.5))
 
 
-def part(capacity: Keep | Tensor, share: float, evidence: CacheEvidence) -> Tensor:
-    """(B*Hkv,1): ``share`` of the budget of all keys, rounded down. A count is itself where a row has fewer keys."""
+def _floor(ratio: float, evidence: CacheEvidence) -> Tensor:
+    """(B*Hkv,1): ``ratio`` of the keys, rounded down."""
+    return (evidence.counts.double() * ratio).long()
+
+
+def part(capacity: Keep | Tensor, share: float, evidence: CacheEvidence, up: float = 0.0) -> Tensor:
+    """(B*Hkv,1): ``share`` of the budget of all keys, rounded down once ``up`` is added. A count is itself where a row
+    has fewer keys."""
     if isinstance(capacity, int):
         whole = torch.full_like(evidence.counts, capacity)
     else:
         whole = budget(capacity, evidence.there)
-    return (whole.double() * share + 1e-9).long()
+    return (whole.double() * share + up + 1e-9).long()

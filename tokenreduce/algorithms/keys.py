@@ -13,7 +13,7 @@ from tokenreduce.core.plan import Identity, Plan, Prune
 
 __all__ = [
     "WHAT", "best_slots", "budget", "candidates", "check_finite", "check_rows", "check_what", "covered",
-    "keep_best_slots", "keep_slots", "pooled", "standing",
+    "keep_best_slots", "keep_slots", "left_by_prompt", "pooled", "standing",
 ]  # fmt: skip
 
 #: What a budget counts: visual keys (text stays), or all.
@@ -50,11 +50,14 @@ def standing(keep: Keep, evidence: CacheEvidence) -> Keep | Tensor:
     """
     if not evidence.step or isinstance(keep, int):
         return keep
-    if keep == 1:
-        return evidence.counts
+    return evidence.counts if keep == 1 else left_by_prompt(evidence)
+
+
+def left_by_prompt(evidence: CacheEvidence) -> Tensor:
+    """(B*Hkv,1): slots that the plan at the prompt left. Raises ``ValueError`` for evidence that does not say."""
     if evidence.prompt_slots is None:
         raise ValueError(
-            f"keep={keep!r} is a ratio of the prompt, which evidence of a decode step does not show: give "
+            "the budget is a share of the prompt, which evidence of a decode step does not show: give "
             "CacheEvidence(prompt_slots=...) or keep as a count"
         )
     return evidence.fold(evidence.prompt_slots)

@@ -37,12 +37,12 @@ class A2SF(HeavyHitters, name="a2sf", needs=("attention",), paper="2407.20485", 
         keep, what: see :class:`~tokenreduce.algorithms.key_scorer.KeyScorer`.
         interval: decode steps from one cut to the next, 1 in the first code; None cuts behind the prompt only, as the
             current one does: ``keep=256,what=all,recent_size=16,interval=none`` is its example.
-        recent_share, recent_size, hh_size: see :class:`~tokenreduce.vision.cache.h2o.H2O`.
+        recent_share, recent_size, hh_size, heavy_ratio, recent_ratio: see :class:`~tokenreduce.vision.cache.h2o.H2O`.
 
     The controller that the authors' repository trained later is no part of the method.
 
-    Raises ``ValueError`` for values other than these, sizes with ``what="visual"``, ``hh_size`` without
-    ``recent_size``, and in a forward for a budget below ``recent_size`` and prompts that are padded behind.
+    Raises ``ValueError`` for values other than these, sizes or ratios with ``what="visual"``, one of a pair
+    alone, both pairs, and in a forward for a budget below ``recent_size`` and prompts that are padded behind.
     """
 
     forgetting_factor: float = 0.95

@@ -100,14 +100,14 @@ class ExpectedAttention(
         plain = _turn(queries, cos / power, -sin / power, rotary.paired).masked_fill(~used[:, None, :, None], 0.0)
         mean = plain.sum(2, keepdim=True) / number.clamp(min=1)
         tables = rotary.ahead(self.n_future_positions)
-        ahead = [evidence.fold(t.float().mean(1).expand(batch, -1))[:, None, None] for t in tables]
-        turned = _turn(mean, *ahead, rotary.paired).squeeze(2)
+        cos, sin = (evidence.fold(t.float().mean(1).expand(batch, -1))[:, None, None] for t in tables)
+        turned = _turn(mean, cos, sin, rotary.paired).squeeze(2)
         if not self.use_covariance:
             return turned, None
         apart = (plain - mean).masked_fill(~used[:, None, :, None], 0.0)
         spread = apart.transpose(-1, -2) @ apart / number.clamp(min=1)
-        half = _turn(spread, *ahead, rotary.paired)
-        return turned, _turn(half.transpose(-1, -2), *ahead, rotary.paired)
+        half = _turn(spread, cos, sin, rotary.paired)
+        return turned, _turn(half.transpose(-1, -2), cos, sin, rotary.paired)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, paired: bool) -> Tensor:

@@ -30,10 +30,12 @@ class H2O(HeavyHitters, name="h2o", needs=("attention",), paper="2306.14048", ti
         keep: keys of every KV head that stay of those that ``what`` counts; 20 % as in the paper.
         what: "visual" or "all", see :class:`~tokenreduce.algorithms.key_scorer.KeyScorer`.
         interval: decode steps from one cut to the next; None cuts behind the prompt only.
-        recent_share: with ``what="all"``, share of the budget that is the last tokens, rounded down. The scripts'
-            ``heavy_ratio`` and ``recent_ratio`` of 0.1 each are keep=0.2 and 0.5 here.
+        recent_share: with ``what="all"``, share of the budget that is the last tokens, rounded down.
         recent_size: instead, with ``what="all"``: last tokens that stay, inside the budget; 512 in the authors' class.
         hh_size: instead of ``keep``, together with ``recent_size``: keys that stay in front of them; 4 in the class.
+        heavy_ratio, recent_ratio: instead of all these, with ``what="all"``: both in shares of the prompt, each rounded
+            down; 0.1 and 0.1 in the authors' scripts. In decode the budget is what it was behind the prompt, and the
+            window the nearest number to its part of it.
         normalise: ObservedAttention of kvpress instead: sums divided by the number of queries that see the key, no
             recent window, no cut while decoding. It keeps other keys than H2O does, sinks not among them.
 
@@ -41,8 +43,8 @@ class H2O(HeavyHitters, name="h2o", needs=("attention",), paper="2306.14048", ti
     leaves the window for a step. It sums over the batch and knows no grouped queries; samples and KV heads are
     separate here.
 
-    Raises ``ValueError`` for values other than these, sizes with ``what="visual"``, ``hh_size`` without
-    ``recent_size``, sizes beside ``normalise``, and in a forward for a budget below ``recent_size``.
+    Raises ``ValueError`` for values other than these, sizes or ratios with ``what="visual"``, one of a pair
+    alone, both pairs, any beside ``normalise``, and in a forward for a budget below ``recent_size``.
     """
 
     keep: int | float = 0.2
@@ -50,8 +52,8 @@ class H2O(HeavyHitters, name="h2o", needs=("attention",), paper="2306.14048", ti
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.normalise and (self.recent_size is not None or self.hh_size is not None):
-            raise ValueError("normalise=true has no recent window; give keep instead of recent_size and hh_size")
+        if self.normalise and (self.recent_size, self.heavy_ratio) != (None, None):
+            raise ValueError("normalise=true has no recent window; give keep instead of sizes and ratios")
 
     def every(self) -> int:
         return 0 if self.normalise else super().every()

@@ -113,7 +113,7 @@ class Keyformer(Accumulating, name="keyformer", needs=("attention",), paper="240
         if self.kv_cache is None:
             return super().capacity(evidence)
         if not evidence.step:
-            return (evidence.counts.double() * self.kv_cache / 100 + 1e-9).long().clamp(min=1)
+            return (evidence.counts.double() * self.kv_cache / 100).long().clamp(min=1)
         held = standing(self.kv_cache / 100, evidence)
         assert isinstance(held, Tensor)
         return held if self.compete or self.kv_cache == 100 else held + 1

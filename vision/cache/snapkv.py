@@ -38,7 +38,8 @@ class SnapKV(KeyScorer, name="snapkv", needs=("attention",), paper="2404.14469",
     a cache per query head multiplies memory.
 
     Raises ``ValueError`` for an even kernel, another pooling, a capacity that is not larger than the window, or that is
-    given with ``what="visual"``, and in a forward for a budget below the window (``what="all"``).
+    given with ``what="visual"``, and in a forward for a budget below the window (``what="all"``) and for prompts that
+    are padded behind.
     """
 
     window_size: int = 32

@@ -50,6 +50,8 @@ def test_visual_keys_with_the_largest_sums(groups, keep):
         (dict(keep=0.4), lambda n: (t := int(0.4 * n + 0.5)) and (t - t // 2, t // 2)),
         (dict(keep=9, recent_share=0.25), lambda n: (7, 2)),
         (dict(keep=9, recent_size=3), lambda n: (6, 3)),
+        (dict(heavy_ratio=0.29, recent_ratio=0.13), lambda n: (int(0.29 * n), int(0.13 * n))),
+        (dict(heavy_ratio=0.0, recent_ratio=0.3), lambda n: (0, int(0.3 * n))),
     ],
 )
 def test_all_keys_have_a_recent_window(groups, settings, sizes):
@@ -72,6 +74,8 @@ def add(scores, rows, columns, evidence, i):
         (dict(hh_size=20, recent_size=20), lambda n: (20, 20)),
         (dict(keep=0.4), lambda n: (t := int(0.4 * n + 0.5)) and (t - t // 2, t // 2)),
         (dict(keep=0.4, recent_size=3), lambda n: (int(0.4 * n + 0.5) - 3, 3)),
+        (dict(heavy_ratio=0.3, recent_ratio=0.3), lambda n: (int(0.3 * n), int(0.3 * n))),
+        (dict(heavy_ratio=0.5, recent_ratio=0.5), lambda n: (int(0.5 * n), int(0.5 * n))),
     ],
 )
 def test_decode(groups, interval, settings, sizes):
@@ -117,6 +121,12 @@ def test_sums_by_the_number_of_queries_that_see_a_key(groups):
     [
         (dict(recent_share=1.5), "recent_share is a number in"),
         (dict(hh_size=4, what="all"), "given together"),
+        (dict(heavy_ratio=0.1, what="all"), "given together"),
+        (dict(heavy_ratio=0.7, recent_ratio=0.7, what="all"), "at most 1"),
+        (dict(heavy_ratio=-0.1, recent_ratio=0.7, what="all"), "share of the prompt"),
+        (dict(heavy_ratio=0.1, recent_ratio=0.1), "what=all"),
+        (dict(heavy_ratio=0.1, recent_ratio=0.1, recent_size=4, what="all"), "not both"),
+        (dict(heavy_ratio=0.1, recent_ratio=0.1, normalise=True, what="all"), "no recent window"),
         (dict(hh_size=0, recent_size=0, what="all"), "at least one key"),
         (dict(hh_size=4, recent_size=4), "what=all"),
         (dict(recent_size=-1, what="all"), "recent_size is an int >= 0"),
