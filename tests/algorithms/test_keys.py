@@ -54,6 +54,7 @@ def test_padding_behind_the_prompt_is_refused_by_those_who_look_at_its_end(spec)
     with pytest.raises(ValueError, match="pad on the left"):
         method.plan(cached(layouts, pad=0.0))
     assert method.plan(cached(layouts[:1]))
+    assert method.plan(cached(("ttvvvvvvvvvvttttt", "ttvvvvvvvttttt..t"), rows=4, pad=0.0))  # a later turn
 
 
 @pytest.mark.parametrize("spec", ["h2o", "keyformer", "keydiff", "streamingllm", "recent", "random@cache"])

@@ -70,11 +70,13 @@ def covered(keep: Keep | Tensor, evidence: CacheEvidence, what: str) -> bool:
 
 
 def check_rows(evidence: CacheEvidence, rows: int) -> None:
-    """Raise ``ValueError`` unless the last ``rows`` real queries (all, of shorter prompts) are among the last ``rows``
-    slots: padding behind the prompt takes their place."""
+    """Raise ``ValueError`` where padding behind the prompt takes the place of some of the last ``rows`` real queries.
+
+    Padding in front of a later turn does not: a row then has fewer queries to judge by.
+    """
     rows = min(rows, evidence.rows_given)
     real = evidence.row_there(rows).sum(1, keepdim=True)
-    if bool((real < evidence.counts.clamp(max=rows)).any()):
+    if bool(((real < evidence.counts.clamp(max=rows)) & ~evidence.there[:, -1:]).any()):
         raise ValueError(
             f"padding behind the prompt stands where its last {rows} tokens are looked for; pad on the left"
         )

@@ -91,22 +91,25 @@ class Keyformer(Accumulating, name="keyformer", needs=("attention",), paper="240
         out = torch.zeros(evidence.keys.shape[:2], device=evidence.keys.device)
         for start in range(0, known, _BLOCK):
             stop = min(start + _BLOCK, known)
-            logits = evidence.logits(start, stop).masked_fill(~there[:, None, None], float("-inf"))
-            rows = ((logits + self._noise(evidence, start, stop)) / tau).softmax(-1)
-            out = out + rows.masked_fill(gone[:, None, start:stop, None], 0.0).sum(2).mean(1)
+            width = evidence.reach(stop)
+            logits = evidence.logits(start, stop, width).masked_fill_(~there[:, None, None, :width], float("-inf"))
+            rows = logits.add_(self._noise(evidence, start, stop, width)).div_(tau).softmax(-1)
+            out[:, :width] += rows.masked_fill_(gone[:, None, start:stop, None], 0.0).sum(2).mean(1)
         return out
 
-    def _noise(self, evidence: CacheEvidence, start: int, stop: int) -> Tensor:
+    def _noise(self, evidence: CacheEvidence, start: int, stop: int, width: int | None = None) -> Tensor:
         """(B*Hkv,G,R,N) standard Gumbel noise."""
         place = evidence.there.long().cumsum(1)
         first = mixed_seed(self.seed, evidence.layer + 1, evidence.step)
         head = torch.arange(evidence.kv_heads * evidence.groups, device=place.device) ^ first
         head = scramble(head).view(evidence.kv_heads, -1).repeat(evidence.batch, 1)
         row = place[:, evidence.n - evidence.rows_given :][:, start:stop]
-        state = scramble(head[:, :, None] ^ row[:, None])
-        drawn = scramble(state.unsqueeze(-1) ^ scramble(place)[:, None, None])
-        uniform = ((drawn >> 9).float() + 0.5) / 2**23  # 23 bits, so that neither 0 nor 1 comes up
-        return -(-uniform.log()).log()
+        # Row and column are mixed well by themselves, so that a short hash does for the many pairs of them.
+        state = scramble(head[:, :, None] ^ row[:, None]).unsqueeze(-1) ^ scramble(place)[:, None, None, :width]
+        state.mul_(0x45D9F3B).bitwise_and_(0xFFFFFFFF)
+        state.bitwise_xor_(state >> 15).mul_(0x2C1B3C6D).bitwise_right_shift_(20).bitwise_and_(0x7FFFFF)
+        uniform = state.float().add_(0.5).div_(2**23)  # 23 bits, so that neither 0 nor 1 comes up
+        return uniform.log_().neg_().log_().neg_()
 
     # -- the cut ---------------------------------------------------------------------------------------------------
     def capacity(self, evidence: CacheEvidence) -> Keep | Tensor:

@@ -220,35 +220,43 @@ class CacheEvidence:
         r = self.rows_given if rows is None else min(rows, self.rows_given)
         return self._rows(self.rows_given - r, self.rows_given)
 
-    def logits(self, start: int, stop: int) -> Tensor:
+    def reach(self, stop: int) -> int:
+        """How many of the first slots the known queries in front of ``stop`` may see: what is behind need not be
+        computed."""
+        causal = self.mask is None and self._attention is None
+        return self.n - self.rows_given + stop if causal else self.n
+
+    def logits(self, start: int, stop: int, width: int | None = None) -> Tensor:
         """(B*Hkv,G,R,N) float32: masked logits of the queries ``start`` to ``stop`` of those that are known, -inf where
-        a query does not see a key. From given attention, they are right up to a number for each row."""
+        a query does not see a key; of the first ``width`` keys where given. From given attention, they are right up to
+        a number for each row."""
         if self._attention is not None:
-            return self._attention[:, :, start:stop].float().log()
-        q = self.queries[:, :, start:stop].float()
-        logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
+            return self._attention[:, :, start:stop, :width].float().log()
+        q = self.queries[:, :, start:stop].float() * self.scale
+        logits = q @ self.keys[:, :width].float().unsqueeze(1).transpose(-1, -2)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.masked_fill(~self._sees(start, stop), float("-inf"))
+        return logits.masked_fill_(~self._sees(start, stop, width), float("-inf"))
 
-    def _sees(self, start: int, stop: int) -> Tensor:
+    def _sees(self, start: int, stop: int, width: int | None = None) -> Tensor:
         """(B*Hkv or 1,1,R,N) bool: which keys a query sees."""
         device, first = self.keys.device, self.n - self.rows_given
         if self.mask is not None:
-            mask = self.mask[:, :, start:stop].expand(self.batch, -1, -1, -1)
+            mask = self.mask[:, :, start:stop, :width].expand(self.batch, -1, -1, -1)
             out = self.fold(mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
         else:
             at = torch.arange(first + start, first + stop, device=device)
-            out = (torch.arange(self.n, device=device) <= at[:, None])[None, None]
-        return out & self.there[:, None, None]
+            out = (torch.arange(self.n, device=device)[:width] <= at[:, None])[None, None]
+        return out & self.there[:, None, None, :width]
 
-    def _rows(self, start: int, stop: int) -> Tensor:
+    def _rows(self, start: int, stop: int, width: int | None = None) -> Tensor:
         """Rows of padding are 0, whatever it holds; NaN that a real row sees stays, so that no choice is made on it."""
         gone = ~self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
         if self._attention is not None:
-            return self._attention[:, :, start:stop].float().masked_fill(gone, 0.0)
-        blind = ~self._sees(start, stop).any(-1, keepdim=True)
-        return self.logits(start, stop).softmax(-1).masked_fill(gone | blind, 0.0)
+            return self._attention[:, :, start:stop, :width].float().masked_fill(gone, 0.0)
+        gone = gone | ~self._sees(start, stop, width).any(-1, keepdim=True)
+        rows = self.logits(start, stop, width).softmax(-1)
+        return rows if self._valid is None and self.mask is None else rows.masked_fill(gone, 0.0)
 
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
@@ -259,14 +267,17 @@ class CacheEvidence:
             self.rows()
         if weights is not None:
             weights = weights.float().expand(self.keys.shape[0], -1)
-        out: Tensor | None = None
+        out = torch.zeros(self.keys.shape[0], self.groups, self.n, device=self.keys.device)
         for start in range(known - r, known, _BLOCK):
             stop = min(start + _BLOCK, known)
-            block = self._rows(start, stop)
-            if weights is not None:
-                block = block * weights[:, start - (known - r) : stop - (known - r)][:, None, :, None]
-            out = block.sum(2) if out is None else out + block.sum(2)
-        assert out is not None
+            width = self.reach(stop)
+            block = self._rows(start, stop, width)
+            if weights is None:
+                gained = block.sum(2)
+            else:
+                mine = weights[:, start - (known - r) : stop - (known - r)]
+                gained = (mine[:, None, None] @ block).squeeze(2)
+            out[..., :width] += gained
         return out
 
     def readers(self, rows: int | None = None) -> Tensor:
