@@ -91,16 +91,12 @@ class ExpectedAttention(
                 f"no query behind the first {self.n_sink} tokens to learn from (statistics={self.statistics!r}); give "
                 "a smaller n_sink, or statistics=all"
             )
-        batch = evidence.batch
-        cos, sin = (
-            evidence.fold(t[:, evidence.n - rows :].float().expand(batch, -1, -1))[:, None]
-            for t in (rotary.cos, rotary.sin)
-        )
+        cos, sin = (_of_rows(t[:, evidence.n - rows :], evidence)[:, None] for t in (rotary.cos, rotary.sin))
         power = (cos.square() + sin.square()).clamp(min=torch.finfo(torch.float32).tiny)  # not 1 where tables scale
         plain = _turn(queries, cos / power, -sin / power, rotary.paired).masked_fill(~used[:, None, :, None], 0.0)
         mean = plain.sum(2, keepdim=True) / number.clamp(min=1)
         tables = rotary.ahead(self.n_future_positions)
-        cos, sin = (evidence.fold(t.float().mean(1).expand(batch, -1))[:, None, None] for t in tables)
+        cos, sin = (_of_rows(t, evidence).mean(1)[:, None, None] for t in tables)
         turned = _turn(mean, cos, sin, rotary.paired).squeeze(2)
         if not self.use_covariance:
             return turned, None
@@ -108,6 +104,12 @@ class ExpectedAttention(
         spread = apart.transpose(-1, -2) @ apart / number.clamp(min=1)
         half = _turn(spread, cos, sin, rotary.paired)
         return turned, _turn(half.transpose(-1, -2), cos, sin, rotary.paired)
+
+
+def _of_rows(table: Tensor, evidence: CacheEvidence) -> Tensor:
+    """(B*Hkv,...) float32 of a rotary table (B or 1,...)."""
+    batch = evidence.batch if table.shape[0] == 1 else table.shape[0]
+    return evidence.fold(table.float().expand(batch, -1, -1))
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, paired: bool) -> Tensor:
