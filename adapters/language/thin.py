@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tokenreduce.adapters.language.held import Held
 from tokenreduce.adapters.language.held_mask import slots_of
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence, Rotary
-from tokenreduce.core.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan, take
 from tokenreduce.core.trace import CacheStep, active
 
 __all__ = ["Running", "check_layer", "evidence_of", "shown", "thin"]
@@ -77,6 +77,8 @@ def evidence_of(
         queries = queries[:, :, -n:]
     new = n if queries is None else queries.shape[2]
     rows = order = None
+    if rotary is not None:
+        rotary = replace(rotary, cos=rotary.cos[:, -n:], sin=rotary.sin[:, -n:])
     if isinstance(mask, Tensor) and mask.dim() == 4 and queries is not None:
         rows = mask[:, :1, mask.shape[2] - min(new, mask.shape[2]) :, mask.shape[3] - n :]
     if step.prefill and not bool(there[..., -1].all()):
@@ -86,6 +88,8 @@ def evidence_of(
         keys, values = (_at(t, order) for t in (keys, values))
         columns, there = (t.gather(2, order[:, None].expand(b, t.shape[1], n)) for t in (columns, there))
         queries = None if queries is None else _at(queries, order)
+        if rotary is not None:
+            rotary = replace(rotary, cos=take(rotary.cos, order), sin=take(rotary.sin, order))
         if rows is not None:
             rows = rows.expand(b, -1, -1, -1).gather(2, order[:, None, :, None].expand(-1, 1, -1, n))
             rows = rows.gather(3, order[:, None, None, :].expand_as(rows))

@@ -17,7 +17,7 @@ __all__ = ["ExpectedAttention"]
 
 @dataclass(frozen=True)
 class ExpectedAttention(
-    KeyScorer, name="expected-attention", needs=("attention",), paper="2510.00636", title="Expected Attention"
+    KeyScorer, name="expected-attention", needs=("attention", "rotary"), paper="2510.00636", title="Expected Attention"
 ):
     """Expected Attention: behind each layer's prefill, keep the keys that coming queries will attend to most, in every
     KV head by itself.
