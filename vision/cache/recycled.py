@@ -77,7 +77,7 @@ class Recycled(
         full = self._full(evidence)
         if not bool(full.any()):
             return _scores(evidence)
-        rows = evidence.rows(1)[:, :, -1]
+        rows = _last_row(evidence)
         check_finite(rows.amax(1), evidence.there)
         worth = pooled(rows.amax(1) if self.group == "max" else rows.mean(1), self.kernel_size, "maxpool")
         now = torch.stack([worth, evidence.there.to(worth)], -1)
@@ -129,6 +129,18 @@ class Recycled(
 def _mean_query(evidence: CacheEvidence) -> Tensor:
     """(B*Hkv,d) the last query, averaged over all query heads of a layer."""
     return evidence.fold(evidence.unfold(evidence.queries[:, :, -1].float()).mean((1, 2)))
+
+
+def _last_row(evidence: CacheEvidence) -> Tensor:
+    """(B*Hkv,G,N) attention of the last token that is there."""
+    rows, real = evidence.rows(), evidence.row_there()
+    if not bool(real.any(1).all()):
+        raise ValueError(
+            "recycled ranks by the last token of a sample, whose query the evidence of a right-padded sample lacks; give "
+            "more queries, or pad on the left"
+        )
+    last = (real.long().cumsum(1) * real).argmax(1)
+    return rows[torch.arange(len(last), device=last.device), :, last]
 
 
 def _scores(evidence: CacheEvidence) -> Tensor:

@@ -150,7 +150,8 @@ class TokenSelect(CacheReducer, name="tokenselect", needs=("attention",), paper=
         check_finite(products.amax(1), among)
         if self.scale is not None:
             products = products / evidence.scale * self.scale
-        shares = products.masked_fill(~among.unsqueeze(1), float("-inf")).softmax(-1).nan_to_num(0.0)
+        shares = products.masked_fill(~among.unsqueeze(1), float("-inf")).softmax(-1)
+        shares = shares.masked_fill(~among.unsqueeze(1), 0.0)
         votes = evidence.fold(evidence.unfold(shares).sum((1, 2)))
         return votes if self.kernel_size == -1 else pooled(votes, self.kernel_size, "maxpool")
 

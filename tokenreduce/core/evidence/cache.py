@@ -238,10 +238,10 @@ class CacheEvidence:
         logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits + self._hidden(start, stop)
+        return logits.masked_fill(~self._sees(start, stop), float("-inf"))
 
-    def _hidden(self, start: int, stop: int) -> Tensor:
-        """What is added to logits: -inf where a query does not see a key."""
+    def _sees(self, start: int, stop: int) -> Tensor:
+        """(B*Hkv,1,R,N) bool: which keys a query sees."""
         device, first = self.keys.device, self.n - self.rows_given
         if self.mask is not None:
             mask = self.mask[:, :, start:stop].expand(self.batch, -1, -1, -1)
@@ -250,14 +250,15 @@ class CacheEvidence:
         else:
             at = torch.arange(first + start, first + stop, device=device)
             out = (torch.arange(self.n, device=device) <= at[:, None])[None, None]
-        out = out & self.there[:, None, None]
-        return torch.zeros(out.shape, device=device).masked_fill(~out, float("-inf"))
+        return out & self.there[:, None, None]
 
     def _rows(self, start: int, stop: int) -> Tensor:
         there = self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
         if self._attention is not None:
-            return self._attention[:, :, start:stop].float() * there
-        return self.logits(start, stop).softmax(-1).nan_to_num(0.0) * there
+            return self._attention[:, :, start:stop].float().masked_fill(~there, 0.0)
+        # NaN of keys is handed on, so that methods refuse it; that of a row which sees nothing is not.
+        nothing = ~there | ~self._sees(start, stop).any(-1, keepdim=True)
+        return self.logits(start, stop).softmax(-1).masked_fill(nothing, 0.0)
 
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
