@@ -116,7 +116,7 @@ class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506
         chosen = torch.zeros(f, p, dtype=torch.bool, device=keys.device)
         if self.tar_ratio == 0:
             return chosen.flatten()
-        recent = max(1, int(f * self.query_ratio + 1e-9))
+        recent = max(1, int(f * self.query_ratio))
         if share < recent * p:
             raise ValueError(
                 f"tar_ratio={self.tar_ratio} leaves {share} slots for {recent} recent frames of {p} slots, which stay; "

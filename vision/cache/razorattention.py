@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.head_table import Head, HeadTable, Headwise
@@ -108,7 +109,8 @@ def _compensated(gone: Tensor, evidence: CacheEvidence) -> Plan:
     if kept.valid is not None:
         place = place & kept.valid
     dst = place.long().argmax(1, keepdim=True).expand_as(src)
-    # Heads with fewer to merge are filled up with tokens of weight 0 that bring no size, which changes nothing.
+    # Heads with fewer to merge are filled up with a token that stays, of weight 0 and without size: nothing changes.
+    src = torch.where(real, src, (~gone).long().argmax(1, keepdim=True))
     return Merge(
         evidence.n, kept.keep, src, dst, weights=gone.float(), size_scale=real.float(), valid=kept.valid, by_size=True
     )

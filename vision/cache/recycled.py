@@ -136,8 +136,8 @@ def _last_row(evidence: CacheEvidence) -> Tensor:
     rows, real = evidence.rows(), evidence.row_there()
     if not bool(real.any(1).all()):
         raise ValueError(
-            "recycled ranks by the last token of a sample, whose query the evidence of a right-padded sample lacks; give "
-            "more queries, or pad on the left"
+            "recycled ranks by the last token of a sample, whose query the evidence of a right-padded sample lacks; "
+            "give more queries, or pad on the left"
         )
     last = (real.long().cumsum(1) * real).argmax(1)
     return rows[torch.arange(len(last), device=last.device), :, last]

@@ -65,7 +65,8 @@ def run(method, layouts, groups, steps=200, h=2, queries=None, check=None):
         n = start + step
         evidence = tr.CacheEvidence(
             keys[:, :n], keys[:, :n], queries=queries[:, :, step : step + 1], kv_heads=h, step=step,
-            visual=visual[:, :n], valid=there[:, :n], memory=memory, prompt_slots=there[:, :start].sum(1, True).repeat_interleave(h, 0),
+            visual=visual[:, :n], valid=there[:, :n], memory=memory,
+            prompt_slots=there[:, :start].sum(1, True).repeat_interleave(h, 0),
             scores=None if scores is None else torch.cat([scores, scores.new_zeros(b * h, 1, 2)], 1),
         )  # fmt: skip
         plan, score, remembered = method.plan(evidence), method.score(evidence), method.remember(evidence)
