@@ -17,6 +17,7 @@ from tokenreduce.cli import (
     demo,
     describe,
     generate,
+    heads,
     methods,
     report,
     scene,
@@ -68,6 +69,7 @@ EXAMPLES = {
     "0.75,0.5 --methods 'tome,pitome'",
     "bench vlm": "tokenreduce bench vlm --model llava-hf/llava-1.5-7b-hf --data questions.jsonl --budgets 0.25",
     "bench video": "tokenreduce bench video --model Qwen/Qwen2.5-VL-7B-Instruct --data /data/MVBench --frames 16",
+    "heads": "tokenreduce heads llava-hf/llava-1.5-7b-hf --out llava_heads.json",
     "stream": "tokenreduce stream film.mp4 --fps 1 --state memory.safetensors",
     "ask-stream": "tokenreduce ask-stream Qwen/Qwen2.5-VL-7B-Instruct film.mp4 --ask 'What happened?' --at 30,90 "
     "--method 'knorm:keep=4096'",
@@ -78,7 +80,7 @@ EXAMPLES = {
 }
 COMMANDS: tuple[tuple[str, Any], ...] = (
     ("methods", methods.command), ("describe", describe.command), ("show", show.command),
-    ("generate", generate.command), ("stream", stream.command),
+    ("generate", generate.command), ("heads", heads.command), ("stream", stream.command),
     ("ask-stream", ask_stream.command), ("report", report.command), ("train", train.command),
     ("scene", scene.command), ("demo", demo.command),
 )  # fmt: skip
