@@ -38,11 +38,11 @@ class StreamMem(CacheReducer, name="streammem", needs=("attention", "films"), pa
             of its best token that was dropped, so that positions stay whole, also for M-RoPE.
 
     Decisions where the paper is silent: M is a layer's and counts prototypes; a prototype takes the column of the best
-    dropped token of its frame, and a frame that lost nothing gets none; new frames are those of slots without a running
-    score; importance is normalised within the frame, equal where all of it is 0. Clips of 8 frames, the filter of
-    nearly equal frames before the tower (cosine above 0.95) and the stretched context (YaRN) are the stream's matter.
-    In a plain generation the prompt is one clip, and its last tokens are the proxy. Where the proxy's own keys are not
-    among the slots, the evidence says so by its ``mask``.
+    dropped token of its frame; a frame that lost nothing gets none, and leaves its place to the next best slot; new
+    frames are those of slots without a running score; importance is normalised within the frame, equal where all of it
+    is 0. Clips of 8 frames, the filter of nearly equal frames before the tower (cosine above 0.95) and the stretched
+    context (YaRN) are the stream's matter. In a plain generation the prompt is one clip, and its last tokens are the
+    proxy. Where the proxy's own keys are not among the slots, the evidence says so by its ``mask``.
 
     Raises ``ValueError`` for settings out of range, a budget that new frames' prototypes fill, and NaN.
     """
@@ -86,8 +86,15 @@ class StreamMem(CacheReducer, name="streammem", needs=("attention", "films"), pa
                 f"{int(count.max())} new frames have a prototype each, and only {int(cap[over].min())} slots stay; "
                 f"give a larger budget, or shorter clips"
             )
-        stay = stay | best(worth, visual, torch.where(over, cap - count, cap))
-        host = _best_of(worth, frame, visual & ~stay)
+        # Frames that lose nothing need no prototype, and their place goes to the next best slot, until all is settled.
+        while True:
+            chosen = best(worth, visual, torch.where(over, cap - count, cap))
+            host = _best_of(worth, frame, visual & ~chosen)
+            needed = _hosts(host)
+            if bool((needed == count)[over].all()):
+                break
+            count = torch.where(over, needed, count)
+        stay = stay | chosen
         share = worth if self.merge == "weighted" else torch.ones_like(worth)
         total = _summed(share, frame)
         share = torch.where(total > 0, share / total.clamp(min=torch.finfo(share.dtype).tiny), 1 / _summed(1, frame))
@@ -143,6 +150,13 @@ def _best_of(worth: Tensor, frame: Tensor, among: Tensor) -> Tensor:
     first[:, n] = n
     out = first.gather(1, torch.where(frame < 0, n, frame))
     return torch.where(out == n, -1, out)
+
+
+def _hosts(host: Tensor) -> Tensor:
+    """(R,1) how many slots are hosts."""
+    marks = torch.zeros(host.shape[0], host.shape[1] + 1, device=host.device)
+    marks.scatter_(1, torch.where(host < 0, host.shape[1], host), 1.0)
+    return marks[:, :-1].sum(1, keepdim=True).long()
 
 
 def _mixed(evidence: CacheEvidence, stay: Tensor, frame: Tensor, host: Tensor, share: Tensor) -> Plan:
