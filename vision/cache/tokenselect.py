@@ -159,7 +159,7 @@ class TokenSelect(CacheReducer, name="tokenselect", needs=("attention",), paper=
         """(B*Hkv,1) bool: where a choice is made anew."""
         assert self.threshold is not None
         choosing = wanted < among.sum(1, keepdim=True)
-        query, before = evidence.queries[:, :, -1].float().flatten(1), evidence.memory
-        both = (evidence.unfold(t).flatten(1) for t in (query, before))
-        alike = F.cosine_similarity(*both, dim=1).unsqueeze(1) >= self.threshold
+        query = evidence.unfold(evidence.queries[:, :, -1].float().flatten(1)).flatten(1)
+        before = evidence.unfold(evidence.memory).flatten(1)
+        alike = F.cosine_similarity(query, before, dim=1).unsqueeze(1) >= self.threshold
         return choosing & ~evidence.fold(alike)
