@@ -182,7 +182,10 @@ class Headwise(CacheReducer):
         """(B*Hkv,1) bool: which heads of this layer are left alone. Raises ``ValueError`` for another model's table."""
         self.acts(evidence.layer, evidence.depth)
         if self.heads is None:
-            self._table().check(evidence.depth, evidence.kv_heads)
+            table = self._table()
+            table.check(evidence.depth, evidence.kv_heads)
+            if all(rows[evidence.layer] is None for rows in table.scores.values()):  # a layer that was not measured
+                return torch.ones_like(evidence.counts, dtype=torch.bool)
         elif any(head[1] >= evidence.kv_heads for head in self.heads):
             raise ValueError(f"heads={self.heads!r}: the language model has KV heads 0 to {evidence.kv_heads - 1}")
         mine = {h for layer, h in self.whole_heads() if layer == evidence.layer}

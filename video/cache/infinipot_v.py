@@ -30,20 +30,21 @@ class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506
 
     Args:
         keep: K, a count or a ratio of the visual slots, instead of ``compress_frame_num``.
-        compress_frame_num: frames' worth of slots that stay; 24 in the paper, whose blocks fill 32. The block is the
-            stream's setting.
+        compress_frame_num: frames' worth of slots that stay; 24 in the paper.
+        block_size: frames' worth of slots from which on the memory is compressed; 32 in the paper, where blocks fill it
+            exactly. None compresses it behind every block, whatever the stream's blocks are.
         tar_ratio: share of K that TaR fills.
         query_ratio: share of the frames that older ones are compared with, at least one frame.
         adaptive_pooling: average the norms over neighbouring (frame, row, column) first: 7 wide in the first quarter of
             the layers, 5 and 3 in the next, not at all in the last; in the paper by how much norms vary.
         grid_rows: rows of patches of a frame, for pooling.
-        frame_tokens: p; by default the number of slots that the newest frame has, which is whole.
+        token_per_frame: p; by default the number of slots that the newest frame has, which is whole.
 
     Slots that an earlier round left are no whole frames; they are cut into p at a time all the same, as in the
     published code, so that "the same place" is then another one. The code keeps more frames near a stream's end; a
     memory does not know how long its stream will be. Pooling is over (frame, row, column) where it is 7 wide, over
-    (row, column) where it is 5 wide, and along rows where it is 3 wide; zeros beyond the ends count, and the window is
-    cut to the shortest axis and made odd. The share of VaN is rounded half to even.
+    (row, column) where it is 5 wide, and over all slots in a row where it is 3 wide; zeros beyond the ends count, and
+    the first two are cut to the shortest of the three axes and made odd. The share of VaN is rounded half to even.
 
     Raises ``ValueError`` for settings out of range, slots that are no multiple of p, a share of TaR too small for the
     frames that it compares with, pooling without ``grid_rows`` or with rows that do not divide p, and NaN.
@@ -51,11 +52,12 @@ class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506
 
     keep: int | float | None = None
     compress_frame_num: int = 24
+    block_size: int | None = None
     tar_ratio: float = 0.5
     query_ratio: float = 0.25
     adaptive_pooling: bool = False
     grid_rows: int | None = None
-    frame_tokens: int | None = None
+    token_per_frame: int | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -63,7 +65,7 @@ class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506
         for name in ("tar_ratio", "query_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in [0, 1], not {getattr(self, name)!r}")
-        for name in ("grid_rows", "frame_tokens"):
+        for name in ("block_size", "grid_rows", "token_per_frame"):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name, 1)
         if self.adaptive_pooling and self.grid_rows is None:
@@ -83,30 +85,33 @@ class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506
         v = len(at)
         if self.keep is not None:
             k = min(self.keep, v) if isinstance(self.keep, int) else max(1, int(self.keep * v + 0.5))
-        elif self.frame_tokens is not None:
-            k = self.compress_frame_num * self.frame_tokens
+            if k == v:
+                return torch.ones_like(at, dtype=torch.bool)
+            loud, p = round((1 - self.tar_ratio) * k), self._slots_of_a_frame(evidence, row, at)
         else:
-            k = self.compress_frame_num * self._slots_of_a_frame(evidence, row, at)
-        if k >= v:
+            p = self._slots_of_a_frame(evidence, row, at)
+            k, loud = self.compress_frame_num * p, round((1 - self.tar_ratio) * self.compress_frame_num * p)
+        if k >= v or (self.block_size is not None and v < self.block_size * p):
             return torch.ones_like(at, dtype=torch.bool)
-        p = self._slots_of_a_frame(evidence, row, at)
         if v % p:
             raise ValueError(
-                f"{v} visual slots are no frames of {p}; infinipot-v needs frames of equal size, so give frame_tokens, "
-                f"and no method before it that leaves frames unequal numbers of tokens"
+                f"{v} visual slots are no frames of {p}; infinipot-v needs frames of equal size, so give "
+                f"token_per_frame, and no method before it that leaves frames unequal numbers of tokens"
             )
         f = v // p
-        first = self._unlike(evidence.keys[row, at].view(f, p, -1), k - round((1 - self.tar_ratio) * k))
-        worth = self._loudness(evidence, evidence.values[row, at].float().norm(dim=-1).view(f, p))
-        every = torch.ones_like(first).unsqueeze(0)
-        check_finite(worth.view(1, -1), every)
-        return best(worth.view(1, -1).masked_fill(first, float("inf")), every, torch.full_like(at[:1, None], k))[0]
+        first = self._unlike(evidence.keys[row, at].view(f, p, -1), k - loud)
+        worth = self._loudness(evidence, evidence.values[row, at].float().norm(dim=-1).view(f, p)).view(1, -1)
+        every = torch.ones_like(worth, dtype=torch.bool)
+        check_finite(worth, every)
+        return best(worth.masked_fill(first, float("inf")), every, torch.full_like(at[:1, None], k))[0]
 
     def _slots_of_a_frame(self, evidence: CacheEvidence, row: int, at: Tensor) -> int:
-        if self.frame_tokens is not None:
-            return self.frame_tokens
+        if self.token_per_frame is not None:
+            return self.token_per_frame
         if not evidence.has_frames:
-            raise ValueError("infinipot-v needs to know frames: give frame_of=... to the evidence, or set frame_tokens")
+            raise ValueError(
+                "infinipot-v needs to know frames: give frame_of=... to the evidence, or set token_per_frame"
+            )
         frames = evidence.frame_of[row, at]
         return int((frames == frames.max()).sum())
 
@@ -137,18 +142,17 @@ class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506
         width = (7, 5, 3, 1)[min(3, evidence.layer // max(1, evidence.depth // 4))]
         if not self.adaptive_pooling or width == 1:
             return norms
+        if width == 3:
+            return F.avg_pool1d(norms.view(1, 1, -1), 3, 1, 1).view_as(norms)
         assert self.grid_rows is not None
         f, p = norms.shape
         if p % self.grid_rows:
             raise ValueError(f"a frame of {p} slots has no {self.grid_rows} rows; give the grid_rows of its patches")
         grid = norms.view(1, f, self.grid_rows, -1)
-        shape = grid.shape[1:] if width == 7 else grid.shape[2:] if width == 5 else grid.shape[3:]
-        kernel = min(width, *shape)
+        kernel = min(width, *grid.shape[1:])
         kernel -= 1 - kernel % 2
         if kernel < 2:
             return norms
         if width == 7:
             return F.avg_pool3d(grid[None], kernel, 1, kernel // 2).view(f, p)
-        if width == 5:
-            return F.avg_pool2d(grid, kernel, 1, kernel // 2).view(f, p)
-        return F.avg_pool1d(grid.view(1, -1, grid.shape[3]), kernel, 1, kernel // 2).view(f, p)
+        return F.avg_pool2d(grid, kernel, 1, kernel // 2).view(f, p)

@@ -31,7 +31,7 @@ class DuoAttention(Headwise, name="duoattention", paper="2410.10819", title="Duo
         keep: instead of both sizes: keys that a streaming head keeps of those that ``what`` counts, a count or a ratio,
             a fifth of them first ones and the rest last ones, as the defaults are. Only the prompt is thinned then,
             since the share is one of the prompt.
-        sparsity: share of the heads that stream.
+        sparsity: share of the heads that stream; at 1 all do.
         threshold: instead of ``sparsity``: the score from which on a head retrieves; 0.5 is the gates' middle.
         sink_size, recent_size: of streaming heads; 64 and 256 in the code, 128 and 256 for its Llama 3.1 table.
         score_name: which scores of the table; by default "gate", the trained ones, where the table has them, and
@@ -70,7 +70,7 @@ class DuoAttention(Headwise, name="duoattention", paper="2410.10819", title="Duo
         ranked = table.ranked(name)
         if self.threshold is not None:
             return [head for score, head in ranked if score >= self.threshold]
-        streaming = math.ceil((len(ranked) - 1) * self.sparsity - 1e-9)
+        streaming = len(ranked) if self.sparsity == 1 else math.ceil((len(ranked) - 1) * self.sparsity - 1e-9)
         return [head for _, head in ranked[: len(ranked) - streaming]]
 
     def every(self) -> int:

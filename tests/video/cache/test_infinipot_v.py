@@ -38,9 +38,11 @@ def half_even(x):
 
 def pooled_norms(norms, width, rows, f, p):
     """Step 4 of the card by hand: {(frame, place): mean over the window}, zeros beyond the ends counted."""
+    if width == 3:  # over all slots, whatever frame they are of
+        flat = [0.0, *(norms[t, j] for t in range(f) for j in range(p)), 0.0]
+        return {(t, j): sum(flat[t * p + j : t * p + j + 3]) / 3 for t in range(f) for j in range(p)}
     columns = p // rows
-    axes = {7: (f, rows, columns), 5: (rows, columns), 3: (columns,)}[width]
-    k = min(width, *axes)
+    k = min(width, f, rows, columns)
     k -= 1 - k % 2
     if k < 2:
         return norms
@@ -50,11 +52,11 @@ def pooled_norms(norms, width, rows, f, p):
             r, c = divmod(j, columns)
             total = 0.0
             for dt in range(-half, half + 1) if width == 7 else (0,):
-                for dr in range(-half, half + 1) if width >= 5 else (0,):
+                for dr in range(-half, half + 1):
                     for dc in range(-half, half + 1):
                         if 0 <= t + dt < f and 0 <= r + dr < rows and 0 <= c + dc < columns:
                             total += norms[t + dt, (r + dr) * columns + c + dc]
-            out[t, j] = total / k ** len(axes)
+            out[t, j] = total / k ** (3 if width == 7 else 2)
     return out
 
 
@@ -67,7 +69,8 @@ def reference(evidence, row, method, p, total):
     keys = {(t, j): evidence.keys[row, at[t * p + j]].double() for t in range(f) for j in range(p)}
     taken = []
     if method.tar_ratio:
-        share = total - half_even((1 - method.tar_ratio) * total)
+        of = (total,) if method.keep is not None else (method.compress_frame_num, p)  # in the code's order
+        share = total - half_even(math.prod(of, start=1 - method.tar_ratio))
         q = max(1, math.floor(f * method.query_ratio))
         score = {}
         for t in range(f - q):
@@ -152,6 +155,8 @@ def test_nothing_to_do_is_the_identity():
     evidence = film(frames=4)
     for method in (InfiniPotV(), InfiniPotV(compress_frame_num=4), InfiniPotV(keep=1.0), InfiniPotV(keep=24)):
         assert method.plan(evidence).is_identity
+    assert InfiniPotV(compress_frame_num=2, block_size=5, tar_ratio=0.6).plan(evidence).is_identity
+    assert not InfiniPotV(compress_frame_num=2, block_size=4, tar_ratio=0.6).plan(evidence).is_identity
     text = tr.CacheEvidence(
         torch.randn(2, 5, 4), torch.randn(2, 5, 4), kv_heads=2, visual=torch.zeros(1, 5, dtype=torch.bool)
     )
@@ -161,7 +166,7 @@ def test_nothing_to_do_is_the_identity():
 def test_bad_input():
     for settings in (
         {"keep": 0}, {"compress_frame_num": 0}, {"tar_ratio": 1.5}, {"query_ratio": -0.1}, {"grid_rows": 0},
-        {"frame_tokens": 0},
+        {"token_per_frame": 0}, {"block_size": 0},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(settings))):
             InfiniPotV(**settings)
@@ -172,12 +177,12 @@ def test_bad_input():
     with pytest.raises(ValueError, match="larger tar_ratio"):
         InfiniPotV(compress_frame_num=2, tar_ratio=0.5, query_ratio=0.5).plan(film())
     with pytest.raises(ValueError, match="no frames of 5"):
-        InfiniPotV(compress_frame_num=2, frame_tokens=5).plan(film())
+        InfiniPotV(compress_frame_num=2, token_per_frame=5).plan(film())
     evidence = film()
     evidence._frame_of = None
-    with pytest.raises(ValueError, match="frame_tokens"):
+    with pytest.raises(ValueError, match="token_per_frame"):
         InfiniPotV(compress_frame_num=2).plan(evidence)
-    assert InfiniPotV(compress_frame_num=5, frame_tokens=6).plan(evidence) == InfiniPotV(compress_frame_num=5).plan(
+    assert InfiniPotV(compress_frame_num=5, token_per_frame=6).plan(evidence) == InfiniPotV(compress_frame_num=5).plan(
         film()
     )
     for name in ("keys", "values"):

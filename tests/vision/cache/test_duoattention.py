@@ -93,10 +93,10 @@ def test_heads_by_the_quantile_of_the_code(tmp_path, sparsity):
     table = HeadTable("Toy", 5, 4, {"gate": numbers(), "on_the_fly": numbers(seed=3)})
     path = str(table.save(tmp_path / "heads.json"))
     flat = [v - 1e-7 * i for i, v in enumerate(v for row in numbers() for v in row)]
-    threshold = float(torch.tensor(flat, dtype=torch.float64).quantile(sparsity))
+    threshold = 2.0 if sparsity == 1 else float(torch.tensor(flat, dtype=torch.float64).quantile(sparsity))
     want = {divmod(i, 4) for i, v in enumerate(flat) if v >= threshold - 1e-12}
     assert DuoAttention(table=path, sparsity=sparsity).whole_heads() == want
-    assert len(want) == 20 - math.ceil(19 * sparsity - 1e-9)
+    assert len(want) == (0 if sparsity == 1 else 20 - math.ceil(19 * sparsity - 1e-9))
 
 
 def test_which_scores(tmp_path):
@@ -111,6 +111,14 @@ def test_which_scores(tmp_path):
     assert whole(both, threshold=0.5) == {(i, h) for i in range(5) for h in range(4) if gate[i][h] >= 0.5}
     with pytest.raises(ValueError, match="no scores 'on_the_fly'"):
         whole({"echo": gate})
+
+
+def test_a_layer_that_was_not_measured_is_left_alone(tmp_path):
+    rows = (((0.1, 0.2)), None, (0.3, 0.4), (0.5, 0.6))
+    path = str(HeadTable("Toy", 4, 2, {"on_the_fly": rows}).save(tmp_path / "heads.json"))
+    method = DuoAttention(table=path, sparsity=1.0, sink_size=1, recent_size=2)
+    assert method.plan(cache(LEFT, layer=1, queries=None)).is_identity
+    assert not method.plan(cache(LEFT, layer=2, queries=None)).is_identity
 
 
 def test_nothing_to_do_is_the_identity():
