@@ -94,13 +94,14 @@ class TokenSelect(CacheReducer, name="tokenselect", needs=("attention",), paper=
         return torch.where(fresh, best(self._votes(evidence, among), among, wanted).float(), old)
 
     def remember(self, evidence: CacheEvidence) -> Tensor | None:
-        """(B*Hkv,G*d): the queries of the last choice."""
+        """(B*Hkv,G*d): the queries of the last choice; one 0 for each head before the first."""
         if self.threshold is None:
             return None
-        query = evidence.queries[:, :, -1].float().flatten(1)
         if not evidence.step:
-            return torch.zeros_like(query)
-        return torch.where(self._fresh(evidence, *self._candidates(evidence)), query, evidence.memory)
+            return torch.zeros(evidence.keys.shape[0], 1, device=evidence.keys.device)
+        query = evidence.queries[:, :, -1].float().flatten(1)
+        before = evidence.memory.expand(-1, query.shape[1])
+        return torch.where(self._fresh(evidence, *self._candidates(evidence)), query, before)
 
     def plan(self, evidence: CacheEvidence) -> Plan:
         if not evidence.step:
@@ -159,7 +160,8 @@ class TokenSelect(CacheReducer, name="tokenselect", needs=("attention",), paper=
         """(B*Hkv,1) bool: where a choice is made anew."""
         assert self.threshold is not None
         choosing = wanted < among.sum(1, keepdim=True)
-        query = evidence.unfold(evidence.queries[:, :, -1].float().flatten(1)).flatten(1)
-        before = evidence.unfold(evidence.memory).flatten(1)
+        query = evidence.queries[:, :, -1].float().flatten(1)
+        before = evidence.memory.expand(-1, query.shape[1])
+        query, before = (evidence.unfold(t).flatten(1) for t in (query, before))
         alike = F.cosine_similarity(query, before, dim=1).unsqueeze(1) >= self.threshold
         return choosing & ~evidence.fold(alike)

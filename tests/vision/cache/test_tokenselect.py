@@ -118,7 +118,7 @@ def test_200_steps_with_a_choice_that_holds(groups):
     for step in range(steps + 1):
         n = start + step
         evidence = tr.CacheEvidence(
-            keys[:, :n], keys[:, :n], queries=queries[:, :, step : step + 1], kv_heads=h, step=step,
+            keys[:, :n], keys[:, :n], queries=queries[:, :, step : step + 1] if step else None, kv_heads=h, step=step,
             scores=None if scores is None else torch.cat([scores, scores.new_zeros(b * h, 1)], 1), memory=memory,
         )  # fmt: skip
         plan, score, remembered = method.plan(evidence), method.score(evidence), method.remember(evidence)
