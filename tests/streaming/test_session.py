@@ -135,3 +135,36 @@ def test_from_the_command_line(folders, tmp_path):
     assert "knorm:keep=12" in plain.output
     wrong = CliRunner().invoke(app, [*args[:5], "--at", "1000"])
     assert wrong.exit_code != 0
+
+
+@every
+def test_a_method_knows_the_slots_of_the_new_block(name, models, monkeypatch):
+    """StreamMem's prototypes are of new frames alone: those whose slots have no running score yet."""
+    from tokenreduce.video.cache.streammem import StreamMem
+
+    own, seen = StreamMem._new_frames, []
+
+    def watched(self, evidence):
+        frame, count = own(self, evidence)
+        newest = [int(evidence.frame_of[0, frame[0] == i].unique()) for i in range(int(count[0]))]
+        seen.append((newest, int(evidence.frame_of.max())))
+        return frame, count
+
+    monkeypatch.setattr(StreamMem, "_new_frames", watched)
+    running = Stream(models[name], "streammem:M=20", block=4)
+    for turn in range(4):
+        running.push(film(4, turn))
+        assert running.keys == min(20, running.entry.tokens)
+    units = 4 // running.entry.joined
+    assert seen
+    assert all(newest == list(range(last + 1 - units, last + 1)) for newest, last in seen)
+    assert running.ask(ASK, max_new_tokens=3).keys == 20
+
+
+@every
+def test_frames_are_whole_in_the_newest_block(name, models):
+    """InfiniPot-V counts a frame's slots by the newest one."""
+    running = Stream(models[name], "infinipot-v:compress_frame_num=2,tar_ratio=0.6", block=4)
+    for turn in range(4):
+        running.push(film(4, turn))
+        assert running.keys == 2 * (running.entry.tokens // running.entry.units)

@@ -57,11 +57,21 @@ class CacheReducer(Reducer):
         """In decode: queries of how many last tokens are looked at."""
         return 1
 
+    def check_model(self, model: str, layers: int, kv_heads: int) -> None:
+        """Raise ``ValueError`` where the settings were made for another model than the one of class ``model`` with
+        ``layers`` decoder layers of ``kv_heads`` KV heads each; asked when a model is patched."""
+
     # -- what is kept between ----------------------------------------------------------------------------------------
     def score(self, evidence: CacheEvidence) -> Tensor | None:
         """(B*Hkv,N) or (B*Hkv,N,S) running score after this step, for methods that keep one; the adapter gathers it by
         the plan, and ``evidence.scores`` has it in the next step, behind which new slots have 0. Asked before
         ``plan``, which gets evidence with ``scores`` as they were before this step."""
+        return None
+
+    def remember(self, evidence: CacheEvidence) -> Tensor | None:
+        """(B*Hkv,M) numbers of every head that are of no slot (a query to compare with), for methods that keep some:
+        ``evidence.memory`` has them in the next step. Asked when ``score`` is, at the prompt too, and like it with
+        evidence of the step before."""
         return None
 
     def summary(self, evidence: CacheEvidence) -> Any:

@@ -16,10 +16,17 @@ __all__ = ["plans_of", "thin_all"]
 
 
 def plans_of(
-    method: CacheReducer, cache: Any, tokens: list[Tensor], each: int, queries: dict[int, Tensor], found: Any
-) -> list[Plan]:
-    """One plan for each layer. ``tokens`` (Hkv,N) numbers the visual token of every slot, ``each`` of which are a
-    frame; ``queries`` (1,H,R,d) by layer stand behind all slots."""
+    method: CacheReducer,
+    cache: Any,
+    tokens: list[Tensor],
+    each: int,
+    queries: dict[int, Tensor],
+    found: Any,
+    scores: list[Tensor | None],
+) -> tuple[list[Plan], list[Tensor | None]]:
+    """One plan for each layer, and the running scores of its slots. ``tokens`` (Hkv,N) numbers the visual token of
+    every slot, ``each`` of which are a frame; ``queries`` (1,H,R,d) by layer stand behind all slots; ``scores`` are
+    those of the block before, of the slots that its plans left."""
     evidences = []
     for i, layer in enumerate(cache.layers):
         attention = found.layers[i].self_attn
@@ -34,10 +41,12 @@ def plans_of(
                 keys, values, queries=q, kv_heads=len(keys), visual=numbers >= 0, layer=i, depth=len(cache.layers),
                 scale=getattr(attention, "scaling", None), softcap=softcap_of(attention), mask=rows,
                 frame_of=torch.where(numbers >= 0, numbers // each, -1),
+                scores=_grown(scores[i], numbers.shape[1]),
                 columns=torch.where(numbers >= 0, numbers + int((numbers[0] < 0).sum()), 0),
                 mrope="mrope_section" in (getattr(found.text.config, "rope_parameters", None) or {}),
             )
         )  # fmt: skip
+    after = [method.score(e) for e in evidences]
     plans = method.plans(evidences) if method.moment() == "prompt" else [method.plan(e) for e in evidences]
     counts = {plan.k for plan in plans}
     uneven = any(plan.validity() is not None and not bool(plan.validity().all()) for plan in plans)  # type: ignore[union-attr]
@@ -46,7 +55,14 @@ def plans_of(
             f"{method.spec()} leaves layers or heads unequal numbers of keys ({sorted(counts)}); a stream needs as "
             f"many in each: choose infinipot-v, streammem, snapkv, knorm or keydiff"
         )
-    return plans
+    return plans, [None if s is None else plan.gather(s) for s, plan in zip(after, plans, strict=True)]
+
+
+def _grown(scores: Tensor | None, n: int) -> Tensor | None:
+    """Running scores with 0 for slots that came since."""
+    if scores is None:
+        return None
+    return torch.cat([scores, scores.new_zeros(scores.shape[0], n - scores.shape[1], *scores.shape[2:])], 1)
 
 
 def thin_all(method: CacheReducer, plans: list[Plan], cache: Any, tokens: list[Tensor]) -> list[Tensor]:

@@ -77,6 +77,8 @@ class Stream:
         self._prefix = 0
         #: Per layer (Hkv,N): the number of the visual token that a slot holds, -1 for text.
         self._tokens: list[Tensor] = []
+        #: Per layer: what the method keeps of every slot from block to block.
+        self._scores: list[Tensor | None] = []
         self.frames = 0
 
     # -- frames ----------------------------------------------------------------------------------------------------
@@ -125,6 +127,7 @@ class Stream:
         config = self.entry.found.text.config
         text = torch.full((config.num_key_value_heads, self._prefix), -1, device=ids.device)
         self._tokens = [text for _ in range(config.num_hidden_layers)]
+        self._scores = [None for _ in self._tokens]
 
     def _forward(self, x: Tensor, positions: Tensor, watch: Callable[..., Any] | None = None) -> Tensor:
         """Hidden states (1,Q,C) of new tokens behind what the cache holds."""
@@ -145,7 +148,9 @@ class Stream:
 
         each = len(block.x) // block.units
         rows = self._proxy() if "attention" in self.method.gathers() else {}
-        plans = plans_of(self.method, self._cache, self._tokens, each, rows, self.entry.found)
+        plans, self._scores = plans_of(
+            self.method, self._cache, self._tokens, each, rows, self.entry.found, self._scores
+        )
         self._tokens = thin_all(self.method, plans, self._cache, self._tokens)
 
     def _proxy(self) -> dict[int, Tensor]:

@@ -55,6 +55,7 @@ class CacheEvidence:
         seen: (B,1) real tokens that were given so far; those that are there by default.
         prompt_slots: (B*Hkv,1) slots that the plan at the prompt left, in decode.
         frame_of: (B,N) number of the frame that a visual slot is of, -1 elsewhere.
+        memory: (B*Hkv,M) what ``remember`` returned in the step before.
         rotary: rotary tables, for methods that undo a rotation.
         mrope: whether positions are places in time and image, so that keys of different places must not be averaged.
     """
@@ -80,6 +81,7 @@ class CacheEvidence:
         seen: Tensor | None = None,
         prompt_slots: Tensor | None = None,
         frame_of: Tensor | None = None,
+        memory: Tensor | None = None,
         rotary: Rotary | None = None,
         mrope: bool = False,
     ) -> None:
@@ -96,7 +98,7 @@ class CacheEvidence:
         self.scale = keys.shape[-1] ** -0.5 if scale is None else scale
         self.softcap, self.mask = softcap, mask
         self._attention, self._queries, self._visual, self._rotary = attention, queries, visual, rotary
-        self._columns, self._seen, self._frame_of = columns, seen, frame_of
+        self._columns, self._seen, self._frame_of, self._memory = columns, seen, frame_of, memory
         self._valid = valid
         self._known: dict[Hashable, Tensor] = {}
         for name, given in (("attention", attention), ("queries", queries)):
@@ -184,6 +186,11 @@ class CacheEvidence:
         return self.fold(self._columns)
 
     @property
+    def located(self) -> bool:
+        """Whether columns were given, so that slots of two layers can be compared."""
+        return self._columns is not None
+
+    @property
     def seen(self) -> Tensor:
         """(B*Hkv,1) real tokens that were given so far."""
         return self.counts if self._seen is None else self.fold(self._seen)
@@ -192,6 +199,16 @@ class CacheEvidence:
     def frame_of(self) -> Tensor:
         """(B*Hkv,N) number of the frame of a visual slot, -1 elsewhere."""
         return self.fold(need(self._frame_of, "frame_of"))
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether it is known which frames the slots are of."""
+        return self._frame_of is not None
+
+    @property
+    def memory(self) -> Tensor:
+        """(B*Hkv,M) what ``remember`` returned in the step before."""
+        return need(self._memory, "memory")
 
     @property
     def rotary(self) -> Rotary:
