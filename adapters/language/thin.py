@@ -23,11 +23,13 @@ __all__ = ["Running", "check_layer", "evidence_of", "shown", "thin"]
 @dataclass
 class Running:
     """What is remembered of one layer between decode steps: ``scores`` (B*Hkv,N) or (B*Hkv,N,S) of its slots, the last
-    ``queries`` (B,H,R,d), and how many slots the prompt's plan left, ``prompt_slots`` (B*Hkv,1)."""
+    ``queries`` (B,H,R,d), how many slots the prompt's plan left, ``prompt_slots`` (B*Hkv,1), and whatever else the
+    method keeps of every head, ``memory`` (B*Hkv,M)."""
 
     scores: Tensor | None = None
     queries: Tensor | None = None
     prompt_slots: Tensor | None = None
+    memory: Tensor | None = None
 
     def reorder(self, rows: Tensor) -> None:
         """Follow beams: row i is what row ``rows[i]`` was."""
@@ -36,6 +38,7 @@ class Running:
             return None if t is None else t.unflatten(0, (len(rows), -1))[rows].flatten(0, 1)
 
         self.scores, self.prompt_slots = pick(self.scores), pick(self.prompt_slots)
+        self.memory = pick(self.memory)
         self.queries = None if self.queries is None else self.queries[rows]
 
 
@@ -110,7 +113,8 @@ def evidence_of(
         visual=visual[:, 0] if one else visual.flatten(0, 1), valid=_valid(there, one), step=number,
         scores=None if state is None else _grown(state.scores, n), scale=getattr(module, "scaling", None),
         softcap=softcap_of(module), mask=rows, columns=folded, seen=_seen(run, total), frame_of=frames, rotary=rotary,
-        prompt_slots=None if state is None else state.prompt_slots, mrope=mrope,
+        prompt_slots=None if state is None else state.prompt_slots, memory=None if state is None else state.memory,
+        mrope=mrope,
     )  # fmt: skip
     return evidence, folded, order
 
