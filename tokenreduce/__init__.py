@@ -4,23 +4,27 @@
 >>> tr.patch(model, tr.ToMe(r=13))      # doctest: +SKIP
 >>> tr.unpatch(model)                   # doctest: +SKIP
 
-Importing this package loads torch and nothing heavier; model libraries are touched only when their models are.
+Importing this package loads nothing, so that the command line answers at once; torch comes with the first name that is
+used, and model libraries are touched only when their models are.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from tokenreduce.core.cache_reducer import CacheReducer
-from tokenreduce.core.evidence import CacheEvidence, Evidence
-from tokenreduce.core.plan import Merge, Mix, Plan, Pool, Prune
-from tokenreduce.core.reducer import Reducer
-from tokenreduce.core.registry import get_method, list_methods, parse
-from tokenreduce.core.trace import record
-from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
-
-if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
+if TYPE_CHECKING:  # everything is imported when first used (below); this only tells type checkers the names
+    from tokenreduce import zoo
+    from tokenreduce.core.cache_reducer import CacheReducer
+    from tokenreduce.core.evidence import CacheEvidence, Evidence
+    from tokenreduce.core.plan import Merge, Mix, Plan, Pool, Prune
+    from tokenreduce.core.reducer import Reducer
+    from tokenreduce.core.registry import get_method, list_methods, parse
+    from tokenreduce.core.trace import record
+    from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
+    from tokenreduce.streaming import stream
+    from tokenreduce.video.cache.dycoke_cache import DyCokeCache
     from tokenreduce.video.encoder.vidtldr import VidTLDR
     from tokenreduce.video.language.flashvid_llm import FlashVIDLLM
     from tokenreduce.video.language.framefusion import FrameFusion
@@ -100,29 +104,60 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
 # Modules are found by their old names, too, for one release.
 __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "A2SF", "AIM", "AIMMerge", "ATS", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN", "DiffRate",
-    "DivPrune", "DyCoke", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID", "FasterVLM",
-    "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom",
-    "HoliTomMerge", "HoloV", "KMedoids", "KeyDiff", "Keyformer", "Knorm", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix",
-    "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge",
-    "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys",
-    "RandomTokens", "RandomVisual", "Recent", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE",
-    "SnapKV", "SparseVLM", "SpatialAugmented", "StreamingLLM", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr",
-    "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner",
-    "VisionZip", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched",
-    "record", "reduce_tokens", "unpatch", "zoo",
+    "DivPrune", "DyCoke", "DyCokeCache", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID",
+    "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2", "H2O", "HiPrune",
+    "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids", "KeyDiff", "Keyformer", "Knorm", "LazyLLM", "MCTF",
+    "MMTok", "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames",
+    "PoolTokens", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "PyramidKV",
+    "Random", "RandomKeys", "RandomTokens", "RandomVisual", "Recent", "Reducer", "RepresentationShift", "Resize",
+    "ResizeTokens", "SCOPE", "SnapKV", "SparseVLM", "SpatialAugmented", "StreamingLLM", "TOVA", "TRIM", "ToFu", "ToMe",
+    "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2",
+    "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods",
+    "parse", "patch", "patched", "record", "reduce_tokens", "stream", "unpatch", "zoo",
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """Method classes (``tr.ToMe``, ``tr.PiToMe``, ...) come from the registry, ``tr.zoo`` when first used."""
-    if name == "zoo":
-        import importlib
+#: Where the public names that are no methods are, by module.
+_HOMES = {
+    "core.cache_reducer": ("CacheReducer",),
+    "core.evidence": ("CacheEvidence", "Evidence"),
+    "core.plan": ("Merge", "Mix", "Plan", "Pool", "Prune"),
+    "core.reducer": ("Reducer",),
+    "core.registry": ("get_method", "list_methods", "parse"),
+    "core.trace": ("record",),
+    "streaming": ("stream",),
+    "patching": ("describe", "kept_columns", "patch", "patched", "reduce_tokens", "unpatch"),
+}
+#: Subpackages and modules that are attributes without being imported first.
+_MODULES = (
+    "adapters",
+    "algorithms",
+    "bench",
+    "common",
+    "core",
+    "measure",
+    "patching",
+    "streaming",
+    "video",
+    "vision",
+    "zoo",
+)
+#: Subpackages that must be imported: looking for them as attributes should load nothing.
+_APART = ("cli", "demo")
 
-        return importlib.import_module("tokenreduce.zoo")
-    if not name.startswith("_"):
+
+def __getattr__(name: str) -> Any:
+    """Names and subpackages are imported when first used; method classes (``tr.ToMe``, ...) come from the registry."""
+    if name in _MODULES:
+        return importlib.import_module(f"tokenreduce.{name}")
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = found = getattr(importlib.import_module(f"tokenreduce.{home}"), name)
+            return found
+    if not name.startswith("_") and name not in _APART:
         from tokenreduce.core.registry import load_all
 
         for kind in load_all().values():

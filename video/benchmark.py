@@ -56,7 +56,7 @@ def command(
     from tokenreduce.bench.script import run_script
     from tokenreduce.bench.video import VideoTask
     from tokenreduce.bench.vlms import pick_device
-    from tokenreduce.cli.generate import _quiet_bars
+    from tokenreduce.cli.shared import quiet_bars
     from tokenreduce.core.registry import parse
 
     chosen = [parse(text, stage="projector") for text in reduce or []]
@@ -65,7 +65,7 @@ def command(
         batch=batch, max_new_tokens=max_new_tokens, device=str(pick_device(device)), dtype=dtype, repeats=repeats,
         seed=seed,
     )  # fmt: skip
-    _quiet_bars()
+    quiet_bars()
     run_script(task, chosen, f"{model} on {data}", _table, out, "question")
 
 

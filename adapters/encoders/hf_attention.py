@@ -54,10 +54,14 @@ class Call:
         given: (B,H,N,N) the map to attend with, in place of queries and keys.
         only: raise :class:`Seen` once they are recorded, and attend to nothing.
         take: (B,K) keys and values to attend to, of those that the cache shows; ``mask`` and records are of these.
+
+    Set :attr:`select` for a function of keys and values, asked once they are recorded, that returns which of them to
+    attend to, with their mask.
     """
 
     __slots__ = (
-        "bias", "given", "keys", "mask", "only", "queries", "reached", "record", "rotate", "rotated", "take", "values",
+        "bias", "given", "keys", "mask", "only", "queries", "reached", "record", "rotate", "rotated", "select", "take",
+        "values",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +77,7 @@ class Call:
     ) -> None:
         self.mask, self.bias, self.record, self.rotate, self.only = mask, bias, record, rotate, only
         self.take, self.given = take, given
+        self.select: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]] | None = None
         #: Whether the attention function got it; a module with other code than its library's may not hand it on.
         self.reached = False
         self.queries: Tensor | None = None
@@ -115,6 +120,8 @@ def attend(
             call.queries, call.keys, call.values = query, key, value
         if call.only:
             raise Seen
+        if call.select is not None:
+            key, value, attention_mask = call.select(key, value)
         if call.given is not None:
             rows = F.dropout(call.given.to(value.dtype), kwargs.get("dropout") or 0.0, module.training)
             return (rows @ value).transpose(1, 2).contiguous(), None

@@ -25,6 +25,7 @@ from tokenreduce.adapters.language.decoders import (
     window_of,
 )
 from tokenreduce.adapters.language.drafts import attach_drafts
+from tokenreduce.adapters.language.evicting import check_evicting, evict_at, evict_step, groups_of, keep_positions
 from tokenreduce.adapters.language.families import FAMILIES, Language
 from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
@@ -38,12 +39,14 @@ from tokenreduce.adapters.language.steps.again import ChooseAgain, LastOnly
 from tokenreduce.adapters.language.steps.choose import Choose, SetAside
 from tokenreduce.adapters.language.steps.deepstack import AddDeepstack, attach_deepstack
 from tokenreduce.adapters.language.steps.entry import OwnCache, TakeEntry
+from tokenreduce.adapters.language.steps.evict import Evict, ShowHeld
 from tokenreduce.adapters.language.steps.gather import GatherColumns
 from tokenreduce.adapters.language.steps.hand_on import HandOn
 from tokenreduce.adapters.language.steps.listen import Listen
 from tokenreduce.adapters.language.steps.middle import ChooseInside, TakeInside
 from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepPrompt
 from tokenreduce.adapters.language.towers import Everything, attach_encoder
+from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -55,7 +58,8 @@ class Acting:
     """Who acts where in a language model of as many layers as ``windows`` (the width of each one's, if it slides).
 
     ``tower`` are the methods inside the vision tower, ``entry`` the one before the language model, ``layers`` those
-    before each layer, and ``again`` those that choose before it in every decode step.
+    before each layer, ``again`` those that choose before it in every decode step, and ``evict`` those that take keys
+    out of its cache.
     """
 
     tower: tuple[Reducer, ...]
@@ -63,6 +67,8 @@ class Acting:
     layers: tuple[Reducer | None, ...]
     again: tuple[Reducer | None, ...]
     windows: tuple[int | None, ...]
+    #: The method that takes keys out of each layer's cache.
+    evict: tuple[CacheReducer | None, ...]
 
     @property
     def depth(self) -> int:
@@ -92,7 +98,7 @@ class Acting:
     @property
     def frames(self) -> bool:
         """Whether one asks which frame a token is of."""
-        return any("films" in r.gathers() for r in self.inside)
+        return any("films" in r.gathers() for r in (*self.inside, *(r for r in self.evict if r is not None)))
 
 
 def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
@@ -111,10 +117,14 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
         if len(here) > 1:
             raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
         layers.append(here[0] if here else None)
+    evicting = tuple(r for r in staged["cache"] if isinstance(r, CacheReducer))
+    choosing = [r for r in staged["cache"] if not isinstance(r, CacheReducer)]
     windows = tuple(window_of(found.text.config, i) for i in range(depth))  # type: ignore[arg-type]
-    present = [[r for r in (layers[i], *staged["cache"]) if r is not None and r.acts(i, depth)] for i in range(depth)]
+    present = [[r for r in (layers[i], *choosing) if r is not None and r.acts(i, depth)] for i in range(depth)]
     again = tuple(next((r for r in here if r.later()), None) for here in present)
-    acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows)
+    evict = evict_at(evicting, found)
+    acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows, evict)
+    check_evicting(evict, again, found.layers)
     if acting.behind < depth:
         check_layers(found.layers, acting.behind, layers, list(again))
         check_later(present, list(windows), found.layers)
@@ -132,7 +142,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         attach_encoder(towers, inside, undo)
     acting = _acting(found, reducers)
     attach_labels(found.inner, found.generator, undo)
-    if acting.behind == acting.depth:
+    if acting.behind == acting.depth and not any(acting.evict):
         return
     for i in range(max(acting.behind - 1, 0), acting.depth):
         check_implementation(found.layers[i], i, acting.windows[i])
@@ -144,6 +154,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     if FAMILIES[found.family].deep:
         check_deep(found, acting.depth)
         attach_deepstack(found.text, acting.first, undo)
+    if any("rotary" in r.gathers() for r in acting.evict if r is not None):
+        undo.pre_hook(found.text, keep_positions)
     _attach_layers(found, acting, undo)
 
 
@@ -163,7 +175,8 @@ def _attach_start(found: Language, acting: Acting, arrived: Arrived, methods: st
     if found.generator is not None:
         undo.mix_in(found.generator, WholePrefill)
         attach_batching(found.generator, found.ids, undo)
-        attach_drafts(found.generator, next((r for r in acting.again if r is not None), None), undo)
+        stepwise = (*acting.again, *(r for r in acting.evict if r is not None and (r.every() or r.temporary())))
+        attach_drafts(found.generator, next((r for r in stepwise if r is not None), None), undo)
 
 
 def _attach_layers(found: Language, acting: Acting, undo: Undo) -> None:
@@ -174,10 +187,11 @@ def _attach_layers(found: Language, acting: Acting, undo: Undo) -> None:
             raise ValueError(
                 f"layer {site.index} has a forward of its own (accelerate's dispatch); call tr.patch before dispatching"
             )
-        if any(isinstance(s, Listen | ChooseAgain) or (isinstance(s, Choose) and s.ahead) for s in site.steps):
+        looks = [isinstance(s, Listen | ChooseAgain) or (isinstance(s, Choose | Evict) and s.looks) for s in site.steps]
+        if any(looks):
             listen(layer.self_attn, undo, copies)
         site.attach(layer, undo)
-        shown = acting.layers[site.index] or acting.again[site.index]
+        shown = acting.layers[site.index] or acting.again[site.index] or acting.evict[site.index]
         if shown is not None:
             undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, shown))
 
@@ -198,7 +212,8 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     asks_next = i + 1 < depth and acting.again[i + 1] is not None
     reads = following is not None and _reads(following)
     asking = [j for j, r in enumerate(acting.layers) if r is not None and "prompt" in r.gathers()]
-    if not (i >= acting.behind or reads or asks_next or is_middle(following, i + 1) or (asking and i == 0)):
+    evict = acting.evict[i]
+    if not (evict or i >= acting.behind or reads or asks_next or is_middle(following, i + 1) or (asking and i == 0)):
         return
     if chosen or asks_next:
         yield ChooseAgain(Site(acting.again[i], chosen[-1] if chosen else None, asks_next, depth))
@@ -216,8 +231,12 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
             yield SetAside()
     if i >= acting.behind:
         yield GatherColumns(acting.windows[i])
+    if evict is not None:
+        yield ShowHeld(acting.windows[i], groups_of(found.layers[i].self_attn))
     if reads or asks_next:
         yield Listen(reads, asks_next)
+    if evict is not None:
+        yield evict_step(evict, acting.evict, found, i)
     if following is not None and is_middle(following, i + 1):
         yield ChooseInside(following, i + 1, depth, final_norm(found.text, following))
     if i == 0 and asking:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.decode import follow_beams
 from tokenreduce.adapters.language.generation import Run, attach_run, run_of
 
 __all__ = ["forget_run", "keep_run"]
@@ -24,8 +23,6 @@ __all__ = ["forget_run", "keep_run"]
 def keep_run(cache: Any, run: Run) -> None:
     """Let ``cache`` belong to ``run`` from now on."""
     attach_run(cache, run)
-    if run.again is not None:
-        follow_beams(cache, run)
     for name, asked in _ASKED.items():
         setattr(cache, name, functools.partial(asked, cache))
 
@@ -90,7 +87,7 @@ def crop(cache: Any, number: int) -> None:
 def update(cache: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
     """``cache.update``. Raises ``ValueError`` for a model without our hooks, which would take slots for columns."""
     run = run_of(cache)
-    if run is not None and run.cuts and layer_idx == 0 and not torch.compiler.is_compiling():
+    if run is not None and run.reduced and layer_idx == 0 and not torch.compiler.is_compiling():
         held = int(type(cache).get_seq_length(cache, 0))
         if held and run.columns(held + keys.shape[2]) > run.given:
             raise ValueError(
@@ -98,6 +95,14 @@ def update(cache: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any,
                 f"more); patch it as it was, or give the whole prompt again without the cache"
             )
     return type(cache).update(cache, keys, values, layer_idx, *args, **kwargs)
+
+
+def reorder_cache(cache: Any, beam_idx: Tensor) -> None:
+    """``cache.reorder_cache``: what is remembered follows the beams, too."""
+    type(cache).reorder_cache(cache, beam_idx)
+    run = run_of(cache)
+    if run is not None:
+        run.reorder(beam_idx)
 
 
 def slots_before(run: Run, layer: int, columns: Tensor, left: int) -> int:
@@ -116,4 +121,5 @@ _ASKED: dict[str, Callable[..., Any]] = {
     "get_mask_sizes": mask_sizes,
     "crop": crop,
     "update": update,
+    "reorder_cache": reorder_cache,
 }

@@ -13,7 +13,6 @@ which they came, so once tokens came back, :class:`Again` knows which column eac
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -28,19 +27,7 @@ from tokenreduce.adapters.language.revive import come_back
 from tokenreduce.core.evidence import Attention, Earlier, LanguageEvidence, Prompt
 from tokenreduce.core.trace import DecodeStep, active
 
-__all__ = ["choose_again", "follow_beams", "last_only"]
-
-
-def _reorder(layer: Any, run: Run, beam_idx: Tensor) -> None:
-    type(layer).reorder_cache(layer, beam_idx)
-    assert run.again is not None
-    run.again.reorder(beam_idx.to(run.visual.device))
-
-
-def follow_beams(cache: Any, run: Run) -> None:
-    """Let what a run remembers be reordered with the cache that it belongs to."""
-    first = cache.layers[0]
-    first.reorder_cache = functools.partial(_reorder, first, run)
+__all__ = ["choose_again", "last_only"]
 
 
 def choose_again(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenreduce.adapters.language.held import Held
 from tokenreduce.core.plan import Plan, Prune, take
 
 __all__ = [
@@ -97,6 +98,11 @@ class Run:
     #: What decode steps remember where a method chooses in them, an
     #: :class:`~tokenreduce.adapters.language.decode.Again`.
     again: Any = None
+    #: What layers hold whose keys were thinned out, and what cache-stage methods remember of them.
+    held: dict[int, Held] = field(default_factory=dict)
+    running: dict[int, Any] = field(default_factory=dict)
+    #: Layer -> what is kept of it until the last layer's prefill.
+    summaries: dict[int, Any] = field(default_factory=dict)
     front: int = 0
     #: What chose, and how many columns the hooks of its model have seen so far.
     methods: str = ""
@@ -104,6 +110,8 @@ class Run:
 
     def columns(self, cached: Any, layer: int = 0) -> Any:
         """Tokens that the caller gave when ``layer`` has ``cached`` of them: more, where tokens went before it."""
+        if (held := self.held.get(layer)) is not None:
+            return held.upto + cached - held.k
         cut = self.cut_at(layer)
         return cached if cut is None else cached + self.length - cut.index.shape[1]
 
@@ -120,6 +128,8 @@ class Run:
 
         Raises ``ValueError`` where that is not the same number in every row.
         """
+        if (held := self.held.get(layer)) is not None:
+            return held.slots_behind(layer, left, past)
         cut = self.cut_at(layer)
         if cut is None or left >= self.length:
             return past - left
@@ -132,10 +142,17 @@ class Run:
             )
         return past - self.length + counts.pop()
 
+    @property
+    def reduced(self) -> bool:
+        """Whether some layer holds less than all columns."""
+        return bool(self.cuts or self.held)
+
     def crop(self, left: int) -> None:
         """Forget all columns but the first ``left``."""
         if self.later is not None:
             self.later = self.later[:, : left - self.length] if left > self.length else None
+        for layer, held in self.held.items():
+            held.crop(layer, left)
         if left >= self.length:
             return
         entry = self.cut_at(-1)
@@ -148,6 +165,13 @@ class Run:
             cut.seen = None if cut.seen is None else cut.seen[:, :k]
         self.length, self.visual = left, self.visual[:, :left]
         self.mask = None if self.mask is None else self.mask[:, :left]
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        """Follow beams of one prompt: what is remembered of row i is what row ``beam_idx[i]`` did."""
+        rows = beam_idx.to(self.visual.device)
+        for kept in (self.again, *self.held.values(), *self.running.values()):
+            if kept is not None:
+                kept.reorder(rows)
 
     def slot_columns(self, layer: int, total: int) -> tuple[Tensor, Tensor]:
         """(B,T) column of each of the first ``total`` slots of ``layer``, whether they are filled yet or not, and
@@ -303,6 +327,8 @@ class Step:
     #: Whether the caller says for every new token what it sees (a 4-D mask on a cache that grows).
     masked: bool = False
     newline: Tensor | None = None
+    #: Positions of the prompt's columns, where a method asks for rotary tables.
+    positions: Tensor | None = None
     #: Masks that are made, for the layers that need the same.
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
     #: Rotary tables of the columns that a cut left, and the stock ones they are from.

@@ -167,7 +167,7 @@ def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any]) 
     run.given = past + new
     flat = isinstance(mask, Tensor) and mask.dim() == 2
     grows = not any(hasattr(layer, "max_cache_len") for layer in cache.layers)
-    if isinstance(mask, Tensor) and (flat or grows) and run.cuts:
+    if isinstance(mask, Tensor) and (flat or grows) and run.reduced:
         _check_turn(mask, past + new, new)
     # Masks with rows are taken as they are, in every call; methods that choose in decode still have to know padding.
     if new > 1 and mask is not None and (flat or (run.again is not None and not grows)):
@@ -179,7 +179,7 @@ def _later(run: Run, cache: Any, tokens: Tensor | None, kwargs: dict[str, Any]) 
 
 def _check_methods(run: Run, methods: str) -> None:
     """Layers before our first hook, and methods that choose in decode, would read another cache than was made."""
-    if run.cuts and run.methods != methods:
+    if run.reduced and run.methods != methods:
         raise ValueError(
             f"this cache holds a prompt that {run.methods} reduced, and this model is patched with {methods}; patch it "
             f"as it was, or give the whole prompt again without the cache"

@@ -82,8 +82,8 @@ class LayerStep:
     def before(self, call: LayerCall) -> None:
         """Change what enters the layer."""
 
-    def behind(self, step: Step, output: Any) -> Any:
-        """The layer's output, changed or not."""
+    def behind(self, call: LayerCall, output: Any) -> Any:
+        """The layer's output, changed or not; ``call`` is as the layer got it."""
         return output
 
     def attach(self, layer: Any, undo: Undo) -> None:
@@ -130,9 +130,10 @@ def run_behind(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output
     step: Step | None = kwargs.get(KEYWORD)
     if step is None:
         return None
+    call = LayerCall(layer, site.index, args[0], kwargs, step)
     for one in site.steps:
         if one.ends:
-            output = one.behind(step, output)
+            output = one.behind(call, output)
     return output
 
 

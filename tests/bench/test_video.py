@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tokenreduce as tr
-from tokenreduce.bench import video
+from tokenreduce.bench.asking import films as films_module
 from tokenreduce.bench.clip_frames import Sampler
 from tokenreduce.bench.clips import ClipItem, chosen, lettered
 from tokenreduce.bench.columns import columns
@@ -112,8 +112,8 @@ def test_the_unreduced_row(task):
 @pytest.mark.parametrize("spec", ["", "holitom:keep=0.2", "evs:keep=40", "framefusion:keep=0.4", "tome:r=12"])
 def test_answers_of_batches_are_those_of_single_questions(task, spec):
     with tr.patched(task.loaded.model, spec) if spec else torch.no_grad():
-        said = task._answer(task._ready).said
-    want = {item.id: alone(task, item, spec) for item in task._ready.items}
+        said = task.runner.answer().said
+    want = {item.id: alone(task, item, spec) for item in task.runner.items}
     assert len(set(want.values())) > 1
     assert said == want
 
@@ -128,16 +128,16 @@ def test_methods_that_look_at_the_same_share_the_tower(folder, monkeypatch):
     calls, said = {}, {}
     for spec in specs:
         with tr.patched(made.loaded.model, spec), tower_clock(made.loaded.model.model, torch.device("cpu")) as spent:
-            said[spec] = made._answer(made._ready).said
+            said[spec] = made.runner.answer().said
         calls[spec] = len(spent)
-    batches = len(list(made._batches(made._ready)))
+    batches = len(list(made.runner.batches()))
     assert calls == {spec: batches * times for spec, times in specs.items()}
-    monkeypatch.setattr(video, "SHARED", 0)
+    monkeypatch.setattr(films_module, "SHARED", 0)
     other = VideoTask(folder, "world", limit=6, batch=3, repeats=0)
     other.prepare()
     for spec in specs:
         with tr.patched(other.loaded.model, spec):
-            assert other._answer(other._ready).said == said[spec]
+            assert other.runner.answer().said == said[spec]
 
 
 def test_a_budget_is_reached_in_visual_tokens(task):
@@ -228,11 +228,11 @@ def test_clips_from_a_file_with_broken_ones(save, clips, tmp_path):
     assert made.problems[0]["reason"].startswith("there is no such file")
     assert row["decode_s"] > 0
     assert {"accuracy_open", "accuracy_choice"} < set(row)
-    assert not made._ready.alone
+    assert not made.runner.alone
     for spec in ("", "holitom:keep=0.4"):
         with tr.patched(made.loaded.model, spec) if spec else torch.no_grad():
-            said = made._answer(made._ready).said
-        want = {i.id: lone(made.loaded, i, spec) for i in made._ready.items if i.id in said}
+            said = made.runner.answer().said
+        want = {i.id: lone(made.loaded, i, spec) for i in made.runner.items if i.id in said}
         assert len(want) == 6
         assert said == want
 
@@ -240,11 +240,11 @@ def test_clips_from_a_file_with_broken_ones(save, clips, tmp_path):
 def test_a_letter_or_a_text_is_right(clips, folder):
     task = VideoTask(folder, str(clips), repeats=0)
     item = ClipItem(0, "what", ("B",), None, Path("a.mp4"), ("a cat", "a red cup"))
-    assert task._read(item, " (b)") == ("B", True)
-    assert task._read(item, "A red cup.") == ("B", True)
-    assert task._read(item, "A") == ("A", False)
-    assert task._read(item, "a dog") == ("a dog", False)
-    assert task._read(ClipItem(0, "what", ("cat",), None, Path("a.mp4")), "The cat.") == ("The cat.", True)
+    assert task.source().read(item, " (b)") == ("B", True)
+    assert task.source().read(item, "A red cup.") == ("B", True)
+    assert task.source().read(item, "A") == ("A", False)
+    assert task.source().read(item, "a dog") == ("a dog", False)
+    assert task.source().read(ClipItem(0, "what", ("cat",), None, Path("a.mp4")), "The cat.") == ("The cat.", True)
 
 
 def test_no_clip_that_can_be_read_is_an_error(tmp_path):

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import tokenreduce as tr
 from tokenreduce import zoo
-from tokenreduce.bench import vlm
+from tokenreduce.bench.asking import pictures as pictures_module
+from tokenreduce.bench.asking import task as task_module
 from tokenreduce.bench.columns import columns, ordered
 from tokenreduce.bench.picture import style
 from tokenreduce.bench.questions import Item, load_questions, matches, normalised
@@ -109,7 +110,7 @@ def test_the_unreduced_row(task):
     assert (row["visual_share"], row["agreement"], row["questions"], row["problems"]) == (1.0, 1.0, 26, 0)
     assert row["first_token_s"] > 0
     assert row["reduction_share"] == 0
-    words = [len(task._ready.items[i].text.split()) for i in range(vlm.PROBES)]
+    words = [len(task.runner.items[i].text.split()) for i in range(task.probed)]
     assert row["cache_bytes"] == pytest.approx(sum(cache([VISUAL + 1 + w] * DEPTH) for w in words) / len(words))
     assert json.loads(json.dumps(row)) == row
 
@@ -118,23 +119,23 @@ def test_the_unreduced_row(task):
 def test_answers_of_padded_batches_are_those_of_single_questions(task, spec):
     reducers = tr.parse(spec) if spec else ()
     with tr.patched(task.loaded.model, *reducers) if reducers else torch.no_grad():
-        said = task._answer(task._ready).said
+        said = task.runner.answer().said
     if spec.startswith("random"):  # draws of a batch are not those of its rows
         assert len(set(said.values())) > 1
         return
-    want = {item.id: alone(task, item, *reducers) for item in task._ready.items}
+    want = {item.id: alone(task, item, *reducers) for item in task.runner.items}
     assert len(set(want.values())) > 3
     assert said == want
 
 
 def test_accuracy_by_type_is_plain_arithmetic(folder, monkeypatch):
     first = VlmTask(folder, "world", limit=30, repeats=0)
-    said = first._answer(first._ready).said
+    said = first.runner.answer().said
     right = {i: i % 3 > 0 for i in said}  # two of three questions get the model's own answer as theirs
     items = [
-        Item(i.id, i.text, (said[i.id] if right[i.id] else "nothing",), i.type, i.image) for i in first._ready.items
+        Item(i.id, i.text, (said[i.id] if right[i.id] else "nothing",), i.type, i.image) for i in first.runner.items
     ]
-    monkeypatch.setattr(vlm, "load_questions", lambda *_: items)
+    monkeypatch.setattr(pictures_module, "load_questions", lambda *_: items)
     row = VlmTask(folder, "world", repeats=0).measure(())
     assert row["accuracy"] == pytest.approx(20 / 30)
     assert row["accuracy_stderr"] == pytest.approx(math.sqrt(2 / 9 / 30))
@@ -153,7 +154,7 @@ def test_a_combination_reports_every_stage(task):
     assert row["layer_tokens"] == [20, 20, 10, 10]
     assert (row["visual_tokens"], row["mean_visual_tokens"]) == (20, 15)
     assert row["visual_share"] == pytest.approx(15 / VISUAL)
-    text = [1 + len(task._ready.items[i].text.split()) for i in range(vlm.PROBES)]
+    text = [1 + len(task.runner.items[i].text.split()) for i in range(task.probed)]
     want = sum(cache([20 + n, 20 + n, 10 + n, 10 + n]) for n in text) / len(text)
     assert row["cache_bytes"] == pytest.approx(want)
     assert row["flops"] < task.flops(())
@@ -163,7 +164,7 @@ def test_a_combination_reports_every_stage(task):
 
 def test_agreement_counts_equal_answers(task):
     row = task.measure(tr.parse("divprune:keep=3"))
-    mine = [alone(task, item, "divprune:keep=3") == alone(task, item) for item in task._ready.items]
+    mine = [alone(task, item, "divprune:keep=3") == alone(task, item) for item in task.runner.items]
     assert row["agreement"] == pytest.approx(sum(mine) / len(mine))
     assert row["agreement"] < 1
 
@@ -181,7 +182,7 @@ def test_methods_of_all_stages_reach_the_same_number_of_visual_tokens(task):
     for name in ("divprune", "pool", "random@language", "tome"):
         reducer, share = solver.solve(name, 0.55)
         assert share == pytest.approx(0.55, abs=0.011)
-        row = task._cost((reducer,))
+        row = task.meter.cost((reducer,))
         assert sum(row.layers) / len(row.layers) == pytest.approx(share * VISUAL)
     assert solver.solve("divprune", 0.5)[0].keep == 0.5  # keep is the share itself, not a neighbour that rounds to it
 
@@ -303,10 +304,10 @@ def test_questions_from_a_file_with_broken_images(save, tmp_path):
         reducers = tr.parse(spec) if spec else ()
         want = [lone(loaded.model, loaded.processor, line, tmp_path, spec) for line in good]
         with tr.patched(loaded.model, spec) if spec else torch.no_grad():
-            said = task._answer(task._ready).said
+            said = task.runner.answer().said
         assert list(said.values()) == want
         assert task.measure(reducers)["questions"] == 5
-    assert not task._ready.alone
+    assert not task.runner.alone
     assert [Path(p["path"]).name for p in task.problems] == ["nowhere.jpg", "broken.jpg"]
     assert task.problems[0]["reason"] == "there is no such file"
     assert task.measure(())["problems"] == 2
@@ -319,14 +320,14 @@ def test_questions_from_a_file_with_broken_images(save, tmp_path):
     assert row["accuracy_odd"] == pytest.approx(1 / 2)
 
 
-def test_a_processor_without_batches_asks_one_by_one(tmp_path):
+def test_a_processor_without_batches_asks_one_by_one(tmp_path, monkeypatch):
     model, lines = str(save_llava(tmp_path / "model")), photos(tmp_path)
     task = VlmTask(model, write(tmp_path, lines), batch=4, max_new_tokens=2, repeats=0)
-    made = task._load
+    made = task_module.load_vlm
     refused = []
 
-    def load():
-        loaded = made()
+    def load(*args):
+        loaded = made(*args)
 
         class Alone(type(loaded.processor)):
             def __call__(self, images=None, text=None, **kwargs):
@@ -338,7 +339,7 @@ def test_a_processor_without_batches_asks_one_by_one(tmp_path):
         loaded.processor.__class__ = Alone
         return loaded
 
-    task._load = load
+    monkeypatch.setattr(task_module, "load_vlm", load)
     row = task.measure(())
     assert row["questions"] == 5
     assert refused == [3, 2] or refused == [3]

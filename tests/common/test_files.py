@@ -130,7 +130,7 @@ def _checkpoint(path: Path) -> object:
 
 
 def _section(path: Path) -> object:
-    from tokenreduce.bench.performance.language import splice
+    from tokenreduce.bench.performance.sections import splice
 
     return splice(path, "x", "text")
 

@@ -18,7 +18,7 @@ from tokenreduce.bench.data import Batch, Images, load_data
 from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, neighbours, ranks, scores
 from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.bench.times import ITSELF, speed_keys
-from tokenreduce.common.words import counted
+from tokenreduce.common.words import counted, whole
 from tokenreduce.core.flops import gmacs
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import record
@@ -321,9 +321,9 @@ class VisionTask:
                 f"what is kept depends on the image: tokens and FLOPs are means over {len(seen)} images, each run "
                 "alone; in a batch all are padded to the longest"
             )
-        tokens = [_whole(sum(column) / len(seen)) for column in zip(*(t for _, t, _ in seen), strict=True)]
+        tokens = [whole(sum(column) / len(seen)) for column in zip(*(t for _, t, _ in seen), strict=True)]
         flops = round(sum(f for f, _, _ in seen) / len(seen))
-        return _Cost(flops, tokens, _whole(sum(e for _, _, e in seen) / len(seen)), list(dict.fromkeys(notes)))
+        return _Cost(flops, tokens, whole(sum(e for _, _, e in seen) / len(seen)), list(dict.fromkeys(notes)))
 
     def _clock(self, ready: _Ready, model: nn.Module, reduced: bool) -> dict[str, float | None]:
         """Time against the stock model, peak memory, and the reduction's share of the forward."""
@@ -363,10 +363,6 @@ class VisionTask:
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
-def _whole(value: float) -> float:
-    return int(value) if value == int(value) else round(value, 1)
-
-
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenreduce.bench.models import _NETWORK, _first, _library
+from tokenreduce.bench.loaders.shared import NETWORK, first_lines, library
 
 __all__ = ["DTYPES", "LoadedVlm", "is_vlm", "load_vlm", "pick_device"]
 
@@ -50,7 +50,7 @@ def is_vlm(name: str) -> bool:
     if not name.startswith("hf:") and not Path(name).is_dir():
         return False
     try:
-        transformers = _library("transformers", "hf")
+        transformers = library("transformers", "hf")
         source, local = _source(name)
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
     except (ImportError, OSError, ValueError):
@@ -79,7 +79,7 @@ def load_vlm(name: str, device: torch.device | str = "auto", dtype: str = "auto"
         return LoadedVlm(name, made.model if kind == "auto" else made.model.to(kind), made.processor)
     if name in zoo.names():
         raise ValueError(f"{name} classifies images; the embedded model that answers questions is {EMBEDDED}")
-    transformers = _library("transformers", "hf")
+    transformers = library("transformers", "hf")
     source, local = _source(name)
 
     def get(what: str, function: Callable[..., Any], **kwargs: Any) -> Any:
@@ -89,9 +89,9 @@ def load_vlm(name: str, device: torch.device | str = "auto", dtype: str = "auto"
             raise
         except Exception as error:
             fix = (
-                f"save it there with {what}.save_pretrained" if local else f"give a folder that is there, or {_NETWORK}"
+                f"save it there with {what}.save_pretrained" if local else f"give a folder that is there, or {NETWORK}"
             )
-            raise OSError(f"cannot load the {what} of {name}: {_first(error)} Fix: {fix}") from error
+            raise OSError(f"cannot load the {what} of {name}: {first_lines(error)} Fix: {fix}") from error
 
     config = get("configuration", transformers.AutoConfig.from_pretrained)
     if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:

@@ -30,10 +30,11 @@ POSITIONS = ("input", "before", "middle", "after")
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
 #: space, ``clip`` patches and question in a CLIP model's.
+#: At the cache stage, ``rotary`` are the tables that turned the keys.
 #: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
-    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
+    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels", "rotary",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from tokenreduce.core.plan import Plan
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["DecodeStep", "Step", "Trace", "active", "record"]
+__all__ = ["CacheStep", "DecodeStep", "Step", "Trace", "active", "record"]
 
 _active: ContextVar[Trace | None] = ContextVar("tokenreduce_trace", default=None)
 
@@ -26,6 +26,25 @@ _active: ContextVar[Trace | None] = ContextVar("tokenreduce_trace", default=None
 def active() -> Trace | None:
     """The trace that is being recorded in this thread, or None (always None while compiling)."""
     return None if torch.compiler.is_compiling() else _active.get()
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """What a method of the cache stage did to ``layer``, at the prompt (``step`` 0) or in a decode step.
+
+    ``before`` and ``kept`` (B,Hkv) are the keys of every sample and KV head; bytes are those that the layer's tensors
+    hold, where all heads of a batch have as many slots as the largest.
+    """
+
+    layer: int
+    step: int
+    method: str
+    before: Tensor
+    kept: Tensor
+    bytes_before: int
+    bytes_held: int
+    #: Whether all layers were thinned together, behind the last one's prefill.
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,8 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     #: Choices in decode steps, of methods that make any.
     decode: list[DecodeStep] = field(default_factory=list)
+    #: What methods of the cache stage did to the layers.
+    cache: list[CacheStep] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modules: frozenset[int] = frozenset()
     #: Seconds spent on making and applying plans (CPU wall clock), when recorded with ``timing=True``.
@@ -105,6 +126,7 @@ class Trace:
             counts = [str(t) for i, t in enumerate(self.tokens) if i == 0 or t != self.tokens[i - 1]]
             said.append(f"tokens {'>'.join(counts if len(counts) <= 6 else [*counts[:3], '..', counts[-1]])}")
         said += [f"{counted(len(self.decode), 'choice')} in decode"] if self.decode else []
+        said += [f"{counted(len(self.cache), 'choice')} in the cache"] if self.cache else []
         said += [f"{self.flops / 1e9:.3g} GFLOPs"] if self._counter is not None else []
         said += [f"{self.seconds * 1e3:.1f} ms of its own"] if self.timing else []
         said += [counted(len(self.notes), "note")] if self.notes else []
@@ -122,6 +144,10 @@ class Trace:
     def add_decode(self, module: nn.Module, step: DecodeStep) -> None:
         if id(module) in self.modules:
             self.decode.append(step)
+
+    def add_cache(self, module: nn.Module, step: CacheStep) -> None:
+        if id(module) in self.modules:
+            self.cache.append(step)
 
     @contextmanager
     def clock(self) -> Iterator[None]:

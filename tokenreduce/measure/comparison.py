@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import DecodeStep, Step
+from tokenreduce.measure.cached import Thinned
 from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Speedup, Timing
 
@@ -27,6 +28,8 @@ class Side:
         first: seconds until the logits of the first new token: vision encoder and prefill, without preprocessing.
         step: seconds for every further token, None when only one was asked for.
         cache: bytes of keys and values after prefill, over all layers.
+        cache_peak: most of them while the prefill ran.
+        cache_end: behind the answer.
     """
 
     answer: str
@@ -36,6 +39,8 @@ class Side:
     first: Timing
     step: Timing | None
     cache: int
+    cache_peak: int
+    cache_end: int
 
     @property
     def mean_tokens(self) -> float:
@@ -48,6 +53,7 @@ class Side:
             "entry_tokens": self.layers[0], "layer_tokens": list(self.layers), "mean_layer_tokens": self.mean_tokens,
             "first_token_s": self.first.median,
             "tokens_per_s": None if self.step is None else 1 / self.step.median, "cache_bytes": self.cache,
+            "cache_peak_bytes": self.cache_peak, "cache_end_bytes": self.cache_end,
         }  # fmt: skip
 
 
@@ -80,6 +86,8 @@ class Comparison:
     steps: tuple[Step, ...] = field(default=(), repr=False)
     visual: Tensor | None = field(default=None, repr=False)
     decode: tuple[DecodeStep, ...] = field(default=(), repr=False)
+    #: What methods of the cache stage left.
+    cached: tuple[Thinned, ...] = ()
 
     @property
     def looked(self) -> tuple[tuple[int, str, float, float], ...]:
@@ -118,6 +126,8 @@ class Comparison:
             "entry_tokens": (a.layers[0], b.layers[0]),
             "mean_layer_tokens": (a.mean_tokens, b.mean_tokens),
             "cache_bytes": (a.cache, b.cache),
+            "cache_peak_bytes": (a.cache_peak, b.cache_peak),
+            "cache_end_bytes": (a.cache_end, b.cache_end),
         }
         out: dict[str, float | None] = {k: x / y if x is not None and y else None for k, (x, y) in pairs.items()}
         return {**out, **{k: None if v is None else v.ratio for k, v in self.speedups().items()}}
@@ -160,5 +170,6 @@ class Comparison:
                 {"layer": layer, "method": method, "mean_tokens": seen, "mean_came_back": back}
                 for layer, method, seen, back in self.looked
             ],
+            "cache": [asdict(one) for one in self.cached],
             "notes": list(self.notes),
         }  # fmt: skip

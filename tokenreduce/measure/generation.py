@@ -16,14 +16,15 @@ from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer, split_specs
 from tokenreduce.core.trace import Step, Trace, record
 from tokenreduce.core.undo import reducers_of
+from tokenreduce.measure.cached import cache_peak, thinned
 from tokenreduce.measure.comparison import Comparison, Side, Site
 from tokenreduce.measure.question import Question
 from tokenreduce.measure.timing import Timing, synchronise, turns
 from tokenreduce.patching import describe, patched
 
 __all__ = [
-    "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "layers_of", "patches_left",
-    "patches_of", "visual_columns",
+    "Comparison", "Side", "Site", "cache_bytes", "compare", "compare_several", "follow", "greedy", "layer_bytes",
+    "layers_of", "patches_left", "patches_of", "visual_columns",
 ]  # fmt: skip
 
 STOCK = "stock"
@@ -83,13 +84,13 @@ def compare_several(
             with _patched(model, variants[name]):
                 clock = _Clock(next(model.parameters()).device)
                 inputs = placed or _inputs(model, question)  # the tower runs inside the clock, wherever that is
-                _generate(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
+                greedy(model, inputs, max_new_tokens, min_new_tokens=max_new_tokens, logits_processor=[clock])
                 clock.stop()
             first[name].append(clock.first)
             step[name].append((clock.total - clock.first) / max(max_new_tokens - 1, 1))
     sides: dict[str, Side] = {}
     sites: dict[str, tuple[Site, ...]] = {}
-    for name, (ids, cache, trace) in made.items():
+    for name, (ids, (cache, peak, end), trace) in made.items():
         steps = tuple(trace.steps)
         sites[name], layers = layers_of(steps, visual, depth)
         sides[name] = Side(
@@ -100,6 +101,8 @@ def compare_several(
             Timing(name, tuple(first[name])),
             Timing(name, tuple(step[name])) if max_new_tokens > 1 else None,
             cache,
+            peak,
+            end,
         )
     return [
         Comparison(
@@ -112,6 +115,7 @@ def compare_several(
             *_told(made[name][2]),
             visual,
             tuple(made[name][2].decode),
+            tuple(replace(t, method=_names(some).get(t.method, t.method)) for t in thinned(made[name][2].cache)),
         )
         for name, some in variants.items()
         if name != STOCK
@@ -120,8 +124,12 @@ def compare_several(
 
 def _labelled(sites: Sequence[Site], some: Sequence[Reducer]) -> tuple[Site, ...]:
     """``sites`` with methods called by :func:`label_of`, which has the budget also where it is the default."""
-    names = {r.spec(): label_of(r) for r in some}
+    names = _names(some)
     return tuple(replace(s, method="+".join(names.get(m, m) for m in split_specs(s.method))) for s in sites)
+
+
+def _names(some: Sequence[Reducer]) -> dict[str, str]:
+    return {r.spec(): label_of(r) for r in some}
 
 
 def _told(trace: Trace) -> tuple[tuple[str, ...], tuple[Step, ...]]:
@@ -130,18 +138,20 @@ def _told(trace: Trace) -> tuple[tuple[str, ...], tuple[Step, ...]]:
 
 def _answer(
     model: nn.Module, question: Question, some: tuple[Reducer, ...], prompt: int, tokens: int
-) -> tuple[tuple[int, ...], int, Trace]:
-    """Greedy token ids behind the ``prompt`` columns, bytes of the cache behind them, and the trace of a prefill
-    with the choices of all decode steps."""
+) -> tuple[tuple[int, ...], tuple[int, int, int], Trace]:
+    """Greedy token ids behind the ``prompt`` columns, bytes of the cache behind the prefill, at its peak and behind the
+    answer, and the trace of a prefill with the choices of all decode steps."""
     with torch.inference_mode(), _patched(model, some):
         with record(model, flops=False) as trace:
-            out = _generate(model, _inputs(model, question), 1, return_dict_in_generate=True)
-        cache = cache_bytes(cache_of(out))
+            out = greedy(model, _inputs(model, question), 1, return_dict_in_generate=True)
+        layers = layer_bytes(cache_of(out))
+        peak = cache_peak(layers, trace.cache)
         del out
         with record(model, flops=False) as whole:
-            made = _generate(model, _inputs(model, question), tokens)
-        trace.decode = whole.decode
-    return tuple(made[0, prompt:].tolist()), cache, trace
+            made = greedy(model, _inputs(model, question), tokens, return_dict_in_generate=True)
+        trace.decode, trace.cache = whole.decode, whole.cache
+    ids = tuple(made.sequences[0, prompt:].tolist())
+    return ids, (sum(layers), peak, cache_bytes(cache_of(made))), trace
 
 
 def visual_columns(model: nn.Module, question: Question) -> Tensor:
@@ -217,8 +227,13 @@ def layers_of(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a transformers cache shows, over all layers."""
-    tensors = (getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values"))
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    return sum(layer_bytes(cache))
+
+
+def layer_bytes(cache: Any) -> list[int]:
+    """The same, for each layer."""
+    parts = ([getattr(layer, part, None) for part in ("keys", "values")] for layer in cache.layers)
+    return [sum(t.numel() * t.element_size() for t in some if isinstance(t, Tensor)) for some in parts]
 
 
 def _views(question: Question) -> Tensor | None:
@@ -276,8 +291,8 @@ def _inputs(model: nn.Module, question: Question) -> dict[str, Any]:
     }
 
 
-def _generate(model: Any, inputs: dict[str, Any], tokens: int, **settings: Any) -> Any:
-    """Greedy, whatever the checkpoint's own settings for sampling are."""
+def greedy(model: Any, inputs: dict[str, Any], tokens: int, **settings: Any) -> Any:
+    """``generate`` of ``tokens`` more, greedy, whatever the checkpoint's own settings for sampling are."""
     plain = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, use_cache=True)
     return model.generate(**inputs, max_new_tokens=tokens, **plain, **settings)
 

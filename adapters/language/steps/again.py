@@ -7,7 +7,6 @@ from typing import Any
 
 from tokenreduce.adapters.language.again import Site
 from tokenreduce.adapters.language.decode import choose_again, last_only
-from tokenreduce.adapters.language.generation import Step
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 
 __all__ = ["ChooseAgain", "LastOnly"]
@@ -35,5 +34,5 @@ class LastOnly(LayerStep):
 
     ends = True
 
-    def behind(self, step: Step, output: Any) -> Any:
-        return last_only(step, output)
+    def behind(self, call: LayerCall, output: Any) -> Any:
+        return last_only(call.step, output)

@@ -33,6 +33,11 @@ class Choose(LayerStep):
         """Whether the method looks at the attention of this layer itself."""
         return "ahead" in self.reducer.gathers()
 
+    @property
+    def looks(self) -> bool:
+        """Whether it asks the attention of this layer."""
+        return self.ahead
+
     def before(self, call: LayerCall) -> None:
         if not call.step.prefill:
             return

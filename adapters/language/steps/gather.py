@@ -23,7 +23,7 @@ class GatherColumns(LayerStep):
 
     def before(self, call: LayerCall) -> None:
         cut = call.run.cut_at(call.index)
-        if cut is None:
+        if cut is None or (not call.step.prefill and call.index in call.run.held):
             return
         if call.step.prefill:
             self._prompt(call, cut, check_implementation(call.layer, call.index, self.window))

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from tokenreduce.bench.performance import language as vp
-from tokenreduce.bench.performance.language import Settings, cells, markdown, measure, methods_of, splice
+from tokenreduce.bench.performance import own_work, prefills
+from tokenreduce.bench.performance.language import cells, markdown
+from tokenreduce.bench.performance.prefills import Settings, measure, methods_of, shell
+from tokenreduce.bench.performance.sections import command_of, splice
 from tokenreduce.bench.performance.shapes import SHAPES, Shape, build, prompt
 from tokenreduce.core.evidence import Evidence
 from tokenreduce.core.plan import Prune
@@ -96,8 +98,8 @@ class Failing(tr.FastV):
 
 
 def test_a_failing_budget_gives_a_row_and_leaves_the_others(monkeypatch):
-    monkeypatch.setattr(vp, "methods_of", lambda model, wanted: [("failing", "language")])
-    monkeypatch.setattr(vp.tr, "get_method", lambda spec, stage: Failing(keep=int(spec.split("=")[1])))
+    monkeypatch.setattr(prefills, "methods_of", lambda model, wanted: [("failing", "language")])
+    monkeypatch.setattr(prefills.tr, "get_method", lambda spec, stage: Failing(keep=int(spec.split("=")[1])))
     heard = []
     rows = measure(TINY, settings=ONCE, done=heard.append)
     assert heard == rows
@@ -119,8 +121,8 @@ def test_own_work_is_the_time_inside_plan_counted_once(monkeypatch):
                 self.plan(Evidence(evidence.x[:, :1]))
             return Prune(evidence.n, torch.zeros(1, 1, dtype=torch.long))
 
-    monkeypatch.setattr(vp.time, "perf_counter", lambda: now[0])
-    timed = vp._timed(Twice(keep=5), "cpu")
+    monkeypatch.setattr(own_work.time, "perf_counter", lambda: now[0])
+    timed = own_work.timed(Twice(keep=5), "cpu")
     assert timed.spec() == Twice(keep=5).spec()
     assert timed.acts(2, 4)
     timed.plan(Evidence(torch.zeros(1, 3, 2)))
@@ -134,8 +136,8 @@ def test_shells_share_weights_and_leave_the_stock_model_alone():
     model = build(TINY)
     given = prompt(TINY)
     before = model(**given).logits
-    shell = tr.patch(vp._shell(model), "divprune:keep=5")
-    assert all(a is b for a, b in zip(model.parameters(), shell.parameters(), strict=True))
+    patched = tr.patch(shell(model), "divprune:keep=5")
+    assert all(a is b for a, b in zip(model.parameters(), patched.parameters(), strict=True))
     assert not tr.describe(model).active
     assert torch.equal(model(**given).logits, before)
 
@@ -181,7 +183,7 @@ def test_the_section_goes_between_its_markers(rows, tmp_path):
 
 def test_the_command_is_written_without_the_file():
     args = ["--shape", "small", "--markdown", "somewhere.md", "--rounds", "3", "--markdown=x"]
-    assert vp._command(args) == "python -m tokenreduce.bench.performance.language --shape small --rounds 3"
+    assert command_of("language", args) == "python -m tokenreduce.bench.performance.language --shape small --rounds 3"
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ import torch
 import typer
 from torch import Tensor
 
-from tokenreduce.bench.performance.language import splice
+from tokenreduce.bench.performance.sections import command_of, splice
 from tokenreduce.common.files import writing
 from tokenreduce.common.words import counted, speak_everywhere
 from tokenreduce.core.evidence import Evidence, ImageEvidence, Origin
@@ -300,23 +300,13 @@ def main(
             f" Prefill: Qwen2 with {size.layers} layers of width {size.width}, {str(kind).removeprefix('torch.')}, "
             f"{_time(statistics.median(timed.long))} on {at:,} visual tokens, {_time(saved)} saved."
         )
-    given = _command(sys.argv[1:])
+    given = command_of("temporal", sys.argv[1:])
     section = markdown("temporal", rows, at, saved, about, given)
     print(section)
     if page is not None:
         splice(page, "temporal", section)
     if picture is not None:
         _picture(rows, picture)
-
-
-def _command(args: list[str]) -> str:
-    """The command that makes the figures, without the files they go to."""
-    kept, skip = [], False
-    for arg in args:
-        if not skip and arg.split("=")[0] not in ("--markdown", "--picture"):
-            kept.append(arg)
-        skip = arg in ("--markdown", "--picture")
-    return " ".join(["python -m tokenreduce.bench.performance.temporal", *kept])
 
 
 if __name__ == "__main__":
