@@ -19,13 +19,20 @@ _BLOCK = 256
 @dataclass(frozen=True, eq=False)
 class Rotary:
     """Rotary tables of a layer: ``cos`` and ``sin`` (B,N,r) of the cached slots, ``ahead(f)`` those (B,f,r) of the next
-    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves. Both channels
-    of a pair have the same number, so that a rotation is ``x * cos + turned(x) * sin`` in either layout."""
+    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves."""
 
     cos: Tensor
     sin: Tensor
     ahead: Callable[[int], tuple[Tensor, Tensor]]
     paired: bool = False
+
+    def by_channel(self, table: Tensor) -> Tensor:
+        """``table`` with the same number for both channels that turn together, so that a rotation is ``x * cos +
+        turned(x) * sin`` in either layout. GLM's tables have halves alike although its channels turn in pairs."""
+        half = table.shape[-1] // 2
+        if self.paired and torch.equal(table[..., :half], table[..., half:]):
+            return table[..., :half].repeat_interleave(2, -1)
+        return table
 
 
 class CacheEvidence:
