@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,6 @@ from tokenreduce.adapters.language.generation import Step
 from tokenreduce.core.evidence import Rotary
 
 __all__ = ["Turning", "turning_of"]
-
-#: Attentions in whose rotation neighbouring channels turn together.
-_PAIRED = ("Glm", "Cohere", "Ernie", "Helium", "Llama4")
 
 
 @dataclass(frozen=True)
@@ -71,4 +69,19 @@ def turning_of(text: nn.Module, layer: Any) -> Turning:
     kinds = getattr(text.config, "layer_types", None)
     wants = "layer_type" in inspect.signature(module.forward).parameters
     more = {"layer_type": kinds[layer.self_attn.layer_idx]} if wants and kinds else {}
-    return Turning(module, type(layer.self_attn).__name__.startswith(_PAIRED), more)
+    return Turning(module, _paired(layer.self_attn), more)
+
+
+def _paired(attention: Any) -> bool:
+    """Whether neighbouring channels turn together in the rotation of ``attention``, and not the two halves: tried on
+    four numbers. Raises ``ValueError`` where its file rotates in no way that is known."""
+    found = vars(sys.modules[type(attention).__module__])
+    turned = {tuple(found[name](torch.arange(4.0)).tolist()) for name in found if name.startswith("rotate_half")}
+    if turned == {(-2.0, -3.0, 0.0, 1.0)}:
+        return False
+    if turned == {(-1.0, 0.0, -3.0, 2.0)}:
+        return True
+    raise ValueError(
+        f"how {type(attention).__name__} rotates its keys is not known, so that a method cannot undo it; choose snapkv "
+        f"or knorm"
+    )

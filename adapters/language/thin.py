@@ -83,7 +83,8 @@ def evidence_of(
     if rotary is not None:
         rotary = replace(rotary, cos=rotary.cos[:, -n:], sin=rotary.sin[:, -n:])
     if isinstance(mask, Tensor) and mask.dim() == 4 and queries is not None:
-        rows = mask[:, :1, mask.shape[2] - min(new, mask.shape[2]) :, mask.shape[3] - n :]
+        rows = mask if mask.shape[1] == 1 else mask[:, :: mask.shape[1] // heads].flatten(0, 1).unsqueeze(1)
+        rows = rows[:, :, mask.shape[2] - min(new, mask.shape[2]) :, mask.shape[3] - n :]
     if step.prefill and not bool(there[..., -1].all()):
         order = there[:, 0].long().argsort(dim=1, stable=True)
         if queries is not None and new != n:

@@ -91,7 +91,7 @@ class ExpectedAttention(
                 f"no query behind the first {self.n_sink} tokens to learn from (statistics={self.statistics!r}); give "
                 "a smaller n_sink, or statistics=all"
             )
-        cos, sin = (_of_rows(t[:, evidence.n - rows :], evidence)[:, None] for t in (rotary.cos, rotary.sin))
+        cos, sin = (_of_rows(t, evidence)[:, None, evidence.n - rows :] for t in (rotary.cos, rotary.sin))
         power = (cos.square() + sin.square()).clamp(min=torch.finfo(torch.float32).tiny)  # not 1 where tables scale
         plain = _turn(queries, cos / power, -sin / power, rotary.paired).masked_fill(~used[:, None, :, None], 0.0)
         mean = plain.sum(2, keepdim=True) / number.clamp(min=1)
@@ -109,7 +109,7 @@ class ExpectedAttention(
 def _of_rows(table: Tensor, evidence: CacheEvidence) -> Tensor:
     """(B*Hkv,...) float32 of a rotary table (B or 1,...)."""
     batch = evidence.batch if table.shape[0] == 1 else table.shape[0]
-    return evidence.fold(table.float().expand(batch, -1, -1))
+    return evidence.fold(evidence.rotary.by_channel(table).float().expand(batch, -1, -1))
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, paired: bool) -> Tensor:

@@ -46,8 +46,8 @@ class Keyformer(Accumulating, name="keyformer", needs=("attention",), paper="240
         seed: another seed, other noise.
         compete: whether the token that leaves the window competes for a place among the key tokens, as in the paper.
             False is the authors' code, where it is let go, so that key tokens are those of the prompt for good; its
-            cache holds one key less than the budget until the next token is there. It needs
-            ``kv_cache``.
+            cache holds one key less than the budget until the next token is there. It needs ``kv_cache``; with
+            ``what="visual"`` there is no window, and it makes no difference.
 
     The code sums over the batch and knows no grouped queries; samples are separate here. Its evaluation script raises
     tau by the whole difference in every step; the generation script is followed.
@@ -77,8 +77,8 @@ class Keyformer(Accumulating, name="keyformer", needs=("attention",), paper="240
             raise ValueError(f"kv_cache is percent of the prompt, above 0 and at most 100, not {self.kv_cache!r}")
         if self.kv_cache is not None and self.what != "all":
             raise ValueError("kv_cache counts all keys of a head; give what=all with it, or keep instead")
-        if not self.compete and self.kv_cache is None:
-            raise ValueError("compete=false is the cut of the authors' code: give what=all and kv_cache with it")
+        if not self.compete and self.what == "all" and self.kv_cache is None:
+            raise ValueError("compete=false is the cut of the authors' code: give kv_cache with it, not keep")
 
     # -- the score -------------------------------------------------------------------------------------------------
     def gained(self, evidence: CacheEvidence) -> Tensor:
@@ -129,7 +129,7 @@ class Keyformer(Accumulating, name="keyformer", needs=("attention",), paper="240
         return evidence.last(part(self.capacity(evidence), self.recent / 100, evidence))
 
     def plan(self, evidence: CacheEvidence) -> Plan:
-        return super().plan(evidence) if self.compete else self._coded(evidence)
+        return super().plan(evidence) if self.compete or self.what == "visual" else self._coded(evidence)
 
     def _coded(self, evidence: CacheEvidence) -> Plan:
         """What the authors' code keeps for the next step: of the window one less, since it counts the coming token,

@@ -24,13 +24,13 @@ def matrix(positions, r, paired, factor=1.0):
     return out
 
 
-def build(r=DIM, paired=False, factor=1.0, groups=2, positions=None, after=None):
+def build(r=DIM, paired=False, factor=1.0, groups=2, positions=None, after=None, halves=False):
     """Evidence whose queries are rotated from plain ones; and those, as {row: {slot: (G,d)}}."""
     evidence = cached(groups=groups)
     valid = marks(LAYOUTS, "tv")
     if positions is None:
         positions, after = (valid.long().cumsum(1) - 1).clamp(min=0), valid.sum(1)
-    wide = lambda p: tuple(factor * t for t in tables(p, r, paired))
+    wide = lambda p: tuple(factor * t for t in tables(p, r, paired and not halves))
     rotary = Rotary(*wide(positions), lambda f: wide(after[:, None] + torch.arange(f)), paired)
     plain, queries = {}, torch.full_like(evidence.keys.unsqueeze(1).expand(-1, groups, -1, -1), float("nan"))
     for i, there in enumerate(real(evidence)):
@@ -121,6 +121,15 @@ def test_positions_that_are_not_places():
         start = int(after[i // 2])
         scores = expected(evidence, plain[i], i, start, matrix(range(start, start + 8), DIM, False))
         same(got[i, there[4:]], scores)
+
+
+def test_tables_with_halves_alike_where_channels_turn_in_pairs():
+    """As GLM makes them."""
+    method = tr.ExpectedAttention(n_future_positions=16)
+    (one, _, _), (other, _, _) = (build(paired=True, halves=halves) for halves in (False, True))
+    there = one.there
+    assert not torch.equal(one.rotary.cos, other.rotary.cos)
+    assert torch.equal(method.importance(one)[there], method.importance(other)[there])
 
 
 def test_bad_input():

@@ -21,13 +21,20 @@ _BLOCK = 256
 @dataclass(frozen=True, eq=False)
 class Rotary:
     """Rotary tables of a layer: ``cos`` and ``sin`` (B,N,r) of the cached slots, ``ahead(f)`` those (B,f,r) of the next
-    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves. Both channels
-    of a pair have the same number, so that a rotation is ``x * cos + turned(x) * sin`` in either layout."""
+    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves."""
 
     cos: Tensor
     sin: Tensor
     ahead: Callable[[int], tuple[Tensor, Tensor]]
     paired: bool = False
+
+    def by_channel(self, table: Tensor) -> Tensor:
+        """``table`` with the same number for both channels that turn together, so that a rotation is ``x * cos +
+        turned(x) * sin`` in either layout. GLM's tables have halves alike although its channels turn in pairs."""
+        half = table.shape[-1] // 2
+        if self.paired and torch.equal(table[..., :half], table[..., half:]):
+            return table[..., :half].repeat_interleave(2, -1)
+        return table
 
 
 class CacheEvidence:
@@ -50,7 +57,8 @@ class CacheEvidence:
         layer, depth: 0-based layer and number of layers.
         step: 0 at the prompt, then the number of the decode step.
         scale, softcap: of the model's logits; 1/sqrt(d) and none by default.
-        mask: (B or 1,1,R,N) bool or additive, what the last R queries see in the model, instead of causal order.
+        mask: (B or 1,1,R,N) or (B*Hkv,1,R,N) bool or additive, what the last R queries see in the model, instead of
+            causal order.
         columns: (B*Hkv,N) column of every slot in the sequence as the caller sees it; 0 to N-1 by default.
         seen: (B,1) real tokens that were given so far; those that are there by default.
         prompt_slots: (B*Hkv,1) slots that the plan at the prompt left, in decode.
@@ -270,7 +278,8 @@ class CacheEvidence:
         """(B*Hkv or 1,1,R,N) bool: which keys a query sees."""
         device, first = self.keys.device, self.n - self.rows_given
         if self.mask is not None:
-            mask = self.mask[:, :, start:stop, :width].expand(self.batch, -1, -1, -1)
+            mask = self.mask[:, :, start:stop, :width]
+            mask = mask.expand(self.batch, -1, -1, -1) if mask.shape[0] == 1 else mask
             out = self.fold(mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
         else:
             at = torch.arange(first + start, first + stop, device=device)
