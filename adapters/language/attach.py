@@ -25,7 +25,7 @@ from tokenreduce.adapters.language.decoders import (
     window_of,
 )
 from tokenreduce.adapters.language.drafts import attach_drafts
-from tokenreduce.adapters.language.families import FAMILIES, Language
+from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.middle import is_middle
@@ -141,7 +141,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     if acting.entry is not None:
         attach_projector(found, acting.entry, list(acting.windows), undo, acting.frames, acting.marking)
     attach_given(found, arrived, undo)
-    if FAMILIES[found.family].deep:
+    if found.parts.deep:
         check_deep(found, acting.depth)
         attach_deepstack(found.text, acting.first, undo)
     _attach_layers(found, acting, undo)
@@ -151,7 +151,7 @@ def _attach_start(found: Language, acting: Acting, arrived: Arrived, methods: st
     """Where a generation begins: on the inner model, on the language model alone, and in ``generate``."""
     begin = functools.partial(
         start, ids=found.ids, slides=None not in acting.windows, arrived=arrived, methods=methods,
-        again=tuple(i for i, r in enumerate(acting.again) if r is not None), types=FAMILIES[found.family].types,
+        again=tuple(i for i, r in enumerate(acting.again) if r is not None), types=found.parts.types,
         front=acting.first == acting.depth and not any(acting.windows),
     )  # fmt: skip
     if found.owner is not None:
@@ -207,7 +207,7 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     middle = is_middle(reducer, i)
     if middle:
         yield TakeInside()
-    if FAMILIES[found.family].deep:
+    if found.parts.deep:
         yield AddDeepstack(cut_before=middle)
     if reducer is not None and not middle:
         plain = "plain" in reducer.gathers() and _mrope(found.text.config)

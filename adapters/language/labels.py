@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.language.batching import is_paged
 from tokenreduce.adapters.language.generation import KEYWORD, Run, cache_in, run_of
+from tokenreduce.adapters.language.generic.state import step_of
 from tokenreduce.core.plan import take
 from tokenreduce.core.undo import Undo
 
@@ -167,7 +168,7 @@ def _own(generator: Any, labels: Tensor) -> Tensor:
 
 def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, always: bool) -> Any:
     """Hook on the inner model: note what is left, and put it at the caller's columns where that is wanted."""
-    step, mine = kwargs.get(KEYWORD), _ASK.get()
+    step, mine = kwargs.get(KEYWORD) or step_of(inner), _ASK.get()
     _LOSS.set(None)
     hidden: Tensor = output[0]
     if step is None:

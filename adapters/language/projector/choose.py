@@ -43,7 +43,7 @@ from tokenreduce.core.trace import Step as TraceStep
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
 
-__all__ = ["attach_projector"]
+__all__ = ["Part", "attach_projector", "check_projector", "place_group"]
 
 
 def attach_projector(
@@ -59,17 +59,7 @@ def attach_projector(
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
-    assert isinstance(reducer, Projector)
-    for one in (reducer, *marking):
-        asked = [need for need in one.gathers() if one is reducer or need in TOWER]
-        missing = [need for need in asked if need not in found.projector]
-        if missing:
-            raise ValueError(_cannot(found, one, missing))
-    if reducer.newlines == "rank" and reducer.gathers():
-        raise ValueError(
-            f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
-            f"to take {', '.join(reducer.gathers())} from. Use 'keep' or 'drop'"
-        )
+    check_projector(found, reducer, marking)
     source = ""
     if "clip" in reducer.gathers():  # a wrong name shows here, not at the first prompt
         joint_space(reducer.clip)  # type: ignore[attr-defined]
@@ -95,6 +85,21 @@ def attach_projector(
     )
     if reducer.spec():
         undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
+
+
+def check_projector(found: Language, reducer: Reducer, marking: tuple[Reducer, ...] = ()) -> None:
+    """Raise ``ValueError`` for evidence that is not there."""
+    assert isinstance(reducer, Projector)
+    for one in (reducer, *marking):
+        asked = [need for need in one.gathers() if one is reducer or need in TOWER]
+        missing = [need for need in asked if need not in found.projector]
+        if missing:
+            raise ValueError(_cannot(found, one, missing))
+    if reducer.newlines == "rank" and reducer.gathers():
+        raise ValueError(
+            f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
+            f"to take {', '.join(reducer.gathers())} from. Use 'keep' or 'drop'"
+        )
 
 
 def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
@@ -173,7 +178,7 @@ def choose(
             run.marks = {r: marks_of(step, x, r) for r in marking}
         stay, made = torch.ones_like(run.visual), []
         for group in found:
-            made += _place(stay, group, reducer, compact)
+            made += place_group(stay, group, reducer, compact)
         for rows, columns in step.dropped:
             stay[rows, columns] = False
         if films:
@@ -275,7 +280,7 @@ class Part:
         return x.index_put((at, self.host[where]), value)
 
 
-def _place(stay: Tensor, group: Group, reducer: Projector, compact: bool) -> list[Part]:
+def place_group(stay: Tensor, group: Group, reducer: Projector, compact: bool) -> list[Part]:
     """Let ``reducer`` choose for a group of images, and mark in ``stay`` (B,L) the columns that its outputs take."""
     evidence = group.evidence
     stay[group.rows, group.columns] = False
