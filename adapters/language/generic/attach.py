@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from tokenreduce.adapters.encoders.hf_attention import listen
 from tokenreduce.adapters.language.batching import attach_batching
 from tokenreduce.adapters.language.drafts import attach_drafts
 from tokenreduce.adapters.language.families import Language
-from tokenreduce.adapters.language.generic.calls import AnsweredImages, AnsweredVideos, enter, guard, leave
+from tokenreduce.adapters.language.generic.calls import enter, guard, leave
 from tokenreduce.adapters.language.generic.discover import mrope, parameters_of, placeholders
 from tokenreduce.adapters.language.generic.entry import Setting
+from tokenreduce.adapters.language.generic.observe import LOOKS, Looks, ObservedImages, ObservedVideos
+from tokenreduce.adapters.language.generic.towers import attention_in
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.projector.choose import check_projector
 from tokenreduce.adapters.language.prompt import WholePrefill
 from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.evidence import resolve
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -53,10 +57,7 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
             f"logits='caller' needs a model with a language head around an inner model, which {type(site).__name__} is "
             f"not; leave logits out: logits then stand at the columns that are left"
         )
-    if not setting.ready:
-        for kind, mixin in (("image", AnsweredImages), ("video", AnsweredVideos)):
-            if hasattr(inner, f"get_{kind}_features"):
-                undo.mix_in(inner, mixin)
+    _attach_looks(found, reducer, undo)
     undo.pre_hook(site, functools.partial(enter, inner=inner, setting=setting))
     undo.hook(site, leave, with_kwargs=True, always=True)
     if found.text is not inner:
@@ -66,6 +67,22 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
         attach_batching(found.generator, found.ids, undo)
         attach_drafts(found.generator, None, undo)
     undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
+
+
+def _attach_looks(found: Language, reducer: Projector, undo: Undo) -> None:
+    """Let the model's features tell what is known of them, and of the tower what ``reducer`` looks at."""
+    inner, vision = found.inner, found.vision
+    assert vision is not None
+    wanted = {resolve(look, vision.depth, vision.feature) for look in reducer.looks()}
+    blocks, copies = {}, {}  # type: ignore[var-annotated]
+    for b in sorted(wanted):
+        attention = attention_in(vision.blocks[0][b])
+        listen(attention, undo, copies)
+        blocks[attention] = b
+    undo.set(inner, LOOKS, Looks(vision, blocks))
+    for kind, mixin in (("image", ObservedImages), ("video", ObservedVideos)):
+        if hasattr(inner, f"get_{kind}_features"):
+            undo.mix_in(inner, mixin)
 
 
 def _name(kind: str, reducer: Reducer) -> str:

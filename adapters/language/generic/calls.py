@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenreduce.adapters.language.batching import is_paged
 from tokenreduce.adapters.language.cache import forget_run, keep_run
@@ -22,7 +22,7 @@ from tokenreduce.adapters.language.generic.state import Entered, entered
 from tokenreduce.adapters.language.given import say_late
 from tokenreduce.adapters.language.prompt import _check_methods, _check_turn
 
-__all__ = ["AnsweredImages", "AnsweredVideos", "enter", "guard", "leave"]
+__all__ = ["enter", "guard", "leave"]
 
 
 def enter(
@@ -117,25 +117,3 @@ def guard(text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, site: Any
         f"{type(text).__name__} was given merged embeddings past {type(site).__name__}, where tokens are reduced, so that "
         f"nothing would be; call {type(site).__name__} with input_ids, or take the patch off (tr.unpatch)"
     )
-
-
-class AnsweredImages(nn.Module):
-    """Mixin of models with ``get_image_features`` that make features themselves."""
-
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        found = _answer("image")
-        return super().get_image_features(*args, **kwargs) if found is None else found  # type: ignore[misc]
-
-
-class AnsweredVideos(nn.Module):
-    """Mixin of models with ``get_video_features`` that make features themselves."""
-
-    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
-        found = _answer("video")
-        return super().get_video_features(*args, **kwargs) if found is None else found  # type: ignore[misc]
-
-
-def _answer(kind: str) -> Any:
-    """What the call under way has made of its pixels already."""
-    call = entered.get()
-    return None if call is None else call.answers.pop(kind, None)

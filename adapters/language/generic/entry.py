@@ -70,12 +70,12 @@ def begin(inner: Any, given: dict[str, Any], setting: Setting) -> tuple[dict[str
     outputs = {f.kind: f.output for f, _, _ in left}
     if not bool(stay.all()):
         outputs = {f.kind: f.cut(mine[here].nonzero().flatten(), x[mine]) for f, here, mine in left}
-    given, answers = _handed(inner, given, outputs, setting)
     if not bool(stay.all()):
         cut = run.cut(-1, Prune.from_mask(stay))
         if setting.compact:
             run.shift = (~stay).long().sum(1, keepdim=True)
-        given = _left(inner, given, cut, run, stay, setting)
+        given = _left(inner, given, cut, stay, setting)  # needs the grids, which go below
+    given, answers = _handed(inner, given, outputs, setting)
     return given, step, answers
 
 
@@ -185,15 +185,13 @@ def positions_of(inner: Any, given: dict[str, Any], columns: Tensor) -> Tensor:
         known = {**given, "inputs_embeds": torch.empty(*tokens.shape, 0, device=tokens.device)}
         known["cache"] = known["past_key_values"] = cache_in(given)
         names = parameters_of(type(inner).compute_3d_position_ids)[1:]
-        made: Tensor | None = count(**{n: known.get(n) for n in names if n in known})
+        made: Tensor | None = count(**{n: known.get(n) for n in names if n != "kwargs"})
         if made is not None:
             return made
     return columns[None]
 
 
-def _left(
-    inner: Any, given: dict[str, Any], cut: Cut, run: Run, stay: Tensor, setting: Setting
-) -> dict[str, Any]:
+def _left(inner: Any, given: dict[str, Any], cut: Cut, stay: Tensor, setting: Setting) -> dict[str, Any]:
     """The arguments of the columns that ``cut`` left."""
     (batch, length), index, valid = stay.shape, cut.index, cut.valid
     out = dict(given)
