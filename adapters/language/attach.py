@@ -17,6 +17,7 @@ from tokenreduce.adapters.encoders.hf_attention import listen
 from tokenreduce.adapters.language.again import Site, check_later
 from tokenreduce.adapters.language.batching import attach_batching
 from tokenreduce.adapters.language.decoders import (
+    attends,
     carries,
     check_deep,
     check_implementation,
@@ -211,7 +212,7 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
         yield AddDeepstack(cut_before=middle)
     if reducer is not None and not middle:
         plain = "plain" in reducer.gathers() and _mrope(found.text.config)
-        yield Choose(reducer, depth, acting.windows[i], final_norm(found.text, reducer), plain)
+        yield Choose(reducer, depth, acting.windows[i], final_norm(found.text, reducer), plain, _seen(found, i))
         if reducer.later() == "revive":
             yield SetAside()
     if i >= acting.behind:
@@ -228,6 +229,14 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
         yield LastOnly()
     if not carries(found.layers[i]):
         yield HandOn()
+
+
+def _seen(found: Language, i: int) -> Any:
+    """The nearest attention at or before layer ``i``, where the layer itself has none."""
+    if attends(found.layers[i]):
+        return None
+    near = [layer for layer in (*found.layers[:i][::-1], *found.layers) if attends(layer)]
+    return near[0].self_attn if near else None
 
 
 def _reads(reducer: Reducer) -> bool:

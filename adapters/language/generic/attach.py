@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tokenreduce.adapters.encoders.hf_attention import listen
+from tokenreduce.adapters.language.attach import attach as attach_inside
 from tokenreduce.adapters.language.batching import attach_batching
 from tokenreduce.adapters.language.drafts import attach_drafts
 from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.generic.calls import enter, guard, leave
-from tokenreduce.adapters.language.generic.discover import mrope, parameters_of, placeholders
+from tokenreduce.adapters.language.generic.discover import parameters_of, placeholders
 from tokenreduce.adapters.language.generic.entry import Setting
-from tokenreduce.adapters.language.generic.observe import LOOKS, Looks, ObservedImages, ObservedVideos
-from tokenreduce.adapters.language.generic.towers import attention_in
+from tokenreduce.adapters.language.generic.observe import attach_looks
+from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.projector.choose import check_projector
 from tokenreduce.adapters.language.prompt import WholePrefill
 from tokenreduce.algorithms.projector import Projector
-from tokenreduce.core.evidence import resolve
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -31,6 +30,9 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     Raises ``ValueError`` for evidence that is not there, positions that cannot be had, methods that act in one place,
     and a model whose forward was replaced.
     """
+    if any(r.stage != "projector" for r in reducers):
+        attach_inside(found, reducers, undo)
+        return
     if len(reducers) > 1:
         raise ValueError(f"{' and '.join(r.spec() for r in reducers)} both act before the language model; choose one")
     _attach_before(found, reducers[0], undo)
@@ -57,7 +59,7 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
             f"logits='caller' needs a model with a language head around an inner model, which {type(site).__name__} is "
             f"not; leave logits out: logits then stand at the columns that are left"
         )
-    _attach_looks(found, reducer, undo)
+    attach_looks(found, reducer.looks(), undo)
     undo.pre_hook(site, functools.partial(enter, inner=inner, setting=setting))
     undo.hook(site, leave, with_kwargs=True, always=True)
     if found.text is not inner:
@@ -69,29 +71,13 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
     undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
 
 
-def _attach_looks(found: Language, reducer: Projector, undo: Undo) -> None:
-    """Let the model's features tell what is known of them, and of the tower what ``reducer`` looks at."""
-    inner, vision = found.inner, found.vision
-    assert vision is not None
-    wanted = {resolve(look, vision.depth, vision.feature) for look in reducer.looks()}
-    blocks, copies = {}, {}  # type: ignore[var-annotated]
-    for b in sorted(wanted):
-        attention = attention_in(vision.blocks[0][b])
-        listen(attention, undo, copies)
-        blocks[attention] = b
-    undo.set(inner, LOOKS, Looks(vision, blocks))
-    for kind, mixin in (("image", ObservedImages), ("video", ObservedVideos)):
-        if hasattr(inner, f"get_{kind}_features"):
-            undo.mix_in(inner, mixin)
-
-
 def _name(kind: str, reducer: Reducer) -> str:
     return f"{kind}[{reducer.spec()}]"
 
 
 def _compact(found: Language, reducer: Projector, takes: bool) -> bool:
     """Whether positions are counted anew; see :class:`Projector`."""
-    many = mrope(found.inner)
+    many = has_axes(found.inner)
     if reducer.positions == "compact" and many:
         raise ValueError(
             f"{reducer.name}: positions='compact' is not possible on {found.family}, whose positions are places in the "

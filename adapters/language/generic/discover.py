@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce.adapters.language.families import Family, Language
+from tokenreduce.adapters.language.families import Language
+from tokenreduce.adapters.language.generic.inside import layers_of, parts_of
 from tokenreduce.adapters.language.generic.towers import vision_in
 
-__all__ = ["KINDS", "discover", "mrope", "parameters_of", "placeholders", "refusal"]
+__all__ = ["KINDS", "discover", "parameters_of", "placeholders", "refusal"]
 
 KINDS = ("image", "video")
 
@@ -31,6 +32,16 @@ def placeholders(config: Any) -> dict[str, int]:
         if token is not None:
             out[kind] = token
     return out
+
+
+def said(config: Any, name: str) -> Any:
+    """What a config says, None where it says nothing or differs from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception as error:
+        if type(error).__module__.startswith("transformers."):
+            return None
+        raise
 
 
 def _sees(module: Any) -> bool:
@@ -53,10 +64,12 @@ def discover(model: nn.Module) -> Language | None:
         raise TypeError(f"{type(generator or inner).__name__} is not supported: {why}")
     text = _text(inner)
     wrapper = _wrapper(model, inner, generator)
-    layers, why_not = _layers(text)
+    layers, why_not = layers_of(inner, text)
+    if wrapper is not None or generator is None:
+        why_not = why_not or "it makes no new tokens, and what reads its hidden states counts columns"
     return Language(
         name, inner, type(inner).__name__, inner if text is None else text, layers, tuple(ids.values()), generator,
-        vision_in(inner, text), limits=_limits(inner, generator, wrapper), parts=Family(), how="discovered",
+        vision_in(inner, text), limits=_limits(inner, generator, wrapper), parts=parts_of(inner, text), how="discovered",
         site=inner if wrapper is None else wrapper, why_not_inside=why_not,
     )  # fmt: skip
 
@@ -99,20 +112,13 @@ def _text(inner: Any) -> Any:
     return None if text is None or text is inner else text
 
 
-def _layers(text: Any) -> tuple[tuple[Any, ...], str]:
-    """Decoder layers, and why methods cannot act in them."""
-    core = getattr(text, "model", text)
-    layers = tuple(getattr(core, "layers", ()))
-    return layers, "its decoder layers were not proven to follow the columns that are left"
-
-
 def refusal(inner: Any, generator: Any) -> str | None:
     """Why a model with image features and placeholders cannot be reduced, None where nothing speaks against it."""
     config = inner.config
     takes = parameters_of(type(inner).forward)
     if getattr(config, "is_encoder_decoder", False) or getattr(config.get_text_config(), "is_encoder_decoder", False):
         return "it is an encoder-decoder: visual tokens are read by cross-attention, not as columns of a prompt"
-    if getattr(config.get_text_config(), "cross_attention_layers", None):
+    if said(config.get_text_config(), "cross_attention_layers"):
         return "its language model reads the image by cross-attention, not as columns of the prompt"
     if "input_ids" not in takes or "attention_mask" not in takes:
         return (
@@ -136,13 +142,6 @@ def _own_generate(kind: Any) -> str | None:
     return None if found is None else found.group()[:-1]
 
 
-def mrope(inner: Any) -> bool:
-    """Whether positions are places in time and image."""
-    rope = getattr(inner.config.get_text_config(), "rope_parameters", None) or {}
-    parts = [rope, *(v for v in rope.values() if isinstance(v, dict))]
-    return hasattr(inner, "compute_3d_position_ids") or any("mrope_section" in p for p in parts)
-
-
 def _limits(inner: Any, generator: Any, wrapper: Any) -> tuple[str, ...]:
     return tuple(_sentences(inner, generator, wrapper))
 
@@ -153,7 +152,7 @@ def _sentences(inner: Any, generator: Any, wrapper: Any) -> Iterator[str]:
         f"{type(wrapper if wrapper is not None else inner).__name__}, before the language model"
     )
     config = inner.config.get_text_config()
-    if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+    if any(said(config, name) for name in ("sliding_window", "attention_chunk_size")):
         yield "windows count the tokens that are left, as for a prompt that was this short"
     if generator is not None:
         yield "the first images of a generation are reduced; images of later turns stay, with a warning"

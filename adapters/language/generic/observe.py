@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.hf_attention import WATCH
-from tokenreduce.adapters.language.families import Vision
+from tokenreduce.adapters.encoders.hf_attention import WATCH, listen
+from tokenreduce.adapters.language.families import Language, Vision
 from tokenreduce.adapters.language.generic.features import FIELDS, lengths_of
 from tokenreduce.adapters.language.generic.grids import Shape, origin_of, shapes
 from tokenreduce.adapters.language.generic.patches import tokens_of_slots
 from tokenreduce.adapters.language.generic.state import entered
-from tokenreduce.adapters.language.projector.seen import Encoded, Entry, _of_patches, put_on
-from tokenreduce.core.evidence import Attention, BaseEvidence, Origin
+from tokenreduce.adapters.language.generic.towers import attention_in
+from tokenreduce.adapters.language.projector.seen import ARRIVING, Encoded, Entry, _of_patches, put_on
+from tokenreduce.core.evidence import Attention, BaseEvidence, Look, Origin, resolve
 from tokenreduce.core.plan import Plan
+from tokenreduce.core.undo import Undo
 
-__all__ = ["LOOKS", "Looks", "ObservedImages", "ObservedVideos"]
+__all__ = ["attach_looks"]
 
 #: Where an inner model has its :class:`Looks`.
 LOOKS = "_tokenreduce_looks"
@@ -51,6 +53,23 @@ class Seen:
     keys: Tensor
     mask: Tensor | None
     scale: float | None
+
+
+def attach_looks(found: Language, looks: tuple[Look, ...], undo: Undo) -> None:
+    """Let the model's features tell what is known of them, and of the tower the blocks that a method ``looks`` at."""
+    inner, vision = found.inner, found.vision
+    assert vision is not None
+    wanted = {resolve(look, vision.depth, vision.feature) for look in looks}
+    blocks: dict[Any, int] = {}
+    copies: dict[int, Any] = {}
+    for b in sorted(wanted):
+        attention = attention_in(vision.blocks[0][b])
+        listen(attention, undo, copies)
+        blocks[attention] = b
+    undo.set(inner, LOOKS, Looks(vision, blocks))
+    for kind, mixin in (("image", ObservedImages), ("video", ObservedVideos)):
+        if hasattr(inner, f"get_{kind}_features"):
+            undo.mix_in(inner, mixin)
 
 
 class ObservedImages(nn.Module):
@@ -91,7 +110,10 @@ def observe(inner: Any, kind: str, stock: Callable[..., Any], args: tuple[Any, .
         given = {**given.pop("kwargs", {}), **given}
         again = lambda: _value(stock(*args, **{**kwargs, "return_dict": True}))  # noqa: E731
         WATCH.set(None)
-        put_on(output, _encoded(inner, looks, given, lengths_of(value), seen, again))
+        found = _encoded(looks, given, lengths_of(value), seen, again)
+        put_on(output, found)
+        if (arriving := ARRIVING.get()) is not None:
+            arriving[kind] = found
     finally:
         _INSIDE.reset(inside)
         WATCH.reset(token)
@@ -152,7 +174,7 @@ class Found(Encoded):
 
 
 def _encoded(
-    inner: Any, looks: Looks, given: dict[str, Any], lengths: list[int], seen: dict[int, list[Seen]],
+    looks: Looks, given: dict[str, Any], lengths: list[int], seen: dict[int, list[Seen]],
     again: Callable[[], Any],
 ) -> Encoded:  # fmt: skip
     """What is known of the images of a call."""

@@ -13,7 +13,7 @@ from tokenreduce.adapters.encoders.hf_attention import implementation
 from tokenreduce.adapters.language.families import Vision
 from tokenreduce.adapters.language.projector.tower import _feature_block
 
-__all__ = ["attention_in", "vision_in"]
+__all__ = ["attention_in", "has_axes", "vision_in"]
 
 
 def vision_in(inner: Any, text: Any) -> Vision | None:
@@ -69,3 +69,10 @@ def _feature(config: Any, depth: int) -> int:
         last = config.vision_feature_layers[-1]
         return int(max(last % (depth + 1) - 1, 0))
     return _feature_block(config, depth)
+
+
+def has_axes(inner: Any) -> bool:
+    """Whether positions are places in time and image."""
+    rope = getattr(inner.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+    return hasattr(inner, "compute_3d_position_ids") or any("mrope_section" in p for p in parts)

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.language.families import TOWER, Language
 from tokenreduce.adapters.language.generation import KEYWORD, Step
+from tokenreduce.adapters.language.generic.observe import attach_looks
+from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.projector.clip_text import joint_space
 from tokenreduce.adapters.language.projector.images import Group, film_places, groups, take_rows, tokenizer_of
 from tokenreduce.adapters.language.projector.marks import marks_of
@@ -59,6 +61,7 @@ def attach_projector(
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
+    assert isinstance(reducer, Projector)
     check_projector(found, reducer, marking)
     source = ""
     if "clip" in reducer.gathers():  # a wrong name shows here, not at the first prompt
@@ -67,9 +70,11 @@ def attach_projector(
         source = str(owner.config.name_or_path)
         tokenizer_of(source)
     compact = _compact(found, reducer, windows)
-    if found.vision is not None:
-        wanted = (*reducer.gathers(), *reducer.wishes())
-        attach_tower_evidence(found, tuple(look for r in (reducer, *marking) for look in r.looks()), wanted, undo)
+    looks = tuple(look for r in (reducer, *marking) for look in r.looks())
+    if found.how == "discovered":
+        attach_looks(found, looks, undo)
+    elif found.vision is not None:
+        attach_tower_evidence(found, looks, (*reducer.gathers(), *reducer.wishes()), undo)
     undo.pre_hook(found.inner, _expect)
     undo.pre_hook(
         found.text,
@@ -114,7 +119,8 @@ def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
         n for n in list_methods(stage=reducer.stage)
         if all(need in given for need in get_class(n, reducer.stage).needs)
     ]  # fmt: skip
-    tower = "vision tower" if found.vision is None else type(found.vision.towers[0]).__name__
+    towers = () if found.vision is None else found.vision.towers
+    tower = type(towers[0]).__name__ if towers else "vision tower"
     hint = "; score='received' ranks by the attention that tokens receive" if hasattr(reducer, "score") else ""
     return (
         f"{reducer.name} needs {', '.join(names.get(m, m) for m in missing)} of the vision tower, which the {tower} of "
@@ -130,7 +136,7 @@ def _compact(found: Language, reducer: Reducer, windows: list[int | None]) -> bo
     wanted = getattr(reducer, "positions", None)
     config: Any = found.text.config
     why = None
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) or has_axes(found.inner):
         why = "M-RoPE, whose positions are places in the image"
     elif any(w is not None for w in windows):
         why = "sliding windows, which count original positions"
