@@ -37,7 +37,7 @@ from tokenreduce.adapters.language.generic.state import step_of
 from tokenreduce.core.plan import take
 from tokenreduce.core.undo import Undo
 
-__all__ = ["attach_labels", "kept_of"]
+__all__ = ["attach_labels", "kept_of", "note_kept"]
 
 _KEPT = "_tokenreduce_kept"
 
@@ -240,6 +240,12 @@ def _note(output: Any, kept: Kept) -> None:
     """What was kept travels on an output object; a tuple has no room for it."""
     if hasattr(output, "__dict__"):
         setattr(output, _KEPT, kept)
+
+
+def note_kept(site: nn.Module, output: Any, run: Run) -> None:
+    """Let :func:`kept_of` know what the call of ``site`` that gave ``output`` left of its prompt."""
+    _LAST.kept[site] = kept = Kept.of(run, run.front)
+    _note(output, kept)
 
 
 def _ignore_dropped(asked: Ask, labels: Tensor | None, shifted: Tensor | None) -> None:

@@ -20,6 +20,7 @@ from tokenreduce.adapters.language.generic.entry import Setting, begin, position
 from tokenreduce.adapters.language.generic.masks import later_mask
 from tokenreduce.adapters.language.generic.state import Entered, entered
 from tokenreduce.adapters.language.given import say_late
+from tokenreduce.adapters.language.labels import note_kept
 from tokenreduce.adapters.language.prompt import _check_methods, _check_turn
 
 __all__ = ["enter", "guard", "leave"]
@@ -85,7 +86,8 @@ def _later(
     run.check_batch(tokens.shape[0])
     if isinstance(mask, Tensor) and mask.dim() == 2:
         _check_turn(mask, past + new, new)
-    out = {**given, "attention_mask": later_mask(mask, run, cut, new, past)}
+    static = any(hasattr(layer, "max_cache_len") for layer in cache.layers)
+    out = {**given, "attention_mask": later_mask(mask, run, cut, new, past, static)}
     if setting.positions:
         ids = positions_of(inner, given, torch.arange(past, past + new, device=tokens.device))
         out["position_ids"] = ids if run.shift is None else ids - run.shift.to(ids.device)
@@ -98,6 +100,8 @@ def leave(site: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any)
     entered.set(None)
     if call is None or call.site is not site or call.step is None:
         return
+    if call.step.prefill and output is not None:
+        note_kept(site, output, call.step.run)
     cache = call.cache
     if cache is None and output is not None and hasattr(output, "items"):
         found = [output[n] for n in ("cache", "past_key_values") if n in output]
