@@ -33,8 +33,8 @@ _KNOWN = frozenset(
         "position_embeddings", "use_cache", "output_attentions", "cache_position", "kwargs",
     )
 )  # fmt: skip
-#: Where a layer keeps what mixes its tokens. Only the first attends; the others read a padding mask (B,L), carry a state
-#: from token to token, and show no evidence.
+#: Where a layer keeps what mixes its tokens. Only the first attends; the others read a padding mask (B,L), carry a
+#: state from token to token, and show no evidence.
 MIXERS = ("self_attn", "linear_attn", "conv")
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 #: Keywords for the attention of the layer that is under way, where the layer does not hand them on.
@@ -108,14 +108,11 @@ def _check_state(layers: Sequence[Any], index: int, reducer: Reducer, acting: Se
     if not (reads and looks) and "middle" not in gathers and not reducer.later():
         return
     good = [i + ("ahead" not in gathers) for i, layer in enumerate(layers) if attends(layer)]
+    never = reducer.later() or "middle" in gathers
+    fits = "no such method fits this language model" if never else f"it can act before {', '.join(map(str, good))}"
     raise ValueError(
-        f"{reducer.spec()} would look at layer {index}, where tokens are mixed by a {type(_mixer(layers[index])).__name__} "
-        f"that shows no attention. Layers before which it can act: {', '.join(map(str, good))}"
-        + (
-            "; methods that choose again in decode or act inside a layer do not fit this language model"
-            if reducer.later() or "middle" in gathers
-            else ""
-        )
+        f"{reducer.spec()} would look at layer {index}, where tokens are mixed by a "
+        f"{type(_mixer(layers[index])).__name__} that shows no attention: {fits}"
     )
 
 

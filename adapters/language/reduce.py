@@ -42,7 +42,9 @@ def reduce_before(
     with nullcontext() if trace is None else trace.clock():
         # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
         with torch.no_grad():
-            plan = reducer.plan(_evidence(x, run, index, depth, attention or layer.self_attn, call, norm, plain, reducer))
+            plan = reducer.plan(
+                _evidence(x, run, index, depth, attention or layer.self_attn, call, norm, plain, reducer)
+            )
             run.decided.add(index)
             if not plan.is_identity:
                 acted, made = plan, run.cut(index, plan)

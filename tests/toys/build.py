@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from toys.settings import SETTINGS
 
 IMAGE, VIDEO, OPEN, CLOSE, AUDIO = 99, 98, 97, 96, 95
@@ -159,7 +160,7 @@ def _construct(kind: Any, numbers: dict[str, Any], fixed: Any = ()) -> Any:
 
 
 def build(name: str) -> Any:
-    """The toy of a folder. Raises where its config does not follow the pattern, or the model is big whatever it says."""
+    """The toy of a folder. Raises where its config does not follow the pattern, or the model is big all the same."""
     kind = outer_class(name)
     torch.manual_seed(0)
     config = _config(name)

@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 import torch
-from toys.build import build
-from toys.inputs import prompt
-from toys.oracles import Stock, generate, mend_stock, relative, short_prompts, stock
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.find import find
+from toys.build import build
+from toys.inputs import prompt
+from toys.oracles import Stock, generate, mend_stock, relative, short_prompts, stock
 
 #: Toys that this release's own classes cannot run, and why.
 STOCK_FAILS = {

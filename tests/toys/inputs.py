@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from toys.build import CLOSE, IMAGE, OPEN, inner_of
 
 #: Text tokens and images of every prompt.
@@ -109,7 +110,10 @@ PIXELS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "granite_docling": _docling,
     "video_llama_3": _merging,
     "muse_glimmer": _flat(None),
-    "deepseek_vl_hybrid": lambda m, n: {"pixel_values": noise(n, 3, 32, 32), "high_res_pixel_values": noise(n, 3, 64, 64)},
+    "deepseek_vl_hybrid": lambda m, n: {
+        "pixel_values": noise(n, 3, 32, 32),
+        "high_res_pixel_values": noise(n, 3, 64, 64),
+    },
     "molmo2": _pooled,
     "perception_lm": lambda m, n: {"pixel_values": noise(n, 1, 3, 32, 32)},
     "gemma4_unified": _placed(432),

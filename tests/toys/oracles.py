@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from toys.build import IMAGE, inner_of
 from toys.inputs import features
 
@@ -139,6 +140,8 @@ def _of_row(ready: Any, ids: torch.Tensor, b: int, columns: torch.Tensor) -> Any
 
     for name, value in list(ready.items()):
         if name in ("hidden_states", "attentions") or value is None:
+            continue
+        if isinstance(value, torch.Tensor) and value.dim() < 2:
             continue
         if not isinstance(value, torch.Tensor) and all(isinstance(v, list | tuple) for v in value):
             out[name] = [form(v) for v in value]  # features of later layers

@@ -10,7 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli import bench, bench_video, demo, describe, generate, methods, report, scene, show, stream, train
+from tokenreduce.cli import (
+    bench,
+    bench_video,
+    demo,
+    describe,
+    generate,
+    methods,
+    models,
+    report,
+    scene,
+    show,
+    stream,
+    train,
+)
 from tokenreduce.cli.shared import Friendly, set_debug
 
 __all__ = ["app", "main"]
@@ -47,6 +60,7 @@ def options(
 #: What stands below the options of every command.
 EXAMPLES = {
     "methods": "tokenreduce methods 'to*' --stage encoder",
+    "models": "tokenreduce models --library transformers",
     "describe": "tokenreduce describe timm:vit_base_patch16_224 --reduce 'tome:r=16'",
     "show": "tokenreduce show timm:vit_base_patch16_224 cat.jpg --reduce 'tome:r=13' -o cat_tokens.png",
     "generate": "tokenreduce generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt 'What is this?' "
@@ -62,7 +76,7 @@ EXAMPLES = {
     "demo": "tokenreduce demo --model timm:vit_base_patch16_224 --port 7860",
 }
 COMMANDS: tuple[tuple[str, Any], ...] = (
-    ("methods", methods.command), ("describe", describe.command), ("show", show.command),
+    ("methods", methods.command), ("models", models.command), ("describe", describe.command), ("show", show.command),
     ("generate", generate.command), ("stream", stream.command), ("report", report.command), ("train", train.command),
     ("scene", scene.command), ("demo", demo.command),
 )  # fmt: skip

@@ -39,7 +39,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
 
 
 def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
-    assert isinstance(reducer, Projector) and found.site is not None
+    assert isinstance(reducer, Projector)
+    assert found.site is not None
     check_projector(found, reducer)
     site, inner = found.site, found.inner
     for module in (site, inner):

@@ -118,6 +118,6 @@ def guard(text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, site: Any
     if cache is not None and int(cache.get_seq_length()):
         return
     raise ValueError(
-        f"{type(text).__name__} was given merged embeddings past {type(site).__name__}, where tokens are reduced, so that "
-        f"nothing would be; call {type(site).__name__} with input_ids, or take the patch off (tr.unpatch)"
+        f"{type(text).__name__} was given merged embeddings past {type(site).__name__}, where tokens are reduced, so "
+        f"that nothing would be; call {type(site).__name__} with input_ids, or take the patch off (tr.unpatch)"
     )

@@ -69,8 +69,8 @@ def discover(model: nn.Module) -> Language | None:
         why_not = why_not or "it makes no new tokens, and what reads its hidden states counts columns"
     return Language(
         name, inner, type(inner).__name__, inner if text is None else text, layers, tuple(ids.values()), generator,
-        vision_in(inner, text), limits=_limits(inner, generator, wrapper), parts=parts_of(inner, text), how="discovered",
-        site=inner if wrapper is None else wrapper, why_not_inside=why_not,
+        vision_in(inner, text), limits=_limits(inner, generator, wrapper), parts=parts_of(inner, text),
+        how="discovered", site=inner if wrapper is None else wrapper, why_not_inside=why_not,
     )  # fmt: skip
 
 

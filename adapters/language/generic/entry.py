@@ -59,9 +59,7 @@ def begin(inner: Any, given: dict[str, Any], setting: Setting) -> tuple[dict[str
         given=ids.shape[1],
     )  # fmt: skip
     encoded = {f.kind: e for f, _ in found if (e := encoded_in(f.output)) is not None and e.entries}
-    step = Step(
-        run, prefill=True, newline=getattr(inner, "image_newline", None), encoded=encoded, ids=ids, kinds=kinds
-    )
+    step = Step(run, prefill=True, newline=getattr(inner, "image_newline", None), encoded=encoded, ids=ids, kinds=kinds)
     x = _entry(inner, ids, found, "text" in setting.reducer.gathers())
     stay, made = _choose(inner, step, x, setting)
     for part in made:
@@ -79,9 +77,7 @@ def begin(inner: Any, given: dict[str, Any], setting: Setting) -> tuple[dict[str
     return given, step, answers
 
 
-def _features(
-    inner: Any, given: dict[str, Any], tokens: dict[str, int], ids: Tensor
-) -> list[tuple[Features, Tensor]]:
+def _features(inner: Any, given: dict[str, Any], tokens: dict[str, int], ids: Tensor) -> list[tuple[Features, Tensor]]:
     """The features of every kind that a call brings, made where only pixels are given, and (B,L) their columns."""
     ready = given.get("mm_encoder_outputs") or {}
     made = {kind: ready[kind] if ready.get(kind) is not None else _make(inner, kind, given) for kind in KINDS}

@@ -81,7 +81,11 @@ def _rows(value: Any) -> int | None:
     """Rows of a tensor (...,C) or of a list of such tensors, None for anything else."""
     if isinstance(value, Tensor):
         return value.numel() // value.shape[-1] if value.dim() > 1 and value.shape[-1] else None
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(v, Tensor) and v.dim() > 1 for v in value):
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or not all(isinstance(v, Tensor) and v.dim() > 1 for v in value)
+    ):
         return None
     return sum(v.numel() // max(v.shape[-1], 1) for v in value)
 

@@ -27,7 +27,12 @@ def shapes(given: dict[str, Any], lengths: list[int]) -> tuple[list[int], list[S
     for value in given.values():
         if isinstance(value, list) and value and all(isinstance(v, list | tuple) and len(v) in (2, 3) for v in value):
             value = torch.tensor(value)
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() != 2 or value.shape[1] not in (2, 3):
+        if (
+            not isinstance(value, Tensor)
+            or value.is_floating_point()
+            or value.dim() != 2
+            or value.shape[1] not in (2, 3)
+        ):
             continue
         sizes = [(1, *s) if len(s) == 2 else tuple(s) for s in value.tolist()]
         if (found := _by_sizes(sizes, lengths)) is not None:

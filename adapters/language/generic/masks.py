@@ -27,8 +27,8 @@ def prompt_mask(mask: Any, cut: Cut, batch: int, length: int) -> Any:
 
 
 def later_mask(mask: Any, run: Run, cut: Cut, new: int, past: int, static: bool = False) -> Any:
-    """The same of a call that brings ``new`` tokens behind ``past`` columns, dropped ones included; ``static`` says that
-    the cache shows all its slots, filled or not."""
+    """The same of a call that brings ``new`` tokens behind ``past`` columns, dropped ones included; ``static`` says
+    that the cache shows all its slots, filled or not."""
     if isinstance(mask, dict):
         return {name: None if m is None else later_mask(m, run, cut, new, past, static) for name, m in mask.items()}
     batch, k = cut.index.shape

@@ -108,7 +108,7 @@ def observe(inner: Any, kind: str, stock: Callable[..., Any], args: tuple[Any, .
             return output
         given = inspect.signature(stock).bind(*args, **kwargs).arguments
         given = {**given.pop("kwargs", {}), **given}
-        again = lambda: _value(stock(*args, **{**kwargs, "return_dict": True}))  # noqa: E731
+        again = lambda: _value(stock(*args, **{**kwargs, "return_dict": True}))
         WATCH.set(None)
         found = _encoded(looks, given, lengths_of(value), seen, again)
         put_on(output, found)
@@ -214,9 +214,7 @@ def _tokens(
     return looks.known[key]
 
 
-def _entries(
-    own: list[int], known: list[Shape | None], tokens: Tensor | None, device: Any
-) -> list[Entry]:
+def _entries(own: list[int], known: list[Shape | None], tokens: Tensor | None, device: Any) -> list[Entry]:
     """The images one by one, each of one view per frame; tokens that no patch is in stand for none."""
     out, first, start = [], 0, 0
     for n, shape in zip(own, known, strict=True):

@@ -24,7 +24,9 @@ def vision_in(inner: Any, text: Any) -> Vision | None:
     if found is None:
         return Vision((), ((),), None, "discovered", False, 0, films, given=("text",))
     blocks = tuple(found.children())
-    packed = any("flash" in implementation(attention_in(b)) or "flex" in implementation(attention_in(b)) for b in blocks)
+    packed = any(
+        "flash" in implementation(attention_in(b)) or "flex" in implementation(attention_in(b)) for b in blocks
+    )
     given = ("text",) if packed else ("tower", "text")
     return Vision((), (blocks,), None, "discovered", False, _feature(inner.config, len(blocks)), films, given=given)
 
