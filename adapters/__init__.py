@@ -67,6 +67,8 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
 
     Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked, and for one without layers.
     """
+    if language is not None and language.how == "discovered":
+        return []  # who reads its tokens is not known
     found: list[tuple[ModuleType, Tower]] = []
     for adapter in _adapters():
         for tower in adapter.towers(model):
@@ -125,7 +127,8 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
             )
     _check_frames(model, reducers, towers, language)
     if language is not None:
-        importlib.import_module("tokenreduce.adapters.language.attach").attach(language, reducers, undo, towers)
+        where = "attach" if language.how == "table" else "generic.attach"
+        importlib.import_module(f"tokenreduce.adapters.language.{where}").attach(language, reducers, undo, towers)
         return
     if undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
@@ -181,7 +184,7 @@ def _language(model: nn.Module) -> Any:
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:
     if language is None:
         return ("encoder",)
-    stages = ("language", "projector") if language.owner is not None else ("language", "projector", "cache")
+    stages: tuple[str, ...] = language.stages
     return (*stages, "encoder") if towers else stages
 
 
@@ -242,10 +245,16 @@ class Description:
             lines += [
                 f"  projector {where}: visual tokens of every image at the entry of the language model; "
                 f"evidence: {', '.join(('features', *self.language.projector))}",
-                f"  language {where}: {self.language.family}, {len(self.language.layers)} layers; "
-                f"evidence: {', '.join(self.language.evidence)}",
-                f"  cache    {where}: keys and values of every layer, thinned behind the prompt or in decode",
             ]
+            if "language" in self.language.stages:
+                lines.append(
+                    f"  language {where}: {self.language.family}, {len(self.language.layers)} layers; "
+                    f"evidence: {', '.join(self.language.evidence)}"
+                )
+            if "cache" in self.language.stages:
+                lines.append(
+                    f"  cache    {where}: keys and values of every layer, thinned behind the prompt or in decode"
+                )
             lines += [f"  note     {where}: {limit}" for limit in self.language.limits]
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")

@@ -13,6 +13,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokenreduce.adapters.encoders.joint import Windows
 from tokenreduce.core.undo import Undo
 
-__all__ = ["CALL", "NAME", "Call", "Seen", "attend", "implementation", "is_causal", "listen", "softcap_of"]
+__all__ = ["CALL", "NAME", "WATCH", "Call", "Seen", "attend", "implementation", "is_causal", "listen", "softcap_of"]
 
 #: Our name among the attention implementations.
 NAME = "tokenreduce"
 #: Keyword under which attention modules that pass their kwargs on can carry a :class:`Call`.
 CALL = "tokenreduce_call"
 _STOCK = "_tokenreduce_stock"
+#: Who is shown module, queries, keys and mask of every call, where modules hand nothing on to their attention.
+WATCH: ContextVar[Callable[[Any, Tensor, Tensor, Any], None] | None] = ContextVar("tokenreduce_watch", default=None)
 
 
 class Seen(Exception):  # noqa: N818 - not an error
@@ -108,6 +111,8 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function: (B,H,N,d) each to (B,N,H,d) and whatever weights the stock implementation returns."""
+    if (watch := WATCH.get()) is not None:
+        watch(module, query, key, attention_mask)
     stock: _Stock = module.__dict__[_STOCK]
     name = stock.config._attn_implementation
     call = attention_mask if isinstance(attention_mask, Call) else kwargs.pop(CALL, None)

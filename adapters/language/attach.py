@@ -17,6 +17,7 @@ from tokenreduce.adapters.encoders.hf_attention import listen
 from tokenreduce.adapters.language.again import Site, check_later
 from tokenreduce.adapters.language.batching import attach_batching
 from tokenreduce.adapters.language.decoders import (
+    attends,
     carries,
     check_deep,
     check_implementation,
@@ -33,7 +34,7 @@ from tokenreduce.adapters.language.evicting import (
     keep_positions,
     say_unknown,
 )
-from tokenreduce.adapters.language.families import FAMILIES, Language
+from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.middle import is_middle
@@ -158,7 +159,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     if acting.entry is not None:
         attach_projector(found, acting.entry, list(acting.windows), undo, acting.frames, acting.marking)
     attach_given(found, arrived, undo)
-    if FAMILIES[found.family].deep:
+    if found.parts.deep:
         check_deep(found, acting.depth)
         attach_deepstack(found.text, acting.first, undo)
     if any("rotary" in r.gathers() for r in acting.evict if r is not None):
@@ -170,7 +171,7 @@ def _attach_start(found: Language, acting: Acting, arrived: Arrived, methods: st
     """Where a generation begins: on the inner model, on the language model alone, and in ``generate``."""
     begin = functools.partial(
         start, ids=found.ids, slides=None not in acting.windows, arrived=arrived, methods=methods,
-        again=tuple(i for i, r in enumerate(acting.again) if r is not None), types=FAMILIES[found.family].types,
+        again=tuple(i for i, r in enumerate(acting.again) if r is not None), types=found.parts.types,
         front=acting.first == acting.depth and not any(acting.windows),
     )  # fmt: skip
     if found.owner is not None:
@@ -231,11 +232,11 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     middle = is_middle(reducer, i)
     if middle:
         yield TakeInside()
-    if FAMILIES[found.family].deep:
+    if found.parts.deep:
         yield AddDeepstack(cut_before=middle)
     if reducer is not None and not middle:
         plain = "plain" in reducer.gathers() and _mrope(found.text.config)
-        yield Choose(reducer, depth, acting.windows[i], final_norm(found.text, reducer), plain)
+        yield Choose(reducer, depth, acting.windows[i], final_norm(found.text, reducer), plain, _seen(found, i))
         if reducer.later() == "revive":
             yield SetAside()
     if i >= acting.behind:
@@ -256,6 +257,14 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
         yield LastOnly()
     if not carries(found.layers[i]):
         yield HandOn()
+
+
+def _seen(found: Language, i: int) -> Any:
+    """The nearest attention at or before layer ``i``, where the layer itself has none."""
+    if attends(found.layers[i]):
+        return None
+    near = [layer for layer in (*found.layers[:i][::-1], *found.layers) if attends(layer)]
+    return near[0].self_attn if near else None
 
 
 def _reads(reducer: Reducer) -> bool:

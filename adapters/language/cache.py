@@ -37,7 +37,15 @@ def forget_run(cache: Any) -> None:
 def seen(cache: Any, layer_idx: int = 0) -> Any:
     """``cache.get_seq_length``: columns that were given, dropped ones included."""
     slots, run = type(cache).get_seq_length(cache, layer_idx), run_of(cache)
-    return slots if run is None or not int(slots) else run.columns(slots, layer_idx)
+    return slots if run is None or not int(slots) else run.columns(slots, _counting(cache, layer_idx))
+
+
+def _counting(cache: Any, layer: int) -> int:
+    """The layer whose length the cache tells when asked for that of ``layer``: the first one with a length, where that
+    keeps a state instead of keys."""
+    if hasattr(cache.layers[layer], "get_seq_length"):
+        return layer
+    return next(i for i, one in enumerate(cache.layers) if hasattr(one, "get_seq_length"))
 
 
 def mask_sizes(cache: Any, query_length: int, layer_idx: int) -> tuple[int, int]:

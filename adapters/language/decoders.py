@@ -22,8 +22,8 @@ from tokenreduce.adapters.language.generation import KEYWORD
 from tokenreduce.core.reducer import Reducer
 
 __all__ = [
-    "carries", "check_deep", "check_implementation", "check_layers", "final_norm", "hand_over", "ids_left",
-    "needs_ids", "take_up", "window_of",
+    "MIXERS", "attends", "carries", "check_deep", "check_implementation", "check_layers", "final_norm", "hand_over",
+    "ids_left", "needs_ids", "strange_to", "take_up", "window_of",
 ]  # fmt: skip
 
 #: What may be given to a layer and to its attention: it follows the columns, or has none.
@@ -33,6 +33,9 @@ _KNOWN = frozenset(
         "position_embeddings", "use_cache", "output_attentions", "cache_position", "kwargs",
     )
 )  # fmt: skip
+#: Where a layer keeps what mixes its tokens. Only the first attends; the others read a padding mask (B,L), carry a
+#: state from token to token, and show no evidence.
+MIXERS = ("self_attn", "linear_attn", "conv")
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 #: Keywords for the attention of the layer that is under way, where the layer does not hand them on.
 _HANDED: ContextVar[dict[str, Any] | None] = ContextVar("tokenreduce_handed", default=None)
@@ -49,6 +52,15 @@ def _parameters(part: Any) -> dict[str, inspect.Parameter]:
     return _signature(kind)
 
 
+def attends(layer: Any) -> bool:
+    """Whether tokens attend to each other in a layer."""
+    return hasattr(layer, "self_attn")
+
+
+def _mixer(layer: Any) -> Any:
+    return next(m for name in MIXERS if (m := getattr(layer, name, None)) is not None)
+
+
 # -- checks at patch -------------------------------------------------------------------------------------------------
 def check_layers(
     layers: Sequence[Any], first: int, acting: Sequence[Reducer | None], again: Sequence[Reducer | None]
@@ -62,23 +74,46 @@ def check_layers(
         nearest = [again[i], acting[i], acting[i + 1] if i + 1 < len(layers) else None]
         for reducer in (r for r in nearest if r is not None):
             _check_given(layer, i)
+            if not attends(layer):
+                _check_state(layers, i, reducer, acting)
+                continue
             _check_read(layer, i, reducer)
 
 
 def _check_given(layer: Any, index: int) -> None:
-    given, inside = _parameters(layer), _parameters(layer.self_attn)
-    more = [name for p in (given, inside) for name in p if name not in _KNOWN]
-    what = None
-    if "position_embeddings" not in given:
-        what = "is not given rotary tables: it knows positions in a way of its own (learned, ALiBi, convolutions)"
-    elif more:
-        what = f"is given {', '.join(dict.fromkeys(more))}, which would not follow the tokens that are left"
-    if what is not None:
+    if (what := strange_to(layer)) is not None:
         raise ValueError(
             f"layer {index} of the language model, a {type(layer).__name__}, {what}. Tokens can be dropped before "
             f"layers of hidden states, masks, position ids and rotary tables (Llama, Mistral, Qwen, Gemma, Phi, GLM); "
             f"no method of this library fits this language model: give it smaller images instead"
         )
+
+
+def strange_to(layer: Any) -> str | None:
+    """What a layer needs that would not follow the columns, None where all it needs does."""
+    given, inside = _parameters(layer), _parameters(_mixer(layer))
+    more = [name for p in (given, inside) for name in p if name not in _KNOWN and not name.endswith("token_type_ids")]
+    if "position_embeddings" not in given:
+        return "is not given rotary tables: it knows positions in a way of its own (learned, ALiBi, convolutions)"
+    if more:
+        return f"is given {', '.join(dict.fromkeys(more))}, which would not follow the tokens that are left"
+    return None
+
+
+def _check_state(layers: Sequence[Any], index: int, reducer: Reducer, acting: Sequence[Reducer | None]) -> None:
+    """Raise ``ValueError`` for methods that look at a layer which does not attend, or choose in every step."""
+    gathers = reducer.gathers()
+    reads = any(g in gathers for g in ("keys", "queries", "values", "attention"))
+    looks = acting[index] is reducer if "ahead" in gathers else acting[index] is not reducer
+    if not (reads and looks) and "middle" not in gathers and not reducer.later():
+        return
+    good = [i + ("ahead" not in gathers) for i, layer in enumerate(layers) if attends(layer)]
+    never = reducer.later() or "middle" in gathers
+    fits = "no such method fits this language model" if never else f"it can act before {', '.join(map(str, good))}"
+    raise ValueError(
+        f"{reducer.spec()} would look at layer {index}, where tokens are mixed by a "
+        f"{type(_mixer(layers[index])).__name__} that shows no attention: {fits}"
+    )
 
 
 def _check_read(layer: Any, index: int, reducer: Reducer) -> None:
@@ -110,16 +145,20 @@ def window_of(config: Any, layer: int) -> int | None:
             kind = "chunked_attention"
     else:
         kind = types[layer]
+    if kind in ("linear_attention", "conv"):
+        return None
     if kind not in ("full_attention", "sliding_attention"):
         raise ValueError(
-            f"layer {layer} of the language model has {kind}; language-stage methods support full_attention and "
-            f"sliding_attention"
+            f"layer {layer} of the language model has {kind}; language-stage methods support full_attention, "
+            f"sliding_attention, linear_attention and conv"
         )
     return window if kind == "sliding_attention" else None
 
 
 def check_implementation(layer: Any, index: int, window: int | None) -> str:
     """Name of the layer's attention implementation. Raises ``ValueError`` for one that dropping tokens would change."""
+    if not attends(layer):
+        return ""
     name = implementation(layer.self_attn)
     if "flex" in name:
         raise ValueError(
@@ -166,7 +205,7 @@ def final_norm(text: nn.Module, reducer: Reducer | None) -> nn.Module | None:
 # -- position ids ----------------------------------------------------------------------------------------------------
 def needs_ids(layer: Any) -> bool:
     """Whether the attention of a layer cannot do without position ids (Ministral 3 scales queries by them)."""
-    ids = _parameters(layer.self_attn).get("position_ids")
+    ids = _parameters(_mixer(layer)).get("position_ids")
     return ids is not None and ids.default is inspect.Parameter.empty
 
 

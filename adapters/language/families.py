@@ -36,6 +36,8 @@ class Vision:
     films: bool = False
     #: Pooling heads of the towers, with a query of their own.
     heads: tuple[nn.Module, ...] = ()
+    #: Evidence that there is, where a family was discovered; None where the parts say it.
+    given: tuple[str, ...] | None = None
 
     @property
     def depth(self) -> int:
@@ -43,6 +45,8 @@ class Vision:
 
     @property
     def evidence(self) -> tuple[str, ...]:
+        if self.given is not None:
+            return self.given
         given = ["tower", "text"]
         given += ["cls"] if self.cls else []
         given += ["clip"] if self.cls and self.projector is not None else []
@@ -101,6 +105,19 @@ class Language:
     limits: tuple[str, ...] = ()
     #: Whether methods can act in it at all.
     served: bool = True
+    parts: Family = Family()
+    #: "table" for a row of :data:`FAMILIES`, "discovered" for what was found by structure.
+    how: str = "table"
+    #: Discovered: the module at whose call columns go, and why methods inside the language model cannot act.
+    site: nn.Module | None = None
+    why_not_inside: str = ""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Where methods can act in the language model and before it."""
+        if self.how == "discovered":
+            return ("projector",) if self.why_not_inside else ("language", "projector")
+        return ("language", "projector") if self.owner is not None else ("language", "projector", "cache")
 
     @property
     def evidence(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tokenreduce.adapters.language.families import FAMILIES, Language
+from tokenreduce.adapters.language.generic.discover import discover
 from tokenreduce.adapters.language.projector.tower import vision_of
 from tokenreduce.adapters.language.retrieval import is_served, limits, owner_of
 
@@ -17,7 +18,7 @@ def find(model: nn.Module) -> Language | None:
     """The image/video language model inside ``model``, or None.
 
     Raises ``TypeError`` for one whose language model is built from parts that are not decoder layers with a
-    ``self_attn``, as all families have by default.
+    ``self_attn``, as all families have by default, and for one outside the table that cannot be served.
     """
     for name, module in model.named_modules():
         family = FAMILIES.get(type(module).__name__)
@@ -36,6 +37,6 @@ def find(model: nn.Module) -> Language | None:
             owner = owner_of(model, module)
             return Language(
                 name, module, type(module).__name__, text, layers, ids, next(owners, None), vision_of(module), owner,
-                limits(owner), is_served(owner),
+                limits(owner), is_served(owner), family,
             )  # fmt: skip
-    return None
+    return discover(model)

@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.language.batching import is_paged
 from tokenreduce.adapters.language.generation import KEYWORD, Run, cache_in, run_of
+from tokenreduce.adapters.language.generic.state import step_of
 from tokenreduce.core.plan import take
 from tokenreduce.core.undo import Undo
 
-__all__ = ["attach_labels", "kept_of"]
+__all__ = ["attach_labels", "kept_of", "note_kept"]
 
 _KEPT = "_tokenreduce_kept"
 
@@ -167,7 +168,7 @@ def _own(generator: Any, labels: Tensor) -> Tensor:
 
 def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, always: bool) -> Any:
     """Hook on the inner model: note what is left, and put it at the caller's columns where that is wanted."""
-    step, mine = kwargs.get(KEYWORD), _ASK.get()
+    step, mine = kwargs.get(KEYWORD) or step_of(inner), _ASK.get()
     _LOSS.set(None)
     hidden: Tensor = output[0]
     if step is None:
@@ -239,6 +240,12 @@ def _note(output: Any, kept: Kept) -> None:
     """What was kept travels on an output object; a tuple has no room for it."""
     if hasattr(output, "__dict__"):
         setattr(output, _KEPT, kept)
+
+
+def note_kept(site: nn.Module, output: Any, run: Run) -> None:
+    """Let :func:`kept_of` know what the call of ``site`` that gave ``output`` left of its prompt."""
+    _LAST.kept[site] = kept = Kept.of(run, run.front)
+    _note(output, kept)
 
 
 def _ignore_dropped(asked: Ask, labels: Tensor | None, shifted: Tensor | None) -> None:

@@ -30,6 +30,7 @@ def reduce_before(
     call: Call | None,
     norm: nn.Module | None,
     plain: bool,
+    attention: nn.Module | None = None,
 ) -> Tensor:
     """``x`` (B,N,C) with the tokens that ``reducer`` keeps before layer ``index``; decided once per run."""
     if index in run.decided:
@@ -41,7 +42,9 @@ def reduce_before(
     with nullcontext() if trace is None else trace.clock():
         # A plan is a choice; and a layer that is checkpointed must save the same tensors each time.
         with torch.no_grad():
-            plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, plain, reducer))
+            plan = reducer.plan(
+                _evidence(x, run, index, depth, attention or layer.self_attn, call, norm, plain, reducer)
+            )
             run.decided.add(index)
             if not plan.is_identity:
                 acted, made = plan, run.cut(index, plan)
@@ -57,7 +60,7 @@ def _evidence(
     run: Run,
     index: int,
     depth: int,
-    layer: Any,
+    attention: Any,
     call: Call | None,
     norm: nn.Module | None,
     plain: bool,
@@ -69,7 +72,7 @@ def _evidence(
         history = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)
     return LanguageEvidence(
         x,
-        _attention(x, layer.self_attn, call, valid, plain),
+        _attention(x, attention, call, valid, plain),
         frame_of=run.films_at(index) if "films" in asked else None,
         scores=run.marks_at(index, reducer) if needs_marks(reducer) else None,
         history=history,

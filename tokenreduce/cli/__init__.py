@@ -48,8 +48,6 @@ def options(
 
 def main() -> None:
     """Entry point of the ``tokenreduce`` script and of ``python -m tokenreduce``."""
-    if sys.argv[1:2] in (["bench"], ["demo"]) and not {"-h", "--help"} & set(
-        sys.argv
-    ):  # clocks are for an allocator that keeps
-        pin()
+    if sys.argv[1:2] in (["bench"], ["demo"]) and not {"-h", "--help"} & set(sys.argv):
+        pin()  # they have clocks
     sys.exit(app(prog_name="tokenreduce"))

@@ -35,6 +35,7 @@ class Entry:
 #: In the order of the help page.
 COMMANDS = (
     Entry("methods", "'to*' --stage encoder"),
+    Entry("models", "--library transformers"),
     Entry("describe", "timm:vit_base_patch16_224 --reduce 'tome:r=16'"),
     Entry("show", "timm:vit_base_patch16_224 cat.jpg --reduce 'tome:r=13' -o cat_tokens.png"),
     Entry(

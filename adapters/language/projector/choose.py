@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.language.families import TOWER, Language
 from tokenreduce.adapters.language.generation import KEYWORD, Step
+from tokenreduce.adapters.language.generic.observe import attach_looks
+from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.projector.clip_text import joint_space
 from tokenreduce.adapters.language.projector.images import Group, film_places, groups, take_rows, tokenizer_of
 from tokenreduce.adapters.language.projector.marks import marks_of
@@ -43,7 +45,7 @@ from tokenreduce.core.trace import Step as TraceStep
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
 
-__all__ = ["attach_projector"]
+__all__ = ["Part", "attach_projector", "check_projector", "place_group"]
 
 
 def attach_projector(
@@ -60,16 +62,7 @@ def attach_projector(
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
     assert isinstance(reducer, Projector)
-    for one in (reducer, *marking):
-        asked = [need for need in one.gathers() if one is reducer or need in TOWER]
-        missing = [need for need in asked if need not in found.projector]
-        if missing:
-            raise ValueError(_cannot(found, one, missing))
-    if reducer.newlines == "rank" and reducer.gathers():
-        raise ValueError(
-            f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
-            f"to take {', '.join(reducer.gathers())} from. Use 'keep' or 'drop'"
-        )
+    check_projector(found, reducer, marking)
     source = ""
     if "clip" in reducer.gathers():  # a wrong name shows here, not at the first prompt
         joint_space(reducer.clip)  # type: ignore[attr-defined]
@@ -77,9 +70,11 @@ def attach_projector(
         source = str(owner.config.name_or_path)
         tokenizer_of(source)
     compact = _compact(found, reducer, windows)
-    if found.vision is not None:
-        wanted = (*reducer.gathers(), *reducer.wishes())
-        attach_tower_evidence(found, tuple(look for r in (reducer, *marking) for look in r.looks()), wanted, undo)
+    looks = tuple(look for r in (reducer, *marking) for look in r.looks())
+    if found.how == "discovered":
+        attach_looks(found, looks, undo)
+    elif found.vision is not None:
+        attach_tower_evidence(found, looks, (*reducer.gathers(), *reducer.wishes()), undo)
     undo.pre_hook(found.inner, _expect)
     undo.pre_hook(
         found.text,
@@ -97,6 +92,21 @@ def attach_projector(
         undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
 
 
+def check_projector(found: Language, reducer: Reducer, marking: tuple[Reducer, ...] = ()) -> None:
+    """Raise ``ValueError`` for evidence that is not there."""
+    assert isinstance(reducer, Projector)
+    for one in (reducer, *marking):
+        asked = [need for need in one.gathers() if one is reducer or need in TOWER]
+        missing = [need for need in asked if need not in found.projector]
+        if missing:
+            raise ValueError(_cannot(found, one, missing))
+    if reducer.newlines == "rank" and reducer.gathers():
+        raise ValueError(
+            f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
+            f"to take {', '.join(reducer.gathers())} from. Use 'keep' or 'drop'"
+        )
+
+
 def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
     from tokenreduce.core.registry import get_class, list_methods
 
@@ -109,7 +119,8 @@ def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:
         n for n in list_methods(stage=reducer.stage)
         if all(need in given for need in get_class(n, reducer.stage).needs)
     ]  # fmt: skip
-    tower = "vision tower" if found.vision is None else type(found.vision.towers[0]).__name__
+    towers = () if found.vision is None else found.vision.towers
+    tower = type(towers[0]).__name__ if towers else "vision tower"
     hint = "; score='received' ranks by the attention that tokens receive" if hasattr(reducer, "score") else ""
     return (
         f"{reducer.name} needs {', '.join(names.get(m, m) for m in missing)} of the vision tower, which the {tower} of "
@@ -125,7 +136,7 @@ def _compact(found: Language, reducer: Reducer, windows: list[int | None]) -> bo
     wanted = getattr(reducer, "positions", None)
     config: Any = found.text.config
     why = None
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) or has_axes(found.inner):
         why = "M-RoPE, whose positions are places in the image"
     elif any(w is not None for w in windows):
         why = "sliding windows, which count original positions"
@@ -173,7 +184,7 @@ def choose(
             run.marks = {r: marks_of(step, x, r) for r in marking}
         stay, made = torch.ones_like(run.visual), []
         for group in found:
-            made += _place(stay, group, reducer, compact)
+            made += place_group(stay, group, reducer, compact)
         for rows, columns in step.dropped:
             stay[rows, columns] = False
         if films:
@@ -275,7 +286,7 @@ class Part:
         return x.index_put((at, self.host[where]), value)
 
 
-def _place(stay: Tensor, group: Group, reducer: Projector, compact: bool) -> list[Part]:
+def place_group(stay: Tensor, group: Group, reducer: Projector, compact: bool) -> list[Part]:
     """Let ``reducer`` choose for a group of images, and mark in ``stay`` (B,L) the columns that its outputs take."""
     evidence = group.evidence
     stay[group.rows, group.columns] = False

@@ -27,6 +27,8 @@ class Choose(LayerStep):
     window: int | None = None
     norm: nn.Module | None = None
     plain: bool = False
+    #: The attention that is looked at, where this layer has none.
+    seen: nn.Module | None = None
 
     @property
     def ahead(self) -> bool:
@@ -51,7 +53,7 @@ class Choose(LayerStep):
                 seen = run.calls.pop(index - 1, None)  # type: ignore[assignment]
         call.whole = call.x
         call.x = reduce_before(
-            call.x, run, index, self.depth, self.reducer, call.layer, seen, self.norm, self.plain
+            call.x, run, index, self.depth, self.reducer, call.layer, seen, self.norm, self.plain, self.seen
         )  # fmt: skip
 
     def __str__(self) -> str:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenreduce.adapters.encoders.hf_attention import is_causal
-from tokenreduce.adapters.language.decoders import check_implementation, ids_left
+from tokenreduce.adapters.language.decoders import attends, check_implementation, ids_left
 from tokenreduce.adapters.language.generation import Cut, Step, gather_mask, rows_of
 from tokenreduce.adapters.language.later import later_mask
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 
 __all__ = ["GatherColumns"]
+
+#: What is taken to the columns one by one, and not as routing ids are.
+_FOLLOWS = ("attention_mask", "position_ids", "hidden_states")
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,31 @@ class GatherColumns(LayerStep):
         cut = call.run.cut_at(call.index)
         if cut is None or (not call.step.prefill and call.index in call.run.held):
             return
-        if call.step.prefill:
+        if not attends(call.layer):
+            if call.step.prefill:
+                self._state(call, cut)
+        elif call.step.prefill:
             self._prompt(call, cut, check_implementation(call.layer, call.index, self.window))
         elif call.attention is None:  # else a step that chooses in decode has made the mask
             call.run.check_batch(call.x.shape[0])
             name = check_implementation(call.layer, call.index, self.window)
             call.mask = later_mask(call.mask, call.x, call.step, call.index, call.cache, self.window, name)
 
+    def _state(self, call: LayerCall, cut: Cut) -> None:
+        """A layer with a state reads a mask (B,N) of padding, which leaves no trace in front of a row's first token; in
+        decode it needs nothing."""
+        _follow(call, cut)
+        mask, there = call.mask, cut.valid
+        if mask is not None:
+            mask = mask.expand(len(cut.here), -1).gather(1, cut.here)
+            there = None if there is None else there[:, cut.front :].to(mask.dtype)
+            call.mask = mask if there is None else mask * there
+        elif there is not None:
+            call.mask = there[:, cut.front :].long()
+
     def _prompt(self, call: LayerCall, cut: Cut, implementation: str) -> None:
         run, n = call.run, call.x.shape[1]
-        call.tables = _tables(call.step, cut, call.tables)
-        call.kwargs["position_ids"] = ids_left(call.layer, call.kwargs.get("position_ids"), cut.here)
+        _follow(call, cut)
         slots = n if call.cache is None else call.cache.layers[call.index].get_mask_sizes(n)[0]
         if "flash" in implementation:
             call.mask = run.flash_mask(call.index, run.front + n, slots)
@@ -45,6 +62,17 @@ class GatherColumns(LayerStep):
         if key not in made:
             made[key] = gather_mask(call.mask, cut.index, cut.valid, slots, causal, run.front)
         call.mask = made[key]
+
+
+def _follow(call: LayerCall, cut: Cut) -> None:
+    """Rotary tables and position ids of the columns that are left, and whatever else the caller said of each column."""
+    if call.kwargs.get("position_embeddings") is not None:  # some layers know no positions
+        call.tables = _tables(call.step, cut, call.tables)
+    call.kwargs["position_ids"] = ids_left(call.layer, call.kwargs.get("position_ids"), cut.here)
+    whole = (len(cut.index), call.run.length - cut.front)
+    for name, value in call.kwargs.items():
+        if isinstance(value, Tensor) and value.shape == whole and name not in _FOLLOWS:
+            call.kwargs[name] = value.gather(1, cut.here.to(value.device))
 
 
 def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,0 +1,77 @@
+"""Every image/video language model of the installed transformers that has a toy: reduced before and inside its language
+model, it answers as the stock model does to a prompt that is as short."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys.build import TABLE, families, inner_of
+from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, forward, inside, layers_to_act, plain, toy
+from toys.oracles import generate
+
+import tokenreduce as tr
+from tokenreduce.adapters.language.generic.towers import has_axes
+
+#: Families of every kind of mask, positions and layers, which the fast tests run.
+FAST = (
+    "qwen3_5", "glm4v", "mistral3", "gemma4", "lfm2_vl", "aya_vision", "molmo2", "ernie4_5_vl_moe", "exaone4_5",
+    "kimi_k25", "hunyuan_vl", "llama4", "qwen3_vl_moe",
+)  # fmt: skip
+EVERY = [n for n in families() if n not in (*TABLE, *REFUSED, *FORWARD, *STOCK_FAILS)]
+NAMES = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EVERY]
+SPEC = "random@projector:keep=0.4"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keep_all_and_unpatch_are_bit_identical(name):
+    here = toy(name)
+    model, inputs = here.model, here.inputs
+    with tr.patched(model, "divprune:keep=1.0"):
+        same = generate(model, inputs)
+    with tr.patched(model, SPEC):
+        generate(model, inputs, 1)
+    for got in (same, generate(model, inputs)):
+        assert torch.equal(got[0], here.sequences)
+        assert torch.equal(got[1], here.logits)
+    assert not [k for m in model.modules() for k in vars(m) if "tokenreduce" in k]
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("name", NAMES)
+def test_before_the_language_model_it_is_a_short_prompt(name, positions):
+    model = toy(name).model
+    spec = f"{SPEC},positions={positions}"
+    if positions == "compact" and has_axes(inner_of(model)):
+        with pytest.raises(ValueError, match="positions are places in the image"):
+            tr.patch(model, spec)
+        return
+    limit = 2e-5 if name in ("chameleon", "glm5_next") else 1e-5  # whose floors are 5e-6
+    assert before(name, spec, positions == "compact") < limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inside_the_language_model_it_is_stock_layers_on_fewer_tokens(name):
+    here, layers = toy(name), layers_to_act(name)
+    model = here.model
+    if not layers:
+        with pytest.raises(ValueError, match=r"fastv acts at stage language|would look at layer"):
+            tr.patch(model, "fastv:layer=1,keep=0.3")
+        return
+    for layer in layers[:1] if name in FAST else layers:
+        assert inside(name, layer) < 1e-5
+    with tr.patched(model, f"fastv:layer={layers[0]},keep=1.0"):
+        got = generate(model, here.inputs)
+    assert torch.equal(got[1], here.logits)
+
+
+@pytest.mark.parametrize("name", [n for n in FORWARD if n in families()])
+def test_bidirectional_models_see_what_is_left(name):
+    assert forward(name, SPEC) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in families() if n in STOCK_FAILS])
+def test_what_is_not_checked_cannot_be_run(name):
+    """When one of them runs in a release, it belongs to the others."""
+    with pytest.raises(Exception):  # noqa: B017 - each fails in a way of its own
+        generate(*plain(name))
