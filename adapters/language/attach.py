@@ -114,7 +114,8 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
     depth = len(found.layers)
     staged = {s: tuple(r for r in reducers if r.stage == s) for s in ("encoder", "projector", "language", "cache")}
     before, inside = staged["projector"], staged["language"]
-    shows = staged["encoder"] or any("films" in r.gathers() or needs_marks(r) for r in inside)
+    shown = [r for r in (*inside, *staged["cache"]) if "films" in r.gathers() or needs_marks(r)]
+    shows = bool(staged["encoder"] or shown)
     if not before and shows:  # which token is of what shows where it enters
         before = (Everything(),)
     if len(before) > 1:
