@@ -116,7 +116,7 @@ class Language:
     def stages(self) -> tuple[str, ...]:
         """Where methods can act in the language model and before it."""
         if self.how == "discovered":
-            return ("projector",) if self.why_not_inside else ("language", "projector")
+            return ("projector",) if self.why_not_inside else ("language", "projector", "cache")
         return ("language", "projector") if self.owner is not None else ("language", "projector", "cache")
 
     @property
