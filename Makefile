@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel performance performance-vlm clean
+.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel docs release-check performance \
+	performance-vlm clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -21,6 +22,10 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 
 $(VENV)/hf.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[hf]'
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	@touch $@
 
 bench: $(VENV)/bench.stamp  ## the main job on the embedded models: tables, pictures and reports
@@ -73,6 +78,14 @@ typecheck: wheel  ## on the wheel, where the folders beside tokenreduce/ are its
 imports: wheel  ## who may import whom, on the wheel as well
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/typecheck build/wheel/*.whl
 	cd build/typecheck && PYTHONPATH=. ../../$(BIN)/lint-imports --no-logo ../../pyproject.toml
+
+# On the wheel as well: API pages are read from it.
+docs: wheel $(VENV)/docs.stamp  ## the site, in build/site; a warning is an error
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/typecheck build/wheel/*.whl
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+release-check: $(VENV)/dev.stamp  ## sdist and wheel, and the wheel in a fresh environment without extras
+	$(BIN)/python .ci/release_check.py
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
 	$(BIN)/python -m tokenreduce.bench.performance.encoders

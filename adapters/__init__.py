@@ -244,7 +244,7 @@ class Description:
                 f"evidence: {', '.join(('features', *self.language.projector))}",
                 f"  language {where}: {self.language.family}, {len(self.language.layers)} layers; "
                 f"evidence: {', '.join(self.language.evidence)}",
-                f"  cache    {where}: keys and values of every layer, chosen from in decode",
+                f"  cache    {where}: keys and values of every layer, thinned behind the prompt or in decode",
             ]
             lines += [f"  note     {where}: {limit}" for limit in self.language.limits]
         for stage in self.stages:

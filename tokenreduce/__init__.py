@@ -4,24 +4,29 @@
 >>> tr.patch(model, tr.ToMe(r=13))      # doctest: +SKIP
 >>> tr.unpatch(model)                   # doctest: +SKIP
 
-Importing this package loads torch and nothing heavier; model libraries are touched only when their models are.
+Importing this package loads nothing, so that the command line answers at once; torch comes with the first name that is
+used, and model libraries are touched only when their models are.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from tokenreduce.core.cache_reducer import CacheReducer
-from tokenreduce.core.evidence import CacheEvidence, Evidence
-from tokenreduce.core.plan import Merge, Mix, Plan, Pool, Prune
-from tokenreduce.core.reducer import Reducer
-from tokenreduce.core.registry import get_method, list_methods, parse
-from tokenreduce.core.trace import record
-from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
-
-if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type checkers their names
+if TYPE_CHECKING:  # everything is imported when first used (below); this only tells type checkers the names
+    from tokenreduce import zoo
+    from tokenreduce.core.cache_reducer import CacheReducer
+    from tokenreduce.core.evidence import CacheEvidence, Evidence
+    from tokenreduce.core.plan import Merge, Mix, Plan, Pool, Prune
+    from tokenreduce.core.reducer import Reducer
+    from tokenreduce.core.registry import get_method, list_methods, parse
+    from tokenreduce.core.trace import record
+    from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
     from tokenreduce.streaming import stream
+    from tokenreduce.video.cache.dycoke_cache import DyCokeCache
+    from tokenreduce.video.cache.infinipot_v import InfiniPotV
+    from tokenreduce.video.cache.streammem import StreamMem
     from tokenreduce.video.encoder.vidtldr import VidTLDR
     from tokenreduce.video.language.flashvid_llm import FlashVIDLLM
     from tokenreduce.video.language.framefusion import FrameFusion
@@ -39,6 +44,24 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.video.projector.timesuite import TokenShuffle
     from tokenreduce.video.projector.uniform_frames import UniformFrames
     from tokenreduce.video.projector.vidcom2 import VidCom2
+    from tokenreduce.vision.cache.adakv import AdaKV
+    from tokenreduce.vision.cache.aircache import AirCache
+    from tokenreduce.vision.cache.duoattention import DuoAttention
+    from tokenreduce.vision.cache.knorm import Knorm
+    from tokenreduce.vision.cache.lazyeviction import LazyEviction
+    from tokenreduce.vision.cache.lookm import LookM
+    from tokenreduce.vision.cache.meda import MEDA
+    from tokenreduce.vision.cache.minicache import MiniCache
+    from tokenreduce.vision.cache.mixkv import MixKV
+    from tokenreduce.vision.cache.mustdrop_cache import MustDropCache
+    from tokenreduce.vision.cache.prefixkv import PrefixKV
+    from tokenreduce.vision.cache.razorattention import RazorAttention
+    from tokenreduce.vision.cache.recycled import Recycled
+    from tokenreduce.vision.cache.snapkv import SnapKV
+    from tokenreduce.vision.cache.tgvkv import TGVKV
+    from tokenreduce.vision.cache.tokenselect import TokenSelect
+    from tokenreduce.vision.cache.vase import VaSE
+    from tokenreduce.vision.cache.vlcache import VLCache
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
     from tokenreduce.vision.encoder.dpcknn import DPCKNN
@@ -89,33 +112,61 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
 # Modules are found by their old names, too, for one release.
 __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
-    "AIM", "AIMMerge", "ATS", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN", "DiffRate", "DivPrune",
-    "DyCoke", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru",
-    "FrameFusion", "FrameMerge", "GlobalCom2", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids",
-    "LazyLLM", "MCTF", "MMTok", "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool",
-    "PoolFrames", "PoolTokens", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop",
-    "Random", "RandomTokens", "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE",
-    "SparseVLM", "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform",
-    "UniformFrames", "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune",
-    "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
-    "stream", "unpatch", "zoo",
+    "AIM", "AIMMerge", "ATS", "AdaKV", "AirCache", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN",
+    "DiffRate", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "EVS", "EViT", "Evidence", "FastV", "FastVID",
+    "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2", "HiPrune", "HiRED",
+    "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF",
+    "MEDA", "MMTok", "Merge", "MiniCache", "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "PPLLaVA",
+    "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneVid",
+    "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens", "RandomVisual", "RazorAttention", "Recycled", "Reducer",
+    "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SnapKV", "SparseVLM", "SpatialAugmented", "StreamMem",
+    "TGVKV", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames",
+    "UniformTokens", "VLCache", "VScan", "VScanLLM", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
+    "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record",
+    "reduce_tokens", "stream", "unpatch", "zoo",
 ]  # fmt: skip
 
 
+#: Where the public names that are no methods are, by module.
+_HOMES = {
+    "core.cache_reducer": ("CacheReducer",),
+    "core.evidence": ("CacheEvidence", "Evidence"),
+    "core.plan": ("Merge", "Mix", "Plan", "Pool", "Prune"),
+    "core.reducer": ("Reducer",),
+    "core.registry": ("get_method", "list_methods", "parse"),
+    "core.trace": ("record",),
+    "streaming": ("stream",),
+    "patching": ("describe", "kept_columns", "patch", "patched", "reduce_tokens", "unpatch"),
+}
+#: Subpackages and modules that are attributes without being imported first.
+_MODULES = (
+    "adapters",
+    "algorithms",
+    "bench",
+    "common",
+    "core",
+    "measure",
+    "patching",
+    "streaming",
+    "video",
+    "vision",
+    "zoo",
+)
+#: Subpackages that must be imported: looking for them as attributes should load nothing.
+_APART = ("cli", "demo")
+
+
 def __getattr__(name: str) -> Any:
-    """Method classes (``tr.ToMe``, ``tr.PiToMe``, ...) come from the registry, ``tr.zoo`` and ``tr.stream`` when first
-    used."""
-    if name == "zoo":
-        import importlib
-
-        return importlib.import_module("tokenreduce.zoo")
-    if name == "stream":
-        from tokenreduce.streaming import stream
-
-        return stream
-    if not name.startswith("_"):
+    """Names and subpackages are imported when first used; method classes (``tr.ToMe``, ...) come from the registry."""
+    if name in _MODULES:
+        return importlib.import_module(f"tokenreduce.{name}")
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = found = getattr(importlib.import_module(f"tokenreduce.{home}"), name)
+            return found
+    if not name.startswith("_") and name not in _APART:
         from tokenreduce.core.registry import load_all
 
         for kind in load_all().values():

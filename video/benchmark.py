@@ -56,7 +56,7 @@ def command(
     from tokenreduce.bench.script import run_script
     from tokenreduce.bench.video import VideoTask
     from tokenreduce.bench.vlms import pick_device
-    from tokenreduce.cli.generate import quiet_bars
+    from tokenreduce.cli.shared import quiet_bars
     from tokenreduce.core.registry import parse
 
     chosen = [parse(text, stage="projector") for text in reduce or []]

@@ -225,7 +225,8 @@ class Reduced:
         with nullcontext() if trace is None else trace.clock():
             plan = planned(reducer, self._evidence(site, x, state, got, before))
             if not plan.is_identity:
-                x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+                x, size = plan.reduce_both(x, state.size)
+                state = state.after(plan, reducer.proportional, size)
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state

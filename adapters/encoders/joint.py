@@ -119,8 +119,8 @@ class JointState(State):
         own = self._places(device) == torch.arange(self.count, device=device)[:, None]
         return own.float().expand(rows, -1, -1)
 
-    def after(self, plan: Plan, proportional: bool) -> JointState:
-        left = super().after(plan, proportional)
+    def after(self, plan: Plan, proportional: bool, size: Tensor | None = None) -> JointState:
+        left = super().after(plan, proportional, size)
         each = torch.arange(plan.batch, device=plan.device).repeat_interleave(self.count)
         before = self._shares(plan.batch, plan.device).flatten(0, 1)
         shares = plan.rows_at(each).reduce_size(before)

@@ -64,7 +64,7 @@ class State:
         bias = self.size.float().log() if self.proportional else torch.zeros_like(self.size, dtype=torch.float32)
         if self.valid is not None:
             bias = bias.masked_fill(~self.valid, float("-inf"))
-        return bias.to(dtype)[:, None, None, :]
+        return bias.to(dtype)[:, None, None]
 
     def patches(self, x: Tensor, prefix: int) -> int:
         """How many of the tokens ``x`` (B,N,C) are there and not protected, over all rows."""
@@ -77,10 +77,10 @@ class State:
         masked patches)."""
         return self.grid if self.grid is not None and self.entry == prefix + math.prod(self.grid) else None
 
-    def after(self, plan: Plan, proportional: bool) -> State:
-        """The state of the tokens that ``plan`` leaves."""
+    def after(self, plan: Plan, proportional: bool, size: Tensor | None = None) -> State:
+        """The state of the tokens that ``plan`` leaves; ``size`` are theirs where they are known already."""
         valid = plan.validity()
-        size = plan.reduce_size(self.size)
+        size = plan.reduce_size(self.size) if size is None else size
         if self.valid is not None and size is not None:
             # What joins the slot of a padded token fills it; looking at the slot's own token would lose it.
             valid = size > 0

@@ -25,7 +25,14 @@ from tokenreduce.adapters.language.decoders import (
     window_of,
 )
 from tokenreduce.adapters.language.drafts import attach_drafts
-from tokenreduce.adapters.language.evicting import check_evicting, evict_at, evict_step, groups_of, keep_positions
+from tokenreduce.adapters.language.evicting import (
+    check_evicting,
+    evict_at,
+    evict_step,
+    groups_of,
+    keep_positions,
+    say_unknown,
+)
 from tokenreduce.adapters.language.families import FAMILIES, Language
 from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
@@ -176,6 +183,8 @@ def _attach_start(found: Language, acting: Acting, arrived: Arrived, methods: st
     if found.owner is not None:
         attach_retrieval(found, undo)
     undo.pre_hook(found.inner, begin)
+    if any(acting.evict):
+        undo.pre_hook(found.inner, functools.partial(say_unknown, methods=methods))
     if found.owner is not None:
         undo.pre_hook(found.inner, note_run)
     undo.pre_hook(found.text, functools.partial(start_alone, inner=found.inner, begin=begin, arrived=arrived))

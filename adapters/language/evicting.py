@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.hf_attention import implementation
+from tokenreduce.adapters.language.batching import is_paged
 from tokenreduce.adapters.language.families import Language
-from tokenreduce.adapters.language.generation import KEYWORD, Step
+from tokenreduce.adapters.language.generation import KEYWORD, Step, cache_in, is_known
 from tokenreduce.adapters.language.rotary import turning_of
 from tokenreduce.adapters.language.steps.evict import Evict
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.trace import active
 
-__all__ = ["check_evicting", "evict_at", "evict_step", "groups_of", "keep_positions"]
+__all__ = ["check_evicting", "evict_at", "evict_step", "groups_of", "keep_positions", "say_unknown"]
 
 
 def evict_at(methods: Sequence[CacheReducer], found: Language) -> tuple[CacheReducer | None, ...]:
@@ -64,6 +67,22 @@ def check_evicting(evict: Sequence[CacheReducer | None], again: Sequence[Reducer
                 f"{method.name} ranks by attention, and {type(attention).__name__} has parameters of its own in its "
                 f"softmax ({', '.join(own)}), which are not seen from outside; choose knorm or keydiff"
             )
+
+
+def say_unknown(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, methods: str) -> None:
+    """Pre-hook on the inner model: say that a cache which another model filled stays as it is."""
+    cache = cache_in(kwargs)
+    if cache is None or is_known(cache) or is_paged(cache) or not int(cache.get_seq_length()):
+        return
+    said = (
+        f"{methods}: this cache was not filled by the patched model, or with text alone, so that no keys leave it; "
+        f"give the whole prompt again without the cache"
+    )
+    trace = active()
+    if trace is not None:
+        trace.note(said)
+    else:
+        warnings.warn(said, stacklevel=2)
 
 
 def evict_step(method: CacheReducer, every: Sequence[CacheReducer | None], found: Language, index: int) -> Evict:

@@ -21,7 +21,7 @@ from tokenreduce.core.plan import Plan, Prune, take
 
 __all__ = [
     "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_as", "cache_in", "cache_of", "columns_kept",
-    "gather_mask", "lowest_of", "rows_of", "run_of",
+    "gather_mask", "is_known", "lowest_of", "rows_of", "run_of",
 ]  # fmt: skip
 
 #: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
@@ -377,6 +377,11 @@ def cache_of(output: Any) -> Any:
 def run_of(cache: Any) -> Run | None:
     """The run that a cache belongs to."""
     return getattr(cache, _ON_CACHE, None)
+
+
+def is_known(cache: Any) -> bool:
+    """Whether a patched model has seen ``cache`` before."""
+    return hasattr(cache, _ON_CACHE)
 
 
 def attach_run(cache: Any, run: Run | None) -> None:

@@ -14,7 +14,8 @@ import tokenreduce as tr
 from tokenreduce.bench import runs
 from tokenreduce.bench.runs import load_run
 from tokenreduce.bench.sweep import Point, Solver, Watch, points, split_methods, sweep
-from tokenreduce.bench.task import Task, plain
+from tokenreduce.bench.task import Task
+from tokenreduce.common.words import plain
 
 TESTS = Path(__file__).parents[1]
 

@@ -19,14 +19,15 @@ from typer.testing import CliRunner, Result
 from tokenreduce.bench.report import table
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.times import speed_keys
-from tokenreduce.cli import EXAMPLES, app
+from tokenreduce.cli import app
+from tokenreduce.cli.commands import COMMANDS as ENTRIES
 from tokenreduce.cli.optional import EXTRAS, missing
 from tokenreduce.cli.shared import print_json
 from tokenreduce.common.screen import Screen
 from tokenreduce.measure.timing import Speedup
 
 VIT = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64&depth=3"
-COMMANDS = [[], ["bench"], *(name.split() for name in EXAMPLES)]
+COMMANDS = [[], ["bench"], *(entry.name.split() for entry in ENTRIES)]
 
 
 def call(*words: object, columns: int | None = None, **env: str) -> Result:

@@ -30,7 +30,7 @@ KINDS = {
     "none": (None, r"\bNone\b"),
     "list": ([2, 1], r"(tuple|Sequence)\["),
     "texts": (["a", "b"], r"(tuple|Sequence)\[str"),
-    "nested": ([[1], [2]], None),
+    "nested": ([[1], [2]], r"tuple\[tuple\["),
     "object": (object(), None),
     "mapping": ({"a": 1}, None),
     "bytes": (b"3", None),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenreduce.algorithms.keys import check_what, keep_best_slots
-from tokenreduce.core.budget import check_keep
+from tokenreduce.core.budget import Keep, check_keep
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Plan
@@ -41,7 +41,17 @@ class KeyScorer(CacheReducer):
         """(B*Hkv,N) bool: keys that stay whatever they are worth, inside the budget; None for none."""
         return None
 
+    def mass(self, evidence: CacheEvidence) -> Tensor:
+        """(B*Hkv,N): by what heads share a budget, on one scale for all of them; what a key is worth, unless that mixes
+        in terms of another kind."""
+        return self.importance(evidence)
+
+    def wanted(self, evidence: CacheEvidence) -> Keep | Tensor:
+        """How many keys stay of those that the budget counts: a count, a ratio, or a number for every head (B*Hkv,1).
+        Methods with a schedule over layers say so here, where wrappers ask, too."""
+        return self.keep
+
     def plan(self, evidence: CacheEvidence) -> Plan:
         return keep_best_slots(
-            self.importance(evidence), self.keep, evidence, what=self.what, always=self.always(evidence)
+            self.importance(evidence), self.wanted(evidence), evidence, what=self.what, always=self.always(evidence)
         )

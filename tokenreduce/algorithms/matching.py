@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
+from tokenreduce.core.constants import positions
 from tokenreduce.core.evidence import BaseEvidence, Evidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 
@@ -48,6 +49,8 @@ def bipartite(metric: Tensor, r: int, evidence: BaseEvidence, *, ascending: bool
         return Identity.like(evidence.x)
     n, p = evidence.n, evidence.prefix
     m = unit(metric)
+    if not evidence.masked and evidence.valid is None:
+        return _behind(m, r, evidence, ascending, settings)
     scores = inner(m[:, ::2], m[:, 1::2])
     protected = fixed = evidence.fixed()
     if evidence.valid is not None:
@@ -72,6 +75,23 @@ def bipartite(metric: Tensor, r: int, evidence: BaseEvidence, *, ascending: bool
         # Sizes of empty slots are 0 and give them no weight; a plain mean has to be told.
         settings = {**settings, "weights": evidence.valid.float()}
     return Merge(n, keep, 2 * source, dst, **settings)  # type: ignore[arg-type]
+
+
+def _behind(m: Tensor, r: int, evidence: BaseEvidence, ascending: bool, settings: dict[str, object]) -> Plan:
+    """The same where just the first tokens are protected: those behind them, ``m`` of which are unit vectors, are
+    matched with each other."""
+    n, p, batch = evidence.n, evidence.prefix, m.shape[0]
+    even, odd = p + p % 2, p + 1 - p % 2  # the first of each that may move, and absorb
+    best, partner = inner(m[:, even::2], m[:, odd::2]).max(-1)
+    order = descending(finite(best, evidence))
+    source, rest = order[:, :r], order[:, r:]
+    if p or ascending:
+        rest = rest.sort(dim=-1).values
+    position = positions(n, rest).expand(batch, n)
+    parts = [2 * rest + even if even else 2 * rest, position[:, odd::2]]
+    keep = torch.cat([position[:, :p], *parts] if p else parts, 1)
+    dst = partner.gather(1, source) + (p + rest.shape[1])
+    return Merge(n, keep, 2 * source + even if even else 2 * source, dst, **settings)  # type: ignore[arg-type]
 
 
 def halvings(x: Tensor, keep: int, layer: int = 0) -> list[Merge]:

@@ -20,8 +20,10 @@ _GRAM = 256
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """(B,M,N) inner products of (B,M,d) and (B,N,d) in float32, also under autocast: a rounded ranking is another."""
+    if not torch.is_autocast_enabled(a.device.type):
+        return torch.bmm(a.float(), b.float().transpose(1, 2))
     with torch.autocast(a.device.type, enabled=False):
-        return a.float() @ b.float().transpose(1, 2)
+        return torch.bmm(a.float(), b.float().transpose(1, 2))
 
 
 def gram(x: Tensor) -> Tensor:

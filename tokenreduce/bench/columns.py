@@ -97,6 +97,10 @@ COLUMNS: tuple[Column, ...] = (
     Column("top1", "top-1 %", _share, "top-1 accuracy in percent, with its standard error"),
     Column("top5", "top-5 %", _share, "top-5 accuracy in percent", 6),
     Column("agreement", "agree %", _share, "share of inputs with the unreduced model's answer", 2),
+    Column("kv_share", "KV %", _share, "bytes of keys and values behind the prefill, percent of the unreduced model's"),
+    Column("forced_agreement", "long agree %", _share,
+           "tokens of the unreduced model's long answers that would have come, percent, with the standard error", 1),
+    Column("perplexity", "perplexity", lambda v: f"{v:.3g}", "of the unreduced model's long answers", 2),
     Column("speedup", "speed-up", lambda v: f"{v:.2f}x",
            "clock time of the stock model over this one: interleaved, median of per-round ratios; ≈ where the interval "
            "(speedup_low, speedup_high) includes 1, so that the difference is within noise"),

@@ -17,8 +17,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from tokenreduce.bench.task import FLOPS, Axis, plain
+from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.common.files import append, cannot_write, make_folder, write_text
+from tokenreduce.common.words import plain
 
 __all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "read_run", "versions"]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["FLOPS", "Axis", "Task", "axis_of", "plain", "spent"]
+__all__ = ["FLOPS", "Axis", "Task", "axis_of", "spent"]
 
 
 @dataclass(frozen=True)
@@ -81,20 +80,3 @@ def axis_of(task: Task) -> Axis:
 def spent(task: Task, reducers: Sequence[Reducer]) -> float:
     """What ``reducers`` cost on the axis of ``task``; () for the unreduced model."""
     return float(getattr(task, "spent", task.flops)(tuple(reducers)))
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON can carry it: numpy and torch scalars become numbers, tuples lists, nan and inf None."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in value]
-    if isinstance(value, bool | str) or value is None:
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return str(value)

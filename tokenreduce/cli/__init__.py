@@ -1,31 +1,19 @@
 """The command line: ``tokenreduce methods | describe | show | generate | stream | bench | report | train | ...``.
 
-One file per command; whatever is heavy is imported inside the command that needs it.
+One file per command, imported when the command is used (:mod:`tokenreduce.cli.commands`); whatever is heavy is imported
+inside the function that needs it, so that help, completion and errors of usage answer without torch.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tokenreduce.cli import (
-    ask_stream,
-    bench,
-    bench_video,
-    demo,
-    describe,
-    generate,
-    heads,
-    methods,
-    report,
-    scene,
-    show,
-    stream,
-    train,
-)
+from tokenreduce.cli.commands import HELP
 from tokenreduce.cli.shared import Friendly, set_debug
+from tokenreduce.common.pinned import pin
 
 __all__ = ["app", "main"]
 
@@ -35,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog="Example: tokenreduce describe timm:vit_base_patch16_224 --reduce 'tome:r=16'",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 
 
@@ -58,40 +46,10 @@ def options(
     set_debug(debug)
 
 
-#: What stands below the options of every command.
-EXAMPLES = {
-    "methods": "tokenreduce methods 'to*' --stage encoder",
-    "describe": "tokenreduce describe timm:vit_base_patch16_224 --reduce 'tome:r=16'",
-    "show": "tokenreduce show timm:vit_base_patch16_224 cat.jpg --reduce 'tome:r=13' -o cat_tokens.png",
-    "generate": "tokenreduce generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt 'What is this?' "
-    "--reduce 'visionzip:keep=64+fastv:layer=2,keep=0.5'",
-    "bench vision": "tokenreduce bench vision --model timm:deit_small_patch16_224 --data /data/imagenet/val --budgets "
-    "0.75,0.5 --methods 'tome,pitome'",
-    "bench vlm": "tokenreduce bench vlm --model llava-hf/llava-1.5-7b-hf --data questions.jsonl --budgets 0.25",
-    "bench video": "tokenreduce bench video --model Qwen/Qwen2.5-VL-7B-Instruct --data /data/MVBench --frames 16",
-    "heads": "tokenreduce heads llava-hf/llava-1.5-7b-hf --out llava_heads.json",
-    "stream": "tokenreduce stream film.mp4 --fps 1 --state memory.safetensors",
-    "ask-stream": "tokenreduce ask-stream Qwen/Qwen2.5-VL-7B-Instruct film.mp4 --ask 'What happened?' --at 30,90 "
-    "--method 'knorm:keep=4096'",
-    "report": "tokenreduce report runs/vision runs/other --out runs/both",
-    "train": "tokenreduce train digits-vit --out runs/digits --export",
-    "scene": "tokenreduce scene scene.png --seed 7 --questions 8",
-    "demo": "tokenreduce demo --model timm:vit_base_patch16_224 --port 7860",
-}
-COMMANDS: tuple[tuple[str, Any], ...] = (
-    ("methods", methods.command), ("describe", describe.command), ("show", show.command),
-    ("generate", generate.command), ("heads", heads.command), ("stream", stream.command),
-    ("ask-stream", ask_stream.command), ("report", report.command), ("train", train.command),
-    ("scene", scene.command), ("demo", demo.command),
-)  # fmt: skip
-for _name, _command in COMMANDS:
-    app.command(_name, epilog=f"Example: {EXAMPLES[_name]}")(_command)
-    if _name == "generate":
-        app.add_typer(bench.app, name="bench")
-for _name, _command in (("vision", bench.vision), ("vlm", bench.vlm), ("video", bench_video.command)):
-    bench.app.command(_name, epilog=f"Example: {EXAMPLES[f'bench {_name}']}")(_command)
-
-
 def main() -> None:
     """Entry point of the ``tokenreduce`` script and of ``python -m tokenreduce``."""
+    if sys.argv[1:2] in (["bench"], ["demo"]) and not {"-h", "--help"} & set(
+        sys.argv
+    ):  # clocks are for an allocator that keeps
+        pin()
     sys.exit(app(prog_name="tokenreduce"))

@@ -2,65 +2,63 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenreduce.cli.shared import open_image, picture_format, print_json, save_picture
+from tokenreduce.cli.options import Dtype, LlmDevice
+from tokenreduce.cli.shared import open_image, picture_format, print_json, quiet_bars, save_picture
 from tokenreduce.common.screen import complain, console
 from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:
     from tokenreduce.measure.generation import Comparison
+    from tokenreduce.measure.kept import Place
     from tokenreduce.measure.question import Question
+    from tokenreduce.video.reading import Frames as Film
 
 __all__ = ["command"]
 
+Model = Annotated[str, typer.Argument(help="world-llava, a Hub id, or a folder with model and processor.")]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the images or the video.")]
+Reduce = Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")]
+Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")]
+Video = Annotated[
+    Path | None, typer.Option("--video", "-v", help="A video file, an animated picture or a folder of frames.")
+]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video, spread evenly; 8 by default.")]
+Fps = Annotated[float | None, typer.Option(help="Frames per second of the video, in place of --frames.")]
+Rate = Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")]
+Answer = Annotated[int, typer.Option(min=1, help="Longest answer, and what every timed round decodes.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
+Show = Annotated[Path | None, typer.Option(help="Draw the visual tokens that stay over the images.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
 
 def command(
-    model: Annotated[str, typer.Argument(help="world-llava, a Hub id, or a folder with model and processor.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the images or the video.")],
-    reduce: Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")] = None,
-    video: Annotated[
-        Path | None,
-        typer.Option("--video", "-v", help="A video file, an animated picture or a folder of frames."),
-    ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video, spread evenly; 8 by default.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of the video, in place of --frames.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer, and what every timed round decodes.")
-    ] = 32,
-    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:1.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as the weights are stored), fp32, bf16 or fp16.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
-    show: Annotated[Path | None, typer.Option(help="Draw the visual tokens that stay over the images.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    model: Model,
+    prompt: Prompt,
+    reduce: Reduce,
+    image: Images = None,
+    video: Video = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    rate: Rate = None,
+    max_new_tokens: Answer = 32,
+    device: LlmDevice = "auto",
+    dtype: Dtype = "auto",
+    rounds: Rounds = 3,
+    show: Show = None,
+    as_json: Json = False,
 ) -> None:
     """Answer a question about images or a video without and with a reduction: text, tokens, speed and KV cache.
 
     The prompt goes through the processor's chat template, images first. Without one it becomes USER: <image> ...
     ASSISTANT: for LLaVA and image tokens above the prompt otherwise; a prompt that has image tokens is taken as it is.
     """
-    from PIL import Image
-
-    from tokenreduce.bench.vlms import load_vlm
-    from tokenreduce.core.registry import parse
-    from tokenreduce.measure.frames import ask_frames
-    from tokenreduce.measure.generation import compare
-    from tokenreduce.measure.kept import draw_kept, places
-    from tokenreduce.measure.question import ask
-
     # Whatever can be wrong without the model is looked at before it is loaded.
-    if not parse(reduce, stage="projector"):
-        raise ValueError("--reduce names no method; tokenreduce methods lists them")
-    if not prompt.strip():
-        raise ValueError("--prompt is empty; ask something about the image")
-    if show is not None:
-        picture_format(show, "--show")
+    _check(prompt, reduce, show)
     if bool(image) == (video is not None):
         raise ValueError("give --image (it may be repeated) or --video, and not both")
     if video is None and not (frames is fps is rate is None):
@@ -68,14 +66,12 @@ def command(
     pictures = [open_image(path) for path in image or []]
     film = None if video is None else _film(video, frames, fps, rate)
     quiet_bars()
+    from tokenreduce.bench.vlms import load_vlm
+    from tokenreduce.measure.generation import compare
+    from tokenreduce.measure.kept import draw_kept
+
     loaded = load_vlm(model, device, dtype)
-    if film is None:
-        question = ask(loaded.processor, pictures, prompt)
-        where = None if show is None else places(loaded.model, loaded.processor, question)
-    else:
-        question, where = ask_frames(loaded, [Image.fromarray(f) for f in film.frames], prompt, times=film.times)
-        if show is not None and not where:
-            raise ValueError(f"--show cannot tell where the tokens of this {type(loaded.model).__name__}'s frames lie")
+    question, where = _asked(loaded, pictures, film, prompt, show is not None)
     _check_words(loaded.processor.tokenizer, question)
     result = compare(loaded.model, loaded.processor, question, reduce, max_new_tokens=max_new_tokens, rounds=rounds)
     if show is not None and where is not None:
@@ -95,6 +91,36 @@ def command(
         console().say(f"wrote {show}")
 
 
+def _check(prompt: str, reduce: str, show: Path | None) -> None:
+    from tokenreduce.core.registry import parse
+
+    if not parse(reduce, stage="projector"):
+        raise ValueError("--reduce names no method; tokenreduce methods lists them")
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; ask something about the image")
+    if show is not None:
+        picture_format(show, "--show")
+
+
+def _asked(
+    loaded: Any, pictures: list[Any], film: Film | None, prompt: str, show: bool
+) -> tuple[Question, list[Place] | None]:
+    """The question as the model takes it and, for ``show`` and for films, where the visual tokens lie."""
+    from PIL import Image
+
+    from tokenreduce.measure.frames import ask_frames
+    from tokenreduce.measure.kept import places
+    from tokenreduce.measure.question import ask
+
+    if film is None:
+        question = ask(loaded.processor, pictures, prompt)
+        return question, places(loaded.model, loaded.processor, question) if show else None
+    question, where = ask_frames(loaded, [Image.fromarray(f) for f in film.frames], prompt, times=film.times.tolist())
+    if show and not where:
+        raise ValueError(f"--show cannot tell where the tokens of this {type(loaded.model).__name__}'s frames lie")
+    return question, where
+
+
 def _film(path: Path, frames: int | None, fps: float | None, rate: float | None) -> Any:
     from tokenreduce.video import read_frames
 
@@ -112,18 +138,6 @@ def _check_words(tokenizer: Any, question: Question) -> None:
         return
     strange = [w for w in question.prompt.split() if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
     complain(f"the model does not know: {', '.join(strange) or 'some characters of the prompt'}")
-
-
-def quiet_bars() -> None:
-    """No progress bar of the weights where nobody watches it."""
-    if sys.stderr.isatty():
-        return
-    import importlib.util
-
-    if importlib.util.find_spec("transformers") is not None:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
 
 
 def _present(result: Comparison, about: dict[str, str]) -> None:

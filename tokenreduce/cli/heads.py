@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokenreduce.cli.options import AsJson, Dtype, LlmDevice
 from tokenreduce.cli.shared import print_json
 from tokenreduce.common.screen import console
 
@@ -30,9 +31,9 @@ def command(
         typer.Option(help="A text file for DuoAttention's score, may be given again; random tokens without."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    device: LlmDevice = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Measure the KV heads of a model for razorattention and duoattention, and write the table that they take.
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
+from tokenreduce.cli.commands import Tree
 from tokenreduce.cli.optional import missing
 from tokenreduce.common.files import writing
 from tokenreduce.common.screen import complain, written_to
-from tokenreduce.common.words import speak_everywhere
+from tokenreduce.common.words import plain, speak_everywhere
 
 __all__ = [
     "EXPECTED",
@@ -25,6 +25,8 @@ __all__ = [
     "open_image",
     "picture_format",
     "print_json",
+    "progress_bar",
+    "quiet_bars",
     "run_program",
     "save_picture",
     "set_debug",
@@ -46,15 +48,13 @@ def set_debug(on: bool) -> None:
 def print_json(value: Any) -> None:
     """``value`` as one JSON object on standard output: numbers that are none (nan) become null, and what the
     terminal's encoding lacks is escaped."""
-    from tokenreduce.bench.task import plain
-
     wide = (getattr(sys.stdout, "encoding", None) or "ascii").lower().startswith("utf")
     text = json.dumps(plain(value), indent=2, ensure_ascii=not wide, allow_nan=False)
     with written_to("standard output"):
         typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
-class Friendly(TyperGroup):
+class Friendly(Tree):
     """Turns the library's exceptions into one message and exit status 2; ``--debug`` leaves them alone."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +90,35 @@ def run_program(app: Any, name: str) -> None:
     except EXPECTED as error:
         complain(f"error: {missing(error) or error}")
         sys.exit(2)
+
+
+def quiet_bars() -> None:
+    """No progress bar of the weights where nobody watches it."""
+    if sys.stderr.isatty():
+        return
+    import importlib.util
+
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def progress_bar(screen: Any) -> Any:
+    """A bar on ``screen`` with what is done, how far and how long; a context manager of rich."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    shown = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*shown, console=screen)
 
 
 def numbers(text: str, option: str) -> list[float]:

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokenreduce.cli.options import AnyDevice, AsJson
 from tokenreduce.cli.shared import print_json
 from tokenreduce.common.screen import complain, console
 from tokenreduce.common.words import counted
 
 if TYPE_CHECKING:
     from tokenreduce.video.memory import Recalled, StreamingMemory
+    from tokenreduce.video.reading import Video
+    from tokenreduce.video.remembering import Held
 
 __all__ = ["command"]
 
 MEMORIES = ("pyramid", "clips")
 
+File = Annotated[Path, typer.Argument(help="A video file, an animated picture, or a folder of frames.")]
+Memory = Annotated[str, typer.Option(help="pyramid (frames, finer the more recent) or clips (compressed one by one).")]
+Encoder = Annotated[
+    str, typer.Option(help="Whose patches are remembered: world-vit, timm:NAME, open_clip:NAME/TAG, hf:FOLDER.")
+]
+Fps = Annotated[float, typer.Option(help="Frames per second that are looked at.")]
+Rate = Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")]
+Capacities = Annotated[str, typer.Option(help="pyramid: frames at full, half and quarter side length.")]
+Reducer = Annotated[str, typer.Option(help="clips: temporal method that compresses each clip of 16 frames.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Frames read and encoded at once.")]
+State = Annotated[Path | None, typer.Option(help="File that holds the memory; it is continued when it is there.")]
+
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A video file, an animated picture, or a folder of frames.")],
-    memory: Annotated[
-        str, typer.Option(help="pyramid (frames, finer the more recent) or clips (compressed one by one).")
-    ] = "pyramid",
-    encoder: Annotated[
-        str, typer.Option(help="Whose patches are remembered: world-vit, timm:NAME, open_clip:NAME/TAG, hf:FOLDER.")
-    ] = "world-vit",
-    fps: Annotated[float, typer.Option(help="Frames per second that are looked at.")] = 1.0,
-    rate: Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")] = None,
-    capacities: Annotated[str, typer.Option(help="pyramid: frames at full, half and quarter side length.")] = "2,2,12",
-    reducer: Annotated[
-        str, typer.Option(help="clips: temporal method that compresses each clip of 16 frames.")
-    ] = "evs:keep=128",
-    chunk: Annotated[int, typer.Option(min=1, help="Frames read and encoded at once.")] = 16,
-    state: Annotated[
-        Path | None, typer.Option(help="File that holds the memory; it is continued when it is there.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    file: File,
+    memory: Memory = "pyramid",
+    encoder: Encoder = "world-vit",
+    fps: Fps = 1.0,
+    rate: Rate = None,
+    capacities: Capacities = "2,2,12",
+    reducer: Reducer = "evs:keep=128",
+    chunk: Chunk = 16,
+    state: State = None,
+    device: AnyDevice = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Stream a video through a memory with a fixed token budget, and say what it holds as it goes.
 
@@ -48,9 +54,8 @@ def command(
     from tokenreduce.bench.models import load_model
     from tokenreduce.measure.features import feature_maps
     from tokenreduce.video import open_video
+    from tokenreduce.video.remembering import behind, remember
 
-    if memory not in MEMORIES:
-        raise ValueError(f"--memory is {' or '.join(MEMORIES)}, not {memory!r}")
     make = _maker(memory, capacities, reducer, chunk)
     make(None)  # wrong settings show before anything is read
     film = open_video(file, rate=fps if rate is None and file.is_dir() else rate)
@@ -59,57 +64,54 @@ def command(
     if state is not None and state.exists():
         bank = _continued(bank, state)
         complain(f"{state} holds {counted(bank.seen, 'frame')}; going on behind them")
-        last = float(bank.tokens().spans.max()) if bank.seen else -1.0
-        wanted = [i for i in wanted if film.times[i] > last]
-    rows: list[dict[str, Any]] = []
-    missing = 0
-    for start in range(0, len(wanted), chunk):
-        began = time.perf_counter()
-        got = film.read(wanted[start : start + chunk])
-        missing += len(got.missing)
-        if len(got):
-            bank.push(got.frames, got.times)
-        each = (time.perf_counter() - began) / len(wanted[start : start + chunk])
-        if state is not None:
-            bank.save(state)
-        done = start + chunk
-        if done >= len(wanted) or (done & (done - 1)) == 0:  # ever rarer: streams are long
-            seconds = got.times[-1] if len(got) else film.duration
-            rows.append(
-                {
-                    "frames_seen": bank.seen, "video_s": seconds, "tokens": len(bank.tokens().x),
-                    "most_tokens": bank.budget, "held_bytes": bank.stored * 4, "frame_s": each,
-                }
-            )  # fmt: skip
-    recalled = bank.tokens()
-    if as_json:
-        spans = zip(recalled.spans.tolist(), recalled.lengths, strict=True)
-        pieces = [{"from_s": a, "to_s": b, "tokens": n} for (a, b), n in spans]
-        warnings = list(film.warnings)
-        print_json({"file": str(file), "rows": rows, "pieces": pieces, "missing": missing, "warnings": warnings})
-    else:
-        _present(rows, recalled)
-    for line in film.warnings:
-        complain(line)
-    if missing:
+        wanted = behind(film, wanted, bank)
+    steps = list(remember(film, wanted, bank, chunk=chunk, state=state))
+    _tell(film, file, _rarer(steps), bank.tokens(), as_json)
+    if missing := sum(step.missing for step in steps):
         complain(f"{counted(missing, 'frame')} could not be decoded and not remembered")
 
 
-def _present(rows: list[dict[str, Any]], recalled: Recalled) -> None:
+def _rarer(steps: list[Held]) -> list[Held]:
+    """The steps to show, ever rarer, since streams are long; the last one is among them."""
+    return [s for i, s in enumerate(steps, 1) if i == len(steps) or i & (i - 1) == 0]
+
+
+def _tell(film: Video, file: Path, steps: list[Held], recalled: Recalled, as_json: bool) -> None:
+    if as_json:
+        rows = [
+            {
+                "frames_seen": s.frames, "video_s": s.seconds, "tokens": s.tokens, "most_tokens": s.most,
+                "held_bytes": s.held_bytes, "frame_s": s.frame_s,
+            }
+            for s in steps
+        ]  # fmt: skip
+        spans = zip(recalled.spans.tolist(), recalled.lengths, strict=True)
+        pieces = [{"from_s": a, "to_s": b, "tokens": n} for (a, b), n in spans]
+        missing, warnings = sum(s.missing for s in steps), list(film.warnings)
+        print_json({"file": str(file), "rows": rows, "pieces": pieces, "missing": missing, "warnings": warnings})
+    else:
+        _present(steps, recalled)
+    for line in film.warnings:
+        complain(line)
+
+
+def _present(steps: list[Held], recalled: Recalled) -> None:
     from rich.table import Table
 
     screen = console()
     table = Table("frames seen", "of video", "tokens", "held", "time per frame", box=None, pad_edge=False)
-    for row in rows:
+    for s in steps:
         table.add_row(
-            str(row["frames_seen"]), f"{row['video_s']:,.0f} s", f"{row['tokens']} (at most {row['most_tokens']})",
-            f"{row['held_bytes'] / 1e6:.2f} MB", f"{row['frame_s'] * 1e3:.0f} ms",
+            str(s.frames), f"{s.seconds:,.0f} s", f"{s.tokens} (at most {s.most})", f"{s.held_bytes / 1e6:.2f} MB",
+            f"{s.frame_s * 1e3:.0f} ms",
         )  # fmt: skip
     screen.print(table)
     screen.say(_pieces(recalled))
 
 
 def _maker(memory: str, capacities: str, reducer: str, chunk: int) -> Any:
+    if memory not in MEMORIES:
+        raise ValueError(f"--memory is {' or '.join(MEMORIES)}, not {memory!r}")
     from tokenreduce.video import ClipMemory, PyramidMemory
 
     if memory == "clips":

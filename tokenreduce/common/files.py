@@ -5,12 +5,40 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from io import FileIO
 from pathlib import Path
 
-__all__ = ["append", "append_line", "cannot_write", "make_folder", "write_bytes", "write_text", "writing"]
+__all__ = [
+    "append",
+    "append_line",
+    "cache_folder",
+    "cannot_write",
+    "make_folder",
+    "write_bytes",
+    "write_text",
+    "writing",
+]
+
+
+def cache_folder() -> Path | None:
+    """Where tokenreduce keeps what can be made again: ``TOKENREDUCE_CACHE``, or a folder in the system's own place for
+    such things. None where there is no home, or the variable is empty."""
+    if (own := os.environ.get("TOKENREDUCE_CACHE")) is not None:
+        return Path(own) if own else None
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "tokenreduce"
 
 
 def cannot_write(path: str | Path, error: OSError, step: str = "choose another place") -> OSError:

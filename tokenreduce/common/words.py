@@ -1,13 +1,14 @@
-"""Words for people: numbers with their nouns, and text for streams that cannot write every character."""
+"""Words for people: numbers with their nouns, and text for streams that cannot write every character; and for JSON."""
 
 from __future__ import annotations
 
 import codecs
+import math
 import sys
 import unicodedata
 from typing import Any
 
-__all__ = ["are", "ascii_for", "counted", "speak_everywhere", "spoken", "whole"]
+__all__ = ["are", "ascii_for", "counted", "plain", "speak_everywhere", "spoken", "whole"]
 
 #: Signs that have no letters inside which ``unicodedata`` could find.
 SIGNS = {
@@ -49,8 +50,8 @@ def ascii_for(character: str) -> str:
     """
     if character.isascii():
         return character
-    plain = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii() and c.isprintable())
-    return SIGNS.get(character) or plain or "?"
+    letters = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii() and c.isprintable())
+    return SIGNS.get(character) or letters or "?"
 
 
 def spoken(text: str, encoding: str) -> str:
@@ -74,3 +75,20 @@ def speak_everywhere(*streams: Any) -> None:
         change = getattr(stream, "reconfigure", None)  # notebooks and tests put objects there that have no encoding
         if change is not None:
             change(errors=_HANDLER)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can carry it: numpy and torch scalars become numbers, tuples lists, nan and inf None."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
-    "check_count", "check_keep", "count", "describe_keep", "geometric", "layer_schedule", "linear", "proportional",
-    "quarters",
+    "check_count", "check_keep", "check_share", "count", "describe_keep", "geometric", "layer_schedule", "linear",
+    "proportional", "quarters",
 ]  # fmt: skip
 
 Keep = int | float
@@ -25,6 +25,12 @@ def check_count(value: int, name: str, least: int = 0) -> None:
     """Raise ``ValueError`` unless ``value`` is an int >= ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is an int >= {least}, not {value!r}")
+
+
+def check_share(value: float, name: str, most: float = 1.0) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number from 0 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ValueError(f"{name} is a number from 0 to {most:g}, not {value!r}")
 
 
 def count(keep: Keep, n: int) -> int:

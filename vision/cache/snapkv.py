@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokenreduce.algorithms.key_rows import marked_sums
 from tokenreduce.algorithms.key_scorer import KeyScorer
-from tokenreduce.algorithms.keys import keep_best_slots, pooled
-from tokenreduce.core.budget import check_count
+from tokenreduce.algorithms.keys import pooled
+from tokenreduce.core.budget import Keep, check_count
 from tokenreduce.core.evidence import CacheEvidence
-from tokenreduce.core.plan import Identity, Plan
 
 __all__ = ["SnapKV"]
 
@@ -66,7 +66,7 @@ class SnapKV(KeyScorer, name="snapkv", needs=("attention",), paper="2404.14469",
         return self.window_size
 
     def importance(self, evidence: CacheEvidence) -> Tensor:
-        scores = evidence.column_sums(rows=self.window_size).mean(1).masked_fill(~evidence.there, 0.0)
+        scores = marked_sums(evidence, evidence.last(self.window_size)).mean(1).masked_fill(~evidence.there, 0.0)
         window = self.always(evidence)
         if window is not None:  # takes no part, so that pooling sees zeros behind the last key in front of it
             scores = scores.masked_fill(window, 0.0)
@@ -75,11 +75,5 @@ class SnapKV(KeyScorer, name="snapkv", needs=("attention",), paper="2404.14469",
     def always(self, evidence: CacheEvidence) -> Tensor | None:
         return evidence.last(self.window_size) if self.what == "all" else None
 
-    def plan(self, evidence: CacheEvidence) -> Plan:
-        if self.max_capacity_prompt is None:
-            return super().plan(evidence)
-        if bool((evidence.counts <= self.max_capacity_prompt).all()):
-            return Identity.like(evidence.keys)
-        return keep_best_slots(
-            self.importance(evidence), self.max_capacity_prompt, evidence, what="all", always=self.always(evidence)
-        )
+    def wanted(self, evidence: CacheEvidence) -> Keep | Tensor:
+        return self.keep if self.max_capacity_prompt is None else self.max_capacity_prompt

@@ -106,6 +106,8 @@ class Evict(LayerStep):
 
     def _decide(self, call: LayerCall) -> None:
         method, run, step, index = self.method, call.run, call.step, call.index
+        if step.prefill:  # a cache may make its layers when they are first used
+            check_layer(call.cache.layers[index], method)
         queries = call.attention.queries if self.looks and call.attention is not None else None
         if step.prefill and index in run.running:  # a checkpointed layer runs again
             return

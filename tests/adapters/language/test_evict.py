@@ -12,7 +12,7 @@ from vlms import VLMS, prompts, skip_beams_of_several
 from vlms_masked import close, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.language.generation import cache_in, cache_of
+from tokenreduce.adapters.language.generation import cache_as, cache_in, cache_of
 from tokenreduce.algorithms.keys import keep_slots
 from tokenreduce.core.cache_reducer import CacheReducer
 
@@ -213,8 +213,6 @@ def test_right_padding_is_put_in_order(monkeypatch):
     new, one = torch.tensor([[40], [41]]), torch.ones(2, 1, dtype=torch.long)
 
     def run():
-        from tokenreduce.adapters.language.generation import cache_as
-
         with torch.no_grad():
             first = model(**inputs, use_cache=True)
             mask = torch.cat([inputs["attention_mask"], one], 1)
@@ -252,8 +250,6 @@ def test_all_stages_in_one_patch():
 
 
 def test_cropped_and_copied_caches(monkeypatch):
-    from tokenreduce.adapters.language.generation import cache_as
-
     vlm = VLMS["llava"]
     model, inputs = vlm.model, prompts(vlm, CASES["several"])
     mask = inputs["attention_mask"]
@@ -286,6 +282,14 @@ def test_what_cannot_be_right_is_refused():
             answer(model, inputs, cache_implementation="static")
         with pytest.warns(UserWarning, match="use_cache=False keeps no keys"), torch.no_grad():
             model(**inputs, use_cache=False)
+    with torch.no_grad():
+        cache = cache_of(model(**inputs, use_cache=True))
+    new = {"input_ids": torch.tensor([[40]]), "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 1)}
+    with tr.patched(model, "knorm:keep=0.5"), torch.no_grad():
+        with pytest.warns(UserWarning, match="not filled by the patched model"):
+            model(**new, **cache_as(model, cache))
+        with pytest.raises(ValueError, match="NaN"):
+            model(**{k: v * torch.nan if v.is_floating_point() else v for k, v in inputs.items()}, use_cache=True)
     with pytest.raises(ValueError, match="both take keys out of the cache of layer 0"):
         tr.patch(model, "knorm:keep=0.5", "snapkv:keep=0.5")
     with pytest.raises(ValueError, match="chooses among cached tokens"):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cache_cases import kept_of, visual_slots
+from kv_cases import kept_of, visual_slots
 
 import tokenreduce as tr
 from tokenreduce.video.cache.infinipot_v import InfiniPotV

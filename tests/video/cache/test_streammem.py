@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_cases import DIM, GROUPS, best_of, counted, kept_of, softmax_row, visual_slots
+from kv_cases import DIM, GROUPS, best_of, counted, kept_of, softmax_row, visual_slots
 
 import tokenreduce as tr
 from tokenreduce.video.cache.streammem import StreamMem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_cases import kept_of, marks
+from kv_cases import kept_of, marks
 
 import tokenreduce as tr
 from tokenreduce.vision.cache.mustdrop_cache import MustDropCache

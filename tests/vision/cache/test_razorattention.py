@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cache_cases import DIM, EQUAL, LEFT, RIGHT, cache, counted, kept_of, present, visual_slots
+from kv_cases import DIM, EQUAL, LEFT, RIGHT, cache, counted, kept_of, present, visual_slots
 
 import tokenreduce as tr
 from tokenreduce.algorithms.head_table import HeadTable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_cases import DIM, EQUAL, GROUPS, LEFT, RIGHT, best_of, cache, counted, kept_of, marks, softmax_row
+from kv_cases import DIM, EQUAL, GROUPS, LEFT, RIGHT, best_of, cache, counted, kept_of, marks, softmax_row
 
 import tokenreduce as tr
 from tokenreduce.vision.cache.recycled import Recycled

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cache_cases import DIM, EQUAL, GROUPS, LEFT, RIGHT, best_of, cache, counted, kept_of, present, visual_slots
+from kv_cases import DIM, EQUAL, GROUPS, LEFT, RIGHT, best_of, cache, counted, kept_of, present, visual_slots
 
 import tokenreduce as tr
 from tokenreduce.vision.cache.tokenselect import TokenSelect

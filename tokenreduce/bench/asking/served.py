@@ -13,7 +13,7 @@ from tokenreduce.patching import describe, patched
 
 __all__ = ["STAGES", "Served", "served"]
 
-STAGES = ("projector", "language", "encoder")
+STAGES = ("projector", "language", "encoder", "cache")
 
 
 class Served(NamedTuple):

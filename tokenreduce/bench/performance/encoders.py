@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tokenreduce as tr
+from tokenreduce.common.pinned import pin
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import Speedup, interleaved
@@ -117,4 +118,5 @@ def main(
 
 
 if __name__ == "__main__":
+    pin()
     typer.run(main)

@@ -22,6 +22,7 @@ from rich.table import Table
 from tokenreduce.bench.performance.prefills import Row, Settings, measure
 from tokenreduce.bench.performance.sections import command_of, section, splice
 from tokenreduce.bench.performance.shapes import SHAPES, Shape
+from tokenreduce.common.pinned import pin
 from tokenreduce.common.words import counted, speak_everywhere
 
 __all__ = ["COLUMNS", "cells", "markdown"]
@@ -141,4 +142,5 @@ def main(
 
 
 if __name__ == "__main__":
+    pin()
     typer.run(main)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tokenreduce.bench.performance.sections import command_of, splice
 from tokenreduce.common.files import writing
+from tokenreduce.common.pinned import pin
 from tokenreduce.common.words import counted, speak_everywhere
 from tokenreduce.core.evidence import Evidence, ImageEvidence, Origin
 from tokenreduce.core.reducer import Reducer
@@ -310,4 +311,5 @@ def main(
 
 
 if __name__ == "__main__":
+    pin()
     typer.run(main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from tokenreduce.common.pinned import pin
 from tokenreduce.common.words import counted
 from tokenreduce.measure.timing import interleaved
 from tokenreduce.video.errors import need
@@ -56,4 +57,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    pin()
     main()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tokenreduce.core.evidence.attention import need
+from tokenreduce.core.plan import take
 
 __all__ = ["CacheEvidence", "Rotary"]
 
@@ -139,6 +141,12 @@ class CacheEvidence:
         """(B*Hkv,...) as (B,Hkv,...)."""
         return folded.unflatten(0, (self.batch, self.kv_heads))
 
+    def bare(self) -> CacheEvidence:
+        """The same without queries and attention: what a summary may hold on to, since the rest is in the cache."""
+        out = copy.copy(self)
+        out._attention = out._queries = out.mask = None
+        return out
+
     # -- which slots -----------------------------------------------------------------------------------------------
     @property
     def there(self) -> Tensor:
@@ -229,19 +237,21 @@ class CacheEvidence:
         r = self.rows_given if rows is None else min(rows, self.rows_given)
         return self._rows(self.rows_given - r, self.rows_given)
 
-    def logits(self, start: int, stop: int) -> Tensor:
+    def logits(self, start: int, stop: int, slots: Tensor | None = None) -> Tensor:
         """(B*Hkv,G,R,N) float32: masked logits of the queries ``start`` to ``stop`` of those that are known, -inf where
-        a query does not see a key. From given attention, they are right up to a number for each row."""
+        a query does not see a key. With ``slots`` (B*Hkv,W), those of these keys only, (B*Hkv,G,R,W), also where they
+        are not seen. From given attention, logits are right up to a number for each row, and always masked."""
         if self._attention is not None:
-            return self._attention[:, :, start:stop].float().log()
-        q = self.queries[:, :, start:stop].float()
-        logits = (q @ self.keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
+            rows = self._attention[:, :, start:stop].float().log()
+            return rows if slots is None else rows.gather(3, slots[:, None, None].expand(*rows.shape[:3], -1))
+        keys = self.keys if slots is None else take(self.keys, slots)
+        logits = (self.queries[:, :, start:stop].float() @ keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.masked_fill(~self._sees(start, stop), float("-inf"))
+        return logits if slots is not None else logits.masked_fill(~self._sees(start, stop), float("-inf"))
 
     def _sees(self, start: int, stop: int) -> Tensor:
-        """(B*Hkv,1,R,N) bool: which keys a query sees."""
+        """Which queries see which keys, bool that broadcasts to (B*Hkv,G,R,N)."""
         device, first = self.keys.device, self.n - self.rows_given
         if self.mask is not None:
             mask = self.mask[:, :, start:stop].expand(self.batch, -1, -1, -1)
@@ -253,31 +263,35 @@ class CacheEvidence:
         return out & self.there[:, None, None]
 
     def _rows(self, start: int, stop: int) -> Tensor:
-        there = self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
-        if self._attention is not None:
-            return self._attention[:, :, start:stop].float().masked_fill(~there, 0.0)
-        # NaN of keys is handed on, so that methods refuse it; that of a row which sees nothing is not.
-        nothing = ~there | ~self._sees(start, stop).any(-1, keepdim=True)
-        return self.logits(start, stop).softmax(-1).masked_fill(nothing, 0.0)
+        # Rows of padding see nothing, of which softmax makes NaN; other NaN is the model's, and is seen by methods.
+        away = ~self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
+        given = self._attention
+        rows = self.logits(start, stop).softmax(-1) if given is None else given[:, :, start:stop].float()
+        return rows.masked_fill(away, 0.0)
 
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
         weight, (R,) or (B*Hkv,R). Computed in blocks of rows."""
-        known = self.rows_given
-        r = known if rows is None else min(rows, known)
-        if not r:
-            self.rows()
         if weights is not None:
             weights = weights.float().expand(self.keys.shape[0], -1)
         out: Tensor | None = None
-        for start in range(known - r, known, _BLOCK):
-            stop = min(start + _BLOCK, known)
-            block = self._rows(start, stop)
+        for start, block in self.blocks(rows):
             if weights is not None:
-                block = block * weights[:, start - (known - r) : stop - (known - r)][:, None, :, None]
+                block = block * weights[:, start : start + block.shape[2]][:, None, :, None]
             out = block.sum(2) if out is None else out + block.sum(2)
-        assert out is not None
+        if out is None:
+            raise ValueError("this method needs attention, of which the evidence has no row: give attention or queries")
         return out
+
+    def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """:meth:`rows` in blocks, so that N x N numbers never exist at once: ``(first, block)``, where ``first`` counts
+        from the first of the ``rows`` that are asked for."""
+        if self._attention is None and self._queries is None:
+            self.rows()
+        known = self.rows_given
+        begin = known - (known if rows is None else min(rows, known))
+        for start in range(begin, known, _BLOCK):
+            yield start - begin, self._rows(start, min(start + _BLOCK, known))
 
     def readers(self, rows: int | None = None) -> Tensor:
         """(B*Hkv,N): how many of the last ``rows`` queries (all that are known) see a slot in causal order."""

@@ -84,6 +84,10 @@ class Plan:
         """Sizes (B,N) to (B,K); None stays None where nothing was merged. Invalid outputs get size 0."""
         raise NotImplementedError("abstract")
 
+    def reduce_both(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """:meth:`reduce` and :meth:`reduce_size` in one, which spares plans that weigh by size half of the work."""
+        return self.reduce(x, size), self.reduce_size(size)
+
     def reduce_attention(self, a: Tensor, size: Tensor | None = None) -> Tensor:
         """An attention map (B,H,N,N) to (B,H,K,K): columns of one group are summed, rows averaged like features.
 

@@ -103,14 +103,28 @@ class Merge(Plan):
                 out = out * w.gather(1, self.keep).unsqueeze(-1).to(x.dtype)
                 rows = rows * w.gather(1, self.src).unsqueeze(-1).to(x.dtype)
             return add_rows(out.clone() if w is None else out, self.dst, rows)
-        # Mean as a correction of the kept token: untouched outputs stay exact and only R rows are computed.
+        merged = self._mean(x, out, rows, *self._weighed(w))
+        return merged if self.norm == "none" else self._restore_norm(x, merged)
+
+    def _weighed(self, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B,R) weights of sources, and (B,K) what all members of an output weigh, from (B,N) weights."""
         w_src = torch.ones_like(self.src, dtype=torch.float32) if w is None else w.gather(1, self.src)
         w_keep = torch.ones_like(self.keep, dtype=torch.float32) if w is None else w.gather(1, self.keep)
-        total = w_keep.scatter_add(1, self.dst, w_src)
+        return w_src, w_keep.scatter_add(1, self.dst, w_src)
+
+    def _mean(self, x: Tensor, out: Tensor, rows: Tensor, w_src: Tensor, total: Tensor) -> Tensor:
+        """The mean as a correction of the kept token: untouched outputs stay exact and only R rows are computed."""
         share = w_src / total.gather(1, self.dst).clamp(min=torch.finfo(total.dtype).tiny)
         change = (rows - take(out, self.dst)) * share.unsqueeze(-1).to(x.dtype)
-        merged = add_rows(out, self.dst, change)
-        return merged if self.norm == "none" else self._restore_norm(x, merged)
+        return add_rows(out, self.dst, change)
+
+    def reduce_both(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        plain = self.mode == "mean" and self.norm == "none" and self.valid is None and self.src.shape[1] > 0
+        alike = self.by_size and self.weights is None and self.size_scale is None
+        if not (plain and alike and (size is None or size.dtype == torch.float32)):
+            return self.reduce(x, size), self.reduce_size(size)
+        w_src, total = self._weighed(size)  # what the members of an output weigh is its new size
+        return self._mean(x, take(x, self.keep), take(x, self.src), w_src, total), total
 
     def _restore_norm(self, x: Tensor, merged: Tensor) -> Tensor:
         norms = x.float().norm(dim=-1)

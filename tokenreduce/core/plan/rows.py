@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from tokenreduce.core.constants import first_rows
 from tokenreduce.core.readable import readable
 
 __all__ = ["take"]
@@ -18,15 +18,15 @@ def take(x: Tensor, index: Tensor) -> Tensor:
         flat = x.flatten(2)
         out = flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
     else:  # copies whole rows, several times faster than gather on a CPU
-        first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device).unsqueeze(1)
-        out = x.flatten(0, 1).index_select(0, (index + first).flatten())
+        where = index if x.shape[0] == 1 else index + first_rows(x.shape[0], x.shape[1], index)
+        out = x.flatten(0, 1).index_select(0, where.flatten())
     return out.view(*index.shape, *x.shape[2:])
 
 
 def add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """``base`` (B,K,C) plus ``rows`` (B,R,C) at ``index`` (B,R); where nothing else needs base, it is consumed."""
     k = base.shape[1]
-    where = (index + k * torch.arange(base.shape[0], device=index.device).unsqueeze(1)).flatten()
+    where = (index if base.shape[0] == 1 else index + first_rows(base.shape[0], k, index)).flatten()
     flat, rows = base.flatten(0, 1), rows.to(base.dtype).flatten(0, 1)  # adds whole rows, unlike scatter_add
     if base.requires_grad or rows.requires_grad or not readable(rows):
         return flat.index_add(0, where, rows).view_as(base)

@@ -1,0 +1,118 @@
+"""``tokenreduce bench vision``: methods x budgets on one image classifier and one data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokenreduce.cli.bench import Extent, run
+from tokenreduce.cli.options import (
+    AnyDevice,
+    BenchJson,
+    Classes,
+    Fresh,
+    Full,
+    Methods,
+    Reduce,
+    Repeats,
+    RunFolder,
+)
+
+if TYPE_CHECKING:
+    from tokenreduce.bench.task import Task
+
+__all__ = ["command"]
+
+#: Budgets where --budgets says nothing, without and with --full.
+BUDGETS = ("0.5,0.35", "0.75,0.5,0.35")
+#: Images per forward where --batch says nothing.
+BATCH, BATCHES = 64, {"world": 32}
+#: Embedded classifiers and their data; both are measured when no model is named.
+EMBEDDED = {"digits-vit": "digits", "world-vit": "world"}
+#: Images per row where --limit and --full say nothing: the embedded digits whole, other data in part.
+QUICK = {"digits": None, "world": 200}
+QUICK_ELSEWHERE = 1000
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER; both embedded ones by default, "
+        "each in a folder of its own."
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, world, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or webdataset shards "
+        "(*.tar); an embedded model has its own."
+    ),
+]
+Split = Annotated[str, typer.Option(help="Part of the data to evaluate.")]
+Budgets = Annotated[
+    str | None, typer.Option(help="Shares of the unreduced FLOPs; 0.5,0.35 by default, 0.75,0.5,0.35 with --full.")
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Images to evaluate; 1,000 by default, 200 scenes of the world.")
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Images per forward; 64 by default, 32 scenes of the world.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+Amp = Annotated[str | None, typer.Option(help="bf16 or fp16 autocast.")]
+
+
+def command(
+    ctx: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    split: Split = "test",
+    methods: Methods = None,
+    budgets: Budgets = None,
+    reduce: Reduce = None,
+    limit: Limit = None,
+    batch: Batch = None,
+    workers: Workers = 0,
+    device: AnyDevice = "cpu",
+    amp: Amp = None,
+    repeats: Repeats = None,
+    classes: Classes = None,
+    out: RunFolder = Path("runs/vision"),
+    fresh: Fresh = False,
+    full: Full = False,
+    as_json: BenchJson = False,
+) -> None:
+    """Image classification: accuracy, FLOPs, clock speed-up and memory of every method at equal FLOPs.
+
+    Without --model on both embedded models: digits-vit, and world-vit on scenes with 3 to 6 things. A killed run
+    continues where it stopped when the same command is given again.
+    """
+    extent = Extent.of(ctx)
+    models = _models(model, data)
+    from tokenreduce.bench.vision import VisionTask
+
+    jobs: dict[Path, Task] = {}
+    cuts = []
+    for name, source in models.items():
+        quick = QUICK.get(source, QUICK_ELSEWHERE)
+        cuts += extent.cut("evaluating", quick, "image", f" of {source}")
+        jobs[out / name if len(models) > 1 else out] = VisionTask(
+            model=name, data=source, split=split, limit=extent.most(quick), batch=batch or BATCHES.get(source, BATCH),
+            workers=workers, device=device, amp=amp, repeats=extent.repeats, classes=classes, few=extent.few,
+        )  # fmt: skip
+    extent.say(cuts, stages=False, as_json=as_json)
+    run(ctx, jobs, budgets=BUDGETS, device=device)
+
+
+def _models(model: str | None, data: str | None) -> dict[str, str]:
+    """Models to measure, and the data of each."""
+    if model is None and data is None:
+        return dict(EMBEDDED)
+    if model is None:
+        own = [name for name, source in EMBEDDED.items() if source == data]
+        if not own:
+            raise ValueError(f"--model is needed for {data}: timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER")
+        return {own[0]: str(data)}
+    if data is None and model not in EMBEDDED:
+        needed = ", ".join(f"{source} for {name}" for name, source in EMBEDDED.items())
+        raise ValueError(f"--data is needed for {model}: an image folder, hf:FOLDER or *.tar shards ({needed})")
+    return {model: data or EMBEDDED[model]}

@@ -1,0 +1,105 @@
+"""``tokenreduce bench vlm``: methods x budgets on one image language model and questions about pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenreduce.cli.bench import Extent, data_of, run
+from tokenreduce.cli.options import (
+    Answer,
+    BenchJson,
+    Dtype,
+    Fresh,
+    Full,
+    Llm,
+    LlmDevice,
+    Methods,
+    Reduce,
+    Repeats,
+    RunFolder,
+    Split,
+)
+from tokenreduce.cli.shared import quiet_bars
+
+__all__ = ["command"]
+
+#: Budgets where --budgets says nothing, without and with --full.
+BUDGETS = ("0.25,0.1", "0.5,0.25,0.1")
+#: Questions where --limit and --full say nothing.
+QUICK = 180
+
+Data = Annotated[
+    str | None,
+    typer.Option(help='world, or a JSONL file: {"image": path, "question": ..., "answer": ..., "type": ...}.'),
+]
+Budgets = Annotated[
+    str | None,
+    typer.Option(
+        help="Shares of the visual tokens that stay, averaged over the language model's layers; 0.25,0.1 by default, "
+        "0.5,0.25,0.1 with --full."
+    ),
+]
+#: What --axis takes, and the stages that are measured then.
+AXES = {"tokens": "projector,language,encoder", "kv": "cache"}
+Against = Annotated[
+    str, typer.Option(help="What budgets are shares of: tokens, or kv (bytes of keys and values, long answers).")
+]
+Stages = Annotated[
+    str | None,
+    typer.Option(help="Stages to measure: projector,language,encoder; cache with --axis kv."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions to ask; 180 by default.")]
+Batch = Annotated[int, typer.Option(min=1, help="Questions per forward.")]
+
+
+def command(
+    ctx: typer.Context,
+    model: Llm = "world-llava",
+    data: Data = None,
+    split: Split = "test",
+    stage: Stages = None,
+    methods: Methods = None,
+    budgets: Budgets = None,
+    reduce: Reduce = None,
+    limit: Limit = None,
+    batch: Batch = 32,
+    max_new_tokens: Answer = 16,
+    device: LlmDevice = "auto",
+    dtype: Dtype = "auto",
+    repeats: Repeats = None,
+    out: RunFolder = Path("runs/vlm"),
+    fresh: Fresh = False,
+    full: Full = False,
+    axis: Against = "tokens",
+    as_json: BenchJson = False,
+) -> None:
+    """Image language models: accuracy by question type, visual tokens, FLOPs, time to first token and KV cache.
+
+    Budgets are shares of the visual tokens, averaged over the language model's layers. With --axis kv, methods of the
+    cache stage are measured: budgets are shares of the bytes of keys and values, and answers are long. A killed run
+    continues where it stopped when the same command is given again.
+    """
+    if axis not in AXES:
+        raise ValueError(f"--axis is {' or '.join(AXES)}, not {axis!r}")
+    stages = tuple(s.strip() for s in (stage or AXES[axis]).split(",") if s.strip())
+    if ("cache" in stages) != (axis == "kv"):
+        raise ValueError("methods of the cache stage leave all visual tokens: --axis kv is for them, and for no others")
+    data = data_of(model, data, "a JSONL file with questions")
+    extent = Extent.of(ctx)
+    from tokenreduce.bench.cached import CacheTask
+    from tokenreduce.bench.vlm import VlmTask
+    from tokenreduce.bench.vlms import pick_device
+
+    place = str(pick_device(device))
+    kind = CacheTask if axis == "kv" else VlmTask
+    task = kind(
+        model=model, data=data, split=split, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
+        repeats=extent.repeats, max_new_tokens=max_new_tokens,
+        stages=stages, few=extent.few,
+    )  # fmt: skip
+    extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
+    quiet_bars()
+    run(ctx, {out: task}, budgets=BUDGETS, device=place)

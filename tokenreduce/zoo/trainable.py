@@ -1,0 +1,80 @@
+"""The training behind the embedded models, by their names."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tokenreduce import zoo
+from tokenreduce.zoo import weights
+
+__all__ = ["TRAINABLE", "Trainable", "trainable"]
+
+#: By name: the module that trains it, and what its ``train`` takes besides folder, device and time.
+TRAINABLE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "digits-vit": ("tokenreduce.zoo.digits", ()),
+    "world-vit": ("tokenreduce.zoo.world_vit", ("workers", "compiled")),
+    "world-llava": ("tokenreduce.zoo.world_llava", ("workers", "compiled", "encoder")),
+}
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model that can be trained again. ``takes`` are the words besides ``device`` and ``minutes`` that :meth:`train`
+    takes for it: ``workers`` (processes that make training data), ``compiled`` (through ``torch.compile``), ``encoder``
+    (folder of an exported world-vit)."""
+
+    name: str
+    module: str
+    takes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training, over all stages."""
+        module = importlib.import_module(self.module)
+        stages = getattr(module, "STAGES", None)
+        return int(module.SCHEDULE.steps if stages is None else sum(s.schedule.steps for s in stages))
+
+    def recorded(self) -> dict[int, tuple[float, float]]:
+        """By step, loss and accuracy that the card of the embedded weights tells of their own training."""
+        made = weights.read_card(self.name).get("curve") if self.name in weights.stored() else None
+        return {} if not made else {s: (x, y) for s, x, y in zip(*(made[k] for k in _CURVE), strict=True)}
+
+    def train(
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        minutes: float | None = None,
+        report: Callable[[dict[str, Any]], None] = print,
+        **more: Any,
+    ) -> nn.Module:
+        """Train from scratch, or go on from the checkpoints in ``folder``, and return the model.
+
+        ``report`` gets a row (step, loss, accuracy, minutes) now and then; after ``minutes`` in total training stops.
+        Raises ``ValueError`` for words that this model does not take.
+        """
+        strange = [word for word in more if word not in self.takes]
+        if strange:
+            raise ValueError(f"{self.name} takes no {strange[0]}; it takes: {', '.join(self.takes) or 'nothing more'}")
+        if "encoder" in self.takes:
+            given = more.get("encoder")
+            more["encoder"] = (zoo.load("world-vit") if given is None else zoo.load("world-vit", folder=given)).model
+        module = importlib.import_module(self.module)
+        model: nn.Module = module.train(folder, device=device, stop_after=minutes, report=report, **more)
+        return model
+
+
+_CURVE = ("step", "loss", "accuracy")
+
+
+def trainable(name: str) -> Trainable:
+    """By name. Raises ``ValueError`` that lists the names for another."""
+    if name not in TRAINABLE:
+        raise ValueError(f"cannot train {name!r}; trainable models: {', '.join(TRAINABLE)}")
+    return Trainable(name, *TRAINABLE[name])
