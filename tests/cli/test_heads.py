@@ -49,13 +49,14 @@ def test_texts_and_json(folder, tmp_path):
     text.write_text("What is in this image? The dog sits near the table.")
     result = run(folder, *SMALL, "--text", text, "--text", text, "--out", tmp_path / "t.json", "--json")
     assert result.exit_code == 0, result.output
-    shown = json.loads(result.stdout)
+    shown, plain = json.loads(result.stdout), tmp_path / "plain.json"
+    assert run(folder, *SMALL, "--out", plain).exit_code == 0
     table = load_table(tmp_path / "t.json")
     assert shown["file"] == str(tmp_path / "t.json")
     assert shown["scores"]["echo"] == [list(row) for row in table.scores["echo"]]
     assert len(table.probe["texts"]) == 2
-    assert table.scores["on_the_fly"] != load_table(folder).scores["on_the_fly"]
-    assert table.scores["echo"] == load_table(folder).scores["echo"]
+    assert table.scores["on_the_fly"] != load_table(plain).scores["on_the_fly"]
+    assert table.scores["echo"] == load_table(plain).scores["echo"]
 
 
 def test_bad_input(folder, tmp_path):
