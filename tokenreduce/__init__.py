@@ -44,9 +44,15 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.video.projector.timesuite import TokenShuffle
     from tokenreduce.video.projector.uniform_frames import UniformFrames
     from tokenreduce.video.projector.vidcom2 import VidCom2
+    from tokenreduce.vision.cache.a2sf import A2SF
     from tokenreduce.vision.cache.adakv import AdaKV
     from tokenreduce.vision.cache.aircache import AirCache
     from tokenreduce.vision.cache.duoattention import DuoAttention
+    from tokenreduce.vision.cache.ems import EMS
+    from tokenreduce.vision.cache.expected_attention import ExpectedAttention
+    from tokenreduce.vision.cache.h2o import H2O
+    from tokenreduce.vision.cache.keydiff import KeyDiff
+    from tokenreduce.vision.cache.keyformer import Keyformer
     from tokenreduce.vision.cache.knorm import Knorm
     from tokenreduce.vision.cache.lazyeviction import LazyEviction
     from tokenreduce.vision.cache.lookm import LookM
@@ -55,11 +61,15 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.cache.mixkv import MixKV
     from tokenreduce.vision.cache.mustdrop_cache import MustDropCache
     from tokenreduce.vision.cache.prefixkv import PrefixKV
+    from tokenreduce.vision.cache.pyramidkv import PyramidKV
+    from tokenreduce.vision.cache.random_drop import RandomKeys
     from tokenreduce.vision.cache.razorattention import RazorAttention
     from tokenreduce.vision.cache.recycled import Recycled
     from tokenreduce.vision.cache.snapkv import SnapKV
+    from tokenreduce.vision.cache.streamingllm import Recent, StreamingLLM
     from tokenreduce.vision.cache.tgvkv import TGVKV
     from tokenreduce.vision.cache.tokenselect import TokenSelect
+    from tokenreduce.vision.cache.tova import TOVA
     from tokenreduce.vision.cache.vase import VaSE
     from tokenreduce.vision.cache.vlcache import VLCache
     from tokenreduce.vision.encoder.ats import ATS
@@ -114,18 +124,19 @@ __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.2.0"
 __all__ = [
-    "AIM", "AIMMerge", "ATS", "AdaKV", "AirCache", "CDPruner", "CacheEvidence", "CacheReducer", "DART", "DPCKNN",
-    "DiffRate", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "EVS", "EViT", "Evidence", "FastV", "FastVID",
-    "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GlobalCom2", "HiPrune", "HiRED",
-    "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF",
-    "MEDA", "MMTok", "Merge", "MiniCache", "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "PPLLaVA",
-    "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneVid",
-    "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens", "RandomVisual", "RazorAttention", "Recycled", "Reducer",
-    "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SnapKV", "SparseVLM", "SpatialAugmented", "StreamMem",
-    "TGVKV", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames",
-    "UniformTokens", "VLCache", "VScan", "VScanLLM", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
-    "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record",
-    "reduce_tokens", "stream", "unpatch", "zoo",
+    "A2SF", "AIM", "AIMMerge", "ATS", "AdaKV", "AirCache", "CDPruner", "CacheEvidence", "CacheReducer", "DART",
+    "DPCKNN", "DiffRate", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "EMS", "EVS", "EViT", "Evidence",
+    "ExpectedAttention", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion",
+    "FrameMerge", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids",
+    "KeyDiff", "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "MiniCache",
+    "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames",
+    "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop",
+    "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual", "RazorAttention", "Recent", "Recycled",
+    "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SnapKV", "SparseVLM", "SpatialAugmented",
+    "StreamMem", "StreamingLLM", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenSelect",
+    "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "VLCache", "VScan", "VScanLLM", "VaSE", "VidCom2",
+    "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods",
+    "parse", "patch", "patched", "record", "reduce_tokens", "stream", "unpatch", "zoo",
 ]  # fmt: skip
 
 

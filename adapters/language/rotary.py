@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class Turning:
 
     module: nn.Module
     paired: bool
+    #: What else the module wants to know.
+    more: dict[str, Any] = field(default_factory=dict)
 
     def of(self, step: Step, cache: Any, index: int, x: Tensor) -> Rotary | None:
         """Tables of the slots of layer ``index`` at the prompt; None behind it."""
@@ -38,11 +41,11 @@ class Turning:
         if cut is not None:
             at = cut.here if here.dim() == 2 else cut.here.expand(here.shape[0], -1, -1)
             here = here.gather(-1, at)
-        cos, sin = (_rows(t) for t in self.module(x, here))
+        cos, sin = (_rows(t) for t in self.module(x, here, **self.more))
 
         def ahead(count: int) -> tuple[Tensor, Tensor]:
             new = last[:, None] + 1 + torch.arange(count, device=x.device)
-            made = self.module(x, new if here.dim() == 2 else new.expand(here.shape[0], -1, -1))
+            made = self.module(x, new if here.dim() == 2 else new.expand(here.shape[0], -1, -1), **self.more)
             return _rows(made[0]), _rows(made[1])
 
         return Rotary(cos, sin, ahead, self.paired)
@@ -65,4 +68,7 @@ def turning_of(text: nn.Module, layer: Any) -> Turning:
         raise ValueError(
             f"{type(text).__name__} has no rotary tables of its own, which this method undoes; choose snapkv or knorm"
         )
-    return Turning(module, type(layer.self_attn).__name__.startswith(_PAIRED))
+    kinds = getattr(text.config, "layer_types", None)
+    wants = "layer_type" in inspect.signature(module.forward).parameters
+    more = {"layer_type": kinds[layer.self_attn.layer_idx]} if wants and kinds else {}
+    return Turning(module, type(layer.self_attn).__name__.startswith(_PAIRED), more)

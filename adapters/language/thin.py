@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tokenreduce.adapters.language.held import Held
 from tokenreduce.adapters.language.held_mask import slots_of
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence, Rotary
-from tokenreduce.core.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan, take
 from tokenreduce.core.trace import CacheStep, active
 
 __all__ = ["Running", "check_layer", "evidence_of", "shown", "thin"]
@@ -23,11 +23,13 @@ __all__ = ["Running", "check_layer", "evidence_of", "shown", "thin"]
 @dataclass
 class Running:
     """What is remembered of one layer between decode steps: ``scores`` (B*Hkv,N) or (B*Hkv,N,S) of its slots, the last
-    ``queries`` (B,H,R,d), and how many slots the prompt's plan left, ``prompt_slots`` (B*Hkv,1)."""
+    ``queries`` (B,H,R,d), how many slots the prompt's plan left, ``prompt_slots`` (B*Hkv,1), and whatever else the
+    method keeps of every head, ``memory`` (B*Hkv,M)."""
 
     scores: Tensor | None = None
     queries: Tensor | None = None
     prompt_slots: Tensor | None = None
+    memory: Tensor | None = None
 
     def reorder(self, rows: Tensor) -> None:
         """Follow beams: row i is what row ``rows[i]`` was."""
@@ -36,6 +38,7 @@ class Running:
             return None if t is None else t.unflatten(0, (len(rows), -1))[rows].flatten(0, 1)
 
         self.scores, self.prompt_slots = pick(self.scores), pick(self.prompt_slots)
+        self.memory = pick(self.memory)
         self.queries = None if self.queries is None else self.queries[rows]
 
 
@@ -77,6 +80,8 @@ def evidence_of(
         queries = queries[:, :, -n:]
     new = n if queries is None else queries.shape[2]
     rows = order = None
+    if rotary is not None:
+        rotary = replace(rotary, cos=rotary.cos[:, -n:], sin=rotary.sin[:, -n:])
     if isinstance(mask, Tensor) and mask.dim() == 4 and queries is not None:
         rows = mask[:, :1, mask.shape[2] - min(new, mask.shape[2]) :, mask.shape[3] - n :]
     if step.prefill and not bool(there[..., -1].all()):
@@ -86,6 +91,8 @@ def evidence_of(
         keys, values = (_at(t, order) for t in (keys, values))
         columns, there = (t.gather(2, order[:, None].expand(b, t.shape[1], n)) for t in (columns, there))
         queries = None if queries is None else _at(queries, order)
+        if rotary is not None:
+            rotary = replace(rotary, cos=take(rotary.cos, order), sin=take(rotary.sin, order))
         if rows is not None:
             rows = rows.expand(b, -1, -1, -1).gather(2, order[:, None, :, None].expand(-1, 1, -1, n))
             rows = rows.gather(3, order[:, None, None, :].expand_as(rows))
@@ -106,7 +113,8 @@ def evidence_of(
         visual=visual[:, 0] if one else visual.flatten(0, 1), valid=_valid(there, one), step=number,
         scores=None if state is None else _grown(state.scores, n), scale=getattr(module, "scaling", None),
         softcap=softcap_of(module), mask=rows, columns=folded, seen=_seen(run, total), frame_of=frames, rotary=rotary,
-        prompt_slots=None if state is None else state.prompt_slots, mrope=mrope,
+        prompt_slots=None if state is None else state.prompt_slots, memory=None if state is None else state.memory,
+        mrope=mrope,
     )  # fmt: skip
     return evidence, folded, order
 

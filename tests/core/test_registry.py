@@ -108,7 +108,7 @@ def test_texts_at_a_stage(stage):
 
 
 def test_lists_have_full_names_and_short_ones_at_a_stage():
-    assert tr.list_methods("random*") == ["random", "random@language", "random@projector"]
+    assert tr.list_methods("random*") == ["random", "random@cache", "random@language", "random@projector"]
     assert tr.list_methods("*@projector") == ["random@projector", "resize@projector", "uniform@projector"]
     assert {"pool", "random", "resize", "uniform"} <= set(tr.list_methods(stage="projector"))
     assert "random" in tr.list_methods("r*", stage="language")

@@ -11,9 +11,12 @@ from torch import Tensor
 from tokenreduce.algorithms.projector import share
 from tokenreduce.algorithms.scoring import finite
 from tokenreduce.algorithms.temporal import frames_of
-from tokenreduce.core.evidence import BaseEvidence, ImageEvidence, VisualEvidence
+from tokenreduce.core.evidence import BaseEvidence, CacheEvidence, ImageEvidence, VisualEvidence
 
-__all__ = ["cells", "draw", "evenly", "full_grid", "regular", "resampling", "spread", "sub_grid"]
+__all__ = [
+    "cells", "draw", "draws", "evenly", "full_grid", "mixed_seed", "regular", "resampling", "scramble", "spread",
+    "sub_grid",
+]  # fmt: skip
 
 _BITS = 0xFFFFFFFF
 #: Channels whose means identify a sample, and quantisation steps per root mean square of its features.
@@ -35,17 +38,24 @@ def draw(evidence: BaseEvidence, seed: int, among: Tensor | None = None) -> Tens
     them (text, padding) changes nothing; numbers of other tokens have no meaning. By default places are columns, and
     slots without a token are left out of the means.
     """
-    start = _mix((seed ^ (seed >> 32)) & _BITS, evidence.layer + 1)
-    state = torch.full((evidence.batch,), start, dtype=torch.int64, device=evidence.x.device)
-    for part in _content(evidence, evidence.valid if among is None else among).unbind(1):
-        state = _scramble(state ^ (part & _BITS))
-    place = torch.arange(1, evidence.n + 1, device=state.device) if among is None else among.long().cumsum(1)
-    return (_scramble(state.unsqueeze(1) ^ _scramble(place)) >> 8).float()
+    return draws(evidence.x, seed, evidence, evidence.valid, among)
 
 
-def _content(evidence: BaseEvidence, there: Tensor | None) -> Tensor:
+def draws(
+    x: Tensor, seed: int, evidence: BaseEvidence | CacheEvidence, valid: Tensor | None, among: Tensor | None = None
+) -> Tensor:
+    """What :func:`draw` says, for features ``x`` (B,N,C) and slots that are there, ``valid`` (B,N)."""
+    start = mixed_seed(seed, evidence.layer + 1)
+    state = torch.full((x.shape[0],), start, dtype=torch.int64, device=x.device)
+    for part in _content(x, valid if among is None else among, evidence).unbind(1):
+        state = scramble(state ^ (part & _BITS))
+    place = torch.arange(1, x.shape[1] + 1, device=state.device) if among is None else among.long().cumsum(1)
+    return (scramble(state.unsqueeze(1) ^ scramble(place)) >> 8).float()
+
+
+def _content(x: Tensor, there: Tensor | None, evidence: BaseEvidence | CacheEvidence) -> Tensor:
     """(B,4) int64: rounded channel means that tell samples apart."""
-    x = evidence.x.detach().float()
+    x = x.detach().float()
     if there is None:
         mean, power = x.mean(1), x.square().mean((1, 2))
     else:
@@ -58,17 +68,17 @@ def _content(evidence: BaseEvidence, there: Tensor | None) -> Tensor:
     return (share * _STEPS).round().clamp(-(2**20), 2**20).long()
 
 
-def _scramble(h: Tensor) -> Tensor:
+def scramble(h: Tensor) -> Tensor:
     """A 32-bit integer hash (xor-shift and multiply) in int64, where no product overflows."""
     for _ in range(2):
         h = ((h ^ (h >> 16)) * 0x45D9F3B) & _BITS
     return h ^ (h >> 16)
 
 
-def _mix(a: int, b: int) -> int:
-    """The same hash of two Python integers."""
-    h = a
-    for part in (0x9E3779B9, b):
+def mixed_seed(seed: int, *parts: int) -> int:
+    """The same hash of Python integers, to start from."""
+    h = (seed ^ (seed >> 32)) & _BITS
+    for part in (0x9E3779B9, *parts):
         h ^= part & _BITS
         for _ in range(2):
             h = ((h ^ (h >> 16)) * 0x45D9F3B) & _BITS

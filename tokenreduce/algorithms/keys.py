@@ -11,7 +11,10 @@ from tokenreduce.core.budget import Keep, check_keep
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 
-__all__ = ["WHAT", "budget", "candidates", "check_what", "keep_best_slots", "keep_slots", "pooled"]
+__all__ = [
+    "WHAT", "best_slots", "budget", "candidates", "check_finite", "check_rows", "check_what", "covered",
+    "keep_best_slots", "keep_slots", "left_by_prompt", "pooled", "standing",
+]  # fmt: skip
 
 #: What a budget counts: visual keys (text stays), or all.
 WHAT = ("visual", "all")
@@ -40,6 +43,45 @@ def budget(keep: Keep | Tensor, among: Tensor) -> Tensor:
     return torch.minimum((keep * present.double() + 0.5).long().clamp(min=1), present)
 
 
+def standing(keep: Keep, evidence: CacheEvidence) -> Keep | Tensor:
+    """``keep`` of all keys, for the step at hand: a ratio is of the prompt, and in decode stays what it was there.
+
+    Raises ``ValueError`` in decode for a ratio and evidence without ``prompt_slots``.
+    """
+    if not evidence.step or isinstance(keep, int):
+        return keep
+    return evidence.counts if keep == 1 else left_by_prompt(evidence)
+
+
+def left_by_prompt(evidence: CacheEvidence) -> Tensor:
+    """(B*Hkv,1): slots that the plan at the prompt left. Raises ``ValueError`` for evidence that does not say."""
+    if evidence.prompt_slots is None:
+        raise ValueError(
+            "the budget is a share of the prompt, which evidence of a decode step does not show: give "
+            "CacheEvidence(prompt_slots=...) or keep as a count"
+        )
+    return evidence.fold(evidence.prompt_slots)
+
+
+def covered(keep: Keep | Tensor, evidence: CacheEvidence, what: str) -> bool:
+    """Whether a budget keeps all that it counts, so that nothing need be scored."""
+    among = candidates(evidence, what)
+    return bool((budget(keep, among) >= among.sum(1, keepdim=True)).all())
+
+
+def check_rows(evidence: CacheEvidence, rows: int) -> None:
+    """Raise ``ValueError`` where padding behind the prompt takes the place of some of the last ``rows`` real queries.
+
+    Padding in front of a later turn does not: a row then has fewer queries to judge by.
+    """
+    rows = min(rows, evidence.rows_given)
+    real = evidence.row_there(rows).sum(1, keepdim=True)
+    if bool(((real < evidence.counts.clamp(max=rows)) & ~evidence.there[:, -1:]).any()):
+        raise ValueError(
+            f"padding behind the prompt stands where its last {rows} tokens are looked for; pad on the left"
+        )
+
+
 def keep_slots(stay: Tensor, evidence: CacheEvidence) -> Plan:
     """The plan that keeps the slots in ``stay`` (B*Hkv,N) bool, ascending; padding goes. The identity where every slot
     that is there stays, so that nothing is touched."""
@@ -62,12 +104,18 @@ def keep_best_slots(
     Ties go to the lower slot. Raises ``ValueError`` for scores that are not finite on such slots, and for a budget
     that is smaller than what always stays.
     """
+    if covered(keep, evidence, what):
+        return Identity.like(evidence.keys)
+    return keep_slots(best_slots(scores, keep, evidence, what=what, always=always), evidence)
+
+
+def best_slots(
+    scores: Tensor, keep: Keep | Tensor, evidence: CacheEvidence, *, what: str, always: Tensor | None = None
+) -> Tensor:
+    """(B*Hkv,N) bool: the slots that :func:`keep_best_slots` keeps; raises as it does."""
     among = candidates(evidence, what)
     wanted = budget(keep, among)
-    stay = evidence.there & ~among
-    if bool((wanted >= among.sum(1, keepdim=True)).all()):
-        return Identity.like(evidence.keys)
-    free = among
+    stay, free = evidence.there & ~among, among
     if always is not None:
         fixed = among & always
         held = fixed.sum(1, keepdim=True)
@@ -78,7 +126,7 @@ def keep_best_slots(
             )
         free, wanted, stay = among & ~always, wanted - held, stay | fixed
     check_finite(scores, free)
-    return keep_slots(stay | best(scores, free, wanted), evidence)
+    return stay | best(scores, free, wanted)
 
 
 def check_finite(scores: Tensor, among: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenreduce.core.evidence import Attention, BaseEvidence, VisualEvidence
+from tokenreduce.core.evidence import Attention, BaseEvidence, CacheEvidence, VisualEvidence
 from tokenreduce.core.readable import readable, to_onnx
 
 __all__ = [
@@ -68,7 +68,7 @@ def distances(x: Tensor) -> Tensor:
     return apart.masked_fill(eye, 0.0)
 
 
-def finite(scores: Tensor, evidence: BaseEvidence) -> Tensor:
+def finite(scores: Tensor, evidence: BaseEvidence | CacheEvidence) -> Tensor:
     """``scores`` itself; raises ``ValueError`` when they hold NaN.
 
     Checked in eager mode on the CPU, where it costs nothing. Elsewhere (a check would stall the GPU, break a compiled

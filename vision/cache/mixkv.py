@@ -88,7 +88,7 @@ class MixKV(KeyScorer, name="mixkv", needs=("attention",), paper="2510.20707", t
             raise ValueError(f"mixkv: the scores of base={self.base!r} are below 0, no mass of attention; give snapkv")
         there = evidence.there.float()
         number = there.sum(1, keepdim=True)
-        keys = unit(evidence.keys) * there.unsqueeze(-1)
+        keys = unit(evidence.keys.masked_fill(~evidence.there.unsqueeze(-1), 0.0))  # padding may hold anything
         mean = keys.sum(1) / number.clamp(min=1)
         level = _mean(outside, free)
         other = _scaled(-(keys @ mean.unsqueeze(-1)).squeeze(-1), free, level)

@@ -65,8 +65,13 @@ class SnapKV(KeyScorer, name="snapkv", needs=("attention",), paper="2404.14469",
     def query_rows(self) -> int:
         return self.window_size
 
+    def over_group(self, scores: Tensor) -> Tensor:
+        """(B*Hkv,G,N) scores of query heads to (B*Hkv,N) of their KV head."""
+        return scores.mean(1)
+
     def importance(self, evidence: CacheEvidence) -> Tensor:
-        scores = marked_sums(evidence, evidence.last(self.window_size)).mean(1).masked_fill(~evidence.there, 0.0)
+        scores = self.over_group(marked_sums(evidence, evidence.last(self.window_size)))
+        scores = scores.masked_fill(~evidence.there, 0.0)
         window = self.always(evidence)
         if window is not None:  # takes no part, so that pooling sees zeros behind the last key in front of it
             scores = scores.masked_fill(window, 0.0)

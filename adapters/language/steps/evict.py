@@ -117,9 +117,9 @@ class Evict(LayerStep):
         evidence, columns, order = self._evidence(call, queries)
         if step.prefill and queries is not None and (recent := method.recent_queries()) > 1:
             state.queries = evidence.queries[:, :, -recent:].unflatten(0, (evidence.batch, -1)).flatten(1, 2)
-        score = method.score(evidence)
+        score, memory = method.score(evidence), method.remember(evidence)
         if step.prefill and method.moment() == "prompt":
-            state.scores = score
+            state.scores, state.memory = score, memory
             run.summaries[index] = (method.summary(evidence), columns, call.layer)
             if index == self.last:
                 self._together(call)
@@ -127,7 +127,7 @@ class Evict(LayerStep):
         plan = None
         if method.moment() == "layer" if step.prefill else _due(method, step):
             plan = method.plan(evidence)
-        state.scores = score
+        state.scores, state.memory = score, memory
         if plan is not None:
             thin(method, plan, evidence, columns, step, call.cache, call.layer)
         if step.prefill:
@@ -151,9 +151,9 @@ class Evict(LayerStep):
             run = call.run
             state = run.running.setdefault(call.index, Running())
             evidence, _, _ = self._evidence(call, made.queries)
-            score = self.method.score(evidence)
+            score, memory = self.method.score(evidence), self.method.remember(evidence)
             plan = self.method.plan(evidence)
-            state.scores = score
+            state.scores, state.memory = score, memory
         if plan.is_identity:
             return keys, values, made.mask
         return shown(made, plan, keys, values, made.mask)

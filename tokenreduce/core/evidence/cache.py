@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,8 @@ _BLOCK = 256
 @dataclass(frozen=True, eq=False)
 class Rotary:
     """Rotary tables of a layer: ``cos`` and ``sin`` (B,N,r) of the cached slots, ``ahead(f)`` those (B,f,r) of the next
-    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves."""
+    f positions. ``paired``: neighbouring channels turn together (GLM, Cohere), instead of the two halves. Both channels
+    of a pair have the same number, so that a rotation is ``x * cos + turned(x) * sin`` in either layout."""
 
     cos: Tensor
     sin: Tensor
@@ -99,6 +100,7 @@ class CacheEvidence:
         self._attention, self._queries, self._visual, self._rotary = attention, queries, visual, rotary
         self._columns, self._seen, self._frame_of, self._memory = columns, seen, frame_of, memory
         self._valid = valid
+        self._known: dict[Hashable, Tensor] = {}
         for name, given in (("attention", attention), ("queries", queries)):
             if given is not None and (given.dim() != 4 or given.shape[0] != keys.shape[0]):
                 raise ValueError(
@@ -145,7 +147,14 @@ class CacheEvidence:
         """The same without queries and attention: what a summary may hold on to, since the rest is in the cache."""
         out = copy.copy(self)
         out._attention = out._queries = out.mask = None
+        out._known = {}
         return out
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, which is asked once for each ``key``: what both ``score`` and ``plan`` of a method need."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     # -- which slots -----------------------------------------------------------------------------------------------
     @property
@@ -237,50 +246,66 @@ class CacheEvidence:
         r = self.rows_given if rows is None else min(rows, self.rows_given)
         return self._rows(self.rows_given - r, self.rows_given)
 
-    def logits(self, start: int, stop: int, slots: Tensor | None = None) -> Tensor:
+    def reach(self, stop: int) -> int:
+        """How many of the first slots the known queries in front of ``stop`` may see: what is behind need not be
+        computed."""
+        causal = self.mask is None and self._attention is None
+        return self.n - self.rows_given + stop if causal else self.n
+
+    def logits(self, start: int, stop: int, slots: Tensor | None = None, width: int | None = None) -> Tensor:
         """(B*Hkv,G,R,N) float32: masked logits of the queries ``start`` to ``stop`` of those that are known, -inf where
-        a query does not see a key. With ``slots`` (B*Hkv,W), those of these keys only, (B*Hkv,G,R,W), also where they
-        are not seen. From given attention, logits are right up to a number for each row, and always masked."""
+        a query does not see a key; of the first ``width`` keys where given. With ``slots`` (B*Hkv,W), those of these
+        keys only, (B*Hkv,G,R,W), also where they are not seen. From given attention, logits are right up to a number
+        for each row, and always masked."""
         if self._attention is not None:
-            rows = self._attention[:, :, start:stop].float().log()
+            rows = self._attention[:, :, start:stop, :width].float().log()
             return rows if slots is None else rows.gather(3, slots[:, None, None].expand(*rows.shape[:3], -1))
-        keys = self.keys if slots is None else take(self.keys, slots)
-        logits = (self.queries[:, :, start:stop].float() @ keys.float().unsqueeze(1).transpose(-1, -2)) * self.scale
+        keys = self.keys[:, :width] if slots is None else take(self.keys, slots)
+        logits = (self.queries[:, :, start:stop].float() * self.scale) @ keys.float().unsqueeze(1).transpose(-1, -2)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits if slots is not None else logits.masked_fill(~self._sees(start, stop), float("-inf"))
+        return logits if slots is not None else logits.masked_fill_(~self._sees(start, stop, width), float("-inf"))
 
-    def _sees(self, start: int, stop: int) -> Tensor:
-        """Which queries see which keys, bool that broadcasts to (B*Hkv,G,R,N)."""
+    def _sees(self, start: int, stop: int, width: int | None = None) -> Tensor:
+        """(B*Hkv or 1,1,R,N) bool: which keys a query sees."""
         device, first = self.keys.device, self.n - self.rows_given
         if self.mask is not None:
-            mask = self.mask[:, :, start:stop].expand(self.batch, -1, -1, -1)
-            sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            out = self.fold(sees)
+            mask = self.mask[:, :, start:stop, :width].expand(self.batch, -1, -1, -1)
+            out = self.fold(mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
         else:
             at = torch.arange(first + start, first + stop, device=device)
-            out = (torch.arange(self.n, device=device) <= at[:, None])[None, None]
-        return out & self.there[:, None, None]
+            out = (torch.arange(self.n, device=device)[:width] <= at[:, None])[None, None]
+        return out & self.there[:, None, None, :width]
 
-    def _rows(self, start: int, stop: int) -> Tensor:
-        # Rows of padding see nothing, of which softmax makes NaN; other NaN is the model's, and is seen by methods.
-        away = ~self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
-        given = self._attention
-        rows = self.logits(start, stop).softmax(-1) if given is None else given[:, :, start:stop].float()
-        return rows.masked_fill(away, 0.0)
+    def _rows(self, start: int, stop: int, width: int | None = None) -> Tensor:
+        """Rows of padding are 0, whatever it holds; NaN that a real row sees stays, so that no choice is made on it."""
+        gone = ~self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
+        if self._attention is not None:
+            return self._attention[:, :, start:stop, :width].float().masked_fill(gone, 0.0)
+        gone = gone | ~self._sees(start, stop, width).any(-1, keepdim=True)
+        rows = self.logits(start, stop, width=width).softmax(-1)
+        return rows if self._valid is None and self.mask is None else rows.masked_fill(gone, 0.0)
 
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
         weight, (R,) or (B*Hkv,R). Computed in blocks of rows."""
         if weights is not None:
             weights = weights.float().expand(self.keys.shape[0], -1)
-        out: Tensor | None = None
-        for start, block in self.blocks(rows):
-            if weights is not None:
-                block = block * weights[:, start : start + block.shape[2]][:, None, :, None]
-            out = block.sum(2) if out is None else out + block.sum(2)
-        if out is None:
+        known = self.rows_given
+        r = known if rows is None else min(rows, known)
+        if not r:
             raise ValueError("this method needs attention, of which the evidence has no row: give attention or queries")
+        out = torch.zeros(self.keys.shape[0], self.groups, self.n, device=self.keys.device)
+        for start in range(known - r, known, _BLOCK):
+            stop = min(start + _BLOCK, known)
+            width = self.reach(stop)
+            block = self._rows(start, stop, width)
+            if weights is None:
+                gained = block.sum(2)
+            else:
+                mine = weights[:, start - (known - r) : stop - (known - r)]
+                gained = (mine[:, None, None] @ block).squeeze(2)
+            out[..., :width] += gained
         return out
 
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
