@@ -14,10 +14,12 @@ from threads import mixed_up
 from vlms import batch, llava
 
 import tokenreduce as tr
+from tokenreduce.core.cache_codec import CacheCodec
 from tokenreduce.core.evidence import Earlier, Evidence
 from tokenreduce.core.registry import get_class
 
-METHODS = [name for name in tr.list_methods(stage="cache") if not issubclass(get_class(name, "cache"), tr.CacheReducer)]
+OTHERS = (tr.CacheReducer, CacheCodec)
+METHODS = [name for name in tr.list_methods(stage="cache") if not issubclass(get_class(name, "cache"), OTHERS)]
 every = pytest.mark.parametrize("name", METHODS)
 LAYOUTS = ("ttvvvvvvvvvvtt", "...vvvvvvvvttt", "ttttttttttvttt", "tttttttttttttt")
 

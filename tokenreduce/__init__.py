@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.cache.lazyeviction import LazyEviction
     from tokenreduce.vision.cache.lookm import LookM
     from tokenreduce.vision.cache.meda import MEDA
+    from tokenreduce.vision.cache.minicache import MiniCache
     from tokenreduce.vision.cache.mixkv import MixKV
     from tokenreduce.vision.cache.mustdrop_cache import MustDropCache
     from tokenreduce.vision.cache.prefixkv import PrefixKV
@@ -127,8 +128,8 @@ __all__ = [
     "DPCKNN", "DiffRate", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "EMS", "EVS", "EViT", "Evidence",
     "ExpectedAttention", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion",
     "FrameMerge", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids",
-    "KeyDiff", "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "Mix",
-    "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames",
+    "KeyDiff", "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "MiniCache",
+    "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames",
     "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop",
     "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual", "RazorAttention", "Recent", "Recycled",
     "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SnapKV", "SparseVLM", "SpatialAugmented",

@@ -38,6 +38,7 @@ from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.middle import is_middle
+from tokenreduce.adapters.language.packing import check_packing
 from tokenreduce.adapters.language.projector.choose import attach_projector
 from tokenreduce.adapters.language.projector.marks import needs_marks
 from tokenreduce.adapters.language.prompt import WholePrefill, start, start_alone
@@ -52,8 +53,10 @@ from tokenreduce.adapters.language.steps.gather import GatherColumns
 from tokenreduce.adapters.language.steps.hand_on import HandOn
 from tokenreduce.adapters.language.steps.listen import Listen
 from tokenreduce.adapters.language.steps.middle import ChooseInside, TakeInside
+from tokenreduce.adapters.language.steps.pack import Pack
 from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepPrompt
 from tokenreduce.adapters.language.towers import Everything, attach_encoder
+from tokenreduce.core.cache_codec import CacheCodec
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
@@ -77,6 +80,8 @@ class Acting:
     windows: tuple[int | None, ...]
     #: The method that takes keys out of each layer's cache.
     evict: tuple[CacheReducer | None, ...]
+    #: The step behind each layer that stores its cache together with another's.
+    pack: tuple[Pack | None, ...]
 
     @property
     def depth(self) -> int:
@@ -127,12 +132,14 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
             raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
         layers.append(here[0] if here else None)
     evicting = tuple(r for r in staged["cache"] if isinstance(r, CacheReducer))
-    choosing = [r for r in staged["cache"] if not isinstance(r, CacheReducer)]
+    choosing = [r for r in staged["cache"] if not isinstance(r, CacheReducer | CacheCodec)]
+    packing = [r for r in staged["cache"] if isinstance(r, CacheCodec)]
     windows = tuple(window_of(found.text.config, i) for i in range(depth))  # type: ignore[arg-type]
     present = [[r for r in (layers[i], *choosing) if r is not None and r.acts(i, depth)] for i in range(depth)]
     again = tuple(next((r for r in here if r.later()), None) for here in present)
     evict = evict_at(evicting, found)
-    acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows, evict)
+    pack = check_packing(packing, found, layers, (evict, again), windows)
+    acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows, evict, pack)
     check_evicting(evict, again, found.layers)
     if acting.behind < depth:
         check_layers(found.layers, acting.behind, layers, list(again))
@@ -151,7 +158,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
         attach_encoder(towers, inside, undo)
     acting = _acting(found, reducers)
     attach_labels(found.inner, found.generator, undo)
-    if acting.behind == acting.depth and not any(acting.evict):
+    if acting.behind == acting.depth and not any(acting.evict) and not any(acting.pack):
         return
     for i in range(max(acting.behind - 1, 0), acting.depth):
         check_implementation(found.layers[i], i, acting.windows[i])
@@ -202,7 +209,9 @@ def _attach_layers(found: Language, acting: Acting, undo: Undo) -> None:
         if any(looks):
             listen(layer.self_attn, undo, copies)
         site.attach(layer, undo)
+        pack = acting.pack[site.index]
         shown = acting.layers[site.index] or acting.again[site.index] or acting.evict[site.index]
+        shown = pack.method if shown is None and pack is not None else shown
         if shown is not None:
             undo.set(layer, "_get_name", functools.partial(_name, type(layer).__name__, shown))
 
@@ -224,7 +233,10 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     reads = following is not None and _reads(following)
     asking = [j for j, r in enumerate(acting.layers) if r is not None and "prompt" in r.gathers()]
     evict = acting.evict[i]
-    if not (evict or i >= acting.behind or reads or asks_next or is_middle(following, i + 1) or (asking and i == 0)):
+    pack = acting.pack[i]
+    if not (
+        evict or pack or i >= acting.behind or reads or asks_next or is_middle(following, i + 1) or (asking and i == 0)
+    ):
         return
     if chosen or asks_next:
         yield ChooseAgain(Site(acting.again[i], chosen[-1] if chosen else None, asks_next, depth))
@@ -248,6 +260,8 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
         yield Listen(reads, asks_next)
     if evict is not None:
         yield evict_step(evict, acting.evict, found, i)
+    if pack is not None:
+        yield pack
     if following is not None and is_middle(following, i + 1):
         yield ChooseInside(following, i + 1, depth, final_norm(found.text, following))
     if i == 0 and asking:
