@@ -35,7 +35,7 @@ def evict_at(methods: Sequence[CacheReducer], found: Language) -> tuple[CacheRed
             )
         out.append(here[0] if here and hasattr(found.layers[i], "self_attn") else None)
     config, model = found.text.config, found.generator or found.inner
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
     for method in methods:
         method.check_model(type(model).__name__, depth, int(heads))
         if method not in out:

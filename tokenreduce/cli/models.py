@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,7 +105,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (f"`{row.name}`", row.how, ", ".join(row.stages) or "none", row.reason.replace("|", "/"))
 
 
-def _lines(rows: list[tuple[str, ...]], heads: tuple[str, ...]) -> Iterator[str]:
+def _lines(rows: Sequence[tuple[str, ...]], heads: tuple[str, ...]) -> Iterator[str]:
     yield "| " + " | ".join(heads) + " |"
     yield "|" + " --- |" * len(heads)
     for row in rows:

@@ -105,7 +105,8 @@ def prompt(shape: Shape, visual: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 1900, (1, shape.text + visual), generator=g)
     ids[:, shape.text // 2 : shape.text // 2 + visual] = 2000
-    made = BaseModelOutputWithPooling(pooler_output=[torch.randn(visual, shape.width, generator=g) * 0.02])
+    features: Any = [torch.randn(visual, shape.width, generator=g) * 0.02]
+    made = BaseModelOutputWithPooling(pooler_output=features)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": made}}
 
 
