@@ -18,7 +18,7 @@ from torch import nn
 
 from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.handing import attach_hands
-from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code
+from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code, strictest
 from tokenreduce.core.reducer import Reducer
 
 __all__ = ["Description", "attach", "describe", "supported"]
@@ -95,13 +95,20 @@ def _served(inner: nn.Module, tower: Tower) -> bool:
 
 def _placed(model: nn.Module, adapter: ModuleType, tower: Tower) -> Tower:
     maps = isinstance(tower.module, getattr(adapter, "BACKBONES", ()))
-    hands = hands_of(model, tower, maps)
+    hands = strictest(hands_of(model, tower, maps), tower.hands)
     fixed = hands in ("maps", "inside") or "_embeds" in own_code(tower.module)  # lays its patches out itself
     return replace(tower, hands=hands, resizes=tower.resizes and not fixed)
 
 
+def _nothing(module: nn.Module) -> None:
+    """What an adapter without reasons of its own says of a module."""
+
+
 def _unsupported(model: nn.Module) -> TypeError:
     known = "; ".join(f"{library}: {', '.join(names)}" for library, names in supported().items())
+    reasons = (r for a in _adapters() for m in model.modules() if (r := getattr(a, "refusal", _nothing)(m)))
+    if reason := next(reasons, None):
+        return TypeError(reason)
     if (odd := next((m for m in model.modules() if is_vlm(m)), None)) is not None:
         return outside(odd)
     return TypeError(f"no adapter for {type(model).__name__}. Supported are models that contain one of: {known}")
