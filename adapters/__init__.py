@@ -25,8 +25,9 @@ __all__ = ["Description", "attach", "describe", "supported"]
 
 #: library -> adapter modules that need it
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "timm": ("tokenreduce.adapters.encoders.timm",),
+    "timm": ("tokenreduce.adapters.encoders.timm", "tokenreduce.adapters.encoders.timm_others"),
     "open_clip": ("tokenreduce.adapters.encoders.open_clip",),
+    "torchvision": ("tokenreduce.adapters.encoders.torchvision",),
     "transformers": ("tokenreduce.adapters.encoders.hf", "tokenreduce.adapters.encoders.qwen"),
 }
 
@@ -41,12 +42,21 @@ def _adapters() -> Iterator[ModuleType]:
 def supported() -> dict[str, tuple[str, ...]]:
     """Names of the model families per library, for messages and documentation; imports nothing heavy."""
     return {
-        "timm": ("VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP, ...)", "Eva (EVA02, DINOv3, RoPE ViTs)"),
+        "timm": (
+            "VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP, ...)",
+            "Eva (EVA02, DINOv3, RoPE ViTs)",
+            "BEiT",
+            "relative-position ViTs",
+            "NaFlexViT",
+            "CaiT",
+            "the towers of Qwen3-VL, Gemma 4 and DeepSeek-OCR",
+        ),
         "open_clip": (
             "VisionTransformer",
             "CLIP, CustomTextCLIP and CoCa with it",
             "CLIP and CustomTextCLIP with a timm tower",
         ),
+        "torchvision": ("VisionTransformer",),
         "transformers": (
             "ViT",
             "CLIP",
@@ -56,6 +66,7 @@ def supported() -> dict[str, tuple[str, ...]]:
             "DINOv3",
             "VideoMAE",
             "ViViT",
+            "vision transformers that are built alike (DeiT, BEiT, AIMv2, BLIP, MetaCLIP2, V-JEPA 2, ...)",
             *VLMS,
         ),
     }

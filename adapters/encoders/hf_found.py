@@ -187,8 +187,8 @@ def pixels_of(config: Any) -> tuple[int, ...]:
     if side is None:
         raise ValueError("no image_size in its config")
     sides = (side, side) if isinstance(side, int) else tuple(side)
-    channels: int = getattr(config, "num_channels", None) or getattr(config, "in_chans", 3)
-    frames: int = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 1)
+    channels: Any = getattr(config, "num_channels", None) or getattr(config, "in_chans", 3)
+    frames: Any = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 1)
     return (1, channels, *sides) if len(patch_of(config)) == 2 else (1, frames, channels, *sides)
 
 

@@ -34,7 +34,7 @@ from tokenreduce.adapters.encoders.readers_source import Known, find_givers, use
 
 __all__ = ["KNOWN", "VLMS", "hands_of", "is_vlm", "outside", "own_code", "strictest"]
 
-LIBRARIES = ("timm", "open_clip", "transformers")
+LIBRARIES = ("timm", "open_clip", "torchvision", "transformers")
 #: Image/video language models that are served, by the names that users know.
 VLMS = (
     "LLaVA-1.5", "LLaVA-NeXT", "LLaVA-NeXT-Video", "LLaVA-OneVision", "Video-LLaVA", "Qwen2-VL", "Qwen2.5-VL",
@@ -45,7 +45,7 @@ VLMS = (
 #: stands around it is served; "maps" is "all" on a fixed grid, so that the image cannot be made smaller.
 KNOWN: dict[str, dict[str, str]] = {
     "own": {
-        "timm": "ModelEma ModelEmaV2 ModelEmaV3",
+        "timm": "ModelEma ModelEmaV2 ModelEmaV3 Qwen3VitClassifier DeepseekVitClassifier Gemma4VitClassifier",
         "open_clip": "CLIP CustomTextCLIP CoCa TimmModel",
         "transformers": (
             "CLIPModel CLIPVisionModelWithProjection CLIPForImageClassification SiglipModel "
@@ -101,6 +101,7 @@ def strictest(*hands: str) -> str:
 _BEHIND = {
     "timm": {"forward", "forward_features", "forward_head", "pool", "get_intermediate_layers"},
     "open_clip": {"forward", "_pool", "_global_pool"},
+    "torchvision": {"forward"},
     "transformers": {"forward"},
 }
 #: Classes and functions of these read no tokens: the base classes of modules, and wrappers of a whole forward.
