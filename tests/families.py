@@ -188,6 +188,16 @@ def _vjepa2():
     return VJEPA2Model(config), {"pixel_values_videos": clips}
 
 
+def _vitpose():
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+    backbone = VitPoseBackboneConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=[48, 48],
+        patch_size=[8, 8], out_features=["stage4"],
+    )  # fmt: skip
+    return VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone)), {"pixel_values": pixels()}
+
+
 def _torchvision():
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -240,12 +250,12 @@ _VIT = {
     "clipseg": _hf("CLIPSegVisionModel", "CLIPSegVisionConfig"),
     "owlvit": _hf("OwlViTVisionModel", "OwlViTVisionConfig"),
     "owlv2": _hf("Owlv2VisionModel", "Owlv2VisionConfig"),
-    "blip": _hf("BlipVisionModel", "BlipVisionConfig"),
-    "blip2": _hf("Blip2VisionModel", "Blip2VisionConfig"),
-    "instructblip": _hf("InstructBlipVisionModel", "InstructBlipVisionConfig"),
+    "blip": _hf("BlipVisionModel", "BlipVisionConfig", initializer_range=0.02),
+    "blip2": _hf("Blip2VisionModel", "Blip2VisionConfig", initializer_range=0.02),
+    "instructblip": _hf("InstructBlipVisionModel", "InstructBlipVisionConfig", initializer_range=0.02),
     "vjepa2": _vjepa2,
     "eomt": _hf("EomtForUniversalSegmentation", "EomtConfig", num_blocks=1, num_queries=4, num_upscale_blocks=1),
-    "vitpose": _hf("VitPoseBackbone", "VitPoseBackboneConfig", image_size=[48, 48], patch_size=[8, 8]),
+    "vitpose": _vitpose,
 }  # fmt: skip
 OTHERS = {
     **{f"transformers {name}": _spread(build) for name, build in _VIT.items()},

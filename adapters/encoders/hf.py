@@ -33,7 +33,7 @@ from tokenreduce.adapters.encoders import hf_layers, hf_video
 from tokenreduce.adapters.encoders.block import Tower, attach_tower, may_reduce
 from tokenreduce.adapters.encoders.hf_attention import listen
 from tokenreduce.adapters.encoders.hf_entry import note_patches, note_shapes
-from tokenreduce.adapters.encoders.hf_found import Found, attach_found, depth_of, is_tower, layer_class, look
+from tokenreduce.adapters.encoders.hf_found import Found, attach_found, depth_of, is_tower, layer_class, look, odd
 from tokenreduce.adapters.encoders.hf_layers import EVIDENCE
 from tokenreduce.adapters.encoders.hf_outputs import dense_norm, dense_states, forget_mask, regroup, weigh_keys, wish
 from tokenreduce.adapters.encoders.hf_resize import attach_resize, pair
@@ -41,7 +41,7 @@ from tokenreduce.adapters.encoders.hf_structure import PLACES, ROTARY, core_of, 
 from tokenreduce.adapters.encoders.readers import own_code
 from tokenreduce.adapters.encoders.state import carry_state
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
-from tokenreduce.core.mixing import mixed
+from tokenreduce.core.mixing import mixed, parts
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -184,7 +184,7 @@ def towers(model: nn.Module) -> Iterator[Tower]:
 def refusal(module: nn.Module) -> str | None:
     """Why a module that is built as a vision transformer cannot be reduced, None where it can, or is none."""
     if not is_tower(module):
-        return None
+        return odd(module)
     try:
         look(module)
     except TypeError as error:
@@ -196,9 +196,10 @@ def _discovered(name: str, module: Any) -> HFTower:
     """A tower that is in no table."""
     found, kind = look(module), type(module).__name__
     layers = tuple(module.get_submodule(found.path).children())[: depth_of(module)]
-    patched = mixed(type(layers[0]), layer_class(found.recipe))
+    stock = parts(type(layers[0]))[0]
+    patched = mixed(stock, layer_class(found.recipe))
     attn = getattr(layers[0], found.recipe.attention)
-    family = Family(kind, found.path, None, type(layers[0]), patched, type(attn), found=found)
+    family = Family(kind, found.path, None, stock, patched, parts(type(attn))[0], found=found)
     roped = "post" if {ROTARY, PLACES}.intersection(found.recipe.arguments) else None
     return HFTower(
         name, module, f"transformers {kind}", layers, {family.layer: patched}, found.prefix, found.prefix > 0,

@@ -24,9 +24,10 @@ from tokenreduce.adapters.encoders.hf_reading import read
 from tokenreduce.adapters.encoders.hf_structure import PLACES, RECIPE, ROTARY, BiasedLayer, Recipe, StructuredLayer
 from tokenreduce.adapters.encoders.state import Entry, carry_state, known, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.core.mixing import parts
 from tokenreduce.core.undo import Undo
 
-__all__ = ["Found", "attach_found", "depth_of", "is_tower", "layer_class", "look"]
+__all__ = ["Found", "attach_found", "depth_of", "is_tower", "layer_class", "look", "odd"]
 
 #: Names under which models keep their layers, in themselves or in the part that is their encoder.
 _LISTS = ("layers", "layer", "blocks")
@@ -101,9 +102,27 @@ def is_tower(module: Any) -> bool:
     )
 
 
+def odd(module: Any) -> str | None:
+    """Why single tokens of a vision model of transformers cannot go, None for one that is built as others are."""
+    config: Any = getattr(module, "config", None)
+    if not any(c.__module__.startswith("transformers.") for c in type(module).__mro__) or config is None:
+        return None
+    if _pixels(module) is None:
+        return None
+    if isinstance(getattr(config, "depths", None), list | tuple):
+        why = "a hierarchical model lays its tokens out on a grid between stages, so single tokens cannot go"
+    elif any(hasattr(config, n) for n in ("global_attn_indexes", "window_block_indices")):
+        why = "its blocks attend in windows of a map of rows and columns, so single tokens cannot go"
+    elif hasattr(module, "patch_conv") and hasattr(module, "transformer"):
+        why = "it packs the images of a batch into one row, so a plan per image has nowhere to act"
+    else:
+        return None
+    return f"{type(module).__name__} is not supported: {why}"
+
+
 def look(module: Any) -> Found:
     """What is found out about a tower. Raises ``TypeError`` where it cannot be reduced, with the reason."""
-    key = (type(module), f"{module.config.to_json_string()} {module.config._attn_implementation}")
+    key = (parts(type(module))[0], f"{module.config.to_json_string()} {module.config._attn_implementation}")
     known = _memory.known.get(key)
     if known is None:
         try:
@@ -119,6 +138,8 @@ def look(module: Any) -> Found:
 def _look(module: Any) -> Found:
     kind, path = type(module).__name__, layers_in(module)
     assert path is not None
+    if (why := odd(module)) is not None:
+        raise TypeError(why)
     biased = any(n.rpartition(".")[2] in _BIASES for n, _ in module.named_modules())
     recipe = read(module.get_submodule(path)[0], kind, biased)
     trial = _without_layers(module, path)

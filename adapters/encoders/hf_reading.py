@@ -31,7 +31,7 @@ from tokenreduce.adapters.encoders.hf_structure import (
     hear,
     projects,
 )
-from tokenreduce.core.mixing import mixed
+from tokenreduce.core.mixing import mixed, parts
 from tokenreduce.core.undo import Undo
 
 __all__ = ["read"]
@@ -79,6 +79,7 @@ def _trial(layer: nn.Module) -> nn.Module:
         for b in trial.buffers():
             b.zero_()
     for module in trial.modules():
+        module.__class__ = parts(type(module))[0]
         for name in hooks:
             getattr(module, name).clear()
         if getattr(module, SHARED, None) is not None:  # BiasedLayer knows what it does

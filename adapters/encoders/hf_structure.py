@@ -205,6 +205,10 @@ class StructuredLayer(_Layer):
         call = self._ask(context, bias, record=record)
         return self._seen(self._call(x, call, self._neutral(context)), call, context)
 
+    def _attend_with(self, x: Tensor, attention: Tensor, context: Any) -> Attended:
+        call = Call(record=True, given=attention)
+        return Attended(self._call(x, call, self._neutral(context)), values=call.values)
+
 
 def turn_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the last tokens of (B,H,N,d), as many as tables have rows; the second half of d goes with the first."""

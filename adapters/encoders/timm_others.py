@@ -24,7 +24,7 @@ from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.timm import EVIDENCE, VIT_BLOCKS
 from tokenreduce.adapters.encoders.timm_attention import ATTENTIONS, Listening, listen
 from tokenreduce.adapters.encoders.timm_model import ReducedModel
-from tokenreduce.core.mixing import mixed
+from tokenreduce.core.mixing import mixed, parts
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -102,6 +102,7 @@ REFUSED = {
     "Xcit": "its blocks attend over channels and convolve over the grid of patches, so single tokens cannot go",
     "CrossVit": "its two branches exchange class tokens between blocks of two grids",
     "TNT": "its blocks attend over pixels inside every patch of the full grid, so single tokens cannot go",
+    "MlpMixer": "its blocks mix a fixed number of places, so single tokens cannot go",
     "VOLO": _STAGES,
     "ConVit": "its attention is gated by the places of all patches of the grid, so single tokens cannot go",
 }
@@ -128,7 +129,7 @@ def towers(model: nn.Module) -> Iterator[Tower]:
         inside = tuple(tower.blocks)
         classes: dict[type, type] = {**VIT_BLOCKS, Block: blocks.NaFlexBlock, EvaBlock: blocks.NaFlexEvaBlock}
         if not naflex:
-            found = {type(b) for b in inside if _named(type(b)) in BLOCKS}
+            found = {k for b in inside if _named(k := parts(type(b))[0]) in BLOCKS}
             classes = {block: mixed(block, BLOCKS[_named(block)]) for block in found}
         late = _named(type(inside[0])) == "cait.LayerScaleBlock"  # its class token comes behind these blocks
         prefix = 0 if late else tower.num_prefix_tokens
@@ -163,6 +164,9 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """
     model: Any = tower.module
     kind: Kind = _of(model, TOWERS)
+    for reducer in reducers:
+        if reducer.site() == "input":
+            raise ValueError(f"{tower.family} cannot be resized here; give the model smaller images instead")
     pooling = getattr(model, "attn_pool", None)
     if pooling is not None and type(pooling).__name__ != "AttentionPoolLatent":
         raise TypeError(f"{tower.family}: {type(pooling).__name__} cannot weigh merged tokens; AttentionPoolLatent can")

@@ -70,6 +70,9 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     replaced.
     """
     model: Any = tower.module
+    for reducer in reducers:
+        if reducer.site() == "input":
+            raise ValueError(f"{tower.family} cannot be resized here: it takes images of one size")
     attach_tower(tower, reducers, undo)
     for block in tower.blocks:
         attention: Any = block
@@ -78,7 +81,9 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     undo.hook(model.encoder.ln, carry_state)
 
 
-def note_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, grid: tuple[int, ...] | None) -> None:
+def note_grid(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, grid: tuple[int, ...] | None
+) -> None:
     """Pre-hook on the first block: images are of one size, and so is their grid of patches."""
     note_entry(args[0], Entry(grid))
 
