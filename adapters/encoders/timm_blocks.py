@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Ask, Attended, State, asks
-from tokenreduce.adapters.encoders.state import entry_of, set_state
+from tokenreduce.adapters.encoders.state import entry_of, set_state, state_of
+from tokenreduce.adapters.encoders.stock import refuse_own
 from tokenreduce.adapters.encoders.timm import ReducedBlock, ReducedEvaBlock, _no_mask, _rope_rows, _TimmBlock
 from tokenreduce.adapters.encoders.timm_attention import attend
 
 __all__ = [
     "BeitBlock", "Branched", "CaitBlock", "Gemma4Block", "ListeningGemma4", "ListeningTalkingHeads", "NaFlexBlock",
-    "NaFlexEvaBlock", "PostNormedRelPosBlock", "RelPosBlock", "RopedBlock",
+    "NaFlexEvaBlock", "PostNormedRelPosBlock", "RelPosBlock", "RopedBlock", "WeighedClassBlock",
 ]  # fmt: skip
 
 
@@ -223,6 +224,27 @@ class ListeningTalkingHeads(nn.Module):
         rows = (logits if ask.bias is None else logits + ask.bias).softmax(dim=-1)
         rows = me.attn_drop(me.proj_w(rows.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return me.proj_drop(me.proj((rows @ v).transpose(1, 2).reshape(b, n, c)))
+
+
+class WeighedClassBlock(nn.Module):
+    """Mixin of CaiT's blocks of class attention: the class token sees what is left, weighed by size."""
+
+    def forward(self, x: Tensor, x_cls: Tensor) -> Tensor:
+        state, me = state_of(x), self
+        bias = None if state is None else state.bias(x.dtype)
+        if bias is None:
+            out: Tensor = super().forward(x, x_cls)
+            return out
+        block: Any = me
+        attn, y = block.attn, block.norm1(torch.cat((x_cls, x), dim=1))
+        refuse_own(attn)
+        q, k, v = (p(t).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+                   for p, t in ((attn.q, y[:, :1]), (attn.k, y), (attn.v, y)))  # fmt: skip
+        drop = attn.attn_drop.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (1, 0)), dropout_p=drop)
+        out = attn.proj_drop(attn.proj(out.transpose(1, 2).reshape(x_cls.shape)))
+        x_cls = x_cls + block.drop_path(block.gamma_1 * out)
+        return x_cls + block.drop_path(block.gamma_2 * block.mlp(block.norm2(x_cls)))
 
 
 # -- Gemma 4 -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders import timm_blocks as blocks
 from tokenreduce.adapters.encoders.block import Tower, attach_tower, may_reduce
-from tokenreduce.adapters.encoders.handing import as_keys, raw_of
+from tokenreduce.adapters.encoders.handing import raw_of
 from tokenreduce.adapters.encoders.state import Entry, carry_state, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.timm import EVIDENCE, VIT_BLOCKS
@@ -185,7 +185,17 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
         if norm is not None:
             undo.hook(norm, carry_state)
     if kind.hands == "own":
-        undo.hook(tower.blocks[-1], leave_keys)
+        _attend_to_left(model, undo)
+
+
+def _attend_to_left(model: Any, undo: Undo) -> None:
+    """Let CaiT's class attention weigh tokens. Raises ``ValueError`` where a mean stands in its place."""
+    if model.global_pool == "avg" or model.blocks_token_only is None:
+        raise ValueError("CaiT is supported with its class attention (global_pool='token'), not with a mean of patches")
+    for block in model.blocks_token_only:
+        refuse_own(block)
+        refuse_own(block.attn)
+        undo.mix_in(block, blocks.WeighedClassBlock)
 
 
 def _listen(attn: nn.Module, family: str, undo: Undo) -> None:
@@ -230,10 +240,3 @@ def note_patches(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if isinstance(image, Tensor) and image.dim() == 4 and not given:
         grid = tuple(side // each for side, each in zip(image.shape[-2:], module.patch_size, strict=True))
     note_entry(output[0], Entry(grid))
-
-
-def leave_keys(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Forward hook on the last block: what a class attention behind it sees, see
-    :func:`~tokenreduce.adapters.encoders.handing.as_keys`."""
-    state = state_of(output)
-    return None if state is None or not state.plans else as_keys(output, state, prefix=0)

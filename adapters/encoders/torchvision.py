@@ -1,5 +1,5 @@
-"""torchvision's ``VisionTransformer``: blocks with ``nn.MultiheadAttention``, images of one size, and a class token that
-the head reads."""
+"""torchvision's ``VisionTransformer``: blocks with ``nn.MultiheadAttention``, images of one size, and a class token
+that the head reads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
@@ -90,9 +91,11 @@ def note_grid(
 
 def refusal(module: nn.Module) -> str | None:
     """Why a model of torchvision cannot be reduced, None where nothing is known of it."""
-    if isinstance(module, SwinTransformer):
-        return (
-            f"{type(module).__name__} is not supported: a hierarchical model lays its tokens out on a grid between "
-            "stages, so single tokens cannot go"
-        )
-    return None
+    kind = type(module)
+    if isinstance(module, SwinTransformer | MaxVit):
+        why = "a hierarchical model lays its tokens out on a grid between stages, so single tokens cannot go"
+    elif kind.__module__.startswith("torchvision.models.") and not isinstance(module, VisionTransformer):
+        why = "it has no transformer blocks whose tokens could go"
+    else:
+        return None
+    return f"{kind.__name__} is not supported: {why}"
