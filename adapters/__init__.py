@@ -98,6 +98,8 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
 
 def _served(inner: nn.Module, tower: Tower) -> bool:
     """Whether a tower of a language model runs as its library wrote it, so that its tokens can be given back."""
+    if tower.hands != "own":  # what the tower itself does behind its blocks needs all tokens
+        return False
     try:
         return hands_of(inner, tower, known=(type(inner).__name__,)) in ("own", "all")
     except TypeError:

@@ -281,10 +281,10 @@ class BiasedLayer(StructuredLayer):
 
 class Projected:
     """Mixin of attention modules that do not ask transformers' registry for their function (BLIP, Data2Vec): with a
-    :class:`Call` beside them they show their queries, keys and values, and attend with its bias."""
+    :class:`Call` as a keyword or beside them they show their queries, keys and values, and attend with its bias."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call = called()
+        call = kwargs.pop(CALL, None) or called()
         if call is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         me: Any = self

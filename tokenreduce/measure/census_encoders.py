@@ -174,7 +174,8 @@ def _speaks(kind: Any) -> bool:
 
 def _small(config: Any) -> Any:
     """``config`` with two layers, where it says how many."""
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+    for name in ("", "vision_config", "text_config"):
+        part: Any = getattr(config, name, None) if name else config
         if isinstance(getattr(part, "num_hidden_layers", None), int):
             part.num_hidden_layers = min(2, part.num_hidden_layers)
     return config
