@@ -18,15 +18,16 @@ from torch import nn
 
 from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.handing import attach_hands
-from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code
+from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code, strictest
 from tokenreduce.core.reducer import Reducer
 
 __all__ = ["Description", "attach", "describe", "supported"]
 
 #: library -> adapter modules that need it
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "timm": ("tokenreduce.adapters.encoders.timm",),
+    "timm": ("tokenreduce.adapters.encoders.timm", "tokenreduce.adapters.encoders.timm_others"),
     "open_clip": ("tokenreduce.adapters.encoders.open_clip",),
+    "torchvision": ("tokenreduce.adapters.encoders.torchvision",),
     "transformers": ("tokenreduce.adapters.encoders.hf", "tokenreduce.adapters.encoders.qwen"),
 }
 
@@ -41,12 +42,21 @@ def _adapters() -> Iterator[ModuleType]:
 def supported() -> dict[str, tuple[str, ...]]:
     """Names of the model families per library, for messages and documentation; imports nothing heavy."""
     return {
-        "timm": ("VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP, ...)", "Eva (EVA02, DINOv3, RoPE ViTs)"),
+        "timm": (
+            "VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP, ...)",
+            "Eva (EVA02, DINOv3, RoPE ViTs)",
+            "BEiT",
+            "relative-position ViTs",
+            "NaFlexViT",
+            "CaiT",
+            "the towers of Qwen3-VL, Gemma 4 and DeepSeek-OCR",
+        ),
         "open_clip": (
             "VisionTransformer",
             "CLIP, CustomTextCLIP and CoCa with it",
             "CLIP and CustomTextCLIP with a timm tower",
         ),
+        "torchvision": ("VisionTransformer",),
         "transformers": (
             "ViT",
             "CLIP",
@@ -56,6 +66,7 @@ def supported() -> dict[str, tuple[str, ...]]:
             "DINOv3",
             "VideoMAE",
             "ViViT",
+            "vision transformers that are built alike (DeiT, BEiT, AIMv2, BLIP, MetaCLIP2, V-JEPA 2, ...)",
             *VLMS,
         ),
     }
@@ -89,6 +100,8 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
 
 def _served(inner: nn.Module, tower: Tower) -> bool:
     """Whether a tower of a language model runs as its library wrote it, so that its tokens can be given back."""
+    if tower.hands != "own":  # what the tower itself does behind its blocks needs all tokens
+        return False
     try:
         return hands_of(inner, tower, known=(type(inner).__name__,)) in ("own", "all")
     except TypeError:
@@ -97,13 +110,20 @@ def _served(inner: nn.Module, tower: Tower) -> bool:
 
 def _placed(model: nn.Module, adapter: ModuleType, tower: Tower) -> Tower:
     maps = isinstance(tower.module, getattr(adapter, "BACKBONES", ()))
-    hands = hands_of(model, tower, maps)
+    hands = strictest(hands_of(model, tower, maps), tower.hands)
     fixed = hands in ("maps", "inside") or "_embeds" in own_code(tower.module)  # lays its patches out itself
     return replace(tower, hands=hands, resizes=tower.resizes and not fixed)
 
 
+def _nothing(module: nn.Module) -> None:
+    """What an adapter without reasons of its own says of a module."""
+
+
 def _unsupported(model: nn.Module) -> TypeError:
     known = "; ".join(f"{library}: {', '.join(names)}" for library, names in supported().items())
+    reasons = (r for a in _adapters() for m in model.modules() if (r := getattr(a, "refusal", _nothing)(m)))
+    if reason := next(reasons, None):
+        return TypeError(reason)
     if (odd := next((m for m in model.modules() if is_vlm(m)), None)) is not None:
         return outside(odd)
     return TypeError(f"no adapter for {type(model).__name__}. Supported are models that contain one of: {known}")

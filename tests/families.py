@@ -146,3 +146,137 @@ _MAE = dict(config="VideoMAEConfig", patch_size=16, tubelet_size=2, num_labels=7
 FAMILIES["transformers videomae"] = _clip("VideoMAEForVideoClassification", **_MAE)
 FAMILIES["transformers videomae, tokens"] = _clip("VideoMAEModel", use_mean_pooling=False, **_MAE)
 FAMILIES["transformers vivit"] = _clip("VivitModel", "VivitConfig", tubelet_size=[2, 16, 16])
+
+
+# -- found by how they are built ---------------------------------------------------------------------------------------
+def _spread(build):
+    """The same with weights in tables that start as zeros, and scales that start near it."""
+
+    def built():
+        model, inputs = build()
+        g = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "bias_table" in name or "relative_position" in name:
+                    p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+                elif any(part in name for part in ("lambda_", "gamma_", "layer_scale", "q_bias", "v_bias")):
+                    p.copy_(torch.rand(p.shape, generator=g) * 0.4 + 0.3)
+        return model, inputs
+
+    return built
+
+
+def _shuffled(**changes):
+    """A masked autoencoder's encoder: the order in which patches are masked is an input."""
+
+    def build():
+        model, inputs = _hf("ViTMAEModel", "ViTMAEConfig", **changes)()
+        return model, {**inputs, "noise": torch.rand(2, 36, generator=torch.Generator().manual_seed(3))}
+
+    return build
+
+
+def _vjepa2():
+    """Two clips of 4 frames of 48x48: 2 x 6 x 6 tubelets."""
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    config = VJEPA2Config(
+        hidden_size=48, num_hidden_layers=4, num_attention_heads=4, crop_size=48, patch_size=8, frames_per_clip=4,
+        pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+    )  # fmt: skip
+    clips = torch.randn(2, 4, 3, 48, 48, generator=torch.Generator().manual_seed(7))
+    return VJEPA2Model(config), {"pixel_values_videos": clips}
+
+
+def _vitpose():
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+    backbone = VitPoseBackboneConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=[48, 48],
+        patch_size=[8, 8], out_features=["stage4"],
+    )  # fmt: skip
+    return VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone)), {"pixel_values": pixels()}
+
+
+def _torchvision():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(48, 8, 4, 4, 48, 96, num_classes=7)
+    torch.nn.init.normal_(model.heads[-1].weight)
+    return model, {"x": pixels()}
+
+
+def _naflex(name: str, padded: bool = False, **changes):
+    """Images of 6x6 patches of 16x16; where ``padded``, patches of two images, 36 and 24, with their places."""
+
+    def build():
+        import timm
+
+        model = timm.create_model(name, **(dict(embed_dim=48, depth=4, num_heads=4, num_classes=7) | changes))
+        if not padded:
+            return model, {"x": pixels(96)}
+        patches = torch.randn(2, 36, 768, generator=torch.Generator().manual_seed(7))
+        coord = torch.cartesian_prod(torch.arange(6), torch.arange(6)).repeat(2, 1, 1)
+        valid = torch.ones(2, 36, dtype=torch.bool)
+        valid[1, 24:] = False
+        return model, {"x": patches, "patch_coord": coord, "patch_valid": valid}
+
+    return build
+
+
+_VIT = {
+    "deit": _hf("DeiTModel", "DeiTConfig"),
+    "deit, teacher": _hf("DeiTForImageClassificationWithTeacher", "DeiTConfig", num_labels=7),
+    "beit": _hf("BeitForImageClassification", "BeitConfig", num_labels=7),
+    "beit, relative": _hf("BeitModel", "BeitConfig", use_relative_position_bias=True),
+    "beit, both": _hf(
+        "BeitModel", "BeitConfig", use_relative_position_bias=True, use_shared_relative_position_bias=True,
+        use_mean_pooling=False,
+    ),
+    "data2vec, relative": _hf("Data2VecVisionModel", "Data2VecVisionConfig", use_relative_position_bias=True),
+    "data2vec, shared": _hf(
+        "Data2VecVisionForImageClassification", "Data2VecVisionConfig", use_shared_relative_position_bias=True
+    ),
+    "ijepa": _hf("IJepaForImageClassification", "IJepaConfig", num_labels=7),
+    "msn": _hf("ViTMSNModel", "ViTMSNConfig"),
+    "mae": _shuffled(mask_ratio=0.0),
+    "mae, masked": _shuffled(mask_ratio=0.25),
+    "metaclip2": _hf("MetaClip2VisionModel", "MetaClip2VisionConfig"),
+    "mlcd": _hf("MLCDVisionModel", "MLCDVisionConfig", hidden_size=64),
+    "aimv2": _hf("Aimv2VisionModel", "Aimv2VisionConfig"),
+    "altclip": _hf("AltCLIPVisionModel", "AltCLIPVisionConfig"),
+    "chinese clip": _hf("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig"),
+    "clipseg": _hf("CLIPSegVisionModel", "CLIPSegVisionConfig"),
+    "owlvit": _hf("OwlViTVisionModel", "OwlViTVisionConfig"),
+    "owlv2": _hf("Owlv2VisionModel", "Owlv2VisionConfig"),
+    "blip": _hf("BlipVisionModel", "BlipVisionConfig", initializer_range=0.02),
+    "blip2": _hf("Blip2VisionModel", "Blip2VisionConfig", initializer_range=0.02),
+    "instructblip": _hf("InstructBlipVisionModel", "InstructBlipVisionConfig", initializer_range=0.02),
+    "vjepa2": _vjepa2,
+    "eomt": _hf("EomtForUniversalSegmentation", "EomtConfig", num_blocks=1, num_queries=4, num_upscale_blocks=1),
+    "vitpose": _vitpose,
+}  # fmt: skip
+OTHERS = {
+    **{f"transformers {name}": _spread(build) for name, build in _VIT.items()},
+    "timm beit": _spread(_timm("beit_base_patch16_224")),
+    "timm beit, shared": _spread(
+        _timm("beit_base_patch16_224", use_shared_rel_pos_bias=True, use_rel_pos_bias=False, global_pool="token")
+    ),
+    "timm relative positions": _spread(_timm("vit_relpos_base_patch16_224")),
+    "timm relative positions, shared": _spread(_timm("vit_srelpos_small_patch16_224")),
+    "timm relative positions, post-norm": _spread(_timm("vit_relpos_base_patch16_rpn_224")),
+    "timm relative positions, class token": _spread(_timm("vit_relpos_base_patch16_cls_224")),
+    "timm eva02, post-norm": _timm("eva02_tiny_patch14_224", use_post_norm=True, head_init_scale=1.0),
+    "timm cait": _spread(_timm("cait_xxs24_224")),
+    "timm qwen3": _timm("qwen3_vit_88m"),
+    "timm qwen3, merging": _timm("qwen3_vit_88m_merge"),
+    "timm deepseek": _timm("deepseek_vit_412m"),
+    "timm gemma4": _timm("gemma4_vit_167m", head_dim=12, intermediate_size=96, pooling_kernel_size=2),
+    "timm naflex": _naflex("naflexvit_base_patch16_gap"),
+    "timm naflex, padded": _naflex("naflexvit_base_patch16_gap", padded=True),
+    "timm naflex, attention pool, padded": _naflex("naflexvit_base_patch16_map", padded=True),
+    "timm naflex, rope": _naflex("naflexvit_base_patch16_gap", rope_type="axial"),
+    "torchvision vit": _torchvision,
+}
+FAMILIES |= OTHERS

@@ -53,7 +53,8 @@ class Attended(NamedTuple):
     """What a family's attention half returns: its output before the residual, and what it was computed from.
 
     ``keys``, ``queries``, ``values`` are (B,H,N,d) as the adapter's page says (before RoPE where the family has it);
-    ``rotated`` are queries and keys after RoPE, None where there is none.
+    ``rotated`` are queries and keys after RoPE, None where there is none. ``table`` (B or 1,H,N,N) is what a model adds
+    to its logits by relative position.
     """
 
     out: Tensor
@@ -61,6 +62,7 @@ class Attended(NamedTuple):
     keys: Tensor | None = None
     values: Tensor | None = None
     rotated: tuple[Tensor, Tensor] | None = None
+    table: Tensor | None = None
 
 
 class Ask:
@@ -209,9 +211,10 @@ class Reduced:
     ) -> EncoderEvidence:
         """Evidence of the tokens ``x``; ``view`` says where rows see other tokens than their own sample's."""
         view = View(state.entry, state.full_grid(site.prefix), state.proportional) if view is None else view
+        mask = got.table if view.mask is None else view.mask
         rows = Attention(
             got.queries, got.keys, got.values, rotated=got.rotated, rope=site.rope, scale=getattr(self, "_scale", None),
-            mask=view.mask, size=state.size, valid=state.valid, proportional=view.proportional, cls=site.cls,
+            mask=mask, size=state.size, valid=state.valid, proportional=view.proportional, cls=site.cls,
         )  # fmt: skip
         return EncoderEvidence(
             x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,

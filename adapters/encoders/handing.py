@@ -130,7 +130,13 @@ def attach_hands(tower: Tower, undo: Undo) -> None:
     inside, prefix = tower.hands == "inside", tower.prefix
     if inside:
         undo.hook(tower.blocks[-1], functools.partial(hand_over, prefix=prefix, keep=False))
-        for norm in ("norm", "layernorm", "ln_post"):  # a norm of all tokens, by the name that the libraries use
+        for norm in (
+            "norm",
+            "layernorm",
+            "ln_post",
+            "post_layernorm",
+            "rms_norm",
+        ):  # a norm of all tokens, by the name that the libraries use
             if isinstance(getattr(module, norm, None), nn.Module):
                 undo.hook(getattr(module, norm), functools.partial(fill_again, prefix=prefix))
     if any(c.__module__.startswith("transformers.") for c in type(module).__mro__):

@@ -33,12 +33,15 @@ from tokenreduce.adapters.encoders import hf_layers, hf_video
 from tokenreduce.adapters.encoders.block import Tower, attach_tower, may_reduce
 from tokenreduce.adapters.encoders.hf_attention import listen
 from tokenreduce.adapters.encoders.hf_entry import note_patches, note_shapes
+from tokenreduce.adapters.encoders.hf_found import Found, attach_found, depth_of, is_tower, layer_class, look, odd
 from tokenreduce.adapters.encoders.hf_layers import EVIDENCE
 from tokenreduce.adapters.encoders.hf_outputs import dense_norm, dense_states, forget_mask, regroup, weigh_keys, wish
 from tokenreduce.adapters.encoders.hf_resize import attach_resize, pair
+from tokenreduce.adapters.encoders.hf_structure import PLACES, ROTARY, core_of, hear
 from tokenreduce.adapters.encoders.readers import own_code
 from tokenreduce.adapters.encoders.state import carry_state
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.core.mixing import mixed, parts
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -58,6 +61,11 @@ class Family:
     cls: bool = True
     flag: bool = True  # whether the embeddings take interpolate_pos_encoding
     core: tuple[type, type] | None = None  # attention inside the attention that takes no mask, and its subclass
+    found: Found | None = None  # what was found out about a class that is in no table
+
+    def attention_of(self, layer: nn.Module) -> Any:
+        named: Any = self.patched
+        return getattr(layer, named.attention_name if self.found is None else self.found.recipe.attention)
 
     def prefix(self, config: Any) -> int:
         return getattr(config, "num_register_tokens", 0) + 1 if self.cls else 0
@@ -148,6 +156,8 @@ def towers(model: nn.Module) -> Iterator[Tower]:
             raise TypeError(f"{type(module).__name__} is not supported: {reason}")
         family = next((f for kind, f in FAMILIES.items() if isinstance(module, kind)), None)
         if family is None:
+            if is_tower(module) and refusal(module) is None:
+                yield _discovered(name, module)
             continue
         config: Any = module.config
         grid: tuple[int, ...] | None = None
@@ -171,6 +181,32 @@ def towers(model: nn.Module) -> Iterator[Tower]:
         )  # fmt: skip
 
 
+def refusal(module: nn.Module) -> str | None:
+    """Why a module that is built as a vision transformer cannot be reduced, None where it can, or is none."""
+    if not is_tower(module):
+        return odd(module)
+    try:
+        look(module)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _discovered(name: str, module: Any) -> HFTower:
+    """A tower that is in no table."""
+    found, kind = look(module), type(module).__name__
+    layers = tuple(module.get_submodule(found.path).children())[: depth_of(module)]
+    stock = parts(type(layers[0]))[0]
+    patched = mixed(stock, layer_class(found.recipe))
+    attn = getattr(layers[0], found.recipe.attention)
+    family = Family(kind, found.path, None, stock, patched, parts(type(attn))[0], found=found)
+    roped = "post" if {ROTARY, PLACES}.intersection(found.recipe.arguments) else None
+    return HFTower(
+        name, module, f"transformers {kind}", layers, {family.layer: patched}, found.prefix, found.prefix > 0,
+        found.grid, EVIDENCE, roped, found.resizes, "inside" if found.tail == "inside" else "own", layout=family,
+    )  # fmt: skip
+
+
 def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """Put ``reducers`` into a transformers tower.
 
@@ -181,7 +217,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     assert tower.layout is not None
     module: Any = tower.module
     layout, prefix = tower.layout, tower.prefix
-    attentions = [getattr(layer, layout.patched.attention_name) for layer in tower.blocks]  # type: ignore[attr-defined]
+    attentions = [layout.attention_of(layer) for layer in tower.blocks]
     for attn in attentions:
         refuse_own(attn)
         refuse_patched(type(attn))
@@ -197,6 +233,9 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     for attn in attentions:
         core: Any = getattr(attn, "attention", attn)
         refuse_own(core)
+        if layout.found is not None:
+            hear(core_of(attn), undo, copies)
+            continue
         listen(core, undo, copies)
         if layout.core is not None:
             kind = type(core)
@@ -208,6 +247,13 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
             refuse_patched(kind)
             undo.swap_class(core, layout.core[1])
     undo.pre_hook(module, check_inputs)
+    if layout.found is not None:
+        undo.pre_hook(module, functools.partial(check_biased, biased=layout.found.recipe.biased))
+        attach_found(module, tower.blocks, layout.found, undo)
+        for reducer in reducers:
+            if reducer.site() == "input":
+                attach_resize(tower, reducer, undo, flag=True)
+        return
     _note_grid(tower, reducers, undo)
     if isinstance(module, BACKBONES):
         _attach_backbone(module, layout, prefix, undo)
@@ -246,6 +292,12 @@ def _attach_backbone(module: Any, layout: Family, prefix: int, undo: Undo) -> No
     encoder = module.get_submodule(layout.layers.partition(".")[0])
     undo.hook(encoder, functools.partial(dense_states, prefix=prefix, normed=normed))
     undo.hook(module.get_submodule(layout.norm), functools.partial(dense_norm, prefix=prefix))
+
+
+def check_biased(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, biased: bool) -> None:
+    """Pre-hook on a tower: masks cannot be told from biases by relative position, which travel with them."""
+    if biased and kwargs.get("attention_mask") is not None:
+        raise ValueError("a patched model with relative positions takes no attention_mask; call tr.unpatch first")
 
 
 def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokenreduce.adapters.encoders.joint import Windows
 from tokenreduce.core.undo import Undo
 
-__all__ = ["CALL", "NAME", "WATCH", "Call", "Seen", "attend", "implementation", "is_causal", "listen", "softcap_of"]
+__all__ = [
+    "CALL", "NAME", "WATCH", "Call", "Seen", "attend", "called", "calling", "implementation", "is_causal", "listen",
+    "softcap_of",
+]  # fmt: skip
 
 #: Our name among the attention implementations.
 NAME = "tokenreduce"
@@ -35,6 +39,8 @@ CALL = "tokenreduce_call"
 _STOCK = "_tokenreduce_stock"
 #: Who is shown module, queries, keys and mask of every call, where modules hand nothing on to their attention.
 WATCH: ContextVar[Callable[[Any, Tensor, Tensor, Any], None] | None] = ContextVar("tokenreduce_watch", default=None)
+#: The call of an attention module that hands neither masks nor keywords on.
+_calling: ContextVar[Call | None] = ContextVar("tokenreduce_calling", default=None)
 
 
 class Seen(Exception):  # noqa: N818 - not an error
@@ -89,6 +95,21 @@ class Call:
         self.rotated: tuple[Tensor, Tensor] | None = None
 
 
+@contextmanager
+def calling(call: Call | None) -> Iterator[None]:
+    """Let :func:`attend` find ``call`` beside the attention module, which hands nothing on."""
+    token = _calling.set(call)
+    try:
+        yield
+    finally:
+        _calling.reset(token)
+
+
+def called() -> Call | None:
+    """The call that :func:`calling` laid beside the attention module that runs."""
+    return _calling.get()
+
+
 @dataclass(frozen=True)
 class _Stock:
     """What a patched attention module would use: the config it shares with its model, and its eager function."""
@@ -116,6 +137,8 @@ def attend(
     stock: _Stock = module.__dict__[_STOCK]
     name = stock.config._attn_implementation
     call = attention_mask if isinstance(attention_mask, Call) else kwargs.pop(CALL, None)
+    if call is None:
+        call = _calling.get()
     if call is not None:
         attention_mask, call.reached = call.mask, True
         if call.take is not None:

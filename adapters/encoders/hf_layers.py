@@ -45,11 +45,13 @@ _SEEN = frozenset(("keys", "queries", "values", "attention"))
 
 
 class Context(NamedTuple):
-    """What a layer was called with besides its tokens; ``plain`` while no plan has acted on them."""
+    """What a layer was called with besides its tokens; ``plain`` while no plan has acted on them. ``table`` (B or
+    1,H,N,N) is a bias by relative position, for the tokens that are left."""
 
     mask: Any
     kwargs: dict[str, Any]
     plain: bool = True
+    table: Tensor | None = None
 
 
 def _heads(x: Tensor, projection: Callable[[Tensor], Tensor], width: int) -> Tensor:

@@ -32,9 +32,9 @@ from torch import nn
 from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.readers_source import Known, find_givers, use_of
 
-__all__ = ["KNOWN", "VLMS", "hands_of", "is_vlm", "outside", "own_code"]
+__all__ = ["KNOWN", "VLMS", "hands_of", "is_vlm", "outside", "own_code", "strictest"]
 
-LIBRARIES = ("timm", "open_clip", "transformers")
+LIBRARIES = ("timm", "open_clip", "torchvision", "transformers")
 #: Image/video language models that are served, by the names that users know.
 VLMS = (
     "LLaVA-1.5", "LLaVA-NeXT", "LLaVA-NeXT-Video", "LLaVA-OneVision", "Video-LLaVA", "Qwen2-VL", "Qwen2.5-VL",
@@ -45,7 +45,7 @@ VLMS = (
 #: stands around it is served; "maps" is "all" on a fixed grid, so that the image cannot be made smaller.
 KNOWN: dict[str, dict[str, str]] = {
     "own": {
-        "timm": "ModelEma ModelEmaV2 ModelEmaV3",
+        "timm": "ModelEma ModelEmaV2 ModelEmaV3 Qwen3VitClassifier DeepseekVitClassifier Gemma4VitClassifier",
         "open_clip": "CLIP CustomTextCLIP CoCa TimmModel",
         "transformers": (
             "CLIPModel CLIPVisionModelWithProjection CLIPForImageClassification SiglipModel "
@@ -53,17 +53,34 @@ KNOWN: dict[str, dict[str, str]] = {
             "Siglip2Model Siglip2ForImageClassification Dinov2ForImageClassification "
             "Dinov2WithRegistersForImageClassification ViTForImageClassification ViTForMaskedImageModeling "
             "VideoMAEForPreTraining VideoMAEForVideoClassification VivitForVideoClassification "
-            "VisionTextDualEncoderModel TimmWrapperModel TimmWrapperForImageClassification"
+            "VisionTextDualEncoderModel TimmWrapperModel TimmWrapperForImageClassification "
+            "DeiTForImageClassification DeiTForImageClassificationWithTeacher BeitForImageClassification "
+            "Data2VecVisionForImageClassification ViTMSNForImageClassification MetaClip2Model "
+            "MetaClip2VisionModelWithProjection Aimv2Model AltCLIPModel ChineseCLIPModel CLIPSegModel "
+            "OwlViTModel OwlViTVisionModel Owlv2Model Owlv2VisionModel"
         ),
     },
     "dense": {"timm": "FeatureGetterNet", "transformers": "TimmBackbone"},
+    "all": {
+        "transformers": (
+            "IJepaForImageClassification MetaClip2ForImageClassification DeiTForMaskedImageModeling "
+            "BeitForMaskedImageModeling ViTMAEForPreTraining VJEPA2Model VJEPA2ForVideoClassification"
+        ),
+    },
     "maps": {
         "transformers": (
+            "CLIPSegForImageSegmentation OwlViTForObjectDetection Owlv2ForObjectDetection "
+            "BeitForSemanticSegmentation BeitBackbone Data2VecVisionForSemanticSegmentation VitPoseForPoseEstimation "
             "DepthProForDepthEstimation DepthProModel DepthProEncoder DepthProPatchEncoder DepthProImageEncoder "
             "DepthProFovModel DepthProFovEncoder"
         ),
     },
-    "keys": {"transformers": "VisionEncoderDecoderModel"},
+    "keys": {
+        "transformers": (
+            "VisionEncoderDecoderModel BlipForImageTextRetrieval Blip2ForImageTextRetrieval "
+            "Blip2VisionModelWithProjection"
+        )
+    },
 }  # fmt: skip
 _HOW = {(lib, name): how for how, table in KNOWN.items() for lib, names in table.items() for name in names.split()}
 #: Modules of torch that hand on what a module inside returns, to the same caller.
@@ -73,10 +90,18 @@ _WRAPPERS = {
 }  # fmt: skip
 #: From the most specific to the least: a tower whose tokens go several ways takes the first.
 _ORDER = ("inside", "keys", "maps", "all", "own")
+
+
+def strictest(*hands: str) -> str:
+    """The way of these that is most careful."""
+    return min(hands, key=_ORDER.index)
+
+
 #: Methods that run behind the blocks, by library.
 _BEHIND = {
     "timm": {"forward", "forward_features", "forward_head", "pool", "get_intermediate_layers"},
     "open_clip": {"forward", "_pool", "_global_pool"},
+    "torchvision": {"forward"},
     "transformers": {"forward"},
 }
 #: Classes and functions of these read no tokens: the base classes of modules, and wrappers of a whole forward.

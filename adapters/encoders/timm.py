@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.models.eva import Eva, EvaBlock
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import (
     Block,
     ParallelScalingBlock,
@@ -118,6 +118,19 @@ class ReducedEvaBlock(_TimmBlock, EvaBlock):
         return x + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
+class ReducedEvaBlockPostNorm(ReducedEvaBlock, EvaBlockPostNorm):  # type: ignore[misc]
+    """The norm ends a branch."""
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x
+
+    def _residual(self, x: Tensor, out: Tensor) -> Tensor:
+        return x + self.drop_path1(self.norm1(out))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
 class ReducedParallelScalingBlock(_TimmBlock, ParallelScalingBlock):
     """Attention and MLP share one projection, so nothing can happen between them: both see N tokens, the plan is
     applied to their common output."""
@@ -204,7 +217,7 @@ VIT_BLOCKS: dict[type, type] = {
     ParallelScalingBlock: ReducedParallelScalingBlock,
     ParallelThingsBlock: ReducedParallelThingsBlock,
 }
-EVA_BLOCKS: dict[type, type] = {EvaBlock: ReducedEvaBlock}
+EVA_BLOCKS: dict[type, type] = {EvaBlock: ReducedEvaBlock, EvaBlockPostNorm: ReducedEvaBlockPostNorm}
 
 
 # -- finding and attaching ---------------------------------------------------------------------------------------------

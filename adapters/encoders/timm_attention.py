@@ -20,7 +20,7 @@ from tokenreduce.adapters.encoders.block import Ask, Attended
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.core.undo import Undo
 
-__all__ = ["ATTENTIONS", "attend", "listen", "project", "scores"]
+__all__ = ["ATTENTIONS", "Listening", "attend", "listen", "project", "scores"]
 
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 
@@ -95,7 +95,7 @@ def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
         projected = zip((attn.num_heads, kv_heads, kv_heads), (attn.q_proj, attn.k_proj, attn.v_proj), strict=True)
         q, k, v = (projection(x).unflatten(2, (heads, -1)).transpose(1, 2) for heads, projection in projected)
-    return attn.q_norm(q), attn.k_norm(k), v
+    return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)
 
 
 def _rotate(attn: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def _close(attn: Any, heads: Tensor, x: Tensor) -> Tensor:
     """Heads (B,H,N,d) to the attention module's output (B,N,C)."""
     gate = attn.gate(x).sigmoid() if getattr(attn, "gate", None) is not None else None
     out = heads.transpose(1, 2).flatten(2)
-    out = attn.norm(out)
+    out = attn.norm(out) if hasattr(attn, "norm") else out
     if gate is not None:
         out = out * gate
     return attn.proj_drop(attn.proj(out))

@@ -1,4 +1,4 @@
-"""What every architecture of an installed library can have: one row each."""
+"""What of the installed model libraries is supported, as a table: its rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ __all__ = ["Row"]
 
 @dataclass(frozen=True)
 class Row:
-    """How ``name`` of ``library`` is supported: ``how`` is "table", "discovered" or "refused", ``stages`` are where
-    methods can act, and ``reason`` says why not, or what is left out."""
+    """One architecture of a library.
+
+    Args:
+        library: "timm", "open_clip", "transformers" or "torchvision".
+        name: the class of the model, or the name of its configuration in open_clip.
+        how: "table" (an adapter names it), "discovered" (found by how it is built) or "refused".
+        stages: where methods can act: "encoder", "projector", "language", "cache"; empty where refused.
+        reason: why it is refused, as ``tr.patch`` says it; "" where it is not.
+    """
 
     library: str
     name: str
     how: str
-    stages: tuple[str, ...]
-    reason: str
+    stages: tuple[str, ...] = ()
+    reason: str = ""

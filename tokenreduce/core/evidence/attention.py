@@ -36,7 +36,8 @@ class Attention:
         scale: factor on q·k; 1/sqrt(d) by default.
         softcap: logits l become softcap * tanh(l / softcap), as in Gemma 2.
         causal: whether a query sees only keys at or before its own place.
-        mask: (B or 1,1,N,N) bool or additive, in place of ``causal``: what each query sees in the model.
+        mask: (B or 1,1 or H,N,N) bool or additive, in place of ``causal``: what each query sees in the model, or what
+            is added to its logits by relative position.
         size, valid: (B,N) sizes of merged tokens and which tokens are there.
         proportional: whether rows carry the log-size bias, as they do in a model that uses it.
         cls: whether row 0 is a class token's.
@@ -117,9 +118,9 @@ class Attention:
         if self.softcap is not None:
             logits = (logits / self.softcap).tanh() * self.softcap
         if self.mask is not None:
-            seen = self.mask.expand(q.shape[0], 1, -1, -1)
+            seen = self.mask.expand(q.shape[0], -1, -1, -1)
             if isinstance(rows, Tensor) or rows != "all":
-                seen = seen.gather(2, where[:, None, :, None].expand(q.shape[0], 1, -1, n))
+                seen = seen.gather(2, where[:, None, :, None].expand(q.shape[0], seen.shape[1], -1, n))
             logits = logits.masked_fill_(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
         elif self.causal:
             later = torch.arange(n, device=q.device) > where.unsqueeze(-1)
@@ -169,7 +170,8 @@ class Attention:
             return q[:, h : h + 1], k[:, own : own + 1]
 
         q, k = pair(self.queries, self.keys)
-        return replace(self, q=q, k=k, rotated=None if self.rotated is None else pair(*self.rotated))
+        mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, h : h + 1]
+        return replace(self, q=q, k=k, mask=mask, rotated=None if self.rotated is None else pair(*self.rotated))
 
     def joined(self) -> Attention:
         """All heads side by side as one of full width C: its rows are softmax(q·k / sqrt(C)), which is not the mean
@@ -179,8 +181,11 @@ class Attention:
         q, k = self.used
         if k.shape[1] != q.shape[1]:
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        mask = self.mask
+        if mask is not None and mask.shape[1] > 1:  # heads side by side add their logits up, over sqrt(H)
+            mask = mask.sum(1, keepdim=True) / mask.shape[1] ** 0.5
         q, k = (t.transpose(1, 2).flatten(2).unsqueeze(1) for t in (q, k))
-        return replace(self, q=q, k=k, rotated=None, scale=None)
+        return replace(self, q=q, k=k, rotated=None, scale=None, mask=mask)
 
     def unbiased(self) -> Attention:
         """Without the log-size bias. Rows that were given stay as they are."""
@@ -234,6 +239,10 @@ class Attention:
 
         given = None if self.given is None else self.given[row : row + 1, :, :, where]
         size = None if self.size is None else self.size[row : row + 1, where]
+        mask = None
+        if self.mask is not None and self.mask.shape[1] > 1:
+            mask = self.mask.expand(len(self.queries), -1, -1, -1)[row : row + 1, :, where][..., where]
         return Attention(
-            heads(self.q), heads(self.k), heads(self.v), given, rope=self.rope, scale=self.scale, size=size, cls=False
-        )
+            heads(self.q), heads(self.k), heads(self.v), given, rope=self.rope, scale=self.scale, mask=mask, size=size,
+            cls=False,
+        )  # fmt: skip

@@ -1,0 +1,302 @@
+"""Layers of transformers vision encoders, read instead of listed.
+
+What a layer does with its parts is found by running a copy of it once, on a few random tokens and with random weights:
+which child is called on what, which parameter scales a branch, where residuals are added, what of the layer's arguments
+its attention gets. The result is a :class:`~tokenreduce.adapters.encoders.hf_structure.Recipe`. It is kept only where
+computing by it gives what the layer gave, bit for bit, and where the attention hands our
+:class:`~tokenreduce.adapters.encoders.hf_attention.Call` on: a recipe that is not the layer's own is never used,
+whatever the layer is called. So a family that is built as others are needs no line, and one that is not is refused,
+with what was different.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapters.encoders.hf_layers import Context
+from tokenreduce.adapters.encoders.hf_structure import (
+    PLACES,
+    RECIPE,
+    ROTARY,
+    SHARED,
+    Recipe,
+    StructuredLayer,
+    core_of,
+    hear,
+    projects,
+)
+from tokenreduce.core.mixing import mixed, parts
+from tokenreduce.core.undo import Undo
+
+__all__ = ["read"]
+
+_TOKENS = 6
+
+
+def read(layer: nn.Module, family: str, biased: bool = False) -> Recipe:
+    """The recipe of a stock ``layer``; ``biased`` says that a bias by relative position reaches its attention.
+
+    Raises ``TypeError`` for a layer that computes in another way, with what was different.
+    """
+    kind = type(layer).__name__
+    try:
+        recipe = _Reading(_trial(layer)).recipe()
+        return replace(recipe, biased=biased)
+    except _UnlikeError as odd:
+        raise TypeError(f"{family}: {kind} is not supported: {odd}") from None
+    except Exception as error:
+        raise TypeError(
+            f"{family}: {kind} is not supported: it does not run by itself on tokens (B,N,C) "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from error
+
+
+class _UnlikeError(Exception):
+    """What of a layer is not as layers are."""
+
+
+def _trial(layer: nn.Module) -> nn.Module:
+    """A copy of ``layer`` on the CPU in float32 with random weights, none of them zero or small."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    kept: dict[int, Any] = {}
+    for p in (*layer.parameters(), *layer.buffers()):
+        kept[id(p)] = torch.empty(p.shape, dtype=torch.float32 if p.is_floating_point() else p.dtype)
+        if isinstance(p, nn.Parameter):
+            kept[id(p)] = nn.Parameter(kept[id(p)], requires_grad=False)
+    trial = copy.deepcopy(layer, kept).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trial.parameters():
+            if p.is_floating_point():
+                p.copy_(torch.rand(p.shape, generator=generator) + 0.5 if p.dim() == 1 else
+                        torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)  # fmt: skip
+        for b in trial.buffers():
+            b.zero_()
+    for module in trial.modules():
+        module.__class__ = parts(type(module))[0]
+        for name in hooks:
+            getattr(module, name).clear()
+        if getattr(module, SHARED, None) is not None:  # BiasedLayer knows what it does
+            setattr(module, SHARED, None)
+            module.__dict__.update(
+                {"has_relative_position_bias": False} if hasattr(module, "has_relative_position_bias") else {}
+            )
+    return trial
+
+
+class _Reading:
+    """One run of a layer: what each child was called on and gave."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
+        self.events: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+        signature = inspect.signature(type(layer).forward)
+        names = list(signature.parameters)[1:]
+        if names[:1] != ["hidden_states"]:
+            raise _UnlikeError(f"its forward takes {', '.join(names)}")
+        kinds = inspect.Parameter
+        self.open = any(p.kind is kinds.VAR_KEYWORD for p in signature.parameters.values())
+        self.arguments = tuple(
+            n for n in names[1:] if signature.parameters[n].kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+        )
+        attention = [(n, m) for n, m in layer.named_children() if _attends(m)]
+        if len(attention) != 1:
+            raise _UnlikeError(f"it has {len(attention)} attention modules whose queries and keys can be seen")
+        self.name, self.attn = attention[0]
+        self.core: Any = core_of(self.attn)
+        self.width = int(_norm_width(layer, self.core))
+        generator = torch.Generator().manual_seed(1)
+        # Laid out as convolutions leave it: a sum is laid out as its first term, and some kernels sum in that order.
+        self.x = torch.randn(2, self.width, _TOKENS, generator=generator).transpose(1, 2)
+        given: dict[str, Any] = {"attention_mask": None} if "attention_mask" in self.arguments else {}
+        if ROTARY in self.arguments or ROTARY in inspect.signature(type(self.attn).forward).parameters:
+            angle = torch.rand(_TOKENS, _head_dim(self.core) // 2, generator=generator)
+            angle = torch.cat([angle, angle], -1)
+            given[ROTARY] = (angle.cos(), angle.sin())
+        missing = [
+            n for n in self.arguments if n not in given and signature.parameters[n].default is inspect.Parameter.empty
+        ]
+        if missing:
+            raise _UnlikeError(f"it needs {', '.join(missing)}")
+        self.given = given
+
+    @torch.no_grad()
+    def recipe(self) -> Recipe:
+        layer, marker = self.layer, object()
+        extra = {"tokenreduce_probe": marker} if self.open else {}
+        handles = [m.register_forward_hook(self._noter(n), with_kwargs=True) for n, m in layer.named_children()]
+        try:
+            try:
+                out = layer(self.x, **self.given, **extra)
+            except TypeError:  # the attention takes no other keywords
+                self.events.clear()
+                extra = {}
+                out = layer(self.x, **self.given)
+        finally:
+            for handle in handles:
+                handle.remove()
+        several = len(out) - 1 if isinstance(out, tuple) else None
+        want = out[0] if isinstance(out, tuple) else out
+        middle, first, second = self._steps(want)
+        at = next(i for i, (_, name) in enumerate(first) if name == self.name)
+        _, args, kwargs, _ = next(e for e in self.events if e[0] == self.name)
+        recipe = Recipe(
+            tuple(first[:at]), self.name, tuple(first[at + 1 :]), tuple(second), self.arguments, several=several,
+            rest=bool(extra) and kwargs.get("tokenreduce_probe") is marker, **self._asked(args, kwargs),
+        )  # fmt: skip
+        del middle
+        return self._checked(recipe, want)
+
+    def _noter(self, name: str) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.events.append((name, args, kwargs, output))
+
+        return note
+
+    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """How the attention is called."""
+        keyword = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.shape == self.x.shape), None)
+        if (keyword is None) == (not args):
+            raise _UnlikeError("its attention is called without its tokens")
+        mask = "keyword" if "attention_mask" in kwargs else "position" if len(args) > 1 and args[1] is None else None
+        if mask == "position" and "attention_mask" not in self.arguments:
+            mask = None
+        passed = tuple(
+            (old, new) for old, v in self.given.items() for new, w in kwargs.items()
+            if v is not None and w is v
+        )  # fmt: skip
+        names = {n for n in self.arguments if n in kwargs and n not in self.given}
+        return dict(keyword=keyword, mask=mask, passed=(*passed, *((n, n) for n in sorted(names))))
+
+    def _steps(self, want: Tensor) -> tuple[Tensor, list[tuple[str, str]], list[tuple[str, str]]]:
+        """The middle of the layer, and the steps of both branches, from what children were called on."""
+        scales = [n for n, p in self.layer.named_parameters(recurse=False) if p.shape[-1:] == self.x.shape[-1:]]
+        found: list[list[tuple[str, str]]] = []
+        start, now = self.x, self.x
+        steps: list[tuple[str, str]] = []
+
+        def settle(wanted: Tensor) -> None:
+            """Steps between children that make ``wanted`` of what was last computed."""
+            nonlocal start, now, steps
+            for chain in ((), *((n,) for n in scales)):
+                y = now
+                for n in chain:
+                    y = getattr(self.layer, n) * y
+                if torch.equal(y, wanted):
+                    steps += [("times", n) for n in chain]
+                    now = wanted
+                    return
+                if not steps or y.shape != start.shape:
+                    continue
+                for kind, made in (("add", y + start), ("onto", start + y)):
+                    if not _alike(made, wanted):
+                        continue
+                    found.append([*steps, *(("times", n) for n in chain), (kind, "")])
+                    steps, start, now = [], wanted, wanted
+                    return
+            raise _UnlikeError("something other than norms, scales, residuals, attention and MLP happens to its tokens")
+
+        for name, args, kwargs, output in self.events:
+            tensors = [a for a in (*args, *kwargs.values()) if _tokens(a, self.x)]
+            if not tensors:
+                raise _UnlikeError(f"its part {name} is called on something else than its tokens")
+            settle(tensors[0])
+            now = output[0] if isinstance(output, tuple) else output
+            if not _tokens(now, self.x):
+                raise _UnlikeError(f"its part {name} returns something else than as many tokens")
+            if len(tensors) > 1 and name != self.name:
+                if not torch.equal(tensors[1], start):
+                    raise _UnlikeError(f"its part {name} is called on tokens of two kinds")
+                found.append([*steps, ("close", name)])
+                steps, start = [], now
+            else:
+                steps.append(("call", name))
+        if steps:
+            settle(want)
+        elif not torch.equal(now, want):
+            raise _UnlikeError("it changes its tokens behind its MLP")
+        if len(found) != 2 or not any(n == self.name for _, n in found[0]):
+            raise _UnlikeError(f"it has {len(found)} residual branches, not one of attention and one behind it")
+        return start, found[0], found[1]
+
+    # -- checking
+    def _checked(self, recipe: Recipe, want: Tensor) -> Recipe:
+        layer, undo = self.layer, Undo()
+        hear(self.core, undo, {})
+        layer.__dict__[RECIPE] = recipe
+        layer.__class__ = mixed(type(layer), StructuredLayer)
+        try:
+            context = Context(None, {k: v for k, v in self.given.items() if k != "attention_mask"})
+            if not torch.equal(self._both(context, self.x, None), want):
+                raise _UnlikeError("computing by its parts gives something else")
+            for carries in ("mask", "keyword", "context"):
+                if carries == "mask" and recipe.mask is None:
+                    continue
+                layer.__dict__[RECIPE] = made = replace(recipe, carries=carries)
+                if (done := self._carried(made, context, want)) is not None:
+                    return done
+        finally:
+            del layer.__dict__[RECIPE]
+        raise _UnlikeError(
+            "its attention does not look its function up in transformers' registry, or takes no mask there"
+        )
+
+    def _both(self, context: Context, x: Tensor, bias: Tensor | None, needs: tuple[str, ...] = ()) -> Tensor:
+        got = self.layer._attention(x, bias, needs, context)
+        if needs and (got.keys is None or got.keys.dim() != 4 or got.keys.shape[2] != x.shape[1]):
+            raise _UnlikeError("its attention shows no keys of single tokens")
+        return self.layer._feed_forward(self.layer._residual(x, got.out))
+
+    def _carried(self, recipe: Recipe, context: Context, want: Tensor) -> Recipe | None:
+        """``recipe`` with what is missing in it, None where calls do not reach the attention function by it."""
+        try:
+            seen = self._both(context, self.x, None, ("keys",))
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        if not torch.equal(seen, want):
+            return None
+        odd, left = 2, torch.tensor([0, 1, 3, 4, 5])
+        hidden = torch.zeros(1, 1, 1, _TOKENS)
+        hidden[..., odd] = float("-inf")
+        tables = context.kwargs.get(ROTARY)
+        cut: dict[str, Any] = {} if tables is None else {ROTARY: tuple(t[left] for t in tables)}
+        if PLACES in recipe.arguments:
+            cut[PLACES] = left.expand(2, -1)
+        fewer = self._both(context._replace(kwargs={**context.kwargs, **cut}), self.x[:, left], None)
+        for turn in (None,) if tables is None else ("halves", "pairs"):
+            self.layer.__dict__[RECIPE] = made = replace(recipe, turn=turn)
+            more = {} if tables is None else {ROTARY: tuple(t.expand(2, 1, -1, -1) for t in tables)}
+            masked = self._both(Context(None, {**context.kwargs, **more}, plain=False), self.x, hidden)[:, left]
+            if torch.allclose(masked, fewer, rtol=1e-3, atol=1e-4 * float(fewer.abs().max())):
+                return made
+        raise _UnlikeError(
+            "hiding a token from its attention is something else than leaving it out (it counts places by itself)"
+        )
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are equal and laid out alike."""
+    return one.stride() == two.stride() and torch.equal(one, two)
+
+
+def _tokens(value: Any, x: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == x.shape[:2]
+
+
+def _attends(module: nn.Module) -> bool:
+    return projects(core_of(module))
+
+
+def _norm_width(layer: nn.Module, core: Any) -> int:
+    first = next(getattr(core, n) for n in ("q_proj", "query", "qkv") if hasattr(core, n))
+    return int(first.in_features)
+
+
+def _head_dim(core: Any) -> int:
+    return int(core.head_dim if hasattr(core, "head_dim") else core.attention_head_size)
