@@ -18,6 +18,8 @@ from tokenreduce.core.plan import Plan
 from tokenreduce.core.registry import get_class
 
 METHODS = tr.list_methods(stage="language")
+#: They put tokens into the places of others.
+MOVING = ("apet-llm",)
 every = pytest.mark.parametrize("name", METHODS)
 SHAPES = [
     LAYOUTS, RIGHT, ("vt", "vt"), ("v", "v"), ("tv", ".v"), ("vvvvvvv", "ttttttt"),
@@ -57,8 +59,9 @@ def test_plans_are_well_formed(name, layouts, keep):
             assert any(layout[i] == "v" for i in kept) == ("v" in layout)
             assert there[b].tolist() == sorted(there[b].tolist())
             slots = there[b].nonzero().flatten().tolist()
-            assert sources[b, kept].tolist() == slots
-            assert set(sources[b].tolist()) - {-1} == set(slots)
+            if name not in MOVING:
+                assert sources[b, kept].tolist() == slots
+                assert set(sources[b].tolist()) - {-1} == set(slots)
             for slot, i in zip(slots, kept, strict=True):
                 if layout[i] != "v":
                     assert torch.equal(out[b, slot], evidence.x[b, i])
