@@ -32,8 +32,9 @@ def mixed(layouts=LAYOUTS, *, layer=2, depth=4, seed=0, rows=slice(None), prompt
     films = torch.stack([torch.zeros_like(number), number // 3, number // 3, number % 3], -1)
     films = films.masked_fill(~marks(layouts, "v")[rows].unsqueeze(-1), -1)
     key = ((number % 5 == 3) & visual).float()
+    before = torch.randn(b, n, WIDTH, generator=torch.Generator().manual_seed(seed + 1))[rows]
     settings = dict(
-        keys=k[rows], queries=q[rows], values=v[rows], visual=visual, valid=None if there.all() else there, cls=False,
+        before=before, keys=k[rows], queries=q[rows], values=v[rows], visual=visual, valid=None if there.all() else there, cls=False,
         causal=True, frame_of=films, scores=key, layer=layer, depth=depth,
         prompt=Prompt(marks(entry, "v")[rows], marks(entry, "tv")[rows], e),
         norm=lambda h: h / h.square().mean(-1, keepdim=True).sqrt() * weight,

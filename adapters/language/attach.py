@@ -42,7 +42,7 @@ from tokenreduce.adapters.language.steps.gather import GatherColumns
 from tokenreduce.adapters.language.steps.hand_on import HandOn
 from tokenreduce.adapters.language.steps.listen import Listen
 from tokenreduce.adapters.language.steps.middle import ChooseInside, TakeInside
-from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepPrompt
+from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepInput, KeepPrompt
 from tokenreduce.adapters.language.towers import Everything, attach_encoder
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
@@ -198,7 +198,8 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     asks_next = i + 1 < depth and acting.again[i + 1] is not None
     reads = following is not None and _reads(following)
     asking = [j for j, r in enumerate(acting.layers) if r is not None and "prompt" in r.gathers()]
-    if not (i >= acting.behind or reads or asks_next or is_middle(following, i + 1) or (asking and i == 0)):
+    before = following is not None and "before" in following.gathers()
+    if not (i >= acting.behind or reads or asks_next or before or is_middle(following, i + 1) or (asking and i == 0)):
         return
     if chosen or asks_next:
         yield ChooseAgain(Site(acting.again[i], chosen[-1] if chosen else None, asks_next, depth))
@@ -216,6 +217,8 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
             yield SetAside()
     if i >= acting.behind:
         yield GatherColumns(acting.windows[i])
+    if before:
+        yield KeepInput()
     if reads or asks_next:
         yield Listen(reads, asks_next)
     if following is not None and is_middle(following, i + 1):

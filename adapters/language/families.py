@@ -12,7 +12,10 @@ from torch import nn
 
 __all__ = ["EVIDENCE", "FAMILIES", "Family", "Language", "TOWER", "Vision"]
 
-EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "plain", "middle", "prompt", "norm", "films", "history")
+EVIDENCE = (
+    "keys", "queries", "values", "attention", "ahead", "plain", "middle", "before", "prompt", "norm", "films",
+    "history",
+)  # fmt: skip
 
 
 #: Evidence of the tower that a language-stage method can ask for.

@@ -87,6 +87,8 @@ class Run:
     shift: Tensor | None = None
     #: (B,L,C) features before layer 0, while a method still needs them.
     entered: Tensor | None = None
+    #: Layer -> (B,K,C) what entered the one before, until its method has chosen.
+    inputs: dict[int, Tensor] = field(default_factory=dict)
     #: (B,L,4) video, first and last frame, and place of every column, see
     #: :attr:`tokenreduce.core.evidence.Evidence.films`.
     films: Tensor | None = None

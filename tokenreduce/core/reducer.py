@@ -21,8 +21,8 @@ STAGES = ("encoder", "projector", "language", "cache")
 #: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
 #: attention and MLP, or on the block's output.
 POSITIONS = ("input", "before", "middle", "after")
-#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input. Inside a
-#: language model, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
+#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input, inside a
+#: language model that of the layer before. There, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
 #: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
 #: (M-RoPE); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
 #: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from,

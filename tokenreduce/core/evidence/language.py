@@ -48,6 +48,7 @@ class LanguageEvidence(BaseEvidence):
         scores: (B,N) what the method scored by what the vision tower saw, see
             :meth:`tokenreduce.Reducer.tower_scores`; a token that stands for several has the highest of theirs, text 0.
         earlier: in a decode step, what the method saw and chose in the one before; None in the first.
+        before: (B,N,C) what entered the layer before, of the same tokens.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class LanguageEvidence(BaseEvidence):
         history: Tensor | None = None,
         scores: Tensor | None = None,
         earlier: Earlier | None = None,
+        before: Tensor | None = None,
         **core: Any,
     ) -> None:
         super().__init__(x, *args, **core)
         self.visual, self.prompt, self.history, self.earlier = visual, prompt, history, earlier
         self._norm, self._frame_of, self._scores = norm, frame_of, scores
+        self._before = before
 
     def _mixed(self) -> bool:
         return self.visual is not None
@@ -89,6 +92,10 @@ class LanguageEvidence(BaseEvidence):
         if visual is None:
             raise ValueError("the evidence marks no visual tokens: give Evidence(visual=...) with a bool mask (B,N)")
         return visual.sum(1, keepdim=True)
+
+    @property
+    def before(self) -> Tensor:
+        return need(self._before, "before")
 
     @property
     def frame_of(self) -> Tensor:

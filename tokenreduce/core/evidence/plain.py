@@ -36,7 +36,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             is protected.
         rope, rotated, scale, proportional, causal, softcap, mask: see
             :class:`~tokenreduce.core.evidence.attention.Attention`.
-        before: see :class:`EncoderEvidence`.
+        before: see :class:`EncoderEvidence` and :class:`LanguageEvidence`.
         prompt, norm, frame_of, history, scores, earlier: see :class:`LanguageEvidence`.
         text_valid, pixels, clip, crops: see :class:`VisualEvidence`.
         films, marks: what ``frame_of`` and ``scores`` were called before.
