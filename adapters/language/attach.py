@@ -49,6 +49,9 @@ from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "layer_sites"]
 
+#: Evidence of where a token comes from, which is noted at the entry of the language model.
+WHENCE = ("films", "places")
+
 
 @dataclass(frozen=True)
 class Acting:
@@ -90,9 +93,9 @@ class Acting:
         return tuple(r for r in self.inside if needs_marks(r))
 
     @property
-    def frames(self) -> bool:
-        """Whether one asks which frame a token is of."""
-        return any("films" in r.gathers() for r in self.inside)
+    def told(self) -> tuple[str, ...]:
+        """What they ask of where tokens come from: "films" (which frame), "places" (where in an image)."""
+        return tuple(word for word in WHENCE if any(word in r.gathers() for r in self.inside))
 
 
 def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
@@ -100,7 +103,7 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
     depth = len(found.layers)
     staged = {s: tuple(r for r in reducers if r.stage == s) for s in ("encoder", "projector", "language", "cache")}
     before, inside = staged["projector"], staged["language"]
-    shows = staged["encoder"] or any("films" in r.gathers() or needs_marks(r) for r in inside)
+    shows = staged["encoder"] or any(not {*WHENCE}.isdisjoint(r.gathers()) or needs_marks(r) for r in inside)
     if not before and shows:  # which token is of what shows where it enters
         before = (Everything(),)
     if len(before) > 1:
@@ -139,7 +142,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     arrived = Arrived()
     _attach_start(found, acting, arrived, " + ".join(r.spec() for r in reducers), undo)
     if acting.entry is not None:
-        attach_projector(found, acting.entry, list(acting.windows), undo, acting.frames, acting.marking)
+        attach_projector(found, acting.entry, list(acting.windows), undo, acting.told, acting.marking)
     attach_given(found, arrived, undo)
     if FAMILIES[found.family].deep:
         check_deep(found, acting.depth)

@@ -92,6 +92,9 @@ class Run:
     #: (B,L,4) video, first and last frame, and place of every column, see
     #: :attr:`tokenreduce.core.evidence.Evidence.films`.
     films: Tensor | None = None
+    #: (B,L,6) where in its image every column is, see
+    #: :class:`~tokenreduce.core.evidence.LanguageEvidence`.
+    places: Tensor | None = None
     #: Method -> (B,L) what it marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`.
     marks: dict[Any, Tensor] = field(default_factory=dict)
     #: (B,K,C) what enters a layer, where tokens left in the middle of the layer before.
@@ -211,11 +214,19 @@ class Run:
 
     def films_at(self, layer: int) -> Tensor | None:
         """(B,K,4) :attr:`films` of the slots that ``layer`` sees in prefill."""
+        return self._told(self.films, layer)
+
+    def places_at(self, layer: int) -> Tensor | None:
+        """(B,K,6) :attr:`places` of the slots that ``layer`` sees in prefill."""
+        return self._told(self.places, layer)
+
+    def _told(self, told: Tensor | None, layer: int) -> Tensor | None:
+        """(B,L,n) numbers of columns for the slots that ``layer`` sees, -1 for those that are not there."""
         cut = self.cut_at(layer)
-        if cut is None or self.films is None:
-            return self.films
-        films = self.films.gather(1, cut.index.unsqueeze(-1).expand(-1, -1, 4))
-        return films if cut.valid is None else films.masked_fill(~cut.valid.unsqueeze(-1), -1)
+        if cut is None or told is None:
+            return told
+        told = told.gather(1, cut.index.unsqueeze(-1).expand(-1, -1, told.shape[-1]))
+        return told if cut.valid is None else told.masked_fill(~cut.valid.unsqueeze(-1), -1)
 
     def marks_at(self, layer: int, method: Any) -> Tensor:
         """(B,K) :attr:`marks` of a method on the slots that ``layer`` sees in prefill."""

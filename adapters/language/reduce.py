@@ -71,6 +71,7 @@ def _evidence(
         x,
         _attention(x, layer.self_attn, call, valid, plain),
         frame_of=run.films_at(index) if "films" in asked else None,
+        place_of=run.places_at(index) if "places" in asked else None,
         before=run.inputs.pop(index, None) if "before" in asked else None,
         scores=run.marks_at(index, reducer) if needs_marks(reducer) else None,
         history=history,

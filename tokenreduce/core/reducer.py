@@ -25,8 +25,8 @@ POSITIONS = ("input", "before", "middle", "after")
 #: language model that of the layer before. There, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
 #: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
 #: (M-RoPE); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
-#: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from,
-#: ``history`` how many visual tokens there were.
+#: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from, ``places`` where
+#: in an image they are, ``history`` how many visual tokens there were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
 #: space, ``clip`` patches and question in a CLIP model's.
@@ -34,6 +34,7 @@ POSITIONS = ("input", "before", "middle", "after")
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
     "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
+    "places",
 )  # fmt: skip
 
 

@@ -31,7 +31,14 @@ from torch import Tensor, nn
 from tokenreduce.adapters.language.families import TOWER, Language
 from tokenreduce.adapters.language.generation import KEYWORD, Step
 from tokenreduce.adapters.language.projector.clip_text import joint_space
-from tokenreduce.adapters.language.projector.images import Group, film_places, groups, take_rows, tokenizer_of
+from tokenreduce.adapters.language.projector.images import (
+    Group,
+    film_places,
+    groups,
+    image_places,
+    take_rows,
+    tokenizer_of,
+)
 from tokenreduce.adapters.language.projector.marks import marks_of
 from tokenreduce.adapters.language.projector.seen import ARRIVING
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
@@ -51,11 +58,11 @@ def attach_projector(
     reducer: Reducer,
     windows: list[int | None],
     undo: Undo,
-    films: bool = False,
+    told: tuple[str, ...] = (),
     marking: tuple[Reducer, ...] = (),
 ) -> None:
-    """Put ``reducer`` before the language model; with ``films``, note which frames its tokens come from. ``marking``
-    are the language-stage methods that look at the tower.
+    """Put ``reducer`` before the language model; ``told`` says what is to be noted of where its tokens come from:
+    "films" (which frames), "places" (where in an image). ``marking`` are the language-stage methods that look at the tower.
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
@@ -89,7 +96,7 @@ def attach_projector(
             compact=compact,
             projector=None if found.vision is None else found.vision.projector,
             source=source,
-            films=films,
+            told=told,
             marking=marking,
         ),
     )
@@ -153,7 +160,7 @@ def choose(
     compact: bool,
     projector: nn.Module | None,
     source: str = "",
-    films: bool = False,
+    told: tuple[str, ...] = (),
     marking: tuple[Reducer, ...] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the language model: make the plan in prefill, keep the count of positions in decode."""
@@ -176,10 +183,14 @@ def choose(
             made += _place(stay, group, reducer, compact)
         for rows, columns in step.dropped:
             stay[rows, columns] = False
-        if films:
+        if "films" in told:
             run.films = film_places(step, x)
             for part in made:
                 part.note_frames(run.films)
+        if "places" in told:
+            run.places = image_places(step, x)
+            for part in made:
+                part.note_places(run.places)
         for marks in run.marks.values():
             for part in made:
                 part.note_marks(marks)
@@ -237,6 +248,13 @@ class Part:
         said = torch.where(alone.unsqueeze(-1), mine, said)
         where = self.there.nonzero(as_tuple=True)
         films[self.rows.expand_as(self.host)[where], self.host[where]] = said[where]
+
+    def note_places(self, places: Tensor) -> None:
+        """Let ``places`` (B,L,6) tell of every output where its representative was; in place."""
+        own = (self.plan.representatives() - self.evidence.prefix).clamp(min=0)
+        mine = places[self.rows, self.columns].gather(1, own.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
+        where = self.there.nonzero(as_tuple=True)
+        places[self.rows.expand_as(self.host)[where], self.host[where]] = mine[where]
 
     def note_marks(self, marks: Tensor) -> None:
         """Let ``marks`` (B,L) have for every output the highest of the tokens that it stands for; in place."""

@@ -20,7 +20,7 @@ from tokenreduce.algorithms.temporal import Temporal
 from tokenreduce.algorithms.views import ranks
 from tokenreduce.core.evidence import ImageEvidence, Origin
 
-__all__ = ["Group", "film_places", "groups", "runs", "take_rows", "tokenizer_of"]
+__all__ = ["Group", "film_places", "groups", "image_places", "runs", "take_rows", "tokenizer_of"]
 
 
 @dataclass
@@ -79,6 +79,23 @@ def film_places(step: Step, x: Tensor) -> Tensor:
         what = torch.stack([torch.full_like(view, number[film.row]), view, view, place], 1)
         number[film.row] += 1
         out[film.row, film.columns] = torch.where(view.unsqueeze(1) < 0, -1, what)
+    return out
+
+
+def image_places(step: Step, x: Tensor) -> Tensor:
+    """(B,L,6) for every column of the prompt what ``place_of`` of
+    :class:`~tokenreduce.core.evidence.LanguageEvidence` says; -1 for what is of no image."""
+    out = torch.full((*x.shape[:2], 6), -1, dtype=torch.long, device=x.device)
+    number = dict.fromkeys(range(len(x)), 0)
+    for image in sorted(_images(step, x, Projector()), key=lambda i: int(i.columns[0])):
+        view, n = image.origin.view.to(x.device), image.origin.n
+        plane = view if image.origin.crops is None else view.clamp(max=1)
+        what = torch.cat([
+            torch.stack([torch.full_like(view, number[image.row]), plane], 1), image.origin.place.to(x.device),
+            torch.stack([torch.arange(n, device=x.device), torch.full_like(view, n)], 1),
+        ], 1)  # fmt: skip
+        number[image.row] += 1
+        out[image.row, image.columns] = torch.where(view.unsqueeze(1) < 0, -1, what)
     return out
 
 

@@ -37,7 +37,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         rope, rotated, scale, proportional, causal, softcap, mask: see
             :class:`~tokenreduce.core.evidence.attention.Attention`.
         before: see :class:`EncoderEvidence` and :class:`LanguageEvidence`.
-        prompt, norm, frame_of, history, scores, earlier: see :class:`LanguageEvidence`.
+        prompt, norm, frame_of, place_of, history, scores, earlier: see :class:`LanguageEvidence`.
         text_valid, pixels, clip, crops: see :class:`VisualEvidence`.
         films, marks: what ``frame_of`` and ``scores`` were called before.
     """
@@ -81,6 +81,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         crops: tuple[int, int] | None = None,
         films: Tensor | None = None,
         marks: Tensor | None = None,
+        place_of: Tensor | None = None,
     ) -> None:
         if films is not None or marks is not None:
             warnings.warn("films is frame_of now, and marks is scores", DeprecationWarning, stacklevel=2)
@@ -107,7 +108,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             x, rows, size=size, protected=protected, grid=grid, valid=valid, cls=cls, layer=layer, depth=depth,
             entry=entry, before=before, text=text, text_valid=text_valid, times=times, crops=crops, clip=clip,
             pixels=pixels, visual=visual, prompt=prompt, norm=norm, frame_of=frame_of, history=history, scores=scores,
-            earlier=earlier,
+            earlier=earlier, place_of=place_of,
         )  # fmt: skip
 
     def samples(self, rows: Tensor) -> Evidence:
@@ -128,6 +129,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             norm=self._norm, frame_of=pick(self._frame_of), history=pick(self.history), scores=pick(self._scores),
             earlier=None if earlier is None else Earlier(earlier.attention[rows], earlier.stay[rows]),
             text_valid=pick(self.text_valid), pixels=pick(self._pixels), crops=self.crops,
+            place_of=pick(self._place_of),
             clip=None if self._clip is None else (self._clip[0][rows], self._clip[1][rows]),
         )  # fmt: skip
 
