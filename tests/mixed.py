@@ -58,6 +58,19 @@ def seen_by(evidence, b, row):
     return total / HEADS
 
 
+def maps(evidence, b):
+    """(H,N,N) causal softmax of one sample in float64, padding hidden."""
+    n = evidence.n
+    out = torch.zeros(HEADS, n, n, dtype=torch.double)
+    for h in range(HEADS):
+        for i in range(n):
+            seen = [j for j in range(i + 1) if evidence.valid is None or evidence.valid[b, j]]
+            if seen:
+                k = evidence.keys[b, h // (HEADS // KEY_HEADS), seen].double()
+                out[h, i, seen] = (k @ evidence.queries[b, h, i].double() / DIM**0.5).softmax(0)
+    return out
+
+
 def kept_of(plan, b):
     """The places of sample b's tokens that are there after ``plan``."""
     valid = plan.validity()
