@@ -14,7 +14,7 @@ __all__ = ["EVIDENCE", "FAMILIES", "Family", "Language", "TOWER", "Vision"]
 
 EVIDENCE = (
     "keys", "queries", "values", "attention", "ahead", "plain", "middle", "before", "prompt", "norm", "films",
-    "history", "places",
+    "history", "places", "unrotated",
 )  # fmt: skip
 
 

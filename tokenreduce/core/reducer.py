@@ -24,7 +24,8 @@ POSITIONS = ("input", "before", "middle", "after")
 #: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input, inside a
 #: language model that of the layer before. There, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
 #: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
-#: (M-RoPE); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
+#: (M-RoPE), while ``unrotated`` then has queries and keys before their rotation in every model, with those behind it
+#: beside them (``attention.used``); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
 #: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from, ``places`` where
 #: in an image they are, ``history`` how many visual tokens there were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
@@ -34,7 +35,7 @@ POSITIONS = ("input", "before", "middle", "after")
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
     "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
-    "places",
+    "places", "unrotated",
 )  # fmt: skip
 
 
