@@ -44,7 +44,7 @@ def reduce_before(
             plan = reducer.plan(_evidence(x, run, index, depth, layer, call, norm, plain, reducer))
             run.decided.add(index)
             if not plan.is_identity:
-                acted, made = plan, run.cut(index, plan)
+                acted, made = plan, run.cut(index, plan, reducer.size_power)
         if made is not None:
             x = made.take(x)
     if trace is not None:

@@ -15,7 +15,7 @@ from tokenreduce.core.evidence import Look
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.settings import check, fit, fits, hints
 
-__all__ = ["METHODS", "STAGES", "Reducer", "format_spec", "parse_spec", "register", "split_specs"]
+__all__ = ["METHODS", "STAGES", "Reducer", "format_spec", "parse_spec", "register", "size_power", "split_specs"]
 
 STAGES = ("encoder", "projector", "language", "cache")
 #: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
@@ -37,6 +37,21 @@ EVIDENCE = (
     "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
     "places", "unrotated",
 )  # fmt: skip
+
+
+#: Names of powers of a size by which attention counts the key of a merged token: as if all were still there, damped,
+#: once.
+SIZE_BIAS = {"log": 1.0, "sqrt": 0.5, "none": 0.0}
+
+
+def size_power(value: str | float) -> float:
+    """The power that ``size_bias=value`` stands for. Raises ``ValueError`` for one that is neither a name nor in
+    [0, 1]."""
+    if isinstance(value, str) and value in SIZE_BIAS:
+        return SIZE_BIAS[value]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"size_bias is one of {tuple(SIZE_BIAS)} or a power in [0, 1], not {value!r}")
+    return float(value)
 
 
 #: Every method by its name; class statements write here.
@@ -169,6 +184,13 @@ class Reducer:
     def proportional(self) -> bool:
         """Whether later attention gets log size as key bias (the ``prop_attn`` field where a method has one)."""
         return bool(getattr(self, "prop_attn", False))
+
+    @property
+    def size_power(self) -> float:
+        """Power of a merged token's size by which later attention counts its key: by the ``size_bias`` field where a
+        method has one, else 1 or 0, see :attr:`proportional`."""
+        value = getattr(self, "size_bias", None)
+        return float(self.proportional) if value is None else size_power(value)
 
     # -- text and JSON -----------------------------------------------------------------------------------------------
     def spec(self) -> str:

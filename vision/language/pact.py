@@ -12,7 +12,7 @@ from tokenreduce.algorithms.sequence import best, keep_mixed, visual_counts, vis
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Identity, Plan
-from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.reducer import Reducer, size_power
 
 __all__ = ["PACT"]
 
@@ -44,14 +44,15 @@ class PACT(
         keep: without ``cutoff``, visual tokens that stay, a count or a ratio, rounded half up.
         coef_pruned: reach of the recovery, >= 0; 1.5. 0 recovers duplicates alone.
         take_mean: whether centres become means; else they stay as they are and clusters only drop.
-        prop_attn: whether later layers, and decode, count a merged token by its size: log size is added to the logits
-            of its key in every later layer, as published. Flash attention has no way to add it and is refused.
+        size_bias: how later layers, and decode, count the key of a merged token of size s: "log" as if all were there
+            (log s is added to its logits, as published), "sqrt" (half of that), a power in [0, 1], or "none". Flash
+            attention has no way to add it and is refused.
 
     Decisions: the visual tokens of all images of a prompt are clustered jointly, as published; sums are float32; ties
     go to the lower index; at least one token is clustered.
 
-    Raises ``ValueError`` for other values, a layer that the model does not have, and with ``prop_attn`` for attention
-    that takes no bias.
+    Raises ``ValueError`` for other values, a layer that the model does not have, and with ``size_bias`` for attention
+    that takes no bias, and beside methods that choose again in decode.
     """
 
     layer: int | None = None
@@ -59,12 +60,13 @@ class PACT(
     keep: int | float | None = None
     coef_pruned: float = _REACH
     take_mean: bool = True
-    prop_attn: bool = True
+    size_bias: str | float = "log"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if self.layer is not None:
             check_count(self.layer, "layer")
+        size_power(self.size_bias)
         for name in ("cutoff", "coef_pruned"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
