@@ -52,6 +52,8 @@ class LanguageEvidence(BaseEvidence):
         scores: (B,N) what the method scored by what the vision tower saw, see
             :meth:`tokenreduce.Reducer.tower_scores`; a token that stands for several has the highest of theirs, text 0.
         earlier: in a decode step, what the method saw and chose in the one before; None in the first.
+        held: (B,N) bool, in a decode step, the tokens of the prompt that the choice left which holds so far; None in
+            prefill.
         before: (B,N,C) what entered the layer before, of the same tokens.
     """
 
@@ -68,10 +70,12 @@ class LanguageEvidence(BaseEvidence):
         earlier: Earlier | None = None,
         before: Tensor | None = None,
         place_of: Tensor | None = None,
+        held: Tensor | None = None,
         **core: Any,
     ) -> None:
         super().__init__(x, *args, **core)
         self.visual, self.prompt, self.history, self.earlier = visual, prompt, history, earlier
+        self.held = held
         self._norm, self._frame_of, self._scores = norm, frame_of, scores
         self._before, self._place_of = before, place_of
 
