@@ -38,6 +38,9 @@ class Vision:
     films: bool = False
     #: Pooling heads of the towers, with a query of their own.
     heads: tuple[nn.Module, ...] = ()
+    #: What makes a token of ``unit`` rows of the tower's output, where it makes each by itself.
+    through: nn.Module | None = None
+    unit: int = 1
 
     @property
     def depth(self) -> int:
@@ -50,6 +53,7 @@ class Vision:
         given += ["clip"] if self.cls and self.projector is not None else []
         given += ["crops"] if self.kind == "tiled" else []
         given += ["head"] if self.heads else []
+        given += ["through"] if self.through is not None else []
         given += ["pixels"]
         return tuple(given)
 

@@ -178,7 +178,10 @@ def test_inside_the_language_model_it_is_the_same_merge():
 def test_in_models(family):
     model = VLMS[family].model
     inputs = prompts(VLMS[family], ((9, "v"), (5, "v")) if family != "llava" else ((9, "iii"), (6, "iii")))
-    for spec in ("sttm-llm:layer=1,theta_s=-1.0,theta_t=0.0,root_level=0", "sttm:theta_s=-1.0,theta_t=0.0,root_level=0"):
+    for spec in (
+        "sttm-llm:layer=1,theta_s=-1.0,theta_t=0.0,root_level=0",
+        "sttm:theta_s=-1.0,theta_t=0.0,root_level=0",
+    ):
         with torch.no_grad(), tr.patched(model, spec), tr.record(model, flops=False) as trace:
             out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 3

@@ -15,9 +15,7 @@ __all__ = ["BORDERS", "Forest", "check_forest", "grouped", "merged"]
 BORDERS = ("official", "valid")
 
 
-def check_forest(
-    spatial: float, temporal: float, root_level: int, border: str, head_dim: int | None
-) -> None:
+def check_forest(spatial: float, temporal: float, root_level: int, border: str, head_dim: int | None) -> None:
     """Raise ``ValueError`` for settings that are none."""
     for name, value in (("theta_s", spatial), ("theta_t", temporal)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
@@ -197,9 +195,7 @@ def _heads(forest: Forest, spatial: float, temporal: float, components: bool) ->
     return first[rep[flat]], weight.flatten() / many[rep[flat]]
 
 
-def _as_many(
-    forest: Forest, spatial: float, temporal: float, components: bool, keep: int
-) -> tuple[Tensor, Tensor]:
+def _as_many(forest: Forest, spatial: float, temporal: float, components: bool, keep: int) -> tuple[Tensor, Tensor]:
     """Both thresholds moved alike, by bisection, to the fewest outputs that are at least ``keep``; of those the ones
     that stand for the fewest cells go, the last first."""
     cells = forest.values[-1].shape[0] * forest.values[-1].shape[1] * forest.values[-1].shape[2]

@@ -116,7 +116,9 @@ def rows_of(evidence: LanguageEvidence, where: Tensor) -> Tensor:
     if attention.given is None:
         return rows
     if rows.shape[2] != evidence.n:
-        raise ValueError(f"attention of all {evidence.n} rows is needed, not of {rows.shape[2]}: leave it out or give all")
+        raise ValueError(
+            f"attention of all {evidence.n} rows is needed, not of {rows.shape[2]}: leave it out or give all"
+        )
     return rows.gather(2, where[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
 
 

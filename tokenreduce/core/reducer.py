@@ -30,12 +30,13 @@ POSITIONS = ("input", "before", "middle", "after")
 #: in an image they are, ``history`` how many visual tokens there were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
-#: space, ``clip`` patches and question in a CLIP model's.
+#: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and the
+#: projector as a function.
 #: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
     "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
-    "places", "unrotated",
+    "places", "unrotated", "through",
 )  # fmt: skip
 
 

@@ -67,9 +67,7 @@ class STTM(Temporal, name="sttm", paper="2507.07990", title="STTM"):
         grid = frame_grid(evidence) or (1, x.shape[2])
         samples = []
         for row in x:
-            forest = Forest.of(
-                row.unflatten(1, grid), self.root_level, self.border, self.weighted_avg, self.head_dim
-            )
+            forest = Forest.of(row.unflatten(1, grid), self.root_level, self.border, self.weighted_avg, self.head_dim)
             wanted = None if self.keep is None else keep
             head, weight = merged(forest, self.theta_s, self.theta_t, wanted, self.components)
             samples.append((head, weight, None))

@@ -18,7 +18,9 @@ __all__ = ["DSTP"]
 
 
 @dataclass(frozen=True)
-class DSTP(Reducer, name="dstp", stage="language", needs=("attention",), paper="2604.12358", title="DSTP (experimental)"):
+class DSTP(
+    Reducer, name="dstp", stage="language", needs=("attention",), paper="2604.12358", title="DSTP (experimental)"
+):
     """FastV whose choice is looked at again in every decode step, and swapped when the relevant tokens have shifted.
 
     **Experimental.** The paper's code and thresholds are not public. What is known is the finding (the visual tokens

@@ -64,7 +64,9 @@ class OTPrune(Projector, name="otprune", paper="2602.20205", title="OTPrune"):
         wanted = self.total(x.shape[1]) if keep is None else keep
         x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
         alike = gram(x).double()
-        kernel = torch.baddbmm(torch.eye(x.shape[1], dtype=alike.dtype, device=x.device), alike, alike, alpha=self.gamma)
+        kernel = torch.baddbmm(
+            torch.eye(x.shape[1], dtype=alike.dtype, device=x.device), alike, alike, alpha=self.gamma
+        )
         return _determinant(kernel, wanted)
 
 

@@ -18,7 +18,9 @@ def reference(evidence, layouts, b, keep, *, ratio=0.7, theta=0.8, weight=0.0, r
         return list(range(len(layouts[b])))
     a = seen_by(evidence, b, last_of(layouts[b]))
     where = evidence.place_of[b].tolist()
-    score = {i: float(a[i]) / (float(prior[where[i][4] % len(prior)]) + 1e-7 if prior is not None else 1) for i in places}
+    score = {
+        i: float(a[i]) / (float(prior[where[i][4] % len(prior)]) + 1e-7 if prior is not None else 1) for i in places
+    }
     x = evidence.x[b].double()
 
     def near(i, j):
@@ -126,7 +128,9 @@ def test_places_in_models(family, before):
             assert (mine[:, 2] * columns + mine[:, 3] == mine[:, 4]).all()
 
 
-@pytest.mark.parametrize("bad", [{"pivot_ratio": 1.5}, {"spatial_weight": -1.0}, {"eps": 0.0}, {"radius": -1}, {"layer": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"pivot_ratio": 1.5}, {"spatial_weight": -1.0}, {"eps": 0.0}, {"radius": -1}, {"layer": 0}]
+)
 def test_bad_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         tr.D2Pruner(**bad)

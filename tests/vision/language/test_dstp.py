@@ -33,7 +33,11 @@ def step(held, row, earlier=None, row_before=None, **settings):
 
 
 def test_a_shift_is_too_little_agreement():
-    held, far, near = [1, 1, 1, 1, 0, 0, 0, 0, 0], [0.0, 0.1, 0, 0, 0.9, 0.8, 0.7, 0, 0], [0.5] * 3 + [0.0, 0.9] + [0.0] * 4
+    held, far, near = (
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [0.0, 0.1, 0, 0, 0.9, 0.8, 0.7, 0, 0],
+        [0.5] * 3 + [0.0, 0.9] + [0.0] * 4,
+    )
     assert step(held, far) == [1, 4, 5, 6], "1 of 4 agrees"
     assert step(held, near) == [0, 1, 2, 3], "3 of 4 agree"
     assert step(held, near, overlap=0.8) == [0, 1, 2, 4]
@@ -81,9 +85,10 @@ def generate(model, inputs):
 def test_swaps_are_those_of_a_plain_decoder(name, overlap, patience):
     vlm = VLMS[name]
     inputs = prompts(vlm, ((9, "i"), (5, "ii")))
-    with tr.patched(vlm.model, tr.DSTP(keep=0.3, overlap=overlap, patience=patience)), Entries(
-        layers_of(name, vlm.model)
-    ) as entries:
+    with (
+        tr.patched(vlm.model, tr.DSTP(keep=0.3, overlap=overlap, patience=patience)),
+        Entries(layers_of(name, vlm.model)) as entries,
+    ):
         _, logits, trace = generate(vlm.model, inputs)
     swaps = 0
     for b in range(2):

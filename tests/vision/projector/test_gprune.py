@@ -92,7 +92,9 @@ def test_protected_and_missing_tokens():
     plan = tr.GPrune(keep=4).plan(tr.Evidence(x, valid=valid))
     held = reference(x[1, 3:])
     best = sorted(range(9), key=lambda i: (-held[i], i))[:4]
-    assert plan.keep[1][plan.valid[1] if plan.valid is not None else slice(None)].tolist() == [3 + i for i in sorted(best)]
+    assert plan.keep[1][plan.valid[1] if plan.valid is not None else slice(None)].tolist() == [
+        3 + i for i in sorted(best)
+    ]
 
 
 @pytest.mark.parametrize(
