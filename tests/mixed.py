@@ -37,9 +37,9 @@ def mixed(layouts=LAYOUTS, *, layer=2, depth=4, seed=0, rows=slice(None), prompt
     place = torch.stack([number // 6, 0 * number, number % 6 // 3, number % 3, number % 6, 0 * number + 6], -1)
     place = place.masked_fill(films[..., :1] < 0, -1)
     settings = dict(
-        place_of=place, before=before, keys=k[rows], queries=q[rows], values=v[rows], visual=visual, valid=None if there.all() else there, cls=False,
-        causal=True, frame_of=films, scores=key, layer=layer, depth=depth,
-        prompt=Prompt(marks(entry, "v")[rows], marks(entry, "tv")[rows], e),
+        place_of=place, before=before, keys=k[rows], queries=q[rows], values=v[rows], visual=visual,
+        valid=None if there.all() else there, cls=False, causal=True, frame_of=films, scores=key, layer=layer,
+        depth=depth, prompt=Prompt(marks(entry, "v")[rows], marks(entry, "tv")[rows], e),
         norm=lambda h: h / h.square().mean(-1, keepdim=True).sqrt() * weight,
     )  # fmt: skip
     return Evidence(x[rows], **{**settings, **more})

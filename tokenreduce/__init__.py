@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.video.language.framefusion import FrameFusion
     from tokenreduce.video.language.holitom_merge import HoliTomMerge
     from tokenreduce.video.language.prunevid_prune import PruneVidPrune
+    from tokenreduce.video.language.sttm_llm import STTMLLM
     from tokenreduce.video.projector.dycoke import DyCoke
     from tokenreduce.video.projector.evs import EVS
     from tokenreduce.video.projector.fastvid import FastVID
@@ -34,8 +35,10 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.video.projector.pool_frames import PoolFrames
     from tokenreduce.video.projector.ppllava import PPLLaVA
     from tokenreduce.video.projector.prunevid import PruneVid
+    from tokenreduce.video.projector.sttm import STTM
     from tokenreduce.video.projector.timesuite import TokenShuffle
     from tokenreduce.video.projector.uniform_frames import UniformFrames
+    from tokenreduce.video.projector.vcast import VCAST
     from tokenreduce.video.projector.vidcom2 import VidCom2
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
@@ -53,26 +56,38 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.vision.encoder.uniform import Uniform
     from tokenreduce.vision.encoder.zerotprune import ZeroTPrune
     from tokenreduce.vision.language.aim import AIM
+    from tokenreduce.vision.language.apet_llm import ApETLLM
+    from tokenreduce.vision.language.d2pruner import D2Pruner
     from tokenreduce.vision.language.dart import DART
+    from tokenreduce.vision.language.dstp import DSTP
     from tokenreduce.vision.language.fastv import FastV
+    from tokenreduce.vision.language.ficoco import FiCoCoL
+    from tokenreduce.vision.language.fitprune import FitPrune
     from tokenreduce.vision.language.lazyllm import LazyLLM
     from tokenreduce.vision.language.mustdrop import MustDrop
+    from tokenreduce.vision.language.pact import PACT
     from tokenreduce.vision.language.pyramiddrop import PyramidDrop
     from tokenreduce.vision.language.random_drop import RandomVisual
     from tokenreduce.vision.language.sparsevlm import SparseVLM
+    from tokenreduce.vision.language.v2drop import V2Drop
     from tokenreduce.vision.language.vscan_prune import VScanLLM
+    from tokenreduce.vision.language.vtw import VTW
     from tokenreduce.vision.projector.aim_merge import AIMMerge
+    from tokenreduce.vision.projector.apet import ApET
     from tokenreduce.vision.projector.cdpruner import CDPruner
     from tokenreduce.vision.projector.divprune import DivPrune
     from tokenreduce.vision.projector.fastervlm import FasterVLM
     from tokenreduce.vision.projector.fopru import FoPru
     from tokenreduce.vision.projector.globalcom2 import GlobalCom2
+    from tokenreduce.vision.projector.gprune import GPrune
     from tokenreduce.vision.projector.hiprune import HiPrune
     from tokenreduce.vision.projector.hired import HiRED
     from tokenreduce.vision.projector.holov import HoloV
     from tokenreduce.vision.projector.mmtok import MMTok
+    from tokenreduce.vision.projector.otprune import OTPrune
     from tokenreduce.vision.projector.pool import PoolTokens
     from tokenreduce.vision.projector.prumerge import PruMerge, PruMergePlus
+    from tokenreduce.vision.projector.prunesid import PruneSID
     from tokenreduce.vision.projector.random_drop import RandomTokens
     from tokenreduce.vision.projector.resize import ResizeTokens
     from tokenreduce.vision.projector.sap import SpatialAugmented
@@ -83,22 +98,24 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.vision.projector.visionzip import VisionZip
     from tokenreduce.vision.projector.vispruner import VisPruner
     from tokenreduce.vision.projector.vscan import VScan
+    from tokenreduce.vision.projector.zooprune import ZOOPrune
 
 # Modules are found by their old names, too, for one release.
 __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.1.0"
 __all__ = [
-    "AIM", "AIMMerge", "ATS", "CDPruner", "DART", "DPCKNN", "DiffRate", "DivPrune", "DyCoke", "EVS", "EViT",
-    "Evidence", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge",
-    "GlobalCom2", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok",
-    "Merge", "Mix", "MustDrop", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens",
-    "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens",
-    "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SparseVLM",
+    "AIM", "AIMMerge", "ATS", "ApET", "ApETLLM", "CDPruner", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate",
+    "DivPrune", "DyCoke", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM", "FiCoCoL", "FitPrune", "FlashVID",
+    "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune", "GlobalCom2", "HiPrune", "HiRED", "HoliTom",
+    "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix", "MustDrop", "MustDropMerge",
+    "OTPrune", "PACT", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge", "PruMergePlus",
+    "Prune", "PruneSID", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens", "RandomVisual",
+    "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SparseVLM",
     "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames",
-    "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe",
-    "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch",
-    "zoo",
+    "UniformTokens", "V2Drop", "VCAST", "VScan", "VScanLLM", "VTW", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
+    "ZOOPrune", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched",
+    "record", "reduce_tokens", "unpatch", "zoo",
 ]  # fmt: skip
 
 

@@ -118,10 +118,11 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
     present = [[r for r in (layers[i], *staged["cache"]) if r is not None and r.acts(i, depth)] for i in range(depth)]
     again = tuple(next((r for r in here if r.later()), None) for here in present)
     acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows)
-    if any(again) and any(r.size_power for r in inside):
+    counting = " and ".join(r.spec() for r in inside if r.size_power)
+    if any(again) and counting:
         raise ValueError(
-            f"{' and '.join(r.spec() for r in inside if r.size_power)} counts merged tokens by their sizes, which methods "
-            f"that choose again in decode do not; set size_bias='none', or leave one of them out"
+            f"{counting} counts merged tokens by their sizes, which methods that choose again in decode do not; set "
+            f"size_bias='none', or leave one of them out"
         )
     if acting.behind < depth:
         check_layers(found.layers, acting.behind, layers, list(again))

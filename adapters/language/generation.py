@@ -86,8 +86,9 @@ def _count(made: Cut, before: Cut | None, plan: Plan, power: float) -> None:
         size = size.gather(1, order).clamp(min=1)
         bias = size.log() * power
     else:  # a method that counts none: what stands here keeps what it counted
-        assert here is not None and before is not None and before.bias is not None
-        size, bias = (plan.gather(t[:, made.front :]).gather(1, order) for t in (before.size, before.bias))
+        assert before is not None
+        held = [t[:, made.front :] for t in (before.size, before.bias) if t is not None]
+        size, bias = (plan.gather(t).gather(1, order) for t in held)
     if made.front:
         ahead = torch.ones(len(size), made.front, dtype=size.dtype, device=size.device)
         size, bias = torch.cat([ahead, size], 1), torch.cat([ahead * 0, bias], 1)

@@ -58,7 +58,8 @@ class Forest:
         """The pyramid on ``x`` (T,H,W,C). Sides are halved, rounded up, until one of them is 2; a grid that starts
         there has one level."""
         x = x.float()
-        values, alike = [x], []
+        values = [x]
+        alike: list[Tensor] = []
         count = 1
         sizes = [(x.shape[1], x.shape[2])]
         while min(sizes[0]) > 2:

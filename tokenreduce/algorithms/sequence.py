@@ -14,8 +14,8 @@ from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Identity, Mix, Plan, Prune
 
 __all__ = [
-    "best", "check_stages", "keep_best", "keep_chosen", "keep_mixed", "packed", "question", "rows_of", "shrink", "stages_of",
-    "visual_counts", "visual_of",
+    "best", "check_stages", "keep_best", "keep_chosen", "keep_mixed", "packed", "question", "rows_of", "shrink",
+    "stages_of", "visual_counts", "visual_of",
 ]  # fmt: skip
 
 

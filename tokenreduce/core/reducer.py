@@ -22,16 +22,17 @@ STAGES = ("encoder", "projector", "language", "cache")
 #: attention and MLP, or on the block's output.
 POSITIONS = ("input", "before", "middle", "after")
 #: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input, inside a
-#: language model that of the layer before. There, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
-#: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
-#: (M-RoPE), while ``unrotated`` then has queries and keys before their rotation in every model, with those behind it
-#: beside them (``attention.used``); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
-#: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from, ``places`` where
-#: in an image they are, ``history`` how many visual tokens there were.
+#: language model that of the layer before. There, ``ahead`` makes keys, queries, values and attention those of the
+#: layer that the method acts before instead of the one before it, and ``plain`` then those before their rotation where
+#: positions have several axes (M-RoPE), while ``unrotated`` then has queries and keys before their rotation in every
+#: model, with those behind it beside them (``attention.used``); ``middle`` lets it act between attention and MLP of the
+#: layer before; ``prompt`` are the features at the model's entry, ``norm`` its final norm, ``films`` says which frames
+#: of a video the tokens come from, ``places`` where in an image they are, ``history`` how many visual tokens there
+#: were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
-#: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and the
-#: projector as a function.
+#: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and
+#: the projector as a function.
 #: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",

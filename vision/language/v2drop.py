@@ -57,10 +57,9 @@ class V2Drop(Reducer, name="v2drop", stage="language", needs=("before",), paper=
         ):
             raise ValueError(f"keep is a number, or a list of shares in [0, 1], one for each layer, not {self.keep!r}")
         shares = self._shares()
-        if shares is not None and len(shares) != len(self.layers or _LAYERS):
-            raise ValueError(
-                f"layers has {len(self.layers or _LAYERS)} numbers and keep {len(shares)}; give one share for each layer"
-            )
+        layers = len(self.layers or _LAYERS)
+        if shares is not None and len(shares) != layers:
+            raise ValueError(f"layers has {layers} numbers and keep {len(shares)}; give one share for each layer")
 
     def _shares(self) -> tuple[float, ...] | None:
         """The share that stays at every layer, None where one number says the mean."""

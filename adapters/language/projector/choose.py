@@ -62,7 +62,8 @@ def attach_projector(
     marking: tuple[Reducer, ...] = (),
 ) -> None:
     """Put ``reducer`` before the language model; ``told`` says what is to be noted of where its tokens come from:
-    "films" (which frames), "places" (where in an image). ``marking`` are the language-stage methods that look at the tower.
+    "films" (which frames), "places" (where in an image). ``marking`` are the language-stage methods that look at the
+    tower.
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """

@@ -57,8 +57,8 @@ class GatherColumns(LayerStep):
         """Let merged tokens count by their sizes; the layers that share a mask share this one, too."""
         if implementation not in ("sdpa", "eager"):
             raise ValueError(
-                f"{call.run.methods} counts merged tokens by their sizes, which {implementation} takes no bias for; call "
-                f"model.set_attn_implementation('sdpa'), or set size_bias='none'"
+                f"{call.run.methods} counts merged tokens by their sizes, for which {implementation} takes no bias; "
+                f"call model.set_attn_implementation('sdpa'), or set size_bias='none'"
             )
         made, causal, bias = call.step.masks, is_causal(call.layer.self_attn), cut.bias
         key = ("sizes", id(cut), id(call.mask), slots, past, offset)

@@ -37,7 +37,7 @@ def reference(evidence, layouts, b, keep, *, ratio=0.7, theta=0.8, weight=0.0, r
             chosen.append(i)
             closed |= {j for j in places if near(i, j)}
     chosen += [i for i in order if i not in chosen][: keep - len(chosen)]
-    return [i for i, c in enumerate(layouts[b]) if c not in "v." and c == "t" or i in chosen or c == "."]
+    return [i for i, c in enumerate(layouts[b]) if c != "v" or i in chosen]
 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, RIGHT, ("vtvvtvvt", "vvvvvvtt")], ids=str)

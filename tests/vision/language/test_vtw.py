@@ -35,7 +35,7 @@ def test_where_it_acts():
 
 
 def test_a_count_is_a_mean_for_every_sample():
-    """10 and 9 visual tokens in 4 layers: 5 is half of one, 5/9 of the other rounds to 2 layers as well; 8 to 3 and 4."""
+    """10 and 9 visual tokens in 4 layers: 5 is half of one, 5/9 of the other rounds to 2 layers, too; 8 to 3 and 4."""
     for keep, layers in ((5, (2, 2)), (8, (3, 4)), (1, (1, 1))):
         for b, first in enumerate(layers):
             for layer in (1, 2, 3):
