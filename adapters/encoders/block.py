@@ -105,12 +105,12 @@ class Site:
 
 
 class View(NamedTuple):
-    """What evidence says of the tokens that rows see: how many entered, their grid, whether rows carry the log-size
-    bias, and the mask (B,1,N,N) of what each sees, None for everything."""
+    """What evidence says of the tokens that rows see: how many entered, their grid, the power of sizes by which rows
+    count keys, and the mask (B,1,N,N) of what each sees, None for everything."""
 
     entry: int
     grid: tuple[int, ...] | None
-    proportional: bool
+    proportional: float
     mask: Tensor | None = None
 
 
@@ -225,7 +225,7 @@ class Reduced:
         with nullcontext() if trace is None else trace.clock():
             plan = planned(reducer, self._evidence(site, x, state, got, before))
             if not plan.is_identity:
-                x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+                x, state = plan.reduce(x, state.size), state.after(plan, reducer.size_power)
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state
@@ -256,7 +256,7 @@ class Reduced:
             given = None
             if not plan.is_identity:
                 given = plan.reduce_attention(evidence.attention("all"), state.size).to(x.dtype)
-                x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+                x, state = plan.reduce(x, state.size), state.after(plan, reducer.size_power)
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state, given

@@ -10,8 +10,9 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, finite, inner, unit
 from tokenreduce.core.evidence import BaseEvidence, Evidence
 from tokenreduce.core.plan import Identity, Merge, Plan
+from tokenreduce.core.readable import readable
 
-__all__ = ["bipartite", "cap", "clamp_r", "halvings"]
+__all__ = ["above", "best_edges", "bipartite", "cap", "clamp_r", "halvings"]
 
 
 def cap(evidence: BaseEvidence) -> int:
@@ -72,6 +73,57 @@ def bipartite(metric: Tensor, r: int, evidence: BaseEvidence, *, ascending: bool
         # Sizes of empty slots are 0 and give them no weight; a plain mean has to be told.
         settings = {**settings, "weights": evidence.valid.float()}
     return Merge(n, keep, 2 * source, dst, **settings)  # type: ignore[arg-type]
+
+
+def best_edges(metric: Tensor, evidence: BaseEvidence) -> tuple[Tensor, Tensor]:
+    """``(similarity, partner)`` of the even positions (B,E): cosine to the most similar odd one and its place among
+    these, as :func:`bipartite` matches them; -inf for those that may not move."""
+    m = unit(metric)
+    scores = inner(m[:, ::2], m[:, 1::2])
+    fixed = evidence.fixed()
+    if evidence.valid is not None:
+        fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid
+    if scores.shape[2] == 0:
+        none = torch.full_like(scores[:, :, :0].sum(2), float("-inf"))
+        return none, torch.zeros_like(none, dtype=torch.long)
+    if fixed is not None:
+        scores = scores.masked_fill(fixed[:, None, 1::2], float("-inf"))
+    best, partner = scores.max(-1)
+    best = finite(best, evidence)
+    return best if fixed is None else best.masked_fill(fixed[:, ::2], float("-inf")), partner
+
+
+def above(joins: Tensor, partner: Tensor, evidence: BaseEvidence) -> Plan:
+    """Merge the even positions marked in ``joins`` (B,E) into the odd ones ``partner`` (B,E), of which samples may have
+    different numbers. Order: protected tokens, unmerged even positions, odd positions, slots that are not there."""
+    n, b = evidence.n, evidence.batch
+    numbers = joins.sum(1)
+    known = readable(numbers)
+    most = int(numbers.max()) if known else joins.shape[1]
+    if most == 0:
+        return Identity.like(evidence.x)
+    position = torch.arange(n, device=joins.device).expand(b, -1)
+    rank = position % 2 + 1
+    fixed = evidence.fixed()
+    rank = rank if fixed is None else rank.masked_fill(fixed, 0)
+    gone = torch.zeros(b, n, dtype=torch.bool, device=joins.device)
+    gone[:, ::2] = joins
+    gone = gone if evidence.valid is None else gone | ~evidence.valid
+    order = torch.where(gone, 3, rank).argsort(dim=1, stable=True)
+    slot = order.argsort(dim=1)
+    left = (~gone).sum(1)
+    keep = order[:, : int(left.max())] if known else order
+    valid: Tensor | None = torch.arange(keep.shape[1], device=keep.device) < left[:, None]
+    source = (~joins).long().argsort(dim=1, stable=True)[:, :most]
+    real = joins.gather(1, source)
+    # A sample with fewer repeats its first token, which nothing joins then.
+    src = torch.where(real, 2 * source, keep[:, :1])
+    dst = torch.where(real, slot.gather(1, 2 * partner.gather(1, source) + 1), 0)
+    scale: Tensor | None = real.float()
+    if known and bool(real.all()):
+        scale = None
+        valid = valid if evidence.valid is not None and not bool(evidence.valid.all()) else None
+    return Merge(n, keep, src, dst, size_scale=scale, valid=valid)
 
 
 def halvings(x: Tensor, keep: int, layer: int = 0) -> list[Merge]:

@@ -15,7 +15,10 @@ from tokenreduce.core.evidence import Look
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.settings import check, fit, fits, hints
 
-__all__ = ["METHODS", "STAGES", "Reducer", "format_spec", "parse_spec", "register", "size_power", "split_specs"]
+__all__ = [
+    "METHODS", "STAGES", "Reducer", "check_size_bias", "format_spec", "parse_spec", "register", "size_power",
+    "split_specs",
+]  # fmt: skip
 
 STAGES = ("encoder", "projector", "language", "cache")
 #: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
@@ -54,6 +57,12 @@ def size_power(value: str | float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"size_bias is one of {tuple(SIZE_BIAS)} or a power in [0, 1], not {value!r}")
     return float(value)
+
+
+def check_size_bias(value: str | float | None) -> None:
+    """Raise ``ValueError`` unless ``value`` is None or one that :func:`size_power` knows."""
+    if value is not None:
+        size_power(value)
 
 
 #: Every method by its name; class statements write here.

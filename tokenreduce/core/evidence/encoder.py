@@ -50,6 +50,6 @@ class EncoderEvidence(BaseEvidence):
         )  # fmt: skip
 
     @property
-    def proportional(self) -> bool:
-        """Whether the model's attention carries the log-size bias."""
+    def proportional(self) -> float:
+        """Whether the model's attention carries the log-size bias; a number is the power of the sizes."""
         return self.attention.proportional

@@ -62,7 +62,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         rope: str | None = None,
         rotated: tuple[Tensor, Tensor] | None = None,
         scale: float | None = None,
-        proportional: bool = True,
+        proportional: float = True,
         causal: bool = False,
         softcap: float | None = None,
         mask: Tensor | None = None,
