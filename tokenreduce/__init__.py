@@ -43,7 +43,9 @@ if TYPE_CHECKING:  # the registry finds methods by itself; this only tells type 
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
     from tokenreduce.vision.encoder.dpcknn import DPCKNN
+    from tokenreduce.vision.encoder.dymu import DyMU
     from tokenreduce.vision.encoder.evit import EViT
+    from tokenreduce.vision.encoder.ficoco_v import FiCoCoV
     from tokenreduce.vision.encoder.kmedoids import KMedoids
     from tokenreduce.vision.encoder.mctf import MCTF
     from tokenreduce.vision.encoder.mustdrop_merge import MustDropMerge
@@ -106,12 +108,12 @@ __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 __version__ = "0.1.0"
 __all__ = [
     "AIM", "AIMMerge", "ATS", "ApET", "ApETLLM", "CDPruner", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate",
-    "DivPrune", "DyCoke", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM", "FiCoCoL", "FitPrune", "FlashVID",
-    "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune", "GlobalCom2", "HiPrune", "HiRED", "HoliTom",
-    "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix", "MustDrop", "MustDropMerge",
-    "OTPrune", "PACT", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge", "PruMergePlus",
-    "Prune", "PruneSID", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens", "RandomVisual",
-    "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SparseVLM",
+    "DivPrune", "DyCoke", "DyMU", "EVS", "EViT", "Evidence", "FastV", "FastVID", "FasterVLM", "FiCoCoL", "FiCoCoV",
+    "FitPrune", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune", "GlobalCom2", "HiPrune",
+    "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "KMedoids", "LazyLLM", "MCTF", "MMTok", "Merge", "Mix", "MustDrop",
+    "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames", "PoolTokens", "PruMerge",
+    "PruMergePlus", "Prune", "PruneSID", "PruneVid", "PruneVidPrune", "PyramidDrop", "Random", "RandomTokens",
+    "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SparseVLM",
     "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames",
     "UniformTokens", "V2Drop", "VCAST", "VScan", "VScanLLM", "VTW", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
     "ZOOPrune", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched",

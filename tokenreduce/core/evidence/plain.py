@@ -36,7 +36,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             is protected.
         rope, rotated, scale, proportional, causal, softcap, mask: see
             :class:`~tokenreduce.core.evidence.attention.Attention`.
-        before: see :class:`EncoderEvidence` and :class:`LanguageEvidence`.
+        before, origin: see :class:`EncoderEvidence` and :class:`LanguageEvidence`.
         prompt, norm, frame_of, place_of, history, scores, earlier, held: see :class:`LanguageEvidence`.
         text_valid, pixels, clip, crops, through: see :class:`VisualEvidence`.
         films, marks: what ``frame_of`` and ``scores`` were called before.
@@ -84,6 +84,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         place_of: Tensor | None = None,
         held: Tensor | None = None,
         through: Through | None = None,
+        origin: Tensor | None = None,
     ) -> None:
         if films is not None or marks is not None:
             warnings.warn("films is frame_of now, and marks is scores", DeprecationWarning, stacklevel=2)
@@ -110,7 +111,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             x, rows, size=size, protected=protected, grid=grid, valid=valid, cls=cls, layer=layer, depth=depth,
             entry=entry, before=before, text=text, text_valid=text_valid, times=times, crops=crops, clip=clip,
             pixels=pixels, visual=visual, prompt=prompt, norm=norm, frame_of=frame_of, history=history, scores=scores,
-            earlier=earlier, place_of=place_of, held=held, through=through,
+            earlier=earlier, place_of=place_of, held=held, through=through, origin=origin,
         )  # fmt: skip
 
     def samples(self, rows: Tensor) -> Evidence:
@@ -131,7 +132,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             norm=self._norm, frame_of=pick(self._frame_of), history=pick(self.history), scores=pick(self._scores),
             earlier=None if earlier is None else Earlier(earlier.attention[rows], earlier.stay[rows]),
             text_valid=pick(self.text_valid), pixels=pick(self._pixels), crops=self.crops,
-            place_of=pick(self._place_of), held=pick(self.held),
+            place_of=pick(self._place_of), held=pick(self.held), origin=pick(self.origin),
             through=None if self._through is None else (self._through[0][rows], self._through[1]),
             clip=None if self._clip is None else (self._clip[0][rows], self._clip[1][rows]),
         )  # fmt: skip
