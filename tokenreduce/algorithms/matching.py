@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.scoring import descending, finite, inner, unit
+from tokenreduce.algorithms.scoring import ascending, descending, finite, inner, unit
 from tokenreduce.core.evidence import BaseEvidence, Evidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.readable import readable
@@ -109,12 +109,12 @@ def above(joins: Tensor, partner: Tensor, evidence: BaseEvidence) -> Plan:
     gone = torch.zeros(b, n, dtype=torch.bool, device=joins.device)
     gone[:, ::2] = joins
     gone = gone if evidence.valid is None else gone | ~evidence.valid
-    order = torch.where(gone, 3, rank).argsort(dim=1, stable=True)
+    order = ascending(torch.where(gone, 3, rank))
     slot = order.argsort(dim=1)
     left = (~gone).sum(1)
     keep = order[:, : int(left.max())] if known else order
     valid: Tensor | None = torch.arange(keep.shape[1], device=keep.device) < left[:, None]
-    source = (~joins).long().argsort(dim=1, stable=True)[:, :most]
+    source = ascending((~joins).long())[:, :most]
     real = joins.gather(1, source)
     # A sample with fewer repeats its first token, which nothing joins then.
     src = torch.where(real, 2 * source, keep[:, :1])

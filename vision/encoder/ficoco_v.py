@@ -97,7 +97,7 @@ class FiCoCoV(
         gone, stays = order[:, :r], order[:, r:].sort(1).values
         # Protected tokens lead whatever their index, those that are not there come last.
         rank = torch.where(fixed, 0, torch.where(out, 2, 1)).gather(1, stays)
-        stays = stays.gather(1, rank.argsort(dim=1, stable=True))
+        stays = stays.gather(1, ascending(rank))
         weights = torch.zeros(evidence.batch, n - r, n, device=rows.device)
         weights = weights.scatter(2, stays.unsqueeze(-1), 1.0)
         shares = self._shares(rows, gone, out).gather(2, stays.unsqueeze(1).expand(-1, r, -1))

@@ -35,14 +35,14 @@ class GatherColumns(LayerStep):
             if cut.bias is not None:
                 mine, q = call.cache.layers[call.index], call.x.shape[1]
                 past, (slots, offset) = int(mine.get_seq_length()), mine.get_mask_sizes(q)
-                self._sizes(call, cut, name, slots, past, offset)
+                _sizes(call, cut, name, slots, past, offset)
 
     def _prompt(self, call: LayerCall, cut: Cut, implementation: str) -> None:
         run, n = call.run, call.x.shape[1]
         call.tables = _tables(call.step, cut, call.tables)
         call.kwargs["position_ids"] = ids_left(call.layer, call.kwargs.get("position_ids"), cut.here)
         slots = n if call.cache is None else call.cache.layers[call.index].get_mask_sizes(n)[0]
-        if "flash" in implementation:
+        if "flash" in implementation and cut.bias is None:
             call.mask = run.flash_mask(call.index, run.front + n, slots)
             return
         causal, made = is_causal(call.layer.self_attn), call.step.masks
@@ -51,21 +51,7 @@ class GatherColumns(LayerStep):
             made[key] = gather_mask(call.mask, cut.index, cut.valid, slots, causal, run.front)
         call.mask = made[key]
         if cut.bias is not None:
-            self._sizes(call, cut, implementation, slots, run.front, 0)
-
-    def _sizes(self, call: LayerCall, cut: Cut, implementation: str, slots: int, past: int, offset: int) -> None:
-        """Let merged tokens count by their sizes; the layers that share a mask share this one, too."""
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"{call.run.methods} counts merged tokens by their sizes, for which {implementation} takes no bias; "
-                f"call model.set_attn_implementation('sdpa'), or set size_bias='none'"
-            )
-        made, causal, bias = call.step.masks, is_causal(call.layer.self_attn), cut.bias
-        key = ("sizes", id(cut), id(call.mask), slots, past, offset)
-        assert bias is not None
-        if key not in made:
-            made[key] = add_sizes(call.mask, bias, call.x, slots, past=past, offset=offset, causal=causal)
-        call.mask = made[key]
+            _sizes(call, cut, implementation, slots, run.front, 0)
 
 
 def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -75,3 +61,18 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
         # The stock tables are held as well, so that no other can get their ids while they are a key.
         step.tables[key] = (tables, tuple(rows_of(t, cut.here) for t in tables))
     return step.tables[key][1]
+
+
+def _sizes(call: LayerCall, cut: Cut, implementation: str, slots: int, past: int, offset: int) -> None:
+    """Let merged tokens count by their sizes; the layers that share a mask share this one, too."""
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{call.run.methods} counts merged tokens by their sizes, for which {implementation} takes no bias; "
+            f"call model.set_attn_implementation('sdpa'), or set size_bias='none'"
+        )
+    made, causal, bias = call.step.masks, is_causal(call.layer.self_attn), cut.bias
+    key = ("sizes", id(cut), id(call.mask), slots, past, offset)
+    assert bias is not None
+    if key not in made:
+        made[key] = add_sizes(call.mask, bias, call.x, slots, past=past, offset=offset, causal=causal)
+    call.mask = made[key]

@@ -153,8 +153,15 @@ def test_queries_and_keys_before_and_behind_the_rotation(family):
     assert not torch.allclose(seen[0].used[1], k)
 
 
-def test_what_does_not_go_with_sizes_is_refused():
+def test_what_does_not_go_with_sizes_is_refused(monkeypatch):
     model = VLMS["llava"].model
+    inputs = prompts(VLMS["llava"], ((9, "i"), (5, "i")))
+    with torch.no_grad(), tr.patched(model, "pact:keep=4"):
+        from tokenreduce.adapters.language.steps import gather
+
+        monkeypatch.setattr(gather, "check_implementation", lambda *a: "flash_attention_2")
+        with pytest.raises(ValueError, match="flash_attention_2 takes no bias"):
+            model(**inputs)
     with pytest.raises(ValueError, match="size_bias='none'"):
         tr.patch(model, "pact:layer=1", "dycoke-cache:layer=2")
     with tr.patched(model, "pact:layer=1,size_bias=none", "dycoke-cache:layer=2"):
