@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.scoring import finite
-from tokenreduce.algorithms.sequence import keep_best, packed, question, rows_of, shrink, visual_of
+from tokenreduce.algorithms.sequence import keep_best, paid_most, question, shrink, visual_of
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Identity, Plan
@@ -17,7 +17,7 @@ from tokenreduce.core.reducer import Reducer
 
 __all__ = ["FitPrune"]
 
-_KEEP, _CHUNK = 0.22, 64
+_KEEP = 0.22
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class FitPrune(
 
     A baseline of benchmarks, and a slow one: rows of all visual and text queries are computed again in every layer that
     deletes; never more than 64 at a time. The official fit of the scheme takes the intersection of both criteria where
-    this product is used at run time; its numbers are in the authors' repository.
+    this product is used at run time; its numbers are in the authors' repository, and
+    :func:`tokenreduce.measure.scheme.delete_scheme` fits others.
 
     Args:
         deletes: tokens that each layer deletes, from layer 0 on, of ``tokens`` visual ones: an official scheme. For
@@ -101,15 +102,6 @@ class FitPrune(
         """(B,N) product of what visual and text queries pay to every token."""
         visual = visual_of(evidence)
         text = question(visual, evidence.valid)
-        own = _paid(evidence, visual) / visual.sum(1, keepdim=True).clamp(min=1)
-        cross = torch.where(text.any(1, keepdim=True), _paid(evidence, text), 1.0)
+        own = paid_most(evidence, visual) / visual.sum(1, keepdim=True).clamp(min=1)
+        cross = torch.where(text.any(1, keepdim=True), paid_most(evidence, text), 1.0)
         return finite(own * cross, evidence)
-
-
-def _paid(evidence: LanguageEvidence, queries: Tensor) -> Tensor:
-    """(B,N) attention of the tokens ``queries`` (B,N) bool, maximum over heads, summed."""
-    index, there = packed(queries)
-    total = torch.zeros(queries.shape, device=queries.device)
-    for part, real in zip(index.split(_CHUNK, 1), there.split(_CHUNK, 1), strict=True):
-        total += rows_of(evidence, part).amax(1).masked_fill(~real.unsqueeze(-1), 0.0).sum(1)
-    return total

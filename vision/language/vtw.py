@@ -24,8 +24,9 @@ class VTW(Reducer, name="vtw", stage="language", needs=(), paper="2405.05803", t
     its original positions (``pe_type`` "keep" of the code; its compact positions are not offered). A prompt that ends
     in an image keeps the last token, from which the answer is predicted.
 
-    The layer is found offline in the paper, on about 20 samples: the first one, five layers behind which (0.003 for
-    LLaVA-1.5-7B) the answers' first token hardly differs. ``keep`` states the cost instead.
+    The layer is found offline in the paper, on about 20 samples: from layer 5 on, the first where withdrawal hardly
+    changes the first token of the answers (a divergence of at most 0.003 for LLaVA-1.5-7B), see
+    :func:`tokenreduce.measure.withdrawal.withdrawal_layer`. ``keep`` states the cost instead.
 
     Args:
         layer: 0-based first layer without visual tokens; 15 of 32 and as deep in other models when neither this nor
