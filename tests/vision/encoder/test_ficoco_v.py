@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import evidence, images, tiny_vit
+from vlms import VLMS, prompts
 
 import tokenreduce as tr
 
@@ -114,3 +115,13 @@ def test_in_a_model_places_travel():
     assert seen[0] is None
     assert torch.equal(seen[1], trace.plans[0].representatives())
     assert torch.equal(seen[2], trace.plans[1].gather(seen[1]))
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "internvl", "qwen2_5_vl"])
+def test_in_the_tower_of_a_language_model(family):
+    model = VLMS[family].model
+    inputs = prompts(VLMS[family], ((9, "i"), (5, "i")))
+    with torch.no_grad(), tr.patched(model, tr.FiCoCoV(r=2, start=0)), tr.record(model, flops=False) as trace:
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert [s for s in trace.steps if s.stage == "encoder" and s.plan is not None]
