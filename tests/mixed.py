@@ -32,10 +32,14 @@ def mixed(layouts=LAYOUTS, *, layer=2, depth=4, seed=0, rows=slice(None), prompt
     films = torch.stack([torch.zeros_like(number), number // 3, number // 3, number % 3], -1)
     films = films.masked_fill(~marks(layouts, "v")[rows].unsqueeze(-1), -1)
     key = ((number % 5 == 3) & visual).float()
+    before = torch.randn(b, n, WIDTH, generator=torch.Generator().manual_seed(seed + 1))[rows]
+    # images of 2 x 3 tokens
+    place = torch.stack([number // 6, 0 * number, number % 6 // 3, number % 3, number % 6, 0 * number + 6], -1)
+    place = place.masked_fill(films[..., :1] < 0, -1)
     settings = dict(
-        keys=k[rows], queries=q[rows], values=v[rows], visual=visual, valid=None if there.all() else there, cls=False,
-        causal=True, frame_of=films, scores=key, layer=layer, depth=depth,
-        prompt=Prompt(marks(entry, "v")[rows], marks(entry, "tv")[rows], e),
+        place_of=place, before=before, keys=k[rows], queries=q[rows], values=v[rows], visual=visual,
+        valid=None if there.all() else there, cls=False, causal=True, frame_of=films, scores=key, layer=layer,
+        depth=depth, prompt=Prompt(marks(entry, "v")[rows], marks(entry, "tv")[rows], e),
         norm=lambda h: h / h.square().mean(-1, keepdim=True).sqrt() * weight,
     )  # fmt: skip
     return Evidence(x[rows], **{**settings, **more})
@@ -52,6 +56,19 @@ def seen_by(evidence, b, row):
                 logits[j] = float(evidence.queries[b, h, row].double() @ key) / DIM**0.5
         total += logits.softmax(0)
     return total / HEADS
+
+
+def maps(evidence, b):
+    """(H,N,N) causal softmax of one sample in float64, padding hidden."""
+    n = evidence.n
+    out = torch.zeros(HEADS, n, n, dtype=torch.double)
+    for h in range(HEADS):
+        for i in range(n):
+            seen = [j for j in range(i + 1) if evidence.valid is None or evidence.valid[b, j]]
+            if seen:
+                k = evidence.keys[b, h // (HEADS // KEY_HEADS), seen].double()
+                out[h, i, seen] = (k @ evidence.queries[b, h, i].double() / DIM**0.5).softmax(0)
+    return out
 
 
 def kept_of(plan, b):

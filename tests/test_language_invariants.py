@@ -18,6 +18,10 @@ from tokenreduce.core.plan import Plan
 from tokenreduce.core.registry import get_class
 
 METHODS = tr.list_methods(stage="language")
+#: They put tokens into the places of others.
+MOVING = ("apet-llm",)
+#: Their ``keep`` is the mean over layers; `vtw` leaves no visual token in the end.
+MEAN = ("v2drop", "vtw")
 every = pytest.mark.parametrize("name", METHODS)
 SHAPES = [
     LAYOUTS, RIGHT, ("vt", "vt"), ("v", "v"), ("tv", ".v"), ("vvvvvvv", "ttttttt"),
@@ -54,11 +58,12 @@ def test_plans_are_well_formed(name, layouts, keep):
             kept = kept_of(plan, b)
             assert kept == sorted(set(kept))
             assert [i for i in kept if layout[i] != "v"] == [i for i, c in enumerate(layout) if c != "v"]
-            assert any(layout[i] == "v" for i in kept) == ("v" in layout)
+            assert any(layout[i] == "v" for i in kept) == ("v" in layout) or name == "vtw"
             assert there[b].tolist() == sorted(there[b].tolist())
             slots = there[b].nonzero().flatten().tolist()
-            assert sources[b, kept].tolist() == slots
-            assert set(sources[b].tolist()) - {-1} == set(slots)
+            if name not in MOVING:
+                assert sources[b, kept].tolist() == slots
+                assert set(sources[b].tolist()) - {-1} == set(slots)
             for slot, i in zip(slots, kept, strict=True):
                 if layout[i] != "v":
                     assert torch.equal(out[b, slot], evidence.x[b, i])
@@ -75,7 +80,7 @@ def test_keep_everything_is_the_identity(name):
                 assert reducer.plan(mixed(layouts, layer=layer)).is_identity
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in MEAN])
 def test_the_last_layer_leaves_what_keep_says(name):
     for keep, want in ((0.5, (5, 5)), (4, (4, 4)), (9, (9, 9)), (1, (1, 1)), (0.25, (3, 2))):
         reducer = with_keep(name, keep)
@@ -122,7 +127,7 @@ def test_padding_does_not_matter(name):
             layout = "." * left + row + "." * right
             padded = mixed(
                 (layout,), layer=layer, keys=pad(plain.keys, 2), queries=pad(plain.queries, 2),
-                values=pad(plain.values, 2), norm=plain._norm,
+                values=pad(plain.values, 2), norm=plain._norm, before=pad(plain.before, 1),
             )  # fmt: skip
             padded.x = pad(plain.x, 1)
             padded.prompt = type(plain.prompt)(padded.visual, padded.valid, pad(plain.prompt.x, 1))
@@ -221,6 +226,12 @@ def test_in_a_model_keep_is_what_is_left(name, model):
     for keep, want in ((0.5, 8), (5, 5)):
         with tr.patched(model, with_keep(name, keep)), tr.record(model, flops=False) as trace:
             logits = logits_of(model, inputs)
+        if name in MEAN:
+            left = [16] * 4
+            for step in trace.steps:
+                left[step.layer :] = [step.tokens - 9] * (4 - step.layer)
+            assert abs(sum(left) / 4 - want) <= 2, "half a layer"
+            continue
         assert trace.tokens[-1] == 9 + want
         assert logits.shape[1] == 9 + want
 

@@ -104,9 +104,16 @@ def visual(
         pick(embeds), origin, features=None if pooled else pick(before),
         own=pick(noise(batch * views, WIDTH, seed=seed + 2), views) if cls and not pooled else None, blocks=blocks,
         feature=(depth - 2 if cls else depth - 1) if feature is None else feature, tower_depth=depth,
+        through=(pick(noise(batch, n, 6, seed=seed + 6)), bent),
         text=pick(noise(batch, words, EMBED, seed=seed + 3)), text_valid=pick(valid),
         clip=(pick(noise(batch, n, 6, seed=seed + 4)), pick(noise(batch, 1, 6, seed=seed + 5))) if joint else None,
     )  # fmt: skip
+
+
+def bent(rows: torch.Tensor) -> torch.Tensor:
+    """A projector (...,6) to (...,EMBED) of two layers."""
+    first, second = noise(6, 9, seed=100), noise(9, EMBED, seed=101)
+    return torch.nn.functional.gelu(rows.float() @ first) @ second
 
 
 def patches_of(evidence: ImageEvidence, look, b: int = 0):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.video.language.framefusion import FrameFusion
     from tokenreduce.video.language.holitom_merge import HoliTomMerge
     from tokenreduce.video.language.prunevid_prune import PruneVidPrune
+    from tokenreduce.video.language.sttm_llm import STTMLLM
     from tokenreduce.video.projector.dycoke import DyCoke
     from tokenreduce.video.projector.evs import EVS
     from tokenreduce.video.projector.fastvid import FastVID
@@ -41,8 +42,10 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.video.projector.pool_frames import PoolFrames
     from tokenreduce.video.projector.ppllava import PPLLaVA
     from tokenreduce.video.projector.prunevid import PruneVid
+    from tokenreduce.video.projector.sttm import STTM
     from tokenreduce.video.projector.timesuite import TokenShuffle
     from tokenreduce.video.projector.uniform_frames import UniformFrames
+    from tokenreduce.video.projector.vcast import VCAST
     from tokenreduce.video.projector.vidcom2 import VidCom2
     from tokenreduce.vision.cache.a2sf import A2SF
     from tokenreduce.vision.cache.adakv import AdaKV
@@ -75,7 +78,9 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
     from tokenreduce.vision.encoder.dpcknn import DPCKNN
+    from tokenreduce.vision.encoder.dymu import DyMU
     from tokenreduce.vision.encoder.evit import EViT
+    from tokenreduce.vision.encoder.ficoco_v import FiCoCoV
     from tokenreduce.vision.encoder.kmedoids import KMedoids
     from tokenreduce.vision.encoder.mctf import MCTF
     from tokenreduce.vision.encoder.mustdrop_merge import MustDropMerge
@@ -88,26 +93,38 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.encoder.uniform import Uniform
     from tokenreduce.vision.encoder.zerotprune import ZeroTPrune
     from tokenreduce.vision.language.aim import AIM
+    from tokenreduce.vision.language.apet_llm import ApETLLM
+    from tokenreduce.vision.language.d2pruner import D2Pruner
     from tokenreduce.vision.language.dart import DART
+    from tokenreduce.vision.language.dstp import DSTP
     from tokenreduce.vision.language.fastv import FastV
+    from tokenreduce.vision.language.ficoco import FiCoCoL
+    from tokenreduce.vision.language.fitprune import FitPrune
     from tokenreduce.vision.language.lazyllm import LazyLLM
     from tokenreduce.vision.language.mustdrop import MustDrop
+    from tokenreduce.vision.language.pact import PACT
     from tokenreduce.vision.language.pyramiddrop import PyramidDrop
     from tokenreduce.vision.language.random_drop import RandomVisual
     from tokenreduce.vision.language.sparsevlm import SparseVLM
+    from tokenreduce.vision.language.v2drop import V2Drop
     from tokenreduce.vision.language.vscan_prune import VScanLLM
+    from tokenreduce.vision.language.vtw import VTW
     from tokenreduce.vision.projector.aim_merge import AIMMerge
+    from tokenreduce.vision.projector.apet import ApET
     from tokenreduce.vision.projector.cdpruner import CDPruner
     from tokenreduce.vision.projector.divprune import DivPrune
     from tokenreduce.vision.projector.fastervlm import FasterVLM
     from tokenreduce.vision.projector.fopru import FoPru
     from tokenreduce.vision.projector.globalcom2 import GlobalCom2
+    from tokenreduce.vision.projector.gprune import GPrune
     from tokenreduce.vision.projector.hiprune import HiPrune
     from tokenreduce.vision.projector.hired import HiRED
     from tokenreduce.vision.projector.holov import HoloV
     from tokenreduce.vision.projector.mmtok import MMTok
+    from tokenreduce.vision.projector.otprune import OTPrune
     from tokenreduce.vision.projector.pool import PoolTokens
     from tokenreduce.vision.projector.prumerge import PruMerge, PruMergePlus
+    from tokenreduce.vision.projector.prunesid import PruneSID
     from tokenreduce.vision.projector.random_drop import RandomTokens
     from tokenreduce.vision.projector.resize import ResizeTokens
     from tokenreduce.vision.projector.sap import SpatialAugmented
@@ -118,25 +135,28 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.projector.visionzip import VisionZip
     from tokenreduce.vision.projector.vispruner import VisPruner
     from tokenreduce.vision.projector.vscan import VScan
+    from tokenreduce.vision.projector.zooprune import ZOOPrune
 
 # Modules are found by their old names, too, for one release.
 __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.2.0"
 __all__ = [
-    "A2SF", "AIM", "AIMMerge", "ATS", "AdaKV", "AirCache", "CDPruner", "CacheEvidence", "CacheReducer", "DART",
-    "DPCKNN", "DiffRate", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "EMS", "EVS", "EViT", "Evidence",
-    "ExpectedAttention", "FastV", "FastVID", "FasterVLM", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion",
-    "FrameMerge", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids",
-    "KeyDiff", "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "MiniCache",
-    "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "PPLLaVA", "PiToMe", "Plan", "Pool", "PoolFrames",
-    "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneVid", "PruneVidPrune", "PyramidDrop",
-    "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual", "RazorAttention", "Recent", "Recycled",
-    "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SnapKV", "SparseVLM", "SpatialAugmented",
-    "StreamMem", "StreamingLLM", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenSelect",
-    "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "VLCache", "VScan", "VScanLLM", "VaSE", "VidCom2",
-    "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods",
-    "parse", "patch", "patched", "record", "reduce_tokens", "stream", "unpatch", "zoo",
+    "A2SF", "AIM", "AIMMerge", "ATS", "AdaKV", "AirCache", "ApET", "ApETLLM", "CDPruner", "CacheEvidence",
+    "CacheReducer", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate", "DivPrune", "DuoAttention", "DyCoke",
+    "DyCokeCache", "DyMU", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID", "FasterVLM",
+    "FiCoCoL", "FiCoCoV", "FitPrune", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune",
+    "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids", "KeyDiff",
+    "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "MiniCache", "Mix",
+    "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe", "Plan", "Pool",
+    "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneSID", "PruneVid",
+    "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual",
+    "RazorAttention", "Recent", "Recycled", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "STTM",
+    "STTMLLM", "SnapKV", "SparseVLM", "SpatialAugmented", "StreamMem", "StreamingLLM", "TGVKV", "TOVA", "TRIM", "ToFu",
+    "ToMe", "ToMeKth", "TokenCorr", "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens",
+    "V2Drop", "VCAST", "VLCache", "VScan", "VScanLLM", "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
+    "ZOOPrune", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched",
+    "record", "reduce_tokens", "stream", "unpatch", "zoo",
 ]  # fmt: skip
 
 

@@ -107,12 +107,12 @@ class Site:
 
 
 class View(NamedTuple):
-    """What evidence says of the tokens that rows see: how many entered, their grid, whether rows carry the log-size
-    bias, and the mask (B,1,N,N) of what each sees, None for everything."""
+    """What evidence says of the tokens that rows see: how many entered, their grid, the power of sizes by which rows
+    count keys, and the mask (B,1,N,N) of what each sees, None for everything."""
 
     entry: int
     grid: tuple[int, ...] | None
-    proportional: bool
+    proportional: float
     mask: Tensor | None = None
 
 
@@ -218,7 +218,7 @@ class Reduced:
         )  # fmt: skip
         return EncoderEvidence(
             x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,
-            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry,
+            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry, origin=state.origin,
         )  # fmt: skip
 
     def _reduce(
@@ -229,7 +229,7 @@ class Reduced:
             plan = planned(reducer, self._evidence(site, x, state, got, before))
             if not plan.is_identity:
                 x, size = plan.reduce_both(x, state.size)
-                state = state.after(plan, reducer.proportional, size)
+                state = state.after(plan, reducer.size_power, size)
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state
@@ -260,7 +260,7 @@ class Reduced:
             given = None
             if not plan.is_identity:
                 given = plan.reduce_attention(evidence.attention("all"), state.size).to(x.dtype)
-                x, state = plan.reduce(x, state.size), state.after(plan, reducer.proportional)
+                x, state = plan.reduce(x, state.size), state.after(plan, reducer.size_power)
         if trace is not None:
             self._note(trace, site, reducer, x, plan, state)
         return x, state, given

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Attended, Site, View
-from tokenreduce.adapters.encoders.state import State, entry_of, set_state, state_of
+from tokenreduce.adapters.encoders.state import State, entry_of, power_of, set_state, state_of
 from tokenreduce.core.plan import Plan
 
 __all__ = ["FRAMES", "JointState", "Windows", "check_frames", "join_frames"]
@@ -119,7 +119,7 @@ class JointState(State):
         own = self._places(device) == torch.arange(self.count, device=device)[:, None]
         return own.float().expand(rows, -1, -1)
 
-    def after(self, plan: Plan, proportional: bool, size: Tensor | None = None) -> JointState:
+    def after(self, plan: Plan, proportional: float, size: Tensor | None = None) -> JointState:
         left = super().after(plan, proportional, size)
         each = torch.arange(plan.batch, device=plan.device).repeat_interleave(self.count)
         before = self._shares(plan.batch, plan.device).flatten(0, 1)
@@ -132,8 +132,7 @@ class JointState(State):
 
     def _weights(self, shares: Tensor) -> Tensor:
         """What to add to the logits of keys of which frames have ``shares``."""
-        log = shares.log()
-        return log if self.proportional else torch.where(shares > 0, 0.0, log)
+        return power_of(shares.log(), self.proportional)
 
     def home(self) -> Tensor:
         """(G,K) frame of every token: that of its representative."""

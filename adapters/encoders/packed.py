@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.encoders.joint import check_frames
-from tokenreduce.adapters.encoders.state import State, full_plan
+from tokenreduce.adapters.encoders.state import State, full_plan, power_of
 from tokenreduce.core.plan import Chain, Identity, Merge, Plan, Pool, Prune
 
 __all__ = ["Layout", "Packed", "Part", "patchwise"]
@@ -113,7 +113,7 @@ class Packed:
         return cls(layout, tuple(Part(State(place.shape[1], grid=shape), place) for place, shape in pairs))
 
     # -- in a block ------------------------------------------------------------------------------------------------
-    def after(self, x: Tensor, plans: list[Plan], proportional: bool) -> tuple[Tensor, Packed]:
+    def after(self, x: Tensor, plans: list[Plan], proportional: float) -> tuple[Tensor, Packed]:
         """``x`` (P,C) and the state of the units that ``plans``, one for each of :attr:`parts`, leave."""
         m = self.layout.unit
         units = x.reshape(-1, m * x.shape[-1])
@@ -195,7 +195,7 @@ class Packed:
             code, at = code.unique(return_inverse=True)
             share = torch.zeros(len(code), device=code.device).index_add_(0, at, size[there])
             codes.append(code)
-            biases.append(share.log() if state.proportional else torch.zeros_like(share))
+            biases.append(power_of(share.log(), state.proportional))
         code, order = torch.cat(codes).sort()
         window, unit = code // n, code % n
         lengths = torch.bincount(window, minlength=len(edges) - 1).tolist()
@@ -220,7 +220,7 @@ class Packed:
             share.index_put_((window[there], to[there]), torch.ones((), device=place.device), accumulate=True)
             out.append(share[number[len(mine) :]])
         seen = torch.stack(out)
-        bias = seen.log() if state.proportional else torch.where(seen > 0, 0.0, float("-inf"))
+        bias = power_of(seen.log(), state.proportional)
         if state.valid is not None:  # rows of slots that are not there must not be empty
             bias = torch.where(state.valid.unsqueeze(-1), bias, 0.0)
         return bias.unsqueeze(1)

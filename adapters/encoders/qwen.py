@@ -260,11 +260,11 @@ class _Block(Reduced):
                     if state.valid is not None:  # rows of slots that are not there must not be empty
                         mask = mask | ~state.valid[:, None, :, None]
                 # Where frames are joined the mask has the sizes.
-                view = View(state.entry, state.full_grid(site.prefix), state.proportional and not joint, mask)
+                view = View(state.entry, state.full_grid(site.prefix), 0.0 if joint else state.proportional, mask)
                 before_units = None if entered is None else part.take(entered)
                 plans.append(reducer.plan(self._evidence(site, part.take(features), state, got, before_units, view)))
             if not all(plan.is_identity for plan in plans):
-                x, packed = packed.after(x, plans, reducer.proportional)
+                x, packed = packed.after(x, plans, reducer.size_power)
         if trace is not None:
             for plan, part in zip(plans, packed.parts, strict=True):
                 self._tell(trace, site, part, packed, None if plan.is_identity else plan, reducer.spec())

@@ -17,7 +17,7 @@ from tokenreduce.core.plan import Plan
 
 __all__ = [
     "Entry", "State", "carry_state", "entry_of", "expand_patches", "full_plan", "known", "log_size", "lost",
-    "note_entry", "pool_mean", "set_state", "state_of",
+    "note_entry", "pool_mean", "power_of", "set_state", "state_of",
 ]  # fmt: skip
 
 _ON_TENSOR = "_tokenreduce_state"
@@ -31,10 +31,18 @@ class Entry(NamedTuple):
     grid: Grid | None = None
 
 
+def power_of(log: Tensor, power: float) -> Tensor:
+    """``log`` sizes as a bias on logits, where sizes count to a ``power``; what has none stays at -inf."""
+    if power == 1:
+        return log
+    return log * power if power else torch.zeros_like(log).masked_fill(log == float("-inf"), float("-inf"))
+
+
 class State:
     """What is known about the tokens of one activation tensor (B,N,C). Never changed in place.
 
-    ``grid`` is that of the patches at the entry of this forward, (rows, columns) or (frames, rows, columns).
+    ``grid`` is that of the patches at the entry of this forward, (rows, columns) or (frames, rows, columns);
+    ``proportional`` the power of their sizes by which keys count, 0 where they do not.
     """
 
     __slots__ = ("entry", "grid", "origin", "plans", "proportional", "size", "valid")
@@ -46,7 +54,7 @@ class State:
         valid: Tensor | None = None,
         origin: Tensor | None = None,
         plans: tuple[Plan, ...] = (),
-        proportional: bool = False,
+        proportional: float = False,
         grid: Grid | None = None,
     ) -> None:
         self.entry = entry
@@ -61,7 +69,7 @@ class State:
         """(B,1,1,N) to add to attention logits: log size where it counts, -inf for slots that are not there."""
         if self.size is None or not (self.proportional or self.valid is not None):
             return None
-        bias = self.size.float().log() if self.proportional else torch.zeros_like(self.size, dtype=torch.float32)
+        bias = power_of(self.size.float().log(), self.proportional)
         if self.valid is not None:
             bias = bias.masked_fill(~self.valid, float("-inf"))
         return bias.to(dtype)[:, None, None]
@@ -77,7 +85,7 @@ class State:
         masked patches)."""
         return self.grid if self.grid is not None and self.entry == prefix + math.prod(self.grid) else None
 
-    def after(self, plan: Plan, proportional: bool, size: Tensor | None = None) -> State:
+    def after(self, plan: Plan, proportional: float, size: Tensor | None = None) -> State:
         """The state of the tokens that ``plan`` leaves; ``size`` are theirs where they are known already."""
         valid = plan.validity()
         size = plan.reduce_size(self.size) if size is None else size

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call, Seen, is_causal
 from tokenreduce.adapters.language.decoders import carries, hand_over, ids_left
-from tokenreduce.adapters.language.generation import Run, gather_mask, rows_of
+from tokenreduce.adapters.language.generation import Run, rows_of
+from tokenreduce.adapters.language.masks import add_sizes, gather_mask
 
 __all__ = ["look_ahead"]
 
@@ -30,6 +31,8 @@ def look_ahead(
         ids = ids_left(layer, ids, where)
         if not flash:
             mask = gather_mask(mask, where, cut.valid, x.shape[1], is_causal(layer.self_attn))
+            if cut.bias is not None:
+                mask = add_sizes(mask, cut.bias, x, x.shape[1], causal=is_causal(layer.self_attn))
     if plain:
         cos, sin = tables
         tables = (torch.ones_like(cos), torch.zeros_like(sin))

@@ -54,7 +54,7 @@ from tokenreduce.adapters.language.steps.hand_on import HandOn
 from tokenreduce.adapters.language.steps.listen import Listen
 from tokenreduce.adapters.language.steps.middle import ChooseInside, TakeInside
 from tokenreduce.adapters.language.steps.pack import Pack
-from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepPrompt
+from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepInput, KeepPrompt
 from tokenreduce.adapters.language.towers import Everything, attach_encoder
 from tokenreduce.core.cache_codec import CacheCodec
 from tokenreduce.core.cache_reducer import CacheReducer
@@ -62,6 +62,9 @@ from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "layer_sites"]
+
+#: Evidence of where a token comes from, which is noted at the entry of the language model.
+WHENCE = ("films", "places")
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,10 @@ class Acting:
         return tuple(r for r in self.inside if needs_marks(r))
 
     @property
-    def frames(self) -> bool:
-        """Whether one asks which frame a token is of."""
-        return any("films" in r.gathers() for r in (*self.inside, *(r for r in self.evict if r is not None)))
+    def told(self) -> tuple[str, ...]:
+        """What they ask of where tokens come from: "films" (which frame), "places" (where in an image)."""
+        asking = (*self.inside, *(r for r in self.evict if r is not None))
+        return tuple(word for word in WHENCE if any(word in r.gathers() for r in asking))
 
 
 def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
@@ -119,8 +123,8 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
     depth = len(found.layers)
     staged = {s: tuple(r for r in reducers if r.stage == s) for s in ("encoder", "projector", "language", "cache")}
     before, inside = staged["projector"], staged["language"]
-    shown = [r for r in (*inside, *staged["cache"]) if "films" in r.gathers() or needs_marks(r)]
-    shows = bool(staged["encoder"] or shown)
+    asking = [r for r in (*inside, *staged["cache"]) if not {*WHENCE}.isdisjoint(r.gathers()) or needs_marks(r)]
+    shows = bool(staged["encoder"] or asking)
     if not before and shows:  # which token is of what shows where it enters
         before = (Everything(),)
     if len(before) > 1:
@@ -141,6 +145,12 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
     pack = check_packing(packing, found, layers, (evict, again), windows)
     acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows, evict, pack)
     check_evicting(evict, again, found.layers)
+    counting = " and ".join(r.spec() for r in inside if r.size_power)
+    if any(again) and counting:
+        raise ValueError(
+            f"{counting} counts merged tokens by their sizes, which methods that choose again in decode do not; set "
+            f"size_bias='none', or leave one of them out"
+        )
     if acting.behind < depth:
         check_layers(found.layers, acting.behind, layers, list(again))
         check_later(present, list(windows), found.layers)
@@ -165,7 +175,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     arrived = Arrived()
     _attach_start(found, acting, arrived, " + ".join(r.spec() for r in reducers), undo)
     if acting.entry is not None:
-        attach_projector(found, acting.entry, list(acting.windows), undo, acting.frames, acting.marking)
+        attach_projector(found, acting.entry, list(acting.windows), undo, acting.told, acting.marking)
     attach_given(found, arrived, undo)
     if found.parts.deep:
         check_deep(found, acting.depth)
@@ -232,11 +242,10 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     asks_next = i + 1 < depth and acting.again[i + 1] is not None
     reads = following is not None and _reads(following)
     asking = [j for j, r in enumerate(acting.layers) if r is not None and "prompt" in r.gathers()]
-    evict = acting.evict[i]
-    pack = acting.pack[i]
-    if not (
-        evict or pack or i >= acting.behind or reads or asks_next or is_middle(following, i + 1) or (asking and i == 0)
-    ):
+    evict, pack = acting.evict[i], acting.pack[i]
+    before = following is not None and "before" in following.gathers()
+    needed = evict or pack or reads or asks_next or before or is_middle(following, i + 1)
+    if not (i >= acting.behind or needed or (asking and i == 0)):
         return
     if chosen or asks_next:
         yield ChooseAgain(Site(acting.again[i], chosen[-1] if chosen else None, asks_next, depth))
@@ -256,6 +265,8 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
         yield GatherColumns(acting.windows[i])
     if evict is not None:
         yield ShowHeld(acting.windows[i], groups_of(found.layers[i].self_attn))
+    if before:
+        yield KeepInput()
     if reads or asks_next:
         yield Listen(reads, asks_next)
     if evict is not None:

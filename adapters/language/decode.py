@@ -106,6 +106,7 @@ def _choose(
         entry=run.length,
         prompt=Prompt(run.visual_at(-1), run.column_mask(-1)),
         earlier=Earlier(*(t.gather(1, at) for t in known[-1][1:])) if known else None,
+        held=prompt & (known[-1][2] if known else _left(run, index)).gather(1, at),
     )
     plan = method.plan(evidence)
     stay = plan.sources() >= 0
@@ -120,7 +121,7 @@ def _choose(
     known.append((total - 1, attention[:, :-1], live[:, : run.length]))
     del known[:-REMEMBERED]
     if method.later() == "revive":
-        x, pick = come_back(step, x, index, live, cache, tables, plan.is_identity)
+        x, pick = come_back(step, x, index, live, cache, tables)
     else:
         pick = None if plan.is_identity else Pick(live, shown[:, :0], None, None)
     if pick is not None:
@@ -130,6 +131,16 @@ def _choose(
         back = torch.zeros(b, dtype=torch.long, device=device) if pick is None else (pick.back >= 0).sum(1)
         trace.add_decode(layer, DecodeStep(index, method.spec(), live[:, : run.length] & run.visual, back))
     return x
+
+
+def _left(run: Run, index: int) -> Tensor:
+    """(B,L) bool: the columns of the prompt that layer ``index`` saw in prefill."""
+    cut = run.cut_at(index)
+    if cut is None:
+        return torch.ones_like(run.visual)
+    there = torch.ones_like(cut.index, dtype=torch.bool) if cut.valid is None else cut.valid
+    out = torch.zeros(run.visual.shape[0], run.length + 1, dtype=torch.bool, device=run.visual.device)
+    return out.scatter(1, torch.where(there, cut.index, run.length), True)[:, :-1]
 
 
 def _row(layer: Any, call: Call, columns: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from torch import nn
 
 __all__ = ["EVIDENCE", "FAMILIES", "Family", "Language", "TOWER", "Vision"]
 
-EVIDENCE = ("keys", "queries", "values", "attention", "ahead", "plain", "middle", "prompt", "norm", "films", "history",
-            "rotary")  # fmt: skip
+EVIDENCE = (
+    "keys", "queries", "values", "attention", "ahead", "plain", "middle", "before", "prompt", "norm", "films",
+    "history", "places", "unrotated", "rotary",
+)  # fmt: skip
 
 
 #: Evidence of the tower that a language-stage method can ask for.
@@ -38,6 +40,9 @@ class Vision:
     heads: tuple[nn.Module, ...] = ()
     #: Evidence that there is, where a family was discovered; None where the parts say it.
     given: tuple[str, ...] | None = None
+    #: What makes a token of ``unit`` rows of the tower's output, where it makes each by itself.
+    through: nn.Module | None = None
+    unit: int = 1
 
     @property
     def depth(self) -> int:
@@ -52,6 +57,7 @@ class Vision:
         given += ["clip"] if self.cls and self.projector is not None else []
         given += ["crops"] if self.kind == "tiled" else []
         given += ["head"] if self.heads else []
+        given += ["through"] if self.through is not None else []
         given += ["pixels"]
         return tuple(given)
 

@@ -21,7 +21,7 @@ from tokenreduce.core.plan import Plan, Prune, take
 
 __all__ = [
     "KEYWORD", "Cut", "Deep", "Run", "Step", "attach_run", "cache_as", "cache_in", "cache_of", "columns_kept",
-    "gather_mask", "is_known", "lowest_of", "rows_of", "run_of",
+    "is_known", "rows_of", "run_of",
 ]  # fmt: skip
 
 #: Keyword under which a step travels through the model's kwargs, and attribute of the cache between steps.
@@ -56,6 +56,9 @@ class Cut:
     plan: Plan | None = None
     #: How many of the columns an earlier call put into the cache, in front of this prompt's.
     front: int = 0
+    #: (B,K) how many tokens each slot stands for, and what that adds to the logits of its key; None where nothing.
+    size: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def here(self) -> Tensor:
@@ -68,6 +71,29 @@ class Cut:
         if self.plan is not None:
             x, where = self.plan.reduce(x), columns_order(self.plan)
         return take(x, where)
+
+
+def _count(made: Cut, before: Cut | None, plan: Plan, power: float) -> None:
+    """Note in ``made`` how many tokens its slots stand for, and what that adds to the logits of their keys."""
+    sizes = None if before is None else before.size
+    if sizes is None and not power:
+        return
+    here = None if sizes is None else sizes[:, made.front :]
+    order = columns_order(plan)
+    if power:
+        size = plan.reduce_size(here)
+        if size is None:
+            return
+        size = size.gather(1, order).clamp(min=1)
+        bias = size.log() * power
+    else:  # a method that counts none: what stands here keeps what it counted
+        assert before is not None
+        held = [t[:, made.front :] for t in (before.size, before.bias) if t is not None]
+        size, bias = (plan.gather(t).gather(1, order) for t in held)
+    if made.front:
+        ahead = torch.ones(len(size), made.front, dtype=size.dtype, device=size.device)
+        size, bias = torch.cat([ahead, size], 1), torch.cat([ahead * 0, bias], 1)
+    made.size, made.bias = size, bias
 
 
 @dataclass
@@ -88,9 +114,14 @@ class Run:
     shift: Tensor | None = None
     #: (B,L,C) features before layer 0, while a method still needs them.
     entered: Tensor | None = None
+    #: Layer -> (B,K,C) what entered the one before, until its method has chosen.
+    inputs: dict[int, Tensor] = field(default_factory=dict)
     #: (B,L,4) video, first and last frame, and place of every column, see
     #: :attr:`tokenreduce.core.evidence.Evidence.films`.
     films: Tensor | None = None
+    #: (B,L,6) where in its image every column is, see
+    #: :class:`~tokenreduce.core.evidence.LanguageEvidence`.
+    places: Tensor | None = None
     #: Method -> (B,L) what it marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`.
     marks: dict[Any, Tensor] = field(default_factory=dict)
     #: (B,K,C) what enters a layer, where tokens left in the middle of the layer before.
@@ -163,6 +194,7 @@ class Run:
             cut.index, cut.local = cut.index[:, :k], cut.local[:, :k]
             cut.valid = None if cut.valid is None else cut.valid[:, :k]
             cut.seen = None if cut.seen is None else cut.seen[:, :k]
+            cut.bias = None if cut.bias is None else cut.bias[:, :k]
         self.length, self.visual = left, self.visual[:, :left]
         self.mask = None if self.mask is None else self.mask[:, :left]
 
@@ -188,9 +220,10 @@ class Run:
         held = [c for c in self.cuts if c.layer <= layer]
         return held[-1] if held else None
 
-    def cut(self, layer: int, plan: Plan) -> Cut:
+    def cut(self, layer: int, plan: Plan, power: float = 0.0) -> Cut:
         """Drop columns from ``layer`` on (-1: before the language model); ``plan`` indexes the columns that an
-        earlier cut left, and of those only what the prompt's own call brings."""
+        earlier cut left, and of those only what the prompt's own call brings. Keys of merged tokens count by their
+        sizes to the ``power``, from here on."""
         index, valid = columns_kept(plan)
         local, before = index, self.cut_at(layer)
         if self.front:
@@ -207,6 +240,7 @@ class Run:
             padding = self.mask.gather(1, index)
             seen = padding if seen is None else seen & padding
         made = Cut(layer, index, valid, local, seen, None if isinstance(plan, Prune) else plan, self.front)
+        _count(made, before, plan, power)
         self.cuts.append(made)
         return made
 
@@ -233,11 +267,19 @@ class Run:
 
     def films_at(self, layer: int) -> Tensor | None:
         """(B,K,4) :attr:`films` of the slots that ``layer`` sees in prefill."""
+        return self._told(self.films, layer)
+
+    def places_at(self, layer: int) -> Tensor | None:
+        """(B,K,6) :attr:`places` of the slots that ``layer`` sees in prefill."""
+        return self._told(self.places, layer)
+
+    def _told(self, told: Tensor | None, layer: int) -> Tensor | None:
+        """(B,L,n) numbers of columns for the slots that ``layer`` sees, -1 for those that are not there."""
         cut = self.cut_at(layer)
-        if cut is None or self.films is None:
-            return self.films
-        films = self.films.gather(1, cut.index.unsqueeze(-1).expand(-1, -1, 4))
-        return films if cut.valid is None else films.masked_fill(~cut.valid.unsqueeze(-1), -1)
+        if cut is None or told is None:
+            return told
+        told = told.gather(1, cut.index.unsqueeze(-1).expand(-1, -1, told.shape[-1]))
+        return told if cut.valid is None else told.masked_fill(~cut.valid.unsqueeze(-1), -1)
 
     def marks_at(self, layer: int, method: Any) -> Tensor:
         """(B,K) :attr:`marks` of a method on the slots that ``layer`` sees in prefill."""
@@ -386,44 +428,3 @@ def is_known(cache: Any) -> bool:
 
 def attach_run(cache: Any, run: Run | None) -> None:
     setattr(cache, _ON_CACHE, run)
-
-
-def gather_mask(
-    mask: Tensor | None, index: Tensor, valid: Tensor | None, slots: int, causal: bool = True, front: int = 0
-) -> Tensor | None:
-    """A prefill mask (B or 1,1,N,S) for the columns ``index`` (B,K); None stays None where it can. None means what
-    the attention module makes of it: plain ``causal`` attention, or that every token sees every other.
-
-    ``slots`` is the number of keys that the layer will see: K, or more for a static cache, whose empty slots stay
-    hidden. The first ``front`` columns are in the cache already and have no rows. Slots that are not there (``valid``
-    False) see themselves, so that no row is empty, and nobody else sees them.
-    """
-    b, k = index.shape
-    q = k - front
-    if mask is None:
-        if valid is None:
-            return None
-        out = torch.ones(q, k, dtype=torch.bool, device=index.device)
-        out = (out.tril(front) if causal else out).expand(b, 1, q, k)
-    else:
-        full = mask.expand(b, -1, -1, -1)
-        own_rows = index[:, None, front:, None] - front
-        rows = full.gather(2, own_rows.expand(-1, full.shape[1], -1, full.shape[3]))
-        out = rows.gather(3, index[:, None, None, :].expand(-1, full.shape[1], q, -1))
-    lowest = lowest_of(out)
-    if slots > k:
-        out = torch.cat([out, out.new_full((*out.shape[:3], slots - k), lowest)], 3)
-    if valid is None:
-        return out
-    there = torch.ones(b, slots, dtype=torch.bool, device=index.device)
-    there[:, :k] = valid
-    hidden = ~there[:, None, None, :]
-    own = hidden & torch.eye(k, slots, dtype=torch.bool, device=index.device)[front:]
-    if out.dtype == torch.bool:
-        return (out & ~hidden) | own
-    return out.masked_fill(hidden, lowest).masked_fill(own, 0.0)
-
-
-def lowest_of(mask: Tensor) -> bool | float:
-    """What hides a key in a mask of this type."""
-    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.generation import Step, lowest_of
+from tokenreduce.adapters.language.generation import Step
+from tokenreduce.adapters.language.masks import lowest_of
 
 __all__ = ["columns_of_mask", "later_mask"]
 

@@ -47,7 +47,7 @@ def reduce_before(
             )
             run.decided.add(index)
             if not plan.is_identity:
-                acted, made = plan, run.cut(index, plan)
+                acted, made = plan, run.cut(index, plan, reducer.size_power)
         if made is not None:
             x = made.take(x)
     if trace is not None:
@@ -74,6 +74,8 @@ def _evidence(
         x,
         _attention(x, attention, call, valid, plain),
         frame_of=run.films_at(index) if "films" in asked else None,
+        place_of=run.places_at(index) if "places" in asked else None,
+        before=run.inputs.pop(index, None) if "before" in asked else None,
         scores=run.marks_at(index, reducer) if needs_marks(reducer) else None,
         history=history,
         visual=run.choosable_at(index),
@@ -88,16 +90,19 @@ def _evidence(
 
 def _attention(x: Tensor, module: Any, call: Call | None, valid: Tensor | None, plain: bool) -> Attention:
     """What was seen of an attention module, of the tokens ``x`` (B,N,C); a static cache has empty slots behind them."""
-    q = k = v = mask = softcap = None
+    q = k = v = mask = softcap = rotated = None
     n = x.shape[1]
     if call is not None and call.keys is not None and call.values is not None:
         q, k, v = call.queries, call.keys[:, :, :n], call.values[:, :, :n]
+        if call.rotated is not None:
+            rotated, call.rotated = (call.rotated[0], call.rotated[1][:, :, :n]), None
         if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
             mask = call.mask[..., :n]
         softcap = softcap_of(module)
         # A checkpointed layer keeps its arguments until the backward pass, and fills the call again there.
         call.record, call.queries, call.keys, call.values = False, None, None, None
     return Attention(
-        q, k, v, rope="pre" if plain else "post", scale=getattr(module, "scaling", None), softcap=softcap, mask=mask,
-        causal=is_causal(module), valid=valid, cls=False,
+        q, k, v, rotated=rotated, rope="pre" if plain or rotated is not None else "post",
+        scale=getattr(module, "scaling", None), softcap=softcap, mask=mask, causal=is_causal(module), valid=valid,
+        cls=False,
     )  # fmt: skip

@@ -68,10 +68,10 @@ def set_aside(run: Run, layer: int, x: Tensor, tables: tuple[Tensor, ...], cache
 
 
 def come_back(
-    step: Step, x: Tensor, index: int, live: Tensor, cache: Any, tables: tuple[Tensor, ...], all_here: bool
+    step: Step, x: Tensor, index: int, live: Tensor, cache: Any, tables: tuple[Tensor, ...]
 ) -> tuple[Tensor, Pick | None]:
     """The tokens of ``live`` (B,C) that the caches from layer ``index`` on lack, in front of the new one. No pick where
-    nothing was let go (``all_here``, and none before) and nothing is missing."""
+    these hold just what is live, as the prefill left it."""
     run, again, total = step.run, step.run.again, live.shape[1]
     assert again is not None
     earlier = step.picks[max(step.picks)] if step.picks else None
@@ -90,7 +90,7 @@ def come_back(
     order = missing.long().argsort(dim=1, stable=True)[:, missing.shape[1] - count :]
     back = order.masked_fill(~missing.gather(1, order), -1)
     x = x[:, -1:]
-    if not count and all_here and earlier is None and index not in again.slots:
+    if not count and earlier is None and index not in again.slots and not bool((has[:, :total] & ~live).any()):
         return x, None
     tables = tuple(t[..., -1:, :] for t in tables)
     if count:

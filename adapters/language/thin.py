@@ -203,16 +203,18 @@ def thin(
 
 
 def _bias(method: CacheReducer, plan: Plan, run: Run, index: int, b: int, heads: int, n: int) -> Tensor | None:
-    """(B,Hkv,K) log of how many keys a slot stands for, where the method counts them."""
-    held = run.held.get(index)
-    size: Tensor | None = None
-    if held is not None and held.bias is not None:
-        known = held.bias.exp().expand(b, heads, -1).flatten(0, 1)
-        size = torch.cat([known, known.new_ones(known.shape[0], n - known.shape[1])], 1)
-    if not method.counts_merged():
-        return None if size is None else plan.gather(size).log().unflatten(0, (b, heads))
-    sizes = plan.reduce_size(size)
-    return None if sizes is None else sizes.clamp(min=1.0).log().unflatten(0, (b, heads))
+    """(B,Hkv,K) what is added to the logits of slots that stand for several tokens: what they had before, and log of
+    how many keys join where the method counts them."""
+    held, cut = run.held.get(index), run.cut_at(index)
+    known = held.bias if held is not None else None if cut is None or cut.bias is None else cut.bias[:, None]
+    bias: Tensor | None = None
+    if known is not None:
+        flat = known.expand(b, heads, -1).flatten(0, 1)
+        bias = torch.cat([flat, flat.new_zeros(flat.shape[0], max(n - flat.shape[1], 0))], 1)[:, -n:]
+    if method.counts_merged():
+        sizes = plan.reduce_size(None if bias is None else bias.exp())
+        return None if sizes is None else sizes.clamp(min=1.0).log().unflatten(0, (b, heads))
+    return None if bias is None else plan.gather(bias).unflatten(0, (b, heads))
 
 
 def shown(call: Call, plan: Plan, keys: Tensor, values: Tensor, mask: Any) -> tuple[Tensor, Tensor, Any]:

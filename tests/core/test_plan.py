@@ -280,3 +280,14 @@ def test_places_are_the_tokens_behind_real_outputs():
     again = Chain(5, (plan, Prune(3, torch.tensor([[1, 2], [0, 1]]), torch.tensor([[True, True], [True, False]]))))
     assert again.places().tolist() == [[False, False, True, True, False], want[1]]
     assert bool(Identity(3, 2).places().all())
+
+
+def test_a_chain_with_pools_expands_with_what_was_there_before():
+    """Two pools: token 0 is split, and a part of it is dropped later; token 3 is dropped."""
+    first = Pool(4, torch.tensor([[[1.0, 0, 0, 0], [0.5, 1, 0, 0], [0.5, 0, 1, 0]]]))
+    chain = first.then(Prune(3, torch.tensor([[0, 1]])))
+    y, before = torch.tensor([[[2.0], [6.0]]]), torch.tensor([[[10.0], [11.0], [12.0], [13.0]]])
+    got = chain.expand(y, before)
+    # 0 fed outputs 0 (1), 1 (1/2) and 2 (1/2), of which two are left; 2 fed the one that is gone.
+    assert got.flatten().tolist() == pytest.approx([(2 + 6 / 2) / 1.5, 6.0, 12.0, 13.0])
+    assert chain.expand(y, 7.0).flatten().tolist() == pytest.approx([(2 + 3 + 3.5) / 2, 6.0, 7.0, 7.0])

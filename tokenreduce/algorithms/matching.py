@@ -7,12 +7,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.scoring import descending, finite, inner, unit
+from tokenreduce.algorithms.scoring import ascending, descending, finite, inner, unit
 from tokenreduce.core.constants import positions
 from tokenreduce.core.evidence import BaseEvidence, Evidence
 from tokenreduce.core.plan import Identity, Merge, Plan
+from tokenreduce.core.readable import readable
 
-__all__ = ["bipartite", "cap", "clamp_r", "halvings"]
+__all__ = ["above", "best_edges", "bipartite", "cap", "clamp_r", "halvings"]
 
 
 def cap(evidence: BaseEvidence) -> int:
@@ -77,7 +78,7 @@ def bipartite(metric: Tensor, r: int, evidence: BaseEvidence, *, ascending: bool
     return Merge(n, keep, 2 * source, dst, **settings)  # type: ignore[arg-type]
 
 
-def _behind(m: Tensor, r: int, evidence: BaseEvidence, ascending: bool, settings: dict[str, object]) -> Plan:
+def _behind(m: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: dict[str, object]) -> Plan:
     """The same where just the first tokens are protected: those behind them, ``m`` of which are unit vectors, are
     matched with each other."""
     n, p, batch = evidence.n, evidence.prefix, m.shape[0]
@@ -85,13 +86,64 @@ def _behind(m: Tensor, r: int, evidence: BaseEvidence, ascending: bool, settings
     best, partner = inner(m[:, even::2], m[:, odd::2]).max(-1)
     order = descending(finite(best, evidence))
     source, rest = order[:, :r], order[:, r:]
-    if p or ascending:
+    if p or sorted_:
         rest = rest.sort(dim=-1).values
     position = positions(n, rest).expand(batch, n)
     parts = [2 * rest + even if even else 2 * rest, position[:, odd::2]]
     keep = torch.cat([position[:, :p], *parts] if p else parts, 1)
     dst = partner.gather(1, source) + (p + rest.shape[1])
     return Merge(n, keep, 2 * source + even if even else 2 * source, dst, **settings)  # type: ignore[arg-type]
+
+
+def best_edges(metric: Tensor, evidence: BaseEvidence) -> tuple[Tensor, Tensor]:
+    """``(similarity, partner)`` of the even positions (B,E): cosine to the most similar odd one and its place among
+    these, as :func:`bipartite` matches them; -inf for those that may not move."""
+    m = unit(metric)
+    scores = inner(m[:, ::2], m[:, 1::2])
+    fixed = evidence.fixed()
+    if evidence.valid is not None:
+        fixed = ~evidence.valid if fixed is None else fixed | ~evidence.valid
+    if scores.shape[2] == 0:
+        none = torch.full_like(scores[:, :, :0].sum(2), float("-inf"))
+        return none, torch.zeros_like(none, dtype=torch.long)
+    if fixed is not None:
+        scores = scores.masked_fill(fixed[:, None, 1::2], float("-inf"))
+    best, partner = scores.max(-1)
+    best = finite(best, evidence)
+    return best if fixed is None else best.masked_fill(fixed[:, ::2], float("-inf")), partner
+
+
+def above(joins: Tensor, partner: Tensor, evidence: BaseEvidence) -> Plan:
+    """Merge the even positions marked in ``joins`` (B,E) into the odd ones ``partner`` (B,E), of which samples may have
+    different numbers. Order: protected tokens, unmerged even positions, odd positions, slots that are not there."""
+    n, b = evidence.n, evidence.batch
+    numbers = joins.sum(1)
+    known = readable(numbers)
+    most = int(numbers.max()) if known else joins.shape[1]
+    if most == 0:
+        return Identity.like(evidence.x)
+    position = torch.arange(n, device=joins.device).expand(b, -1)
+    rank = position % 2 + 1
+    fixed = evidence.fixed()
+    rank = rank if fixed is None else rank.masked_fill(fixed, 0)
+    gone = torch.zeros(b, n, dtype=torch.bool, device=joins.device)
+    gone[:, ::2] = joins
+    gone = gone if evidence.valid is None else gone | ~evidence.valid
+    order = ascending(torch.where(gone, 3, rank))
+    slot = order.argsort(dim=1)
+    left = (~gone).sum(1)
+    keep = order[:, : int(left.max())] if known else order
+    valid: Tensor | None = torch.arange(keep.shape[1], device=keep.device) < left[:, None]
+    source = ascending((~joins).long())[:, :most]
+    real = joins.gather(1, source)
+    # A sample with fewer repeats its first token, which nothing joins then.
+    src = torch.where(real, 2 * source, keep[:, :1])
+    dst = torch.where(real, slot.gather(1, 2 * partner.gather(1, source) + 1), 0)
+    scale: Tensor | None = real.float()
+    if known and bool(real.all()):
+        scale = None
+        valid = valid if evidence.valid is not None and not bool(evidence.valid.all()) else None
+    return Merge(n, keep, src, dst, size_scale=scale, valid=valid)
 
 
 def halvings(x: Tensor, keep: int, layer: int = 0) -> list[Merge]:

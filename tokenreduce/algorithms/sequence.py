@@ -14,8 +14,8 @@ from tokenreduce.core.evidence import LanguageEvidence
 from tokenreduce.core.plan import Identity, Mix, Plan, Prune
 
 __all__ = [
-    "best", "check_stages", "keep_best", "keep_chosen", "keep_mixed", "packed", "question", "shrink", "stages_of",
-    "visual_counts", "visual_of",
+    "best", "check_stages", "keep_best", "keep_chosen", "keep_mixed", "packed", "paid_most", "question", "rows_of",
+    "shrink", "stages_of", "visual_counts", "visual_of",
 ]  # fmt: skip
 
 
@@ -106,6 +106,29 @@ def packed(marks: Tensor) -> tuple[Tensor, Tensor]:
     width = max(1, int(marks.sum(1).max()))
     index = (~marks).long().argsort(dim=1, stable=True)[:, :width]
     return index, marks.gather(1, index)
+
+
+def rows_of(evidence: LanguageEvidence, where: Tensor) -> Tensor:
+    """(B,H,R,N) attention of the tokens ``where`` (B,R). Raises ``ValueError`` for attention that was given for other
+    rows than all."""
+    attention = evidence.attention
+    rows = attention(where)
+    if attention.given is None:
+        return rows
+    if rows.shape[2] != evidence.n:
+        raise ValueError(
+            f"attention of all {evidence.n} rows is needed, not of {rows.shape[2]}: leave it out or give all"
+        )
+    return rows.gather(2, where[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
+
+
+def paid_most(evidence: LanguageEvidence, queries: Tensor) -> Tensor:
+    """(B,N) attention of the tokens ``queries`` (B,N) bool, maximum over heads, summed; some rows at a time."""
+    index, there = packed(queries)
+    total = torch.zeros(queries.shape, device=queries.device)
+    for part, real in zip(index.split(64, 1), there.split(64, 1), strict=True):
+        total += rows_of(evidence, part).amax(1).masked_fill(~real.unsqueeze(-1), 0.0).sum(1)
+    return total
 
 
 def check_stages(layers: tuple[int, ...] | None, name: str, least: int) -> None:

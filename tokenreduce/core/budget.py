@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = [
     "check_count", "check_keep", "check_share", "count", "describe_keep", "geometric", "layer_schedule", "linear",
@@ -10,6 +10,7 @@ __all__ = [
 ]  # fmt: skip
 
 Keep = int | float
+_ROUNDED: dict[str, Callable[[float], int]] = {"up": lambda t: int(t + 0.5), "even": round, "down": int}
 
 
 def check_keep(keep: Keep | None, name: str = "keep") -> None:
@@ -33,14 +34,18 @@ def check_share(value: float, name: str, most: float = 1.0) -> None:
         raise ValueError(f"{name} is a number from 0 to {most:g}, not {value!r}")
 
 
-def count(keep: Keep, n: int) -> int:
+def count(keep: Keep, n: int, rounding: str = "up") -> int:
     """Tokens that stay of ``n`` reducible ones: a count is capped at ``n``, a ratio is rounded half up; at least 1.
+
+    ``rounding`` is for methods whose code rounds otherwise: "even" (half to even) or "down" (cut off).
 
     >>> count(64, 576), count(0.5, 9), count(0.001, 10), count(12, 10)
     (64, 5, 1, 10)
+    >>> count(0.5, 9, "even"), count(0.5, 9, "down"), count(0.5, 11, "even")
+    (4, 4, 6)
     """
     check_keep(keep)
-    wanted = keep if isinstance(keep, int) else int(keep * n + 0.5)
+    wanted = keep if isinstance(keep, int) else _ROUNDED[rounding](keep * n)
     return max(min(wanted, n), min(1, n))
 
 

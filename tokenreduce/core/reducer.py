@@ -15,27 +15,55 @@ from tokenreduce.core.evidence import Look
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.settings import check, fit, fits, hints
 
-__all__ = ["METHODS", "STAGES", "Reducer", "format_spec", "parse_spec", "register", "split_specs"]
+__all__ = [
+    "METHODS", "STAGES", "Reducer", "check_size_bias", "format_spec", "parse_spec", "register", "size_power",
+    "split_specs",
+]  # fmt: skip
 
 STAGES = ("encoder", "projector", "language", "cache")
 #: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
 #: attention and MLP, or on the block's output.
 POSITIONS = ("input", "before", "middle", "after")
-#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input. Inside a
-#: language model, ``ahead`` makes keys, queries, values and attention those of the layer that the method acts before
-#: instead of the one before it, and ``plain`` then those before their rotation where positions have several axes
-#: (M-RoPE); ``middle`` lets it act between attention and MLP of the layer before; ``prompt`` are the features at the
-#: model's entry, ``norm`` its final norm, ``films`` says which frames of a video the tokens come from,
-#: ``history`` how many visual tokens there were.
+#: What an adapter can gather. ``attention`` stands for queries and keys; ``before`` is the sub-layer's input, inside a
+#: language model that of the layer before. There, ``ahead`` makes keys, queries, values and attention those of the
+#: layer that the method acts before instead of the one before it, and ``plain`` then those before their rotation where
+#: positions have several axes (M-RoPE), while ``unrotated`` then has queries and keys before their rotation in every
+#: model, with those behind it beside them (``attention.used``); ``middle`` lets it act between attention and MLP of the
+#: layer before; ``prompt`` are the features at the model's entry, ``norm`` its final norm, ``films`` says which frames
+#: of a video the tokens come from, ``places`` where in an image they are, ``history`` how many visual tokens there
+#: were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
-#: space, ``clip`` patches and question in a CLIP model's.
+#: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and
+#: the projector as a function.
 #: At the cache stage, ``rotary`` are the tables that turned the keys.
 #: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
-    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels", "rotary",
+    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
+    "places", "unrotated", "through", "rotary",
 )  # fmt: skip
+
+
+#: Names of powers of a size by which attention counts the key of a merged token: as if all were still there, damped,
+#: once.
+SIZE_BIAS = {"log": 1.0, "sqrt": 0.5, "none": 0.0}
+
+
+def size_power(value: str | float) -> float:
+    """The power that ``size_bias=value`` stands for. Raises ``ValueError`` for one that is neither a name nor in
+    [0, 1]."""
+    if isinstance(value, str) and value in SIZE_BIAS:
+        return SIZE_BIAS[value]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"size_bias is one of {tuple(SIZE_BIAS)} or a power in [0, 1], not {value!r}")
+    return float(value)
+
+
+def check_size_bias(value: str | float | None) -> None:
+    """Raise ``ValueError`` unless ``value`` is None or one that :func:`size_power` knows."""
+    if value is not None:
+        size_power(value)
 
 
 #: Every method by its name; class statements write here.
@@ -168,6 +196,13 @@ class Reducer:
     def proportional(self) -> bool:
         """Whether later attention gets log size as key bias (the ``prop_attn`` field where a method has one)."""
         return bool(getattr(self, "prop_attn", False))
+
+    @property
+    def size_power(self) -> float:
+        """Power of a merged token's size by which later attention counts its key: by the ``size_bias`` field where a
+        method has one, else 1 or 0, see :attr:`proportional`."""
+        value = getattr(self, "size_bias", None)
+        return float(self.proportional) if value is None else size_power(value)
 
     # -- text and JSON -----------------------------------------------------------------------------------------------
     def spec(self) -> str:

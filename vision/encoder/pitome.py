@@ -15,7 +15,7 @@ from tokenreduce.algorithms.scoring import descending, excluded, finite, inner, 
 from tokenreduce.core.budget import check_keep, geometric
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
-from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.reducer import Reducer, check_size_bias
 
 __all__ = ["PiToMe"]
 
@@ -72,6 +72,8 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
         metric: "keys" (averaged over heads) or "x" (features); by default that of the preset.
         prop_attn: proportional attention. None is that of the preset: on for "blip2", off for the others, where the
             authors' code tracks sizes but never passes them on.
+        size_bias: the power of sizes by which keys count, instead of ``prop_attn``: "log" (1), "sqrt" (1/2), "none" or
+            a number in [0, 1].
 
     Decisions: all prefix tokens are protected, not only the class token; the energy subtracts the margin as the code
     does (the paper's text keeps the cosine where it is above the margin); "tome" counts the prefix in T as the code
@@ -87,9 +89,11 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
     preset: str = "deit"
     metric: str | None = None
     prop_attn: bool | None = None
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        check_size_bias(self.size_bias)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is the share kept per layer, in (0, 1], not {self.ratio!r}")
         if self.keep is not None and self.ratio != 1:

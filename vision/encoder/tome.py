@@ -11,7 +11,7 @@ from tokenreduce.algorithms.scoring import ascending, finite, inner, key_metric,
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
-from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.reducer import Reducer, check_size_bias
 from tokenreduce.core.schedule import Scheduled
 
 __all__ = ["ToMe", "ToMeKth"]
@@ -25,18 +25,23 @@ class ToMe(Scheduled, name="tome", needs=("keys",), paper="2210.09461", title="T
         r, inflect, keep: see :class:`Scheduled`. ``r`` above half of the free tokens is clamped and reported.
         prop_attn: attention logits get log(size) (the paper's proportional attention; the authors switch it off for
             MAE weights).
+        size_bias: the power of sizes instead: "log" is ``prop_attn``, "sqrt" half of it, "none" 0, or a number in
+            [0, 1]; None leaves it to ``prop_attn``.
         frames: in the vision tower of a video language model, so many consecutive frames of a video are merged as one
             image, across frames too; 1 leaves every frame alone. ``r`` and ``keep`` then count over these frames. On
             Qwen-VL a frame is a temporal position, which holds two.
 
-    Raises ``ValueError`` for a negative ``r``, a bad ``keep`` or ``frames``, or a list longer than the model.
+    Raises ``ValueError`` for a negative ``r``, a bad ``keep``, ``frames`` or ``size_bias``, or a list longer than the
+    model.
     """
 
     prop_attn: bool = True
     frames: int = 1
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_size_bias(self.size_bias)
         check_count(self.frames, "frames", 1)
 
     def plan(self, evidence: EncoderEvidence) -> Plan:

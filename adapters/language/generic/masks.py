@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.generation import Cut, Run, gather_mask, lowest_of
+from tokenreduce.adapters.language.generation import Cut, Run
+from tokenreduce.adapters.language.masks import gather_mask, lowest_of
 
 __all__ = ["later_mask", "prompt_mask"]
 

@@ -33,7 +33,14 @@ from tokenreduce.adapters.language.generation import KEYWORD, Step
 from tokenreduce.adapters.language.generic.observe import attach_looks
 from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.projector.clip_text import joint_space
-from tokenreduce.adapters.language.projector.images import Group, film_places, groups, take_rows, tokenizer_of
+from tokenreduce.adapters.language.projector.images import (
+    Group,
+    film_places,
+    groups,
+    image_places,
+    take_rows,
+    tokenizer_of,
+)
 from tokenreduce.adapters.language.projector.marks import marks_of
 from tokenreduce.adapters.language.projector.seen import ARRIVING
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
@@ -53,11 +60,12 @@ def attach_projector(
     reducer: Reducer,
     windows: list[int | None],
     undo: Undo,
-    films: bool = False,
+    told: tuple[str, ...] = (),
     marking: tuple[Reducer, ...] = (),
 ) -> None:
-    """Put ``reducer`` before the language model; with ``films``, note which frames its tokens come from. ``marking``
-    are the language-stage methods that look at the tower.
+    """Put ``reducer`` before the language model; ``told`` says what is to be noted of where its tokens come from:
+    "films" (which frames), "places" (where in an image). ``marking`` are the language-stage methods that look at the
+    tower.
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
@@ -84,7 +92,7 @@ def attach_projector(
             compact=compact,
             projector=None if found.vision is None else found.vision.projector,
             source=source,
-            films=films,
+            told=told,
             marking=marking,
         ),
     )
@@ -164,7 +172,7 @@ def choose(
     compact: bool,
     projector: nn.Module | None,
     source: str = "",
-    films: bool = False,
+    told: tuple[str, ...] = (),
     marking: tuple[Reducer, ...] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the language model: make the plan in prefill, keep the count of positions in decode."""
@@ -187,10 +195,14 @@ def choose(
             made += place_group(stay, group, reducer, compact)
         for rows, columns in step.dropped:
             stay[rows, columns] = False
-        if films:
+        if "films" in told:
             run.films = film_places(step, x)
             for part in made:
                 part.note_frames(run.films)
+        if "places" in told:
+            run.places = image_places(step, x)
+            for part in made:
+                part.note_places(run.places)
         for marks in run.marks.values():
             for part in made:
                 part.note_marks(marks)
@@ -248,6 +260,13 @@ class Part:
         said = torch.where(alone.unsqueeze(-1), mine, said)
         where = self.there.nonzero(as_tuple=True)
         films[self.rows.expand_as(self.host)[where], self.host[where]] = said[where]
+
+    def note_places(self, places: Tensor) -> None:
+        """Let ``places`` (B,L,6) tell of every output where its representative was; in place."""
+        own = (self.plan.representatives() - self.evidence.prefix).clamp(min=0)
+        mine = places[self.rows, self.columns].gather(1, own.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
+        where = self.there.nonzero(as_tuple=True)
+        places[self.rows.expand_as(self.host)[where], self.host[where]] = mine[where]
 
     def note_marks(self, marks: Tensor) -> None:
         """Let ``marks`` (B,L) have for every output the highest of the tokens that it stands for; in place."""

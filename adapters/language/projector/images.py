@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenreduce.adapters.language.generation import Step
 from tokenreduce.adapters.language.projector.clip_text import JointSpace, joint_space, question_texts
 from tokenreduce.adapters.language.projector.seen import Encoded
+from tokenreduce.adapters.language.projector.through import entering, projection
 from tokenreduce.adapters.language.projector.videos import Image, films
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.sequence import question
@@ -20,7 +21,7 @@ from tokenreduce.algorithms.temporal import Temporal
 from tokenreduce.algorithms.views import ranks
 from tokenreduce.core.evidence import ImageEvidence, Origin
 
-__all__ = ["Group", "film_places", "groups", "runs", "take_rows", "tokenizer_of"]
+__all__ = ["Group", "film_places", "groups", "image_places", "runs", "take_rows", "tokenizer_of"]
 
 
 @dataclass
@@ -82,9 +83,30 @@ def film_places(step: Step, x: Tensor) -> Tensor:
     return out
 
 
+def image_places(step: Step, x: Tensor) -> Tensor:
+    """(B,L,6) for every column of the prompt what ``place_of`` of
+    :class:`~tokenreduce.core.evidence.LanguageEvidence` says; -1 for what is of no image."""
+    out = torch.full((*x.shape[:2], 6), -1, dtype=torch.long, device=x.device)
+    number = dict.fromkeys(range(len(x)), 0)
+    for image in sorted(_images(step, x, Projector()), key=lambda i: int(i.columns[0])):
+        view, n = image.origin.view.to(x.device), image.origin.n
+        plane = view if image.origin.crops is None else view.clamp(max=1)
+        what = torch.cat([
+            torch.stack([torch.full_like(view, number[image.row]), plane], 1), image.origin.place.to(x.device),
+            torch.stack([torch.arange(n, device=x.device), torch.full_like(view, n)], 1),
+        ], 1)  # fmt: skip
+        number[image.row] += 1
+        out[image.row, image.columns] = torch.where(view.unsqueeze(1) < 0, -1, what)
+    return out
+
+
 def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[Image]:
     run = step.run
-    needy = bool(reducer.looks()) or reducer.space == "vision" or not {"head", "pixels"}.isdisjoint(reducer.gathers())
+    needy = (
+        bool(reducer.looks())
+        or reducer.space == "vision"
+        or not {"head", "pixels", "through"}.isdisjoint(reducer.gathers())
+    )
     joined = films if reducer.temporal else _as_they_are
     seen_columns = torch.zeros_like(run.visual)
     for kind, encoded in step.encoded.items():
@@ -167,7 +189,7 @@ def _encoded(here: Tensor, encoded: Encoded, kind: str, place: Tensor | None) ->
         gone, size = _merged(encoded, origin, views)
         if gone is not None:
             key = (*key, r, s)  # other tokens are left in every image
-        yield Image(r, s + torch.arange(n, device=here.device), origin, views, kind, rows, key, gone, size, e)
+        yield Image(r, s + torch.arange(n, device=here.device), origin, views, kind, rows, key, gone, size, e, first)
 
 
 def _merged(encoded: Encoded, origin: Origin, views: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
@@ -214,7 +236,7 @@ def _group(
     own = origin if len(seen) == origin.n else origin.take(seen)
     encoded = step.encoded.get(first.kind)
     blocks, features, class_features, feature, depth, plans = {}, None, None, -1, 0, {}
-    pixels = pooled = None
+    pixels = pooled = through = None
     if encoded is not None:
         feature, depth = encoded.vision.feature, encoded.vision.depth
         views = torch.tensor([i.views for i in alike], device=device).flatten()
@@ -230,6 +252,10 @@ def _group(
             class_features = encoded.own[views]
         if encoded.given is not None:
             pixels = encoded.pixels(views)
+        if encoded.entered is not None:
+            table = entering(encoded)
+            own_rows = torch.stack([_entered(i, encoded, table) for i in alike]).to(device)[:, seen]
+            through = table[own_rows.to(table.device)].to(device), projection(encoded.vision)
         if encoded.pooled is not None:
             pooled = encoded.pooled[0][views], encoded.pooled[1][views]
     clip = None
@@ -246,6 +272,7 @@ def _group(
             take_rows(x, r, columns), own, clip=clip, features=features, own=class_features, blocks=blocks, plans=plans,
             feature=feature, tower_depth=depth, size=size, text=None if text is None else text[0][r[:, 0]],
             text_valid=None if text is None else text[1][r[:, 0]], pixels=pixels, pooled=pooled,
+            through=through,
         ),
     )  # fmt: skip
 
@@ -260,6 +287,18 @@ def _rows_of(image: Image) -> Tensor:
     """(N,) rows of an image's tokens among what entered the projector."""
     assert image.rows is not None
     return image.rows.clamp(min=0)
+
+
+def _entered(image: Image, encoded: Encoded, table: Tensor) -> Tensor:
+    """(N,) rows of an image's tokens in ``table`` (M,E), what entered the projector."""
+    if image.rows is not None:
+        return _rows_of(image)
+    if len(table) != encoded.tokens:
+        raise ValueError(
+            f"a method asks how the projector makes every token, and here {len(table)} rows that enter it become "
+            f"{encoded.tokens} tokens, pooled behind it; choose another method"
+        )
+    return image.start + torch.arange(image.origin.n)
 
 
 def _asked(step: Step) -> Tensor:

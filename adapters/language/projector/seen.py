@@ -45,6 +45,8 @@ class Encoded:
     calls: dict[int, Any] = field(default_factory=dict)
     #: (views,n,C) what entered the projector.
     features: Tensor | None = None
+    #: What entered the module that makes tokens, where a method asked for it.
+    entered: Tensor | None = None
     #: (views,C) class-token features.
     own: Tensor | None = None
     entries: list[Entry] = field(default_factory=list)

@@ -32,6 +32,7 @@ from tokenreduce.adapters.language.projector.seen import (
     encoded_in,
     put_on,
 )
+from tokenreduce.adapters.language.projector.through import attach_through, through_of
 from tokenreduce.core.evidence import Look, resolve
 from tokenreduce.core.undo import Undo
 
@@ -78,9 +79,10 @@ def vision_of(inner: Any) -> Vision | None:
         return None
     cls = type(towers[0]).__name__ in _WITH_CLASS
     depth = len(blocks[0])
+    module = None if projector is None else inner.get_submodule(projector)
     return Vision(
-        towers, tuple(blocks), None if projector is None else inner.get_submodule(projector), kind, cls,
-        _feature_block(inner.config, depth), hasattr(inner, "get_video_features"), _heads(towers),
+        towers, tuple(blocks), module, kind, cls, _feature_block(inner.config, depth),
+        hasattr(inner, "get_video_features"), _heads(towers), *through_of(inner, kind, module),
     )  # fmt: skip
 
 
@@ -135,6 +137,8 @@ def attach_tower_evidence(found: Language, looks: tuple[Look, ...], more: tuple[
                 undo.pre_hook(attn, functools.partial(watch, block=b))
     if vision.projector is not None:
         undo.pre_hook(vision.projector, watch_projector)
+    if "through" in more:
+        attach_through(vision, undo)
     for head in vision.heads if "head" in more else ():
         undo.hook(head, watch_head)
 

@@ -31,6 +31,8 @@ class Image:
     size: Tensor | None = None
     #: Number of the image or video in the call that it, or a piece of it, comes from.
     entry: int = -1
+    #: Number of its first token in that call.
+    start: int = 0
 
 
 def films(found: Iterator[Image], kind: str, vision: Vision | None) -> Iterator[Image]:

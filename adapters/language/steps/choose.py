@@ -49,6 +49,9 @@ class Choose(LayerStep):
             flash = "flash" in check_implementation(call.layer, index, self.window)
             if ahead:
                 seen = look_ahead(call.layer, call.x, run, index, call.kwargs, flash, self.plain)
+                if "unrotated" in self.reducer.gathers():
+                    bare = look_ahead(call.layer, call.x, run, index, call.kwargs, flash, plain=True)
+                    seen.rotated, seen.queries, seen.keys = (seen.queries, seen.keys), bare.queries, bare.keys  # type: ignore[assignment]
             else:
                 seen = run.calls.pop(index - 1, None)  # type: ignore[assignment]
         call.whole = call.x

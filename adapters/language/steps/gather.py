@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tokenreduce.adapters.encoders.hf_attention import is_causal
 from tokenreduce.adapters.language.decoders import attends, check_implementation, ids_left
-from tokenreduce.adapters.language.generation import Cut, Step, gather_mask, rows_of
+from tokenreduce.adapters.language.generation import Cut, Step, rows_of
 from tokenreduce.adapters.language.later import later_mask
+from tokenreduce.adapters.language.masks import add_sizes, gather_mask
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 
 __all__ = ["GatherColumns"]
@@ -37,6 +38,10 @@ class GatherColumns(LayerStep):
             call.run.check_batch(call.x.shape[0])
             name = check_implementation(call.layer, call.index, self.window)
             call.mask = later_mask(call.mask, call.x, call.step, call.index, call.cache, self.window, name)
+            if cut.bias is not None:
+                mine, q = call.cache.layers[call.index], call.x.shape[1]
+                past, (slots, offset) = int(mine.get_seq_length()), mine.get_mask_sizes(q)
+                _sizes(call, cut, name, slots, past, offset)
 
     def _state(self, call: LayerCall, cut: Cut) -> None:
         """A layer with a state reads a mask (B,N) of padding, which leaves no trace in front of a row's first token; in
@@ -54,7 +59,7 @@ class GatherColumns(LayerStep):
         run, n = call.run, call.x.shape[1]
         _follow(call, cut)
         slots = n if call.cache is None else call.cache.layers[call.index].get_mask_sizes(n)[0]
-        if "flash" in implementation:
+        if "flash" in implementation and cut.bias is None:
             call.mask = run.flash_mask(call.index, run.front + n, slots)
             return
         causal, made = is_causal(call.layer.self_attn), call.step.masks
@@ -62,6 +67,8 @@ class GatherColumns(LayerStep):
         if key not in made:
             made[key] = gather_mask(call.mask, cut.index, cut.valid, slots, causal, run.front)
         call.mask = made[key]
+        if cut.bias is not None:
+            _sizes(call, cut, implementation, slots, run.front, 0)
 
 
 def _follow(call: LayerCall, cut: Cut) -> None:
@@ -82,3 +89,18 @@ def _tables(step: Step, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, .
         # The stock tables are held as well, so that no other can get their ids while they are a key.
         step.tables[key] = (tables, tuple(rows_of(t, cut.here) for t in tables))
     return step.tables[key][1]
+
+
+def _sizes(call: LayerCall, cut: Cut, implementation: str, slots: int, past: int, offset: int) -> None:
+    """Let merged tokens count by their sizes; the layers that share a mask share this one, too."""
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{call.run.methods} counts merged tokens by their sizes, for which {implementation} takes no bias; "
+            f"call model.set_attn_implementation('sdpa'), or set size_bias='none'"
+        )
+    made, causal, bias = call.step.masks, is_causal(call.layer.self_attn), cut.bias
+    key = ("sizes", id(cut), id(call.mask), slots, past, offset)
+    assert bias is not None
+    if key not in made:
+        made[key] = add_sizes(call.mask, bias, call.x, slots, past=past, offset=offset, causal=causal)
+    call.mask = made[key]

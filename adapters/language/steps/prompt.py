@@ -1,4 +1,4 @@
-"""What entered the language model, for methods that look at it in a later layer."""
+"""What entered the language model, or the layer before, for methods that look at it in a later layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 
-__all__ = ["ForgetPrompt", "KeepPrompt"]
+__all__ = ["ForgetPrompt", "KeepInput", "KeepPrompt"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,15 @@ class KeepPrompt(LayerStep):
     def before(self, call: LayerCall) -> None:
         if call.step.prefill:
             call.run.entered = call.x.detach()
+
+
+@dataclass(frozen=True)
+class KeepInput(LayerStep):
+    """Remember what enters this layer, for the method that acts before the next one."""
+
+    def before(self, call: LayerCall) -> None:
+        if call.step.prefill and call.index + 1 not in call.run.decided:
+            call.run.inputs[call.index + 1] = call.x.detach()
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,28 @@ SPECS = (
     "sparsevlm:pruning_loc=[0,2],counts=[0.6,0.2],cluster=0.5",
     "sparsevlm:scale=0.8",
     "mustdrop:keep=0.3",
+    "v2drop",
+    "v2drop:keep=0.6",
+    "vtw:layer=2",
+    "d2pruner:keep=0.3",
+    "apet-llm:keep=5,basis_token_num=2",
+    "pact:keep=0.3",
+    "pact:layer=1,cutoff=0.8,keep=0.9",
+    "pact:layer=2,keep=4,size_bias=sqrt",
+    "pact:keep=5,size_bias=none",
 )
 MODELS = ("llava", "qwen2_5_vl")
 
 
 class masked:  # noqa: N801 - used like open()
     """The unpatched model with full-length sequences. From the layer of each step on, columns that its plan drops are
-    hidden as keys; in that layer, features of the others are what the plan makes of them."""
+    hidden as keys; in that layer, features of the others are what the plan makes of them, and from it on the logits of
+    their keys get ``power`` times the logarithm of how many tokens they stand for."""
 
-    def __init__(self, layers, steps, length, real):
-        self.layers, self.hooks, self.at = layers, [], {}
+    def __init__(self, layers, steps, length, real, power=0.0):
+        self.layers, self.hooks, self.at, self.bias = layers, [], {}, {}
         b = len(real)
+        sizes = torch.ones(b, length)
         columns, there = torch.arange(length).expand(b, -1), torch.ones(b, length, dtype=torch.bool)
         for step in steps:
             place, valid = step.plan.representatives(), step.plan.validity()
@@ -49,6 +60,12 @@ class masked:  # noqa: N801 - used like open()
             for i in range(b):
                 seen[i, new[i, now[i]]] = True
             self.at[step.layer] = (step.plan, columns, new, now, ~seen)
+            made = step.plan.reduce_size(sizes.gather(1, columns))
+            sizes = torch.ones(b, length)
+            for i in range(b):
+                sizes[i, new[i, now[i]]] = made[i, now[i]]
+            if power:
+                self.bias[step.layer] = power * sizes.log()
             # The adapter has columns in ascending order, those that are not there first.
             order = torch.where(now, new, new - length).argsort(dim=1, stable=True)
             columns, there = new.gather(1, order), now.gather(1, order)
@@ -79,8 +96,11 @@ class masked:  # noqa: N801 - used like open()
         ]
         see = stock & ~gone[:, None, None]
         see = see | ((column == past + torch.arange(q)[:, None]) & ~see.any(-1, keepdim=True))
-        if module.self_attn.config._attn_implementation == "eager":
+        if self.bias or module.self_attn.config._attn_implementation == "eager":
             see = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)
+        if self.bias:
+            bias = torch.nn.functional.pad(self.bias[acted[-1]], (0, offset + slots))[:, offset : offset + slots]
+            see = see + bias[:, None, None]
         return (x, *args[1:]), {**kwargs, "attention_mask": see}
 
     def __enter__(self):
@@ -108,21 +128,22 @@ def test_generation_is_what_masking_and_replacing_would_give(name, spec, rows):
     assert steps
     if "recycle=0.0" not in spec and "sparse" in spec:
         assert any(isinstance(s.plan, tr.Merge) for s in steps)
-    with masked(layers_of(name, vlm.model), steps, inputs["input_ids"].shape[1], inputs["attention_mask"]):
+    length, power = inputs["input_ids"].shape[1], tr.get_method(spec, "language").size_power
+    with masked(layers_of(name, vlm.model), steps, length, inputs["attention_mask"], power):
         want_sequences, want, _ = generate(vlm.model, inputs)
     assert torch.equal(sequences, want_sequences)
     close(logits, want)
     assert float((far[:, 0] - logits[:, 0]).abs().max()) > 1e-2, "the reduction changes something"
 
 
-@pytest.mark.parametrize("spec", ["pyramiddrop", "dart:keep=0.3", "sparsevlm:keep=0.2", SPECS[-3]])
+@pytest.mark.parametrize("spec", ["pyramiddrop", "dart:keep=0.3", "sparsevlm:keep=0.2", SPECS[7], "pact:keep=0.3"])
 @pytest.mark.parametrize("name", [name for name in VLMS if name not in MODELS])
 def test_other_families(name, spec):
     """Windows, prefixes that see each other, and DeepStack features behind a merge."""
     test_generation_is_what_masking_and_replacing_would_give(name, spec, "unequal")
 
 
-@pytest.mark.parametrize("spec", ["pyramiddrop:keep=3", "sparsevlm:keep=0.2"])
+@pytest.mark.parametrize("spec", ["pyramiddrop:keep=3", "sparsevlm:keep=0.2", "pact:keep=4", "v2drop"])
 @pytest.mark.parametrize(
     "settings", [{"num_beams": 3}, {"cache_implementation": "static"}, {"implementation": "eager"}], ids=str
 )
@@ -135,7 +156,8 @@ def test_beams_caches_and_eager_attention(spec, settings):
     if "num_beams" in settings:
         steps = acting(want[2])
         real = inputs["attention_mask"].repeat_interleave(3, 0)
-        with masked(layers_of("llava", vlm.model), steps, real.shape[1], real):
+        power = tr.get_method(spec, "language").size_power
+        with masked(layers_of("llava", vlm.model), steps, real.shape[1], real, power):
             got = generate(vlm.model, inputs, **settings)
     elif "implementation" in settings:
         model = copy.deepcopy(vlm.model)

@@ -39,7 +39,8 @@ class Attention:
         mask: (B or 1,1 or H,N,N) bool or additive, in place of ``causal``: what each query sees in the model, or what
             is added to its logits by relative position.
         size, valid: (B,N) sizes of merged tokens and which tokens are there.
-        proportional: whether rows carry the log-size bias, as they do in a model that uses it.
+        proportional: whether rows carry the log-size bias, as they do in a model that uses it; a number is the power
+            of the sizes.
         cls: whether row 0 is a class token's.
     """
 
@@ -55,7 +56,7 @@ class Attention:
     mask: Tensor | None = None
     size: Tensor | None = None
     valid: Tensor | None = None
-    proportional: bool = True
+    proportional: float = True
     cls: bool = True
     _map: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -154,6 +155,7 @@ class Attention:
         bias = None
         if self.size is not None and self.proportional:
             bias = self.size.float().log()
+            bias = bias if self.proportional == 1 else bias * self.proportional
         if self.valid is not None:
             bias = torch.zeros(self.valid.shape, device=self.valid.device) if bias is None else bias
             bias = bias.masked_fill(~self.valid, float("-inf"))

@@ -17,11 +17,15 @@ class EncoderEvidence(BaseEvidence):
 
     Args:
         before: (B,N,C) what went into the sub-layer whose output is ``x``.
+        origin: (B,N) number of the token at the entry that every one of ``x`` is in the place of; None where none has
+            left.
     """
 
-    def __init__(self, x: Tensor, *args: Any, before: Tensor | None = None, **core: Any) -> None:
+    def __init__(
+        self, x: Tensor, *args: Any, before: Tensor | None = None, origin: Tensor | None = None, **core: Any
+    ) -> None:
         super().__init__(x, *args, **core)
-        self._before = before
+        self._before, self.origin = before, origin
 
     @property
     def before(self) -> Tensor:
@@ -47,9 +51,10 @@ class EncoderEvidence(BaseEvidence):
             self.x.new_ones(1, *self.x.shape[1:]), rows, size=one(self.size), protected=protected, grid=self.grid,
             valid=one(self.valid), cls=self.cls, layer=self.layer, depth=self.depth, entry=self.entry,
             before=one(self._before),
+            origin=None if self.origin is None else self.origin.new_zeros(1, *self.origin.shape[1:]),
         )  # fmt: skip
 
     @property
-    def proportional(self) -> bool:
-        """Whether the model's attention carries the log-size bias."""
+    def proportional(self) -> float:
+        """Whether the model's attention carries the log-size bias; a number is the power of the sizes."""
         return self.attention.proportional

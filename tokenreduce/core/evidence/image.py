@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenreduce.core.evidence.attention import Attention, Rows, need
 from tokenreduce.core.evidence.base import BaseEvidence
 from tokenreduce.core.evidence.origin import Look, Origin, resolve
-from tokenreduce.core.evidence.visual import VisualEvidence
+from tokenreduce.core.evidence.visual import Through, VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["ImageEvidence", "TowerEvidence"]
@@ -98,6 +98,7 @@ class ImageEvidence(VisualEvidence):
             rows that are not there are zero.
         projected: (B,N,D) embeddings behind the projector where ``x`` are others.
         pixels: (B*V,n,P) the pixels of every patch.
+        through: see :class:`VisualEvidence`.
         pooled: ``(attention (B*V,n), vector (B*V,C))`` of the tower's pooling head.
         is_vision: whether ``x`` are features before the projector.
     """
@@ -123,10 +124,12 @@ class ImageEvidence(VisualEvidence):
         pixels: Tensor | None = None,
         pooled: tuple[Tensor, Tensor] | None = None,
         is_vision: bool = False,
+        through: Through | None = None,
     ) -> None:
         self.blocks, self.plans = dict(blocks or {}), dict(plans or {})
         super().__init__(
             x, protected=prefix, text=text, text_valid=text_valid, size=size, times=times, pixels=pixels, clip=clip,
+            through=through,
             crops=origin.crops, cls=any(b.cls for b in self.blocks.values()),
         )  # fmt: skip
         self.origin, self._features, self.own = origin, features, own
@@ -219,6 +222,7 @@ class ImageEvidence(VisualEvidence):
         x = tokens(self.x)
         assert x is not None
         clip = None if self._clip is None else (tokens(self._clip[0]), rows(self._clip[1]))
+        through = None if self._through is None else (tokens(self._through[0]), self._through[1])
         return ImageEvidence(
             x,
             origin,
@@ -238,6 +242,7 @@ class ImageEvidence(VisualEvidence):
             times=tokens(self.times),
             pixels=None if self._pixels is None else mine(self._pixels),
             pooled=None if self._pooled is None else (mine(self._pooled[0]), mine(self._pooled[1])),
+            through=cast(Any, through),
         )  # fmt: skip
 
     def batch_of(self, rows: Tensor) -> ImageEvidence:
@@ -255,6 +260,7 @@ class ImageEvidence(VisualEvidence):
             projected=pick(self._projected), size=pick(self.size), times=pick(self.times), prefix=self.prefix,
             pixels=pick(self._pixels),
             pooled=None if self._pooled is None else (self._pooled[0][rows], self._pooled[1][rows]),
+            through=None if self._through is None else (self._through[0][rows], self._through[1]),
         )  # fmt: skip
 
     # -- spaces ------------------------------------------------------------------------------------------------------
@@ -271,5 +277,5 @@ class ImageEvidence(VisualEvidence):
             x, self.origin, features=x, own=self.own, blocks=self.blocks, plans=self.plans, feature=self.feature,
             tower_depth=self.tower_depth, text=self.text, text_valid=self.text_valid, clip=self._clip, size=size,
             projected=self.projected, times=self.times, prefix=prefix, pixels=self._pixels, pooled=self._pooled,
-            is_vision=True,
+            is_vision=True, through=self._through,
         )  # fmt: skip

@@ -44,10 +44,17 @@ class LanguageEvidence(BaseEvidence):
         norm: the final norm of the language model, for methods that compare normed features.
         frame_of: (B,N,4) number of the video that a token comes from, first and last frame that it stands for, and its
             place within a frame; -1 for text and pictures.
+        place_of: (B,N,6) number of the image (frame with text around it, video) within the sample that a token comes
+            from, its plane (0 the overview or the only one, 1 all crops together; frames count up), row and column on
+            that, its number among the image's tokens, and how many these are; -1 for text. Of what stands for several,
+            the place that it kept.
         history: (B,layer+1) visual tokens that were there before each layer up to this one made its choice.
         scores: (B,N) what the method scored by what the vision tower saw, see
             :meth:`tokenreduce.Reducer.tower_scores`; a token that stands for several has the highest of theirs, text 0.
         earlier: in a decode step, what the method saw and chose in the one before; None in the first.
+        held: (B,N) bool, in a decode step, the tokens of the prompt that the choice left which holds so far; None in
+            prefill.
+        before: (B,N,C) what entered the layer before, of the same tokens.
     """
 
     def __init__(
@@ -61,11 +68,16 @@ class LanguageEvidence(BaseEvidence):
         history: Tensor | None = None,
         scores: Tensor | None = None,
         earlier: Earlier | None = None,
+        before: Tensor | None = None,
+        place_of: Tensor | None = None,
+        held: Tensor | None = None,
         **core: Any,
     ) -> None:
         super().__init__(x, *args, **core)
         self.visual, self.prompt, self.history, self.earlier = visual, prompt, history, earlier
+        self.held = held
         self._norm, self._frame_of, self._scores = norm, frame_of, scores
+        self._before, self._place_of = before, place_of
 
     def _mixed(self) -> bool:
         return self.visual is not None
@@ -91,8 +103,16 @@ class LanguageEvidence(BaseEvidence):
         return visual.sum(1, keepdim=True)
 
     @property
+    def before(self) -> Tensor:
+        return need(self._before, "before")
+
+    @property
     def frame_of(self) -> Tensor:
         return need(self._frame_of, "frame_of")
+
+    @property
+    def place_of(self) -> Tensor:
+        return need(self._place_of, "place_of")
 
     @property
     def scores(self) -> Tensor:

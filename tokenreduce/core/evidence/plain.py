@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.core.evidence.attention import Attention
 from tokenreduce.core.evidence.encoder import EncoderEvidence
 from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
-from tokenreduce.core.evidence.visual import VisualEvidence
+from tokenreduce.core.evidence.visual import Through, VisualEvidence
 
 __all__ = ["Evidence"]
 
@@ -36,9 +36,9 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             is protected.
         rope, rotated, scale, proportional, causal, softcap, mask: see
             :class:`~tokenreduce.core.evidence.attention.Attention`.
-        before: see :class:`EncoderEvidence`.
-        prompt, norm, frame_of, history, scores, earlier: see :class:`LanguageEvidence`.
-        text_valid, pixels, clip, crops: see :class:`VisualEvidence`.
+        before, origin: see :class:`EncoderEvidence` and :class:`LanguageEvidence`.
+        prompt, norm, frame_of, place_of, history, scores, earlier, held: see :class:`LanguageEvidence`.
+        text_valid, pixels, clip, crops, through: see :class:`VisualEvidence`.
         films, marks: what ``frame_of`` and ``scores`` were called before.
     """
 
@@ -62,7 +62,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         rope: str | None = None,
         rotated: tuple[Tensor, Tensor] | None = None,
         scale: float | None = None,
-        proportional: bool = True,
+        proportional: float = True,
         causal: bool = False,
         softcap: float | None = None,
         mask: Tensor | None = None,
@@ -81,6 +81,10 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         crops: tuple[int, int] | None = None,
         films: Tensor | None = None,
         marks: Tensor | None = None,
+        place_of: Tensor | None = None,
+        held: Tensor | None = None,
+        through: Through | None = None,
+        origin: Tensor | None = None,
     ) -> None:
         if films is not None or marks is not None:
             warnings.warn("films is frame_of now, and marks is scores", DeprecationWarning, stacklevel=2)
@@ -107,7 +111,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             x, rows, size=size, protected=protected, grid=grid, valid=valid, cls=cls, layer=layer, depth=depth,
             entry=entry, before=before, text=text, text_valid=text_valid, times=times, crops=crops, clip=clip,
             pixels=pixels, visual=visual, prompt=prompt, norm=norm, frame_of=frame_of, history=history, scores=scores,
-            earlier=earlier,
+            earlier=earlier, place_of=place_of, held=held, through=through, origin=origin,
         )  # fmt: skip
 
     def samples(self, rows: Tensor) -> Evidence:
@@ -128,6 +132,8 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             norm=self._norm, frame_of=pick(self._frame_of), history=pick(self.history), scores=pick(self._scores),
             earlier=None if earlier is None else Earlier(earlier.attention[rows], earlier.stay[rows]),
             text_valid=pick(self.text_valid), pixels=pick(self._pixels), crops=self.crops,
+            place_of=pick(self._place_of), held=pick(self.held), origin=pick(self.origin),
+            through=None if self._through is None else (self._through[0][rows], self._through[1]),
             clip=None if self._clip is None else (self._clip[0][rows], self._clip[1][rows]),
         )  # fmt: skip
 
@@ -144,6 +150,9 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         return Evidence(
             self.x[row : row + 1, where], seen.k, seen.q, seen.given, rows(self.size), values=seen.v,
             before=rows(self._before), text=alone(self.text), text_valid=alone(self.text_valid), times=rows(self.times),
+            through=None if self._through is None else (
+                self._through[0][row : row + 1, where - self.prefix], self._through[1]
+            ),
             pixels=None if self._pixels is None else self._pixels[row : row + 1, where - self.prefix],
             grid=self.grid if self.grid is not None and math.prod(self.grid) == len(where) else None, cls=False,
             clip=None if self._clip is None else (self._clip[0][row : row + 1, where], self._clip[1][row : row + 1]),

@@ -13,7 +13,10 @@ from tokenreduce.core.evidence.attention import need
 from tokenreduce.core.evidence.base import BaseEvidence
 from tokenreduce.core.evidence.origin import Look
 
-__all__ = ["VisualEvidence"]
+__all__ = ["Through", "VisualEvidence"]
+
+#: Rows (B,N,E) that enter a projector, and the projector.
+Through = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 class VisualEvidence(BaseEvidence):
@@ -30,6 +33,8 @@ class VisualEvidence(BaseEvidence):
         clip: ``(patches (B,N,E), text (B,M,E))`` in the joint space of a CLIP model, where a method asked for it; text
             rows that are not there are zero.
         pixels: (B,N,P) the pixels of every token's area, of the tokens behind the prefix.
+        through: ``(rows (B,N,E), projector)``: what enters the projector for every token behind the prefix, and the
+            projector on such rows (...,E) as a function to embeddings (...,D), float32.
     """
 
     def __init__(
@@ -42,11 +47,12 @@ class VisualEvidence(BaseEvidence):
         crops: tuple[int, int] | None = None,
         clip: tuple[Tensor, Tensor] | None = None,
         pixels: Tensor | None = None,
+        through: Through | None = None,
         **core: Any,
     ) -> None:
         super().__init__(x, *args, **core)
         self.text, self.text_valid, self.times, self.crops = text, text_valid, times, crops
-        self._clip, self._pixels = clip, pixels
+        self._clip, self._pixels, self._through = clip, pixels, through
 
     # -- the vision tower ----------------------------------------------------------------------------------------------
     def tower(self, look: Look = None) -> VisualEvidence:
@@ -85,6 +91,13 @@ class VisualEvidence(BaseEvidence):
         if self._clip is None:
             raise ValueError("this method needs clip, which the evidence lacks: name a CLIP model in its setting clip")
         return self._clip
+
+    @property
+    def through(self) -> Through:
+        """What enters the projector for every token behind the prefix, and the projector as a function."""
+        if self._through is None:
+            raise ValueError("this method needs through, which the evidence lacks: give Evidence(through=...)")
+        return self._through
 
     # -- places --------------------------------------------------------------------------------------------------------
     @property

@@ -63,7 +63,10 @@ class Chain(Plan):
         if all(not isinstance(p, Pool) for p in self.plans):
             return super().expand(y, fill)
         if isinstance(fill, Tensor):
-            raise ValueError("a chain with a pool expands with a number as fill, not a tensor")
+            # What a token fed in part and was dropped later counts nothing; what fed nothing that is left is filled.
+            there = self.expand(torch.ones_like(y[..., :1]))
+            out = self.expand(y) / there.clamp(min=torch.finfo(y.dtype).tiny)
+            return torch.where(there > 0, out, torch.as_tensor(fill, dtype=y.dtype, device=y.device))
         for plan in reversed(self.plans):
             y = plan.expand(y, fill)
         return y
