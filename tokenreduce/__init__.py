@@ -97,17 +97,21 @@ __all__ = [
     "RandomVisual", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "SparseVLM",
     "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames",
     "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe",
-    "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "unpatch",
-    "zoo",
+    "estimate", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
+    "unpatch", "zoo",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Method classes (``tr.ToMe``, ``tr.PiToMe``, ...) come from the registry, ``tr.zoo`` when first used."""
+    """Method classes (``tr.ToMe``, ``tr.PiToMe``, ...) come from the registry, other rooms when first used."""
     if name == "zoo":
         import importlib
 
         return importlib.import_module("tokenreduce.zoo")
+    if name == "estimate":
+        from tokenreduce.estimation import estimate
+
+        return estimate
     if not name.startswith("_"):
         from tokenreduce.core.registry import load_all
 

@@ -10,7 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenreduce.cli import bench, bench_video, demo, describe, generate, methods, report, scene, show, stream, train
+from tokenreduce.cli import (
+    bench,
+    bench_video,
+    demo,
+    describe,
+    estimate,
+    generate,
+    methods,
+    report,
+    scene,
+    show,
+    stream,
+    train,
+)
 from tokenreduce.cli.shared import Friendly, set_debug
 
 __all__ = ["app", "main"]
@@ -48,6 +61,8 @@ def options(
 EXAMPLES = {
     "methods": "tokenreduce methods 'to*' --stage encoder",
     "describe": "tokenreduce describe timm:vit_base_patch16_224 --reduce 'tome:r=16'",
+    "estimate": "tokenreduce estimate Qwen/Qwen2.5-VL-7B-Instruct --reduce 'visionzip:keep=0.2' --device h100",
+    "calibrate": "tokenreduce calibrate --dtype fp32",
     "show": "tokenreduce show timm:vit_base_patch16_224 cat.jpg --reduce 'tome:r=13' -o cat_tokens.png",
     "generate": "tokenreduce generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt 'What is this?' "
     "--reduce 'visionzip:keep=64+fastv:layer=2,keep=0.5'",
@@ -62,7 +77,8 @@ EXAMPLES = {
     "demo": "tokenreduce demo --model timm:vit_base_patch16_224 --port 7860",
 }
 COMMANDS: tuple[tuple[str, Any], ...] = (
-    ("methods", methods.command), ("describe", describe.command), ("show", show.command),
+    ("methods", methods.command), ("describe", describe.command), ("estimate", estimate.command),
+    ("calibrate", estimate.calibrate), ("show", show.command),
     ("generate", generate.command), ("stream", stream.command), ("report", report.command), ("train", train.command),
     ("scene", scene.command), ("demo", demo.command),
 )  # fmt: skip
