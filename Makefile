@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel performance performance-vlm clean
+.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel performance performance-vlm performance-estimate clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -76,6 +76,9 @@ imports: wheel  ## who may import whom, on the wheel as well
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
 	$(BIN)/python -m tokenreduce.bench.performance.encoders
+
+performance-estimate: $(VENV)/dev.stamp  ## estimated against measured speed-ups, on an idle machine
+	$(BIN)/python -m tokenreduce.bench.performance.estimate --markdown docs/performance.md
 
 performance-vlm: $(VENV)/hf.stamp  ## the same for image language models
 	$(BIN)/python -m tokenreduce.bench.performance.language

@@ -10,8 +10,8 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,8 @@ class Case:
     reduce: tuple[str, ...]
     batch: int = 1
     image: tuple[int, int] | None = None
-    quick: bool = False
+    #: 0 is in every run, 1 is left out by ``--quick``, 2 is added by ``--full``.
+    cost: int = 1
 
     @property
     def title(self) -> str:
@@ -59,15 +60,15 @@ SETTINGS = (
     Case("timm:vit_base_patch16_224", TOME),
     Case("timm:vit_base_patch16_224", TOME, 8),
     Case("timm:vit_large_patch16_224", TOME),
-    Case("timm:vit_large_patch16_224", TOME, 8),
-    Case("timm:vit_small_patch14_dinov2", ("tome:r=8", "tome:r=16", "tome:r=20"), 1, (224, 224), True),
+    Case("timm:vit_large_patch16_224", TOME, 8, cost=2),
+    Case("timm:vit_small_patch14_dinov2", ("tome:r=8", "tome:r=16", "tome:r=20"), 1, (224, 224), 0),
     Case("timm:vit_small_patch14_dinov2", ("tome:r=8", "tome:r=16", "tome:r=20"), 8, (224, 224)),
-    Case("timm:vit_small_patch14_dinov2", ("tome:r=40", "tome:r=80", "tome:r=110"), 1, (518, 518), True),
+    Case("timm:vit_small_patch14_dinov2", ("tome:r=40", "tome:r=80", "tome:r=110"), 1, (518, 518), 0),
     Case("open_clip:ViT-B-16", ("evit:base_keep_rate=0.8", "evit:base_keep_rate=0.65", "evit:base_keep_rate=0.5")),
     Case("llava", ZIP),
-    Case("llava", ZIP, 8),
+    Case("llava", ZIP, 8, cost=2),
     Case("qwen2.5-vl", ZIP, 1, (448, 448)),
-    Case("qwen2.5-vl", ZIP, 8, (448, 448)),
+    Case("qwen2.5-vl", ZIP, 8, (448, 448), 2),
 )
 
 
@@ -88,20 +89,17 @@ class Row:
 
 
 def measure(
-    cases: Sequence[Case], device: Measured, rounds: int = 5, done: Callable[[Row], None] = lambda row: None
+    cases: Sequence[Case], device: Measured, rounds: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[Row]:
-    """Rows of all cases in order; ``done`` hears of each."""
+    """Rows of all cases in order."""
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             subject = subject_of(_source(case.name, Path(folder)), Ask(case.image))
             predicted = {s: compared(subject, tr.parse(s), device, case.batch, device.dtype) for s in case.reduce}
-            times = _times(subject, case, rounds)
+            times = _times(subject, case, rounds, clock)
             for spec, (stock, reduced) in predicted.items():
-                row = Row(
-                    case, spec, (stock, times["stock"].median), stock / reduced, times["stock"].against(times[spec])
-                )
-                done(row)
-                yield row
+                speedup = times["stock"].against(times[spec])
+                yield Row(case, spec, (stock, times["stock"].median), stock / reduced, speedup)
 
 
 def _source(name: str, folder: Path) -> str:
@@ -112,13 +110,13 @@ def _source(name: str, folder: Path) -> str:
     return str(folder / name)
 
 
-def _times(subject: Subject, case: Case, rounds: int) -> dict[str, Any]:
+def _times(subject: Subject, case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     stock = subject.build()
     inputs = {k: torch.cat([v] * case.batch) for k, v in subject.inputs.items()}
     models = {"stock": stock, **{s: tr.patch(twin(stock), s) for s in case.reduce}}
-    with ExitStack() as stack:
-        stack.enter_context(fused_attention("cpu"))
-        return dict(interleaved({n: partial(subject.forward, m, inputs) for n, m in models.items()}, rounds))
+    calls = {name: partial(subject.forward, model, inputs) for name, model in models.items()}
+    with fused_attention("cpu"):
+        return dict(interleaved(calls, rounds, clock=clock))
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -143,20 +141,28 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="timed rounds")] = 5,
     seconds: Annotated[float, typer.Option(min=1, help="time to calibrate")] = 20.0,
     quick: Annotated[bool, typer.Option(help="the two smallest models only")] = False,
+    full: Annotated[bool, typer.Option(help="large batches of large models, too")] = False,
+    cpu_time: Annotated[bool, typer.Option(help="CPU time of one thread, for a machine with other work")] = False,
     markdown_out: Annotated[
         Path | None, typer.Option("--markdown", help="file whose marked section is replaced, or a new one")
     ] = None,
 ) -> None:
     """Estimated against measured speed-ups on this machine's CPU."""
     speak_everywhere()
-    device = calibrate("fp32", seconds)
-    cases = [case for case in SETTINGS if case.quick or not quick]
-    rows = list(measure(cases, device, rounds, lambda row: print(*cells(row), flush=True)))
+    if cpu_time:
+        torch.set_num_threads(1)
+    clock = time.thread_time if cpu_time else time.perf_counter
+    device = calibrate("fp32", seconds, clock)
+    rows = []
+    for row in measure([c for c in SETTINGS if c.cost <= (0 if quick else 2 if full else 1)], device, rounds, clock):
+        rows.append(row)
+        print(*cells(row), flush=True)
+    threads = counted(torch.get_num_threads(), "thread") + (", CPU time" if cpu_time else "")
     about = (
-        f"CPU, {counted(torch.get_num_threads(), 'thread')}; fp32; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; random weights; {counted(rounds, 'round')}, stock and reduced interleaved. "
-        f"llava and qwen2.5-vl are shapes for a CPU (language model {SHAPES['small'].llm[1]} layers of width "
-        f"{SHAPES['small'].llm[0]}), measured to the first token.\n\n{summary(rows)}"
+        f"CPU, {threads}; fp32; torch {torch.__version__}, Python {platform.python_version()}; random weights; "
+        f"{counted(rounds, 'round')}, stock and reduced interleaved. llava and qwen2.5-vl are shapes for a CPU "
+        f"(language model {SHAPES['small'].llm[1]} layers of width {SHAPES['small'].llm[0]}), measured to the first "
+        f"token.\n\n{summary(rows)}"
     )
     print(summary(rows))
     if markdown_out is not None:
