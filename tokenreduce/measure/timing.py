@@ -153,7 +153,7 @@ def interleaved(
     repeats: int,
     warmup: int = 1,
     device: torch.device | str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Time several functions round-robin: each round calls each of them once, every other round in reverse order.
 
@@ -166,6 +166,7 @@ def interleaved(
     if not functions:
         raise ValueError("functions is empty: give at least one callable to time")
     times: dict[str, list[float]] = {name: [] for name in functions}
+    clock = clock or time.perf_counter
     with torch.no_grad():
         for round_, name in turns(functions, repeats, warmup):
             synchronise(device)
