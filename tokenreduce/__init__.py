@@ -98,20 +98,22 @@ __all__ = [
     "SpatialAugmented", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenShuffle", "Uniform", "UniformFrames",
     "UniformTokens", "VScan", "VScanLLM", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZeroTPrune", "describe",
     "estimate", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
-    "unpatch", "zoo",
+    "tune", "unpatch", "zoo",
 ]  # fmt: skip
+
+
+#: Rooms that load more than torch, and what is wanted of them: nothing means the module.
+_LATE = {"zoo": ("zoo", ""), "estimate": ("estimation", "estimate"), "tune": ("tuning", "tune")}
 
 
 def __getattr__(name: str) -> Any:
     """Method classes (``tr.ToMe``, ``tr.PiToMe``, ...) come from the registry, other rooms when first used."""
-    if name == "zoo":
+    if name in _LATE:
         import importlib
 
-        return importlib.import_module("tokenreduce.zoo")
-    if name == "estimate":
-        from tokenreduce.estimation import estimate
-
-        return estimate
+        room, what = _LATE[name]
+        module = importlib.import_module(f"tokenreduce.{room}")
+        return getattr(module, what) if what else module
     if not name.startswith("_"):
         from tokenreduce.core.registry import load_all
 

@@ -23,6 +23,7 @@ from tokenreduce.cli import (
     show,
     stream,
     train,
+    tune,
 )
 from tokenreduce.cli.shared import Friendly, set_debug
 
@@ -62,6 +63,7 @@ EXAMPLES = {
     "methods": "tokenreduce methods 'to*' --stage encoder",
     "describe": "tokenreduce describe timm:vit_base_patch16_224 --reduce 'tome:r=16'",
     "estimate": "tokenreduce estimate Qwen/Qwen2.5-VL-7B-Instruct --reduce 'visionzip:keep=0.2' --device h100",
+    "tune": "tokenreduce tune world-llava --target flops=0.4 --trials 40",
     "calibrate": "tokenreduce calibrate --dtype fp32",
     "show": "tokenreduce show timm:vit_base_patch16_224 cat.jpg --reduce 'tome:r=13' -o cat_tokens.png",
     "generate": "tokenreduce generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt 'What is this?' "
@@ -78,7 +80,7 @@ EXAMPLES = {
 }
 COMMANDS: tuple[tuple[str, Any], ...] = (
     ("methods", methods.command), ("describe", describe.command), ("estimate", estimate.command),
-    ("calibrate", estimate.calibrate), ("show", show.command),
+    ("calibrate", estimate.calibrate), ("tune", tune.command), ("show", show.command),
     ("generate", generate.command), ("stream", stream.command), ("report", report.command), ("train", train.command),
     ("scene", scene.command), ("demo", demo.command),
 )  # fmt: skip

@@ -47,11 +47,13 @@ def calibrate(dtype: str = "fp32", seconds: float = 20.0, clock: Callable[[], fl
     kind, size = DTYPES[dtype], BYTES[dtype]
     calls: dict[Any, Call] = {"launch": partial(_Small().to(kind), torch.zeros(1, 4, 8, dtype=kind))}
     # In a model, small operators stand between large ones, which leave the caches cold.
-    cold = {"launch": partial(F.linear, torch.randn(200, 768, dtype=kind), torch.randn(3072, 768, dtype=kind))}
-    for weight in WEIGHTS:
-        w = torch.randn(weight[1], weight[0], dtype=kind)
-        for rows in ROWS:
-            calls[weight, rows] = partial(F.linear, torch.randn(rows, weight[0], dtype=kind), w)
+    cold: dict[Any, Call] = {
+        "launch": partial(F.linear, torch.randn(200, 768, dtype=kind), torch.randn(3072, 768, dtype=kind))
+    }
+    for inner, outer in WEIGHTS:
+        w = torch.randn(outer, inner, dtype=kind)
+        for n in ROWS:
+            calls[(inner, outer), n] = partial(F.linear, torch.randn(n, inner, dtype=kind), w)
     for n in KEYS:
         q = torch.randn(1, HEADS, n, WIDTH, dtype=kind)
         calls["attention", n] = partial(F.scaled_dot_product_attention, q, q, q)
