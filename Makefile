@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
 .PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel docs release-check performance \
-	performance-vlm clean
+	performance-vlm performance-estimate clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -89,6 +89,9 @@ release-check: $(VENV)/dev.stamp  ## sdist and wheel, and the wheel in a fresh e
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
 	$(BIN)/python -m tokenreduce.bench.performance.encoders
+
+performance-estimate: $(VENV)/dev.stamp  ## estimated against measured speed-ups, on an idle machine
+	$(BIN)/python -m tokenreduce.bench.performance.estimate --markdown docs/performance.md
 
 performance-vlm: $(VENV)/hf.stamp  ## the same for image language models
 	$(BIN)/python -m tokenreduce.bench.performance.language

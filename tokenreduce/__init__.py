@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.core.reducer import Reducer
     from tokenreduce.core.registry import get_method, list_methods, parse
     from tokenreduce.core.trace import record
+    from tokenreduce.estimation import estimate
     from tokenreduce.patching import describe, kept_columns, patch, patched, reduce_tokens, unpatch
     from tokenreduce.streaming import stream
+    from tokenreduce.tuning import tune
     from tokenreduce.video.cache.dycoke_cache import DyCokeCache
     from tokenreduce.video.cache.infinipot_v import InfiniPotV
     from tokenreduce.video.cache.streammem import StreamMem
@@ -155,8 +157,8 @@ __all__ = [
     "STTMLLM", "SnapKV", "SparseVLM", "SpatialAugmented", "StreamMem", "StreamingLLM", "TGVKV", "TOVA", "TRIM", "ToFu",
     "ToMe", "ToMeKth", "TokenCorr", "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens",
     "V2Drop", "VCAST", "VLCache", "VScan", "VScanLLM", "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
-    "ZOOPrune", "ZeroTPrune", "describe", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched",
-    "record", "reduce_tokens", "stream", "unpatch", "zoo",
+    "ZOOPrune", "ZeroTPrune", "describe", "estimate", "get_method", "kept_columns", "list_methods", "parse", "patch",
+    "patched", "record", "reduce_tokens", "stream", "tune", "unpatch", "zoo",
 ]  # fmt: skip
 
 
@@ -168,7 +170,9 @@ _HOMES = {
     "core.reducer": ("Reducer",),
     "core.registry": ("get_method", "list_methods", "parse"),
     "core.trace": ("record",),
+    "estimation": ("estimate",),
     "streaming": ("stream",),
+    "tuning": ("tune",),
     "patching": ("describe", "kept_columns", "patch", "patched", "reduce_tokens", "unpatch"),
 }
 #: Subpackages and modules that are attributes without being imported first.
@@ -178,9 +182,11 @@ _MODULES = (
     "bench",
     "common",
     "core",
+    "estimation",
     "measure",
     "patching",
     "streaming",
+    "tuning",
     "video",
     "vision",
     "zoo",

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import list_methods, parse
+from tokenreduce.core.tuned import is_tuned, read_tuned
 from tokenreduce.core.undo import MARK, Undo, _patches, reducers_of
 
-__all__ = ["F", "M", "describe", "kept_columns", "patch", "patched", "reduce_tokens", "twin", "unpatch"]
+__all__ = ["F", "M", "describe", "family_of", "kept_columns", "patch", "patched", "reduce_tokens", "twin", "unpatch"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,7 +29,8 @@ _MISSING = object()
 def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     """Put one or more reducers into ``model``, in place, and return it.
 
-    ``reducers`` are instances or text (``"tome:r=8+visionzip:keep=64"``). The model may be a timm, open_clip or
+    ``reducers`` are instances or text (``"tome:r=8+visionzip:keep=64"``), or the name of the ``tuned.json`` that
+    ``tokenreduce tune`` wrote for a model of this family. The model may be a timm, open_clip or
     transformers model or any module that contains one.
 
     Pooled features and logits count every token by its size. Token sequences of ``model`` itself (``forward_features``,
@@ -68,7 +70,7 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
-    chosen = parse(*reducers, stage=default_stage(model))
+    chosen = parse(*_read(model, reducers), stage=default_stage(model))
     if not chosen:
         raise ValueError(f"no method given; choose from {', '.join(list_methods())}")
     if any(MARK in m.__dict__ or isinstance(m, Reduced) for m in model.modules()):
@@ -88,6 +90,20 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
         raise
     model.__dict__[MARK] = undo
     return model
+
+
+def _read(model: nn.Module, reducers: tuple[Reducer | str, ...]) -> list[Reducer | str]:
+    """``reducers`` with what stands in tuned files in their place."""
+    return [read_tuned(r, family_of(model)).reduce if is_tuned(r) else r for r in reducers]  # type: ignore[arg-type]
+
+
+def family_of(model: nn.Module) -> str:
+    """What a tuned file is bound to: the class of an image/video language model's inside, or the family of a tower.
+
+    Raises ``TypeError`` for a model without adapter.
+    """
+    found = describe(model)
+    return str(found.towers[0].family if found.language is None else found.language.family)
 
 
 def unpatch(model: M) -> M:

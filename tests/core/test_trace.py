@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 import tokenreduce as tr
@@ -16,6 +19,24 @@ def test_the_repr_is_short() -> None:
     trace.decode.append(DecodeStep(2, "lazyllm", torch.ones(2, 500, dtype=torch.bool), torch.ones(2)))
     assert "1 choice in decode" in repr(trace)
     assert "tensor" not in repr(trace.steps) + repr(trace.decode)
+
+
+def test_own_is_entered_around_making_and_applying_plans() -> None:
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+    inside: list[str] = []
+
+    @contextmanager
+    def own():
+        inside.append("in")
+        yield
+        inside.append("out")
+
+    with torch.no_grad(), tr.patched(vit, "tome:r=1"), tr.record(vit, flops=False, own=own) as trace:
+        vit(torch.zeros(1, 3, 32, 32))
+    assert len(trace.plans) == 2
+    assert inside == ["in", "out"] * (len(inside) // 2)
+    assert len(inside) >= 4
 
 
 def test_a_recorded_trace_says_what_was_counted() -> None:

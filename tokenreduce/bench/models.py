@@ -15,16 +15,15 @@ Options follow a question mark: ``timm:vit_tiny_patch16_224?pretrained=false&img
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tokenreduce.bench import zeroshot
 from tokenreduce.bench.loaders import hf_models, open_clip_models, timm_models
 from tokenreduce.bench.loaders.loaded import Loaded
+from tokenreduce.common.model_names import options_of
 
 __all__ = ["EMBEDDED", "KINDS", "Loaded", "load_model"]
 
@@ -57,7 +56,7 @@ def load_model(
         raise ValueError(f"unknown model {name!r}; write one of: {', '.join(KINDS)}{_hint(name)}")
     else:
         source, _, text = body.partition("?")
-        loaded = loaders[kind].load(name, source, _options(name, text), torch.device(device))
+        loaded = loaders[kind].load(name, source, options_of(name, text), torch.device(device))
     names = zeroshot.read_classes(classes)
     return loaded if names is None else loaded.with_classes(names)
 
@@ -67,21 +66,6 @@ def _hint(name: str) -> str:
         return f" (for a transformers folder: hf:{name})"
     kind = difflib.get_close_matches(name.partition(":")[0], [*EMBEDDED, "timm", "open_clip", "hf"], 1)
     return f" (did you mean {kind[0]}?)" if kind and kind[0] != name else ""
-
-
-def _options(name: str, text: str) -> dict[str, Any]:
-    """``img_size=64&pretrained=false`` to values; numbers, true, false and none are read as such."""
-    out: dict[str, Any] = {}
-    words = {"true": True, "false": False, "none": None}
-    for item in filter(None, text.split("&")):
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise ValueError(f"cannot read the option {item!r} in {name!r}; write ?option=value&option=value")
-        try:
-            out[key] = words[value.lower()] if value.lower() in words else json.loads(value)
-        except ValueError:
-            out[key] = value
-    return out
 
 
 def _embedded(name: str, device: torch.device | str) -> Loaded:

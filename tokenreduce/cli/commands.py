@@ -37,6 +37,9 @@ COMMANDS = (
     Entry("methods", "'to*' --stage encoder"),
     Entry("models", "--library transformers"),
     Entry("describe", "timm:vit_base_patch16_224 --reduce 'tome:r=16'"),
+    Entry("estimate", "Qwen/Qwen2.5-VL-7B-Instruct --reduce 'visionzip:keep=0.2' --device h100"),
+    Entry("tune", "world-llava --target flops=0.4 --trials 40"),
+    Entry("calibrate", "--dtype fp32"),
     Entry("show", "timm:vit_base_patch16_224 cat.jpg --reduce 'tome:r=13' -o cat_tokens.png"),
     Entry(
         "generate",

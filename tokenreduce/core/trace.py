@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,8 @@ class Trace:
     #: Seconds spent on making and applying plans (CPU wall clock), when recorded with ``timing=True``.
     seconds: float = 0.0
     timing: bool = False
+    #: Entered around making and applying plans, for whoever looks at what runs inside.
+    own: Callable[[], AbstractContextManager[Any]] = nullcontext
     _counter: Any = None
 
     @property
@@ -151,29 +153,37 @@ class Trace:
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Adds the time spent inside to :attr:`seconds` when timing was asked for."""
-        if not self.timing:
+        """Adds the time spent inside to :attr:`seconds` when timing was asked for, and enters :attr:`own`."""
+        with self.own():
+            if not self.timing:
+                yield
+                return
+            began = time.perf_counter()
             yield
-            return
-        began = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
 
 
 @contextmanager
-def record(model: nn.Module, *, flops: bool = True, timing: bool = False) -> Iterator[Trace]:
+def record(
+    model: nn.Module,
+    *,
+    flops: bool = True,
+    timing: bool = False,
+    own: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[Trace]:
     """Record what the reducers do to ``model`` inside the block: ``with tr.record(model) as trace: model(x)``.
 
     ``trace.tokens``, ``trace.plans`` and ``trace.flops`` describe every forward made inside; an unpatched model only
     has FLOPs. ``timing=True`` also measures the reduction's own work (CPU wall clock; leave ``flops`` off then,
-    counting costs time). A compiled model runs, but its graph reports nothing: record the model before compiling.
+    counting costs time), and ``own()`` is entered around that work. A compiled model runs, but its graph reports
+    nothing: record the model before compiling.
     """
     counter: FlopCounterMode | None = None
     if flops:
         from tokenreduce.core.flops import flop_counter
 
         counter = flop_counter()
-    trace = Trace(modules=frozenset(id(m) for m in model.modules()), timing=timing, _counter=counter)
+    trace = Trace(modules=frozenset(id(m) for m in model.modules()), timing=timing, own=own, _counter=counter)
     token = _active.set(trace)
     try:
         if counter is None:

@@ -153,25 +153,27 @@ def interleaved(
     repeats: int,
     warmup: int = 1,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Time several functions round-robin: each round calls each of them once, every other round in reverse order.
 
     Whatever slows the machine for a while (other processes, heat, clocks) then slows all candidates, and ratios taken
     per round cancel it. ``warmup`` rounds are not counted. Calls run without gradients; CUDA is synchronised before
-    and after each.
+    and after each. ``clock`` may be ``time.thread_time`` where torch has one thread and other processes disturb.
 
     Raises ``ValueError`` for no function, ``repeats`` below 1 or a negative ``warmup``.
     """
     if not functions:
         raise ValueError("functions is empty: give at least one callable to time")
     times: dict[str, list[float]] = {name: [] for name in functions}
+    clock = clock or time.perf_counter
     with torch.no_grad():
         for round_, name in turns(functions, repeats, warmup):
             synchronise(device)
-            began = time.perf_counter()
+            began = clock()
             functions[name]()
             synchronise(device)
-            spent = time.perf_counter() - began
+            spent = clock() - began
             if round_ >= 0:
                 times[name].append(max(spent, 1e-9))  # a clock's resolution must not make a ratio infinite
     return {name: Timing(name, tuple(values)) for name, values in times.items()}

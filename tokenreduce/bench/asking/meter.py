@@ -70,24 +70,25 @@ class Meter:
     def cost(self, reducers: tuple[Reducer, ...]) -> Cost:
         """What a prefill costs; counted once for each ``reducers``. The model is as before afterwards."""
         if reducers not in self._costs:
-            self._costs[reducers] = self._count(reducers)
+            with patched(self.runner.loaded.model, *reducers) if reducers else nullcontext():
+                self._costs[reducers] = self.count()
         return self._costs[reducers]
 
-    def _count(self, reducers: tuple[Reducer, ...]) -> Cost:
+    def count(self) -> Cost:
+        """What a prefill of the model costs as it is now, patched or not."""
         model = self.runner.loaded.model
         encoders: list[int | None] = []
         layers: list[tuple[int, ...]] = []
         flops, cache = [], []
         notes: list[str] = []
-        with patched(model, *reducers) if reducers else nullcontext():
-            for question, visual in zip(self.probes, self.visual, strict=True):
-                with record(model) as trace:
-                    made = self.runner.prefill(model, question)
-                flops.append(trace.flops)
-                cache.append(cache_bytes(made))
-                layers.append(layers_of(trace.steps, visual, self.depth)[1])
-                encoders.append(patches_left(model, question, patches_of(model, question), trace.steps))
-                notes += trace.notes
+        for question, visual in zip(self.probes, self.visual, strict=True):
+            with record(model) as trace:
+                made = self.runner.prefill(model, question)
+            flops.append(trace.flops)
+            cache.append(cache_bytes(made))
+            layers.append(layers_of(trace.steps, visual, self.depth)[1])
+            encoders.append(patches_left(model, question, patches_of(model, question), trace.steps))
+            notes += trace.notes
         n = len(layers)
         if (
             len({tuple(row[i] / row[0] for i in range(self.depth)) for row in layers if row[0]}) > 1
