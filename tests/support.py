@@ -9,7 +9,7 @@ from tokenreduce import Evidence, list_methods
 from tokenreduce.core.registry import get_class
 
 ENCODER_METHODS = list_methods(stage="encoder")
-#: What ``paper`` of a method is: an arXiv id, or nothing. Those of the library's own stand in the README's tables, too.
+#: What ``paper`` of a method is: an arXiv id, or nothing. Those of the library's own stand in their files, too.
 PAPER = r"(\d{4}\.\d{5})?"
 
 

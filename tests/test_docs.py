@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import itertools
 import re
 from pathlib import Path
@@ -21,6 +22,10 @@ ROOMS = ("adapters", "vision", "video", "demo")
 TREE = ("tokenreduce", *ROOMS, "tests", "docs", "notebooks", "build_backend", ".ci")
 #: Files that a reader is told to write.
 TO_WRITE = {"vision/encoder/loudest.py", "tests/vision/encoder/test_loudest.py", "loudest.py", "test_loudest.py"}
+#: Pages of the site that are made when it is built, see .ci/site_hooks.py.
+MADE = {ROOT / "docs" / "methods.md"}
+#: Words that look like names in the package and are none: groups of entry points.
+GROUPS = {"tokenreduce.methods"}
 #: The language stage is to be read in about this many lines.
 LINES_TO_READ = 600
 
@@ -49,6 +54,8 @@ def missing_links(text: str, folder: Path) -> list[str]:
             continue
         file = folder / path if path else None
         page = text if file is None or not heading else file.read_text(encoding="utf-8") if file.exists() else ""
+        if file is not None and file.resolve() in MADE:
+            continue
         if (file is not None and not file.exists()) or (heading and heading not in headings(page)):
             out.append(target)
     return out
@@ -108,7 +115,13 @@ def missing_names(text: str) -> list[str]:
     }
     files = {d for d in dotted if d.rpartition(".")[2] in ("py", "md", "toml", "safetensors")}
     short = {f"tr.{n}" for n in re.findall(r"(?<![\w.])tr\.([A-Za-z]\w*)", text) if not hasattr(tr, n)}
-    return sorted({d for d in (dotted | imported) - files if not is_there(d)} | short)
+    return sorted({d for d in (dotted | imported) - files if not is_there(d)} - GROUPS | short)
+
+
+def missing_tests(text: str) -> list[str]:
+    """Tests, ``tests/test_a.py::test_b``, that do not exist."""
+    named = set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", text))
+    return sorted(f"{f}::{t}" for f, t in named if not (ROOT / f).exists() or t not in defined(ROOT / f))
 
 
 def missing_targets(text: str) -> list[str]:
@@ -124,6 +137,7 @@ def test_what_documents_name_is_there(document):
     assert missing_paths(text) == []
     assert missing_links(text, document.parent) == []
     assert missing_names(text) == []
+    assert missing_tests(text) == []
     assert missing_targets(text) == []
 
 
@@ -140,6 +154,9 @@ def test_what_is_not_there_is_found():
     )
     assert missing_names(names + "\nfrom tokenreduce.core.plan import Prune, Pruned\n") == [
         "tokenreduce.core.plan.Prune.kk", "tokenreduce.core.plan.Pruned", "tokenreduce.evidence_.X", "tr.ToMee",
+    ]  # fmt: skip
+    assert missing_tests("`tests/test_docs.py::missing_tests`, tests/test_docs.py::test_no, tests/no.py::test_a") == [
+        "tests/no.py::test_a", "tests/test_docs.py::test_no",
     ]  # fmt: skip
     assert missing_targets("`make lint imports`, make sense\nmake nothing   # a comment\n") == ["nothing"]
 
@@ -165,3 +182,33 @@ def test_lines_to_read_are_as_many_as_said():
         count = sum(n.end_lineno - line + 1 for n, line in zip(wanted, first, strict=True))
         assert abs(count - int(said)) <= max(5, count // 8), f"{path}: {count} lines, not {said}"
     assert sum(int(said) for _, _, said in rows) <= LINES_TO_READ + 50
+
+
+def test_every_answer_names_its_test():
+    answers = re.split(r"^## ", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert len(answers) >= 10
+    assert [a.partition("\n")[0] for a in answers if "tests/" not in a] == []
+
+
+def test_the_picture_is_drawn_from_its_table():
+    spec = importlib.util.spec_from_file_location("picture", ROOT / ".ci" / "picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    assert picture.TARGET.read_text(encoding="utf-8") == picture.draw(picture.PAGE.read_text(encoding="utf-8"))
+
+
+def test_versions_and_days_agree():
+    version = re.escape(tr.__version__)
+    day = re.search(rf"^## \[{version}\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M).group(1)
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(rf"^version: {version}$", cited, re.M)
+    assert f"date-released: {day}\n" in cited
+
+
+def test_methods_that_the_readme_names_are_there():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| stage | methods |")[2].partition("\n\n")[0]
+    rows = dict(re.findall(r"^\| (\w+ .*?) \| (.*) \|$", table, re.M))
+    stages = {"inside a v": "encoder", "between en": "projector", "inside the": "language", "in the KV ": "cache"}
+    assert len(rows) == len(stages)
+    for place, names in rows.items():
+        assert set(re.findall(r"`([\w-]+)`", names)) <= set(tr.list_methods(stage=stages[place[:10]])), place

@@ -149,3 +149,23 @@ def test_every_writer_names_its_file_on_a_full_disk(tmp_path: Path, write: Calla
         write(tmp_path / "it")
     left = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "rows.jsonl"]
     assert left == []
+
+
+def test_the_cache_lies_where_the_system_puts_such_things(tmp_path, monkeypatch):
+    from tokenreduce.common.files import cache_folder
+
+    monkeypatch.setenv("TOKENREDUCE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.setenv("TOKENREDUCE_CACHE", "")
+    assert cache_folder() is None
+    monkeypatch.delenv("TOKENREDUCE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert cache_folder() == tmp_path / "xdg" / "tokenreduce"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "tokenreduce"
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert cache_folder() == tmp_path / "home" / "Library" / "Caches" / "tokenreduce"
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert cache_folder() is None

@@ -24,7 +24,7 @@ from tokenreduce.common.files import cache_folder, write_text
 if TYPE_CHECKING:
     from tokenreduce.core.reducer import Reducer
 
-__all__ = ["Catalogue", "catalogue"]
+__all__ = ["Catalogue", "catalogue", "defaults_of"]
 
 #: ``stages``, and ``methods``: one dict with name, stage, title, settings, text (of the settings) and paper for each.
 Catalogue = dict[str, Any]
@@ -56,16 +56,22 @@ def _row(name: str, kind: type[Reducer]) -> dict[str, Any]:
     from tokenreduce.common.words import plain
     from tokenreduce.core.reducer import format_spec
 
-    defaults = {}
-    for f in fields(kind):
-        made = f.default_factory() if f.default_factory is not MISSING else f.default
-        defaults[f.name] = "(required)" if made is MISSING else made
+    defaults = defaults_of(kind)
     paper = f"arXiv {kind.paper}" if kind.paper[:1].isdigit() else kind.paper
     text = format_spec("", defaults)[1:].replace(",", ", ")
     return {
         "name": name, "stage": kind.stage, "title": kind.title, "settings": plain(defaults), "text": text,
         "paper": paper,
     }  # fmt: skip
+
+
+def defaults_of(kind: type[Reducer]) -> dict[str, Any]:
+    """The settings of a method with their defaults."""
+    out = {}
+    for f in fields(kind):
+        made = f.default_factory() if f.default_factory is not MISSING else f.default
+        out[f.name] = "(required)" if made is MISSING else made
+    return out
 
 
 def _place() -> Path | None:

@@ -77,10 +77,7 @@ def command(
     if show is not None and where is not None:
         save_picture(draw_kept(result, where), show, "--show")
     if film is not None:
-        span = f"{film.times[0]:.1f} to {film.times[-1]:.1f} s"
-        part = f"{len(film)} of {counted(film.count, 'frame')}, {span}, by {film.reader}"
-        for line in (f"{video}: {part}", *film.warnings):
-            complain(line)
+        _tell_film(film, video)
     about = {"model": model, "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
     if as_json:
         shown = {} if show is None else {"show": str(show)}
@@ -129,6 +126,13 @@ def _film(path: Path, frames: int | None, fps: float | None, rate: float | None)
     if fps is not None:
         return read_frames(path, fps=fps, rate=rate)
     return read_frames(path, n=frames or 8, rate=rate)
+
+
+def _tell_film(film: Film, path: Path | None) -> None:
+    span = f"{film.times[0]:.1f} to {film.times[-1]:.1f} s"
+    part = f"{len(film)} of {counted(film.count, 'frame')}, {span}, by {film.reader}"
+    for line in (f"{path}: {part}", *film.warnings):
+        complain(line)
 
 
 def _check_words(tokenizer: Any, question: Question) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tokenreduce.cli.options import AsJson
 from tokenreduce.cli.shared import print_json
+from tokenreduce.common.files import write_text
 from tokenreduce.common.screen import Screen, console
 from tokenreduce.common.words import counted
 
@@ -20,9 +22,19 @@ def command(
     stage: Annotated[
         str | None, typer.Option(help="Only methods of one stage: encoder, projector, language or cache.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the page of all methods, with what their docstrings say, and list none.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods with their stage, settings and paper."""
+    if markdown is not None:
+        if pattern != "*" or stage is not None or as_json:
+            raise ValueError("--markdown writes a page of all methods; it takes no pattern, --stage or --json")
+        from tokenreduce.cli.methods_page import methods_page
+
+        console().say(f"wrote {write_text(markdown, methods_page(), 'choose another place with --markdown')}")
+        return
     from tokenreduce.cli.catalogue import catalogue
 
     table = catalogue()
