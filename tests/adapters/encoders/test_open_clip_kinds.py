@@ -69,6 +69,10 @@ def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
         model = open_clip.CoCa(**settings, multimodal_cfg=decoder)
     else:
         model = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**settings)
+    with torch.no_grad():
+        for p in model.parameters():  # some are left uninitialised
+            if p.dim() > 1:
+                p.normal_(std=0.08)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     words = torch.randint(1, 59, (2, 8), generator=torch.Generator().manual_seed(2))
     words[:, -1] = 59
