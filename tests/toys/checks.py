@@ -9,7 +9,7 @@ import torch
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.find import find
-from toys.build import build
+from toys.build import IMAGE, build
 from toys.inputs import prompt
 from toys.oracles import Stock, generate, mend_stock, relative, short_prompts, stock
 
@@ -28,7 +28,7 @@ REFUSED = ("blip_2", "instructblip", "instructblipvideo")
 #: Bidirectional models, which make no new tokens.
 FORWARD = ("modernvbert", "ultravbert", "neomme", "embedding_gemma2")
 #: Toys whose first layers add features at all visual columns of the stock model: the layer behind them.
-DEEP = {"qwen3_vl_moe": 3, "qwen3_omni_moe": 3, "cosmos3_omni": 3, "cohere_compass": 3}
+DEEP = {"qwen3_vl": 3, "qwen3_vl_moe": 3, "qwen3_omni_moe": 3, "cosmos3_omni": 3, "cohere_compass": 3}
 
 
 @functools.lru_cache(maxsize=16)
@@ -58,7 +58,7 @@ def before(name: str, spec: str, compact: bool) -> float:
     with tr.patched(model, spec), tr.record(model, flops=False) as trace:
         sequences, logits = generate(model, inputs)
     stay = stays(trace)
-    left = (stay & inputs["attention_mask"].bool()).sum(1).tolist()
+    left = (stay & (inputs["input_ids"] == IMAGE)).sum(1).tolist()
     assert len(set(left)) == 2, "rows keep unequal numbers"
     assert relative(logits, here.logits) > 1e-3, "the reduction changes something"
     return relative(logits, short_prompts(here, stay, sequences, compact=compact))

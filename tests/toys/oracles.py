@@ -124,6 +124,14 @@ def _rows(value: Any) -> Any:
     return torch.cat([p.reshape(-1, p.shape[-1]) for p in parts])
 
 
+def _count(value: Any) -> int:
+    """Rows of a tensor or of a list of them, -1 for what has none."""
+    parts = [value] if isinstance(value, torch.Tensor) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(p, torch.Tensor) and p.dim() > 1 for p in parts):
+        return -1
+    return sum(p.numel() // p.shape[-1] for p in parts)
+
+
 def _of_row(ready: Any, ids: torch.Tensor, b: int, columns: torch.Tensor) -> Any:
     """The features ``ready`` of a batch, of the ``columns`` of one row."""
     visual = ids == IMAGE
@@ -141,14 +149,11 @@ def _of_row(ready: Any, ids: torch.Tensor, b: int, columns: torch.Tensor) -> Any
     for name, value in list(ready.items()):
         if name in ("hidden_states", "attentions") or value is None:
             continue
-        if isinstance(value, torch.Tensor) and value.dim() < 2:
-            continue
-        if not isinstance(value, torch.Tensor) and all(isinstance(v, list | tuple) for v in value):
-            out[name] = [form(v) for v in value]  # features of later layers
-        elif len(_rows(value)) == int(visual.sum()):
+        total = int(visual.sum())
+        if _count(value) == total:
             out[name] = form(value)
-        elif not isinstance(value, torch.Tensor) and all(len(_rows(v)) == int(visual.sum()) for v in value):
-            out[name] = [form(v) for v in value]
+        elif isinstance(value, list | tuple) and value and all(_count(v) == total for v in value):
+            out[name] = [form(v) for v in value]  # features of later layers
     return out
 
 

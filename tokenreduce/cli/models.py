@@ -114,7 +114,7 @@ def _lines(rows: Sequence[tuple[str, ...]], heads: tuple[str, ...]) -> Iterator[
 
 def _measured(numbers: dict[str, Any]) -> Iterator[str]:
     yield from (
-        "", "## How exact discovered language models are", "",
+        "", "## How exact image/video language models are", "",
         "Toys of every class with random weights (`python tests/toys/measure.py docs/models.json`), transformers' own "
         "code, float32, a padded batch of a prompt with one image and one with two. The largest difference of logits "
         "over three new tokens, over the largest logit, between the reduced model and the stock model on prompts that "
@@ -123,7 +123,7 @@ def _measured(numbers: dict[str, Any]) -> Iterator[str]:
         "Bidirectional models are held against the stock model with the dropped columns hidden.", "",
     )  # fmt: skip
     heads = ("model", "before, original", "before, compact", "inside, layers", "inside")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in sorted(numbers.values(), key=lambda r: str(r["class"]).lower()):
         if "error" in row:
             rows.append((f"`{row['class']}`", row["error"].replace("|", "/"), "", "", ""))

@@ -40,7 +40,8 @@ def enter(
     past = 0 if cache is None else int(cache.get_seq_length())
     run = None if cache is None else run_of(cache)
     ids = given.get("input_ids")
-    step, answers = None, {}
+    step: Step | None = None
+    answers: dict[str, Any] = {}
     if past:
         images = ids is not None and any(bool((ids == i).any()) for i in setting.ids.values()) and _brings(inner, given)
         if images:

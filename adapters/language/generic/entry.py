@@ -54,10 +54,9 @@ def begin(inner: Any, given: dict[str, Any], setting: Setting) -> tuple[dict[str
         return given, None, {}
     kinds = {f.kind: here for f, here in found}
     visual = torch.stack(list(kinds.values())).any(0)
-    run = Run(
-        ids.shape[1], visual, _padding(given.get("attention_mask"), *ids.shape, slides=False), methods=setting.methods,
-        given=ids.shape[1],
-    )  # fmt: skip
+    batch, length = ids.shape
+    padding = _padding(given.get("attention_mask"), batch, length, slides=False)
+    run = Run(length, visual, padding, methods=setting.methods, given=length)
     encoded = {f.kind: e for f, _ in found if (e := encoded_in(f.output)) is not None and e.entries}
     step = Step(run, prefill=True, newline=getattr(inner, "image_newline", None), encoded=encoded, ids=ids, kinds=kinds)
     x = _entry(inner, ids, found, "text" in setting.reducer.gathers())

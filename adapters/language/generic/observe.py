@@ -248,7 +248,9 @@ def _looked(
     sequences = next(iter(seen.values()))
     starts = torch.tensor([0, *[s.keys.shape[1] for s in sequences]]).cumsum(0).tolist()
     tokens = tokens.to(device)
-    entries, slots, start = [], [], 0
+    entries: list[Entry] = []
+    slots: list[tuple[int, Tensor]] = []
+    start = 0
     for n, shape in zip(own, known, strict=True):
         mine = ((tokens >= start) & (tokens < start + n)).nonzero().flatten()
         views = []
