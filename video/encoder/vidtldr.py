@@ -13,7 +13,7 @@ from tokenreduce.algorithms.scoring import excluded, finite
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
-from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.reducer import Reducer, check_size_bias
 from tokenreduce.core.schedule import staged
 
 __all__ = ["VidTLDR"]
@@ -40,6 +40,8 @@ class VidTLDR(
             the first ``blocks`` blocks. An extension of this library.
         blocks: blocks that share ``keep``; four, the most that published lists have, can reach one sixteenth.
         prop_attn: attention logits get log(mass), as in the paper; saliency is always measured without.
+        size_bias: the power of sizes by which keys count, instead of ``prop_attn``: "log" (1), "sqrt" (1/2), "none" or
+            a number in [0, 1]; None leaves it to ``prop_attn``.
         frames: in the vision tower of a video language model, which sees one frame at a time, so many consecutive
             frames are merged as one clip; saliency is still over the frame that a token attends to. An extension.
 
@@ -58,8 +60,10 @@ class VidTLDR(
     blocks: int = 4
     prop_attn: bool = True
     frames: int = 1
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
+        check_size_bias(self.size_bias)
         if isinstance(self.r, str) or not isinstance(self.r, Sequence):
             raise ValueError(
                 f"r is a list with a number for each of the first blocks such as [200, 100], not {self.r!r}"

@@ -12,7 +12,7 @@ from tokenreduce.algorithms.scoring import finite, importance, inner, select, un
 from tokenreduce.core.budget import check_count, check_keep, count
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan, Prune, take
-from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.reducer import Reducer, check_size_bias
 
 __all__ = ["SCHEDULES", "DiffRate"]
 
@@ -87,6 +87,8 @@ class DiffRate(Reducer, name="diffrate", stage="encoder", needs=("attention",), 
             than with other methods. :func:`tokenreduce.bench.rate_search.search_rates` finds rates for a model and
             a cost.
         prop_attn: attention logits get log(size), as in the paper.
+        size_bias: the power of sizes by which keys count, instead of ``prop_attn``: "log" (1), "sqrt" (1/2), "none" or
+            a number in [0, 1]; None leaves it to ``prop_attn``.
 
     Points of this implementation. An entry c stands for c - 1 patches: registers are added to it, and a model without
     class token has one token less; there importance is the mean attention that a patch receives. Protected tokens
@@ -104,8 +106,10 @@ class DiffRate(Reducer, name="diffrate", stage="encoder", needs=("attention",), 
     tokens: int | None = None
     keep: int | float | None = None
     prop_attn: bool = True
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
+        check_size_bias(self.size_bias)
         check_keep(self.keep)
         listed = False
         for name in ("prune_kept_num", "merge_kept_num"):

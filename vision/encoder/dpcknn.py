@@ -12,7 +12,7 @@ from tokenreduce.algorithms.scoring import ascending, descending, distances, exc
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
-from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.reducer import Reducer, check_size_bias
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
 
 __all__ = ["DPCKNN"]
@@ -36,6 +36,8 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
             clustering gives means of patches. The published training-free setting has equal weights: False.
         order: clusters by their centre's "position", or by "score", highest first, as the published code has them.
         prop_attn: proportional attention. Off by default, as published; sizes are tracked in any case.
+        size_bias: the power of sizes by which keys count, instead of ``prop_attn``: "log" (1), "sqrt" (1/2), "none" or
+            a number in [0, 1]; None leaves it to ``prop_attn``.
 
     Decisions: equally dense tokens count the lower index as the denser (the published code adds noise); scores are
     compared as logarithms, which is the same order without underflow; means have no epsilon in the denominator;
@@ -53,8 +55,10 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
     weighted: bool = True
     order: str = "position"
     prop_attn: bool = False
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
+        check_size_bias(self.size_bias)
         check_keep(self.keep)
         check_count(self.k, "k", 1)
         ratio = self.sample_ratio

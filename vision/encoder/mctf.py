@@ -11,7 +11,7 @@ from tokenreduce.algorithms.scoring import descending, finite, inner, received_a
 from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
-from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.reducer import Reducer, check_size_bias
 from tokenreduce.core.schedule import check_layers, stage_layers, staged
 
 __all__ = ["MCTF"]
@@ -46,6 +46,8 @@ class MCTF(
         pooling: value of a fused token: 1 mean weighted by size times attention received, 0 mean weighted by size,
             2 element-wise maximum, 3 plain mean. Sizes add up in every type.
         prop_attn: attention logits get log(size).
+        size_bias: the power of sizes by which keys count, instead of ``prop_attn``: "log" (1), "sqrt" (1/2), "none" or
+            a number in [0, 1]; None leaves it to ``prop_attn``.
         floor: a count ``r`` is lowered where it would leave fewer tokens (protected ones included), and a share does
             nothing at or below it, as in the official code, which hard-codes 10. It does not limit ``keep``.
         keep: instead of ``r``: the patch tokens left after the last acting layer, a count or a ratio, reached by equal
@@ -72,8 +74,10 @@ class MCTF(
     prop_attn: bool = True
     floor: int = 10
     keep: int | float | None = None
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
+        check_size_bias(self.size_bias)
         if isinstance(self.r, bool) or not ((isinstance(self.r, int) and self.r >= 0) or 0 <= self.r < 1):
             raise ValueError(f"r is a number of tokens (int >= 0) or a share (float in [0, 1)), not {self.r!r}")
         check_keep(self.keep)

@@ -11,6 +11,7 @@ from tokenreduce.algorithms.scoring import key_metric
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Merge, Plan, Prune
+from tokenreduce.core.reducer import check_size_bias
 from tokenreduce.core.schedule import Scheduled
 
 __all__ = ["ToFu"]
@@ -34,6 +35,8 @@ class ToFu(Scheduled, name="tofu", needs=("keys",), paper="2312.01026", title="T
         keep_mass: whether a pruned token's size is added to the token it was matched with. Off by default: the mass
             leaves with the token, as in every pruning method.
         prop_attn: proportional attention. Off by default, as sizes have no effect in the published third-party code.
+        size_bias: the power of sizes by which keys count, instead of ``prop_attn``: "log" (1), "sqrt" (1/2), "none" or
+            a number in [0, 1]; None leaves it to ``prop_attn``.
 
     Decision: means are equally weighted, not by size (the paper's choice is not known to us).
 
@@ -44,9 +47,11 @@ class ToFu(Scheduled, name="tofu", needs=("keys",), paper="2312.01026", title="T
     mode: str | tuple[str, str] = ("prune", "mlerp")
     keep_mass: bool = False
     prop_attn: bool = False
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_size_bias(self.size_bias)
         if self.switch is not None:
             check_count(self.switch, "switch")
         mode = (self.mode, self.mode) if isinstance(self.mode, str) else tuple(self.mode)

@@ -58,7 +58,7 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
         keep: instead of ``k``: the share or number of patches left, destinations evenly spaced among them.
         tail: the last N mod k patches are merged as well ("merge", so that no mass is lost) or dropped with their
             weight as the official code does ("drop").
-        prop_attn: as in :class:`ToMe`.
+        prop_attn, size_bias: as in :class:`ToMe`.
     """
 
     k: int = 2
@@ -66,8 +66,10 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
     keep: int | float | None = None
     tail: str = "merge"
     prop_attn: bool = True
+    size_bias: str | float | None = None
 
     def __post_init__(self) -> None:
+        check_size_bias(self.size_bias)
         check_count(self.k, "k", 1)
         check_keep(self.keep)
         if self.tail not in ("merge", "drop"):

@@ -80,9 +80,10 @@ def vision_of(inner: Any) -> Vision | None:
     cls = type(towers[0]).__name__ in _WITH_CLASS
     depth = len(blocks[0])
     module = None if projector is None else inner.get_submodule(projector)
+    through, unit = through_of(inner, kind, module)
     return Vision(
         towers, tuple(blocks), module, kind, cls, _feature_block(inner.config, depth),
-        hasattr(inner, "get_video_features"), _heads(towers), *through_of(inner, kind, module),
+        hasattr(inner, "get_video_features"), _heads(towers), through=through, unit=unit,
     )  # fmt: skip
 
 

@@ -162,3 +162,25 @@ def test_rows_that_methods_see_have_the_same_power():
     assert tr.get_method("tome:r=4,size_bias=sqrt").size_power == 0.5
     assert tr.get_method("pitome:ratio=0.9").size_power == 0.0
     assert tr.get_method("pitome:ratio=0.9,size_bias=0.25").size_power == 0.25
+
+
+COUNTING = ("tome", "tome_kth", "pitome", "tofu", "mctf", "diffrate", "dpcknn", "vid-tldr", "dymu")
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_every_method_that_can_count_sizes_has_the_option(name):
+    kind = tr.get_method(name).__class__
+    assert kind(keep=0.5, size_bias="sqrt").size_power == 0.5
+    assert kind(keep=0.5, prop_attn=True).size_power == 1.0
+    assert kind(keep=0.5, prop_attn=True, size_bias="none").size_power == 0.0
+    assert tr.get_method(kind(keep=0.5, size_bias=0.25).spec()) == kind(keep=0.5, size_bias=0.25)
+    with pytest.raises(ValueError, match="size_bias"):
+        kind(size_bias="square")
+    model, x, out = tiny_vit(), images(), {}
+    with torch.no_grad():
+        for bias in (None, "log", 0.5, "none"):
+            with tr.patched(model, kind(keep=0.4, prop_attn=True, size_bias=bias)):
+                out[bias] = model(x)
+    assert torch.equal(out[None], out["log"])
+    assert float((out[0.5] - out["log"]).abs().max()) > 1e-5
+    assert float((out[0.5] - out["none"]).abs().max()) > 1e-5

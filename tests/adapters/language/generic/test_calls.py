@@ -1,4 +1,4 @@
-"""Calls of a discovered model beyond one greedy generation: beams, static caches, later turns, labels, what is refused."""
+"""Calls of a discovered model beyond one greedy generation: beams, static caches, later turns, labels, refusals."""
 
 from __future__ import annotations
 
