@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import (
     Block,
@@ -139,8 +140,15 @@ class ReducedParallelScalingBlock(_TimmBlock, ParallelScalingBlock):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         b, n, _ = x.shape
-        mlp, q, k, v = torch.split(self.in_proj(self.in_norm(x)), self.in_split, dim=-1)
-        mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
+        x = self.in_norm(x)
+        zero = getattr(self, "qkv_bias", None)
+        if self.mlp_bias is not None and zero is not None:
+            # Early timm: zeros for queries, keys and values, then the MLP's bias, in this order on (mlp, q, k, v).
+            x = F.linear(x, self.in_proj.weight, torch.cat((zero, self.mlp_bias)))
+            mlp, q, k, v = torch.split(x, self.in_split, dim=-1)
+        else:
+            mlp, q, k, v = torch.split(self.in_proj(x), self.in_split, dim=-1)
+            mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
         shape = (b, n, self.num_heads, self.head_dim)
         q, k = self.q_norm(q.view(shape)).transpose(1, 2), self.k_norm(k.view(shape)).transpose(1, 2)
         return mlp, q, k, v.view(shape).transpose(1, 2)
@@ -148,8 +156,8 @@ class ReducedParallelScalingBlock(_TimmBlock, ParallelScalingBlock):
     def _join(self, x: Tensor, heads: Tensor, mlp: Tensor) -> Tensor:
         out = heads.transpose(1, 2).reshape(x.shape)
         mlp = self.mlp_drop(self.mlp_act(mlp))
-        if self.out_proj is not None:
-            return self.out_proj(torch.cat((out, mlp), dim=-1))
+        if (joint := getattr(self, "out_proj", None)) is not None:  # early timm has the other two alone
+            return joint(torch.cat((out, mlp), dim=-1))
         return self.attn_out_proj(out) + self.mlp_out_proj(mlp)  # type: ignore[misc]
 
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
