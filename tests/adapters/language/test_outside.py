@@ -1,4 +1,4 @@
-"""Image/video language models outside the supported families: an error by name, at patch and by describe."""
+"""Image/video language models in no table: found by how they are built, or an error by name."""
 
 from __future__ import annotations
 
@@ -65,26 +65,29 @@ def mistral3() -> Any:
     return hf.Mistral3ForConditionalGeneration(hf.Mistral3Config(vision_config=vision, text_config=_llama()))
 
 
-@pytest.mark.parametrize("build", [vip_llava, aya_vision, deepseek_vl, t5gemma2, lfm2_vl, mistral3])
+OUTSIDE = [vip_llava, aya_vision, deepseek_vl, lfm2_vl, mistral3]
+
+
+@pytest.mark.parametrize("build", OUTSIDE)
 @pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
-def test_refused_by_name(build: Callable[[], Any], around: Callable[[Any], nn.Module]) -> None:
-    inside = build()
-    model = around(inside)
-    calls = [tr.describe] + [lambda m, s=s: tr.patch(m, s) for s in ("tome@encoder:r=1", "fastv:layer=1,keep=0.5")]
-    for call in calls:
-        with pytest.raises(
-            TypeError, match=f"{type(inside).__name__} is an image/video language model outside.*LLaVA-1.5"
-        ):
-            call(model)
+def test_found_by_structure_and_their_towers_refused_by_name(
+    build: Callable[[], Any], around: Callable[[Any], nn.Module]
+) -> None:
+    model = around(build())
+    assert tr.describe(model).stages == ("language", "projector", "cache")
+    for spec in ("divprune:keep=0.5", "knorm:keep=0.5"):
+        with tr.patched(model, spec):
+            assert spec in str(tr.describe(model))
+    with pytest.raises(ValueError, match="tome acts at stage encoder, which is not available on"):
+        tr.patch(model, "tome@encoder:r=1")
     assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
 
 
-def test_the_inner_model_alone_is_refused_too() -> None:
-    with pytest.raises(TypeError, match="VipLlavaModel is an image/video language model outside"):
-        tr.patch(vip_llava().model, "tome:r=1")
-
-
-def test_a_tower_beside_one_is_no_part_of_it() -> None:
-    tower = hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION))
-    both = nn.ModuleDict({"tower": tower, "other": mistral3()})
-    assert [t.name for t in tr.describe(both).towers] == ["tower"]
+@pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
+def test_an_encoder_decoder_is_refused_by_name(around: Callable[[Any], nn.Module]) -> None:
+    model = around(t5gemma2())
+    calls = [tr.describe] + [lambda m, s=s: tr.patch(m, s) for s in ("divprune:keep=0.5", "fastv:layer=1,keep=0.5")]
+    for call in calls:
+        with pytest.raises(TypeError, match="T5Gemma2ForConditionalGeneration is not supported: it is an encoder-dec"):
+            call(model)
+    assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))

@@ -114,7 +114,7 @@ def test_a_class_written_here_is_found():
     model.model.__class__ = type("MyModel", (type(model.model),), {})
     about = tr.describe(model)
     assert about.language.how == "discovered"
-    assert about.stages == ("language", "projector")
+    assert about.stages == ("language", "projector", "cache")
     assert "discovered by its structure" in str(about)
     want = stock(model, inputs)
     with tr.patched(model, SPEC):
