@@ -56,8 +56,7 @@ def listen(attn: nn.Module, family: str, undo: Undo) -> None:
 
 
 def attend(attn: nn.Module, x: Tensor, ask: Ask | None, *more: Any, **stock: Any) -> Attended:
-    """The attention module on normed features ``x``; ``more`` and ``stock`` are the arguments that the stock block gives
-    it."""
+    """The attention module on normed features ``x``; ``more`` and ``stock`` are what the block gives it besides."""
     if ask is None:
         return Attended(attn(x, *more, **stock))
     refuse_own(attn)
