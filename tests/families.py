@@ -257,6 +257,8 @@ _VIT = {
     "eomt": _hf("EomtForUniversalSegmentation", "EomtConfig", num_blocks=1, num_queries=4, num_upscale_blocks=1),
     "vitpose": _vitpose,
 }  # fmt: skip
+#: Families without a class of their own in :mod:`tokenreduce.adapters.encoders.hf_layers`, and what else has other
+#: readers behind its tokens than those that are known one by one.
 OTHERS = {
     **{f"transformers {name}": _spread(build) for name, build in _VIT.items()},
     "timm beit": _spread(_timm("beit_base_patch16_224")),
@@ -279,4 +281,3 @@ OTHERS = {
     "timm naflex, rope": _naflex("naflexvit_base_patch16_gap", rope_type="axial"),
     "torchvision vit": _torchvision,
 }
-FAMILIES |= OTHERS

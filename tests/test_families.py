@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, first_tensor
+from families import FAMILIES, OTHERS, first_tensor
 from support import ENCODER_METHODS, with_keep
 
 import tokenreduce as tr
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[*FAMILIES, *OTHERS])
 def family(request):
     torch.manual_seed(0)
-    model, inputs = FAMILIES[request.param]()
+    model, inputs = (FAMILIES | OTHERS)[request.param]()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:

@@ -55,12 +55,12 @@ def listen(attn: nn.Module, family: str, undo: Undo) -> None:
     undo.mix_in(attn, Listening)
 
 
-def attend(attn: nn.Module, x: Tensor, ask: Ask | None, **stock: Any) -> Attended:
-    """The attention module on normed features ``x``; ``stock`` are the arguments that the stock block gives it."""
+def attend(attn: nn.Module, x: Tensor, ask: Ask | None, *more: Any, **stock: Any) -> Attended:
+    """The attention module on normed features ``x``; ``more`` and ``stock`` are what the block gives it besides."""
     if ask is None:
-        return Attended(attn(x, **stock))
+        return Attended(attn(x, *more, **stock))
     refuse_own(attn)
-    out = attn(x, **stock, tokenreduce_ask=ask)
+    out = attn(x, *more, **stock, tokenreduce_ask=ask)
     return ask.answer(out)
 
 

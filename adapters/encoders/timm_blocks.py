@@ -261,12 +261,20 @@ class Gemma4Block(_MaskedBlock):
         return context._replace(rope=rope, plain=len(state.plans) == 0)
 
     def _stock(self, context: Any) -> dict[str, Any]:
-        cos, sin = context.rope
-        return {"rope_cos": cos, "rope_sin": sin, "attn_mask": context.mask if context.plain else None}
+        return {"attn_mask": context.mask if context.plain else None}
+
+    def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
+        bias = context.mask if context.plain else bias
+        ask = Ask(bias, needs) if asks(None if context.plain else bias, needs) else None
+        return attend(self.attn, self._normed(x), ask, *context.rope, **self._stock(context))
+
+    def _attend_with(self, x: Tensor, attention: Tensor, context: Any) -> Attended:
+        ask = Ask(given=attention)
+        return attend(self.attn, self._normed(x), ask, *context.rope, **self._stock(context))
 
     def _project(self, x: Tensor, context: Any) -> Attended:
         ask = Ask(context.mask if context.plain else None, ("keys",))
-        return attend(self.attn, self._normed(x), ask, **self._stock(context))
+        return attend(self.attn, self._normed(x), ask, *context.rope, **self._stock(context))
 
     def _residual(self, x: Tensor, out: Tensor) -> Tensor:
         me: Any = self

@@ -14,7 +14,10 @@ KNOWN = {
         "ConvNeXt": "hierarchical", "FastVit": "hierarchical", "Xcit": "over channels",
         "VisionTransformerSAM": "windows",
     },
-    "open_clip": {"ViT-B-16": "table", "coca_ViT-B-32": "table", "RN50": "no adapter", "convnext_base": "hierarchical"},
+    "open_clip": {
+        "EVA02-B-16": "table", "coca_ViT-B-32": "table", "vit_relpos_medium_patch16_cls_224": "table",
+        "RN50": "no adapter", "convnext_base": "hierarchical",
+    },
     "transformers": {
         "ViTModel": "table", "CLIPModel": "table", "DeiTModel": "discovered", "BeitModel": "discovered",
         "ViTMAEModel": "discovered", "VJEPA2Model": "discovered", "SwinModel": "hierarchical",
