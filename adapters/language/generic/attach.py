@@ -24,7 +24,7 @@ from tokenreduce.core.undo import Undo
 __all__ = ["attach"]
 
 
-def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: Any = ()) -> None:
+def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """Put ``reducers`` into the model.
 
     Raises ``ValueError`` for evidence that is not there, positions that cannot be had, methods that act in one place,

@@ -1,4 +1,4 @@
-"""Image/video language models outside the supported families: an error by name, at patch and by describe."""
+"""Image/video language models outside the table of families: found by their structure, or an error by name."""
 
 from __future__ import annotations
 
@@ -65,26 +65,43 @@ def mistral3() -> Any:
     return hf.Mistral3ForConditionalGeneration(hf.Mistral3Config(vision_config=vision, text_config=_llama()))
 
 
-@pytest.mark.parametrize("build", [vip_llava, aya_vision, deepseek_vl, t5gemma2, lfm2_vl, mistral3])
+@pytest.mark.parametrize("build", [vip_llava, aya_vision, deepseek_vl, lfm2_vl, mistral3])
 @pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
-def test_refused_by_name(build: Callable[[], Any], around: Callable[[Any], nn.Module]) -> None:
-    inside = build()
-    model = around(inside)
+def test_found_by_structure_and_no_method_acts_in_the_tower(
+    build: Callable[[], Any], around: Callable[[Any], nn.Module]
+) -> None:
+    model = around(build())
+    about = tr.describe(model)
+    assert about.language.how == "discovered"
+    assert about.stages == ("language", "projector")
+    assert not about.towers
+    with pytest.raises(ValueError, match="tome acts at stage encoder, which is not available"):
+        tr.patch(model, "tome@encoder:r=1")
+    assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
+
+
+@pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
+def test_refused_by_name(around: Callable[[Any], nn.Module]) -> None:
+    model = around(t5gemma2())
     calls = [tr.describe] + [lambda m, s=s: tr.patch(m, s) for s in ("tome@encoder:r=1", "fastv:layer=1,keep=0.5")]
     for call in calls:
-        with pytest.raises(
-            TypeError, match=f"{type(inside).__name__} is an image/video language model outside.*LLaVA-1.5"
-        ):
+        with pytest.raises(TypeError, match="T5Gemma2ForConditionalGeneration is not supported: it is an encoder-dec"):
             call(model)
     assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
 
 
-def test_the_inner_model_alone_is_refused_too() -> None:
-    with pytest.raises(TypeError, match="VipLlavaModel is an image/video language model outside"):
-        tr.patch(vip_llava().model, "tome:r=1")
+def test_the_inner_model_alone_is_found_too() -> None:
+    inner = vip_llava().model
+    assert tr.describe(inner).stages == ("projector",)
+    with pytest.raises(ValueError, match="stage encoder, which is not available on VipLlavaModel"):
+        tr.patch(inner, "tome:r=1")
 
 
 def test_a_tower_beside_one_is_no_part_of_it() -> None:
     tower = hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION))
     both = nn.ModuleDict({"tower": tower, "other": mistral3()})
     assert [t.name for t in tr.describe(both).towers] == ["tower"]
+    tr.patch(both, "tome@encoder:r=1", "divprune:keep=0.5")
+    assert [type(r).__name__ for r in tr.describe(both).active] == ["ToMe", "DivPrune"]
+    tr.unpatch(both)
+    assert not any("tokenreduce" in name for m in both.modules() for name in vars(m))

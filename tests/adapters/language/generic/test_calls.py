@@ -1,4 +1,4 @@
-"""Calls of a discovered model beyond one greedy generation: beams, static caches, later turns, labels, what is refused."""
+"""Calls of a discovered model beyond one greedy generation: beams, static caches, later turns, labels, refusals."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_cache_of_another_patch_is_refused():
     with (
         tr.patched(here.model, "divprune:keep=0.5"),
         torch.no_grad(),
-        pytest.raises(ValueError, match="patch it as it"),
+        pytest.raises(ValueError, match="patch it as"),
     ):
         here.model(input_ids=ids, attention_mask=mask, cache=cache)
     with torch.no_grad(), pytest.raises(ValueError, match="not patched with that"):
