@@ -139,7 +139,8 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     if language is not None:  # towers are beside it
         mine = tuple(r for r in reducers if r.stage != "encoder")
         if mine:
-            importlib.import_module("tokenreduce.adapters.language.generic.attach").attach(language, mine, undo)
+            where = "generic.attach" if all(r.stage == "projector" for r in mine) else "attach"
+            importlib.import_module(f"tokenreduce.adapters.language.{where}").attach(language, mine, undo)
         reducers = tuple(r for r in reducers if r.stage == "encoder")
         if not reducers:
             return

@@ -9,8 +9,14 @@ import torch
 from toys.build import IMAGE
 from toys.checks import plain, stays, toy
 from toys.oracles import _of_row, generate, relative, stock
+from vlms import encodes_before
 
 import tokenreduce as tr
+
+pytestmark = pytest.mark.skipif(
+    not encodes_before(), reason="discovery needs features that are made before the forward"
+)
+
 
 SPEC = "random@projector:keep=0.4,positions=original"
 

@@ -8,9 +8,15 @@ import torch
 from toys.build import TABLE, families, inner_of
 from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, forward, inside, layers_to_act, plain, toy
 from toys.oracles import generate
+from vlms import encodes_before
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.generic.towers import has_axes
+
+pytestmark = pytest.mark.skipif(
+    not encodes_before(), reason="discovery needs features that are made before the forward"
+)
+
 
 #: Families of every kind of mask, positions and layers, which the fast tests run.
 FAST = (
