@@ -13,9 +13,7 @@ from vlms import encodes_before
 
 import tokenreduce as tr
 
-pytestmark = pytest.mark.skipif(
-    not encodes_before(), reason="discovery needs features that are made before the forward"
-)
+pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases have no discovered families")
 
 
 SPEC = "random@projector:keep=0.4,positions=original"
