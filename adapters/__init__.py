@@ -78,11 +78,11 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
 
     Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked, and for one without layers.
     """
-    if language is not None and language.how == "discovered":
-        return []  # who reads its tokens is not known
     found: list[tuple[ModuleType, Tower]] = []
     for adapter in _adapters():
         for tower in adapter.towers(model):
+            if _hidden(language, tower):
+                continue
             if not tower.blocks:
                 raise TypeError(f"{tower.family} has no layers, so there is nowhere to reduce tokens")
             found.append((adapter, tower))
@@ -93,9 +93,16 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
             o is not t and t.name.startswith(o.name + "." if o.name else "") and t.name != o.name for _, o in found
         )
     ]
-    if language is not None:
+    if language is not None and language.how == "table":
         return [(a, t) for a, t in outer if _served(language.inner, t)]
     return [(a, _placed(model, a, t)) for a, t in outer]
+
+
+def _hidden(language: Any, tower: Tower) -> bool:
+    """Whether a tower is inside a discovered language model, whose reading of its tokens is not known."""
+    if language is None or language.how == "table":
+        return False
+    return any(m is tower.module for m in language.inner.modules())
 
 
 def _served(inner: nn.Module, tower: Tower) -> bool:
@@ -146,11 +153,18 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
                 f"(stages there: {', '.join(stages)}); tr.list_methods(stage='{stages[0]}') lists what fits"
             )
     _check_frames(model, reducers, towers, language)
-    if language is not None:
-        where = "attach" if language.how == "table" else "generic.attach"
-        importlib.import_module(f"tokenreduce.adapters.language.{where}").attach(language, reducers, undo, towers)
+    if language is not None and language.how == "table":
+        importlib.import_module("tokenreduce.adapters.language.attach").attach(language, reducers, undo, towers)
         return
-    if undo.logits == "caller":
+    if language is not None:  # towers are beside it
+        mine = tuple(r for r in reducers if r.stage != "encoder")
+        if mine:
+            where = "generic.attach" if all(r.stage == "projector" for r in mine) else "attach"
+            importlib.import_module(f"tokenreduce.adapters.language.{where}").attach(language, mine, undo)
+        reducers = tuple(r for r in reducers if r.stage == "encoder")
+        if not reducers:
+            return
+    elif undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
     for adapter, tower in towers:
         if own_code(tower.module) and not tower.resizes and any(r.site() == "input" for r in reducers):

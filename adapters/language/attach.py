@@ -35,6 +35,8 @@ from tokenreduce.adapters.language.evicting import (
     say_unknown,
 )
 from tokenreduce.adapters.language.families import Language
+from tokenreduce.adapters.language.generic.observe import attach_looks
+from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.middle import is_middle
@@ -175,7 +177,11 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     arrived = Arrived()
     _attach_start(found, acting, arrived, " + ".join(r.spec() for r in reducers), undo)
     if acting.entry is not None:
-        attach_projector(found, acting.entry, list(acting.windows), undo, acting.told, acting.marking)
+        known = found.how == "table"
+        attach_projector(
+            found, acting.entry, list(acting.windows), undo, acting.told, acting.marking,
+            None if known else attach_looks, not known and has_axes(found.inner),
+        )  # fmt: skip
     attach_given(found, arrived, undo)
     if found.parts.deep:
         check_deep(found, acting.depth)

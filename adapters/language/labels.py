@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.language.batching import is_paged
+from tokenreduce.adapters.language.entered import step_of
 from tokenreduce.adapters.language.generation import KEYWORD, Run, cache_in, run_of
-from tokenreduce.adapters.language.generic.state import step_of
 from tokenreduce.core.plan import take
 from tokenreduce.core.undo import Undo
 

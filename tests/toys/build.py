@@ -114,7 +114,8 @@ def _part(kind: Any, part: str, sub: Any, over: dict[str, Any]) -> Any:
     numbers = _numbers(sub, role, mine)
     for name, inside in (getattr(sub, "sub_configs", {}) or {}).items():
         if name not in numbers and inside.__name__ != "AutoConfig":
-            numbers[name] = _construct(inside, _numbers(inside, "text" if "text" in name else "vision", {}))
+            given = over.get(name, {})
+            numbers[name] = _construct(inside, _numbers(inside, "text" if "text" in name else "vision", given))
     return _construct(sub, numbers, set(mine))
 
 

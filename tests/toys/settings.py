@@ -328,14 +328,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "text_config": {"intermediate_size_mlp": 64, "no_rope_layer_interval": 4, "attention_chunk_size": 512},
     },
     "minicpmv4_6": {
+        "text_config": {"layer_types": ["linear_attention", "full_attention"] * 2},
         "top": {"insert_layer_id": 0},
         "vision_config": {"insert_layer_id": 0, "patch_size": 4, "image_size": 32},
     },
     "minicpmv4_7": {
+        "text_config": {"layer_types": ["linear_attention", "full_attention"] * 2},
         "top": {"insert_layer_id": 0},
         "vision_config": {"insert_layer_id": 0, "patch_size": 4, "image_size": 32},
     },
     "minicpm_ocr": {
+        "text_config": {"layer_types": ["linear_attention", "full_attention"] * 2},
         "top": {"insert_layer_id": 0},
         "vision_config": {"insert_layer_id": 0, "patch_size": 4, "image_size": 32},
     },

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tokenreduce.adapters.language.attach import attach as attach_inside
 from tokenreduce.adapters.language.batching import attach_batching
 from tokenreduce.adapters.language.drafts import attach_drafts
 from tokenreduce.adapters.language.families import Language
@@ -24,15 +23,12 @@ from tokenreduce.core.undo import Undo
 __all__ = ["attach"]
 
 
-def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: Any = ()) -> None:
-    """Put ``reducers`` into the model.
+def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
+    """Put ``reducers``, one of stage projector, into the model.
 
     Raises ``ValueError`` for evidence that is not there, positions that cannot be had, methods that act in one place,
     and a model whose forward was replaced.
     """
-    if any(r.stage != "projector" for r in reducers):
-        attach_inside(found, reducers, undo)
-        return
     if len(reducers) > 1:
         raise ValueError(f"{' and '.join(r.spec() for r in reducers)} both act before the language model; choose one")
     _attach_before(found, reducers[0], undo)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tokenreduce.adapters.language.batching import is_paged
 from tokenreduce.adapters.language.cache import forget_run, keep_run
+from tokenreduce.adapters.language.entered import Entered, entered
 from tokenreduce.adapters.language.generation import Run, Step, attach_run, cache_in, run_of
 from tokenreduce.adapters.language.generic.entry import Setting, begin, positions_of
 from tokenreduce.adapters.language.generic.masks import later_mask
-from tokenreduce.adapters.language.generic.state import Entered, entered
 from tokenreduce.adapters.language.given import say_late
 from tokenreduce.adapters.language.labels import note_kept
 from tokenreduce.adapters.language.prompt import _check_methods, _check_turn

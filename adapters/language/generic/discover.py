@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import GenerationMixin
 
 from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.generic.inside import layers_of, parts_of
@@ -53,8 +54,8 @@ def discover(model: nn.Module) -> Language | None:
 
     Raises ``TypeError`` for one that cannot be reduced exactly, with the reason.
     """
-    found = _inner(model)
-    if found is None:
+    found = _inner(model) if hasattr(GenerationMixin, "_expand_multimodal_outputs") else None
+    if found is None:  # earlier releases hand features on in forms of their own
         return None
     name, inner = found
     ids = placeholders(inner.config)

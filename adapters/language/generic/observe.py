@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.hf_attention import WATCH, listen
+from tokenreduce.adapters.language.entered import entered
 from tokenreduce.adapters.language.families import Language, Vision
 from tokenreduce.adapters.language.generic.features import FIELDS, lengths_of
 from tokenreduce.adapters.language.generic.grids import Shape, origin_of, shapes
 from tokenreduce.adapters.language.generic.patches import tokens_of_slots
-from tokenreduce.adapters.language.generic.state import entered
 from tokenreduce.adapters.language.generic.towers import attention_in
 from tokenreduce.adapters.language.projector.seen import ARRIVING, Encoded, Entry, _of_patches, put_on
 from tokenreduce.core.evidence import Attention, BaseEvidence, Look, Origin, resolve

@@ -21,6 +21,7 @@ of the plan, with original ones each at the place of its representative.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,6 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.language.families import TOWER, Language
 from tokenreduce.adapters.language.generation import KEYWORD, Step
-from tokenreduce.adapters.language.generic.observe import attach_looks
-from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.projector.clip_text import joint_space
 from tokenreduce.adapters.language.projector.images import (
     Group,
@@ -45,7 +44,7 @@ from tokenreduce.adapters.language.projector.marks import marks_of
 from tokenreduce.adapters.language.projector.seen import ARRIVING
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.algorithms.projector import Projector, share
-from tokenreduce.core.evidence import ImageEvidence
+from tokenreduce.core.evidence import ImageEvidence, Look
 from tokenreduce.core.plan import Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step as TraceStep
@@ -62,10 +61,12 @@ def attach_projector(
     undo: Undo,
     told: tuple[str, ...] = (),
     marking: tuple[Reducer, ...] = (),
+    looking: Callable[[Language, tuple[Look, ...], Undo], None] | None = None,
+    axes: bool = False,
 ) -> None:
     """Put ``reducer`` before the language model; ``told`` says what is to be noted of where its tokens come from:
     "films" (which frames), "places" (where in an image). ``marking`` are the language-stage methods that look at the
-    tower.
+    tower. ``looking`` gathers its evidence in a discovered family, and ``axes`` says that positions there are places.
 
     Raises ``ValueError`` for evidence that is not there and for compact positions where they have no meaning.
     """
@@ -77,10 +78,10 @@ def attach_projector(
         owner: Any = found.inner if found.generator is None else found.generator
         source = str(owner.config.name_or_path)
         tokenizer_of(source)
-    compact = _compact(found, reducer, windows)
+    compact = _compact(found, reducer, windows, axes)
     looks = tuple(look for r in (reducer, *marking) for look in r.looks())
-    if found.how == "discovered":
-        attach_looks(found, looks, undo)
+    if looking is not None:
+        looking(found, looks, undo)
     elif found.vision is not None:
         attach_tower_evidence(found, looks, (*reducer.gathers(), *reducer.wishes()), undo)
     undo.pre_hook(found.inner, _expect)
@@ -140,11 +141,11 @@ def _name(kind: str, reducer: Reducer) -> str:
     return f"{kind}[{reducer.spec()}]"
 
 
-def _compact(found: Language, reducer: Reducer, windows: list[int | None]) -> bool:
+def _compact(found: Language, reducer: Reducer, windows: list[int | None], axes: bool) -> bool:
     wanted = getattr(reducer, "positions", None)
     config: Any = found.text.config
     why = None
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) or has_axes(found.inner):
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) or axes:
         why = "M-RoPE, whose positions are places in the image"
     elif any(w is not None for w in windows):
         why = "sliding windows, which count original positions"

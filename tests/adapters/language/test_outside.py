@@ -1,4 +1,4 @@
-"""Image/video language models in no table: found by how they are built, or an error by name."""
+"""Image/video language models outside the table of families: found by their structure, or an error by name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import transformers as hf
 from torch import nn
+from vlms import encodes_before
 
 import tokenreduce as tr
+
+pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases have no discovered families")
 
 VISION = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
@@ -65,29 +68,43 @@ def mistral3() -> Any:
     return hf.Mistral3ForConditionalGeneration(hf.Mistral3Config(vision_config=vision, text_config=_llama()))
 
 
-OUTSIDE = [vip_llava, aya_vision, deepseek_vl, lfm2_vl, mistral3]
-
-
-@pytest.mark.parametrize("build", OUTSIDE)
+@pytest.mark.parametrize("build", [vip_llava, aya_vision, deepseek_vl, lfm2_vl, mistral3])
 @pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
-def test_found_by_structure_and_their_towers_refused_by_name(
+def test_found_by_structure_and_no_method_acts_in_the_tower(
     build: Callable[[], Any], around: Callable[[Any], nn.Module]
 ) -> None:
     model = around(build())
-    assert tr.describe(model).stages == ("language", "projector", "cache")
-    for spec in ("divprune:keep=0.5", "knorm:keep=0.5"):
-        with tr.patched(model, spec):
-            assert spec in str(tr.describe(model))
-    with pytest.raises(ValueError, match="tome acts at stage encoder, which is not available on"):
+    about = tr.describe(model)
+    assert about.language.how == "discovered"
+    assert about.stages == ("language", "projector", "cache")
+    assert not about.towers
+    with pytest.raises(ValueError, match="tome acts at stage encoder, which is not available"):
         tr.patch(model, "tome@encoder:r=1")
     assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
 
 
 @pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
-def test_an_encoder_decoder_is_refused_by_name(around: Callable[[Any], nn.Module]) -> None:
+def test_refused_by_name(around: Callable[[Any], nn.Module]) -> None:
     model = around(t5gemma2())
-    calls = [tr.describe] + [lambda m, s=s: tr.patch(m, s) for s in ("divprune:keep=0.5", "fastv:layer=1,keep=0.5")]
+    calls = [tr.describe] + [lambda m, s=s: tr.patch(m, s) for s in ("tome@encoder:r=1", "fastv:layer=1,keep=0.5")]
     for call in calls:
         with pytest.raises(TypeError, match="T5Gemma2ForConditionalGeneration is not supported: it is an encoder-dec"):
             call(model)
     assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
+
+
+def test_the_inner_model_alone_is_found_too() -> None:
+    inner = vip_llava().model
+    assert tr.describe(inner).stages == ("projector",)
+    with pytest.raises(ValueError, match="stage encoder, which is not available on VipLlavaModel"):
+        tr.patch(inner, "tome:r=1")
+
+
+def test_a_tower_beside_one_is_no_part_of_it() -> None:
+    tower = hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION))
+    both = nn.ModuleDict({"tower": tower, "other": mistral3()})
+    assert [t.name for t in tr.describe(both).towers] == ["tower"]
+    tr.patch(both, "tome@encoder:r=1", "divprune:keep=0.5")
+    assert [type(r).__name__ for r in tr.describe(both).active] == ["ToMe", "DivPrune"]
+    tr.unpatch(both)
+    assert not any("tokenreduce" in name for m in both.modules() for name in vars(m))

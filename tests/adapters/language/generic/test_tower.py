@@ -8,13 +8,15 @@ from toys.build import IMAGE, VIDEO
 from toys.checks import before, plain, stays, toy
 from toys.inputs import noise
 from toys.oracles import generate, relative
-from vlms import VLMS, prompts
+from vlms import VLMS, encodes_before, prompts
 from vlms_masked import CASES
 
 import tokenreduce as tr
 from tokenreduce.adapters.language import find
 from tokenreduce.adapters.language.generic.grids import shapes
 from tokenreduce.adapters.language.generic.patches import tokens_of_slots
+
+pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases have no discovered families")
 
 
 # -- tokens of slots -------------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""``tokenreduce models``: a table, JSON, or the page of the documents."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+from tokenreduce.cli import app
+from tokenreduce.measure import census_language
+from tokenreduce.measure.census import Row
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Two language models of transformers, and an encoder of timm."""
+    rows = [
+        Row("transformers", "SeeForConditionalGeneration", "discovered", ("projector",), "not inside: a | b"),
+        Row("transformers", "ReadForConditionalGeneration", "refused", (), "an encoder-decoder"),
+    ]
+    monkeypatch.setattr(census_language, "census_language", lambda library: rows if library == "transformers" else [])
+    encoders = types.ModuleType("tokenreduce.measure.census_encoders")
+    encoders.census_encoders = lambda library: [Row("timm", "vit", "table", ("encoder",), "")] * (library == "timm")
+    monkeypatch.setitem(sys.modules, "tokenreduce.measure.census_encoders", encoders)
+
+
+def run(*args):
+    result = CliRunner().invoke(app, ["models", *args])
+    return result.exit_code, result.output
+
+
+def test_a_line_per_model():
+    code, out = run()
+    assert code == 0
+    assert all(name in out for name in ("SeeFor", "ReadFor", "vit", "3 models"))
+    assert "vit" not in run("--library", "transformers")[1]
+
+
+def test_json():
+    models = json.loads(run("--json")[1])["models"]
+    assert [m["how"] for m in models] == ["discovered", "refused", "table"]
+    assert models[0]["stages"] == ["projector"]
+
+
+def test_the_page_of_the_documents(tmp_path):
+    file = tmp_path / "measured.json"
+    file.write_text(
+        json.dumps(
+            {
+                "see": {"class": "SeeFor", "original": 5.2e-7, "layers": [1, 2], "inside": 1e-6},
+                "two": {"class": "TwoWays", "masked": 3e-7},
+                "bad": {"class": "Bad", "error": "it | fails"},
+            }
+        )
+    )
+    lines = run("--markdown", "--measured", str(file))[1].splitlines()
+    assert "| `SeeForConditionalGeneration` | discovered | projector | not inside: a / b |" in lines
+    assert "2 models: 1 discovered, 1 refused." in lines
+    assert "## Encoders of timm" in lines
+    assert "| `SeeFor` | 5e-07 | none | 1, 2 | 1e-06 |" in lines
+    assert "| `TwoWays` | 3e-07 (hidden) | none | none | none |" in lines
+    assert "| `Bad` | it / fails |  |  |  |" in lines
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(("--library", "jax"), "choose one of transformers"), (("--json", "--markdown"), "choose one")],
+)
+def test_bad_options(args, message):
+    code, out = run(*args)
+    assert code == 2
+    assert message in " ".join(out.split())
