@@ -70,6 +70,9 @@ def test_tables_fit_into_80_columns(llava):
     for said in ("both", "reduced", "own work", "bound by", "Largest batch", "of the projector stage can exceed"):
         assert said in text
     assert "KV" in text
+    assert "is bound by starting operators, which fewer tokens do not change" in " ".join(
+        str(tr.estimate(llava)).split()
+    )
 
 
 def test_a_budget_that_keeps_everything_changes_no_tokens(llava):
