@@ -42,9 +42,8 @@ def _text(config: Any) -> None:
         config.head_dim = width
     usual = next((s for kind, s in MROPE.items() if str(config.model_type).startswith(kind)), None)
     for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
-        given_sections = rope.get("mrope_section") or usual if isinstance(rope, dict) else None
-        if given_sections:
-            rope["mrope_section"] = _sections(given_sections, width // 2)
+        if isinstance(rope, dict) and (rope.get("mrope_section") or usual):
+            rope["mrope_section"] = _sections(rope.get("mrope_section") or usual or [], width // 2)
 
 
 def _sections(given: list[int], total: int) -> list[int]:
