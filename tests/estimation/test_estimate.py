@@ -70,6 +70,9 @@ def test_tables_fit_into_80_columns(llava):
     for said in ("both", "reduced", "own work", "bound by", "Largest batch", "of the projector stage can exceed"):
         assert said in text
     assert "KV" in text
+    assert "is bound by starting operators, which fewer tokens do not change" in " ".join(
+        str(tr.estimate(llava)).split()
+    )
 
 
 def test_a_budget_that_keeps_everything_changes_no_tokens(llava):
@@ -127,6 +130,25 @@ def test_long_clips_are_tried_on_fewer_frames(folders, monkeypatch):
     for part in (TOWER, PREFILL):
         want = sum(op.flops for op in whole.of(part))
         assert sum(op.flops for op in made.of(part)) == pytest.approx(want, rel=0.02)
+
+
+def test_configs_that_contradict_themselves_are_refused(tmp_path):
+    config = VLMS["llava"].model.config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_id": 500, "image_token_index": 500}))
+    with pytest.raises(ValueError, match="placeholder 500 is not among the 120 tokens of its vocabulary"):
+        tr.estimate(str(tmp_path))
+    config["text_config"]["hidden_size"] = 30
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match=r"cannot read the config of .* Fix: give a folder"):
+        tr.estimate(str(tmp_path))
+
+
+def test_sections_of_rotary_embeddings_that_a_config_leaves_out(folders, tmp_path):
+    config = VLMS["qwen2_vl"].model.config.to_dict()
+    config["text_config"].pop("rope_parameters", None)
+    config["text_config"].pop("rope_scaling", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert subject_of(str(tmp_path), Ask((64, 64))).visual > 0
 
 
 def test_bad_input(tmp_path):

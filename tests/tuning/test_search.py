@@ -128,7 +128,10 @@ def test_a_draft_is_brought_to_the_budget():
 def test_what_a_search_begins_with():
     starts = drafts_of(NAMES, ("visionzip", "tome"))
     assert [s["stages"] for s in starts] == ["projector", "encoder", "projector+encoder"]
-    assert drafts_of({"projector": ["divprune", "vispruner", "x"]}, ())[1]["method_projector"] == "vispruner"
+    alone = drafts_of({"projector": ["divprune", "vispruner", "visionzip"]}, ("visionzip",))
+    assert [s["method_projector"] for s in alone] == ["visionzip", "divprune", "vispruner"]
+    none_known = drafts_of({"projector": ["divprune", "vispruner", "x"], "encoder": ["tome"]}, ())
+    assert [s.get("method_projector") for s in none_known] == ["divprune", "vispruner", None, "divprune"]
     assert combinations(["a", "b", "c"]) == ["a", "b", "c", "a+b", "a+c", "b+c", "a+b+c"]
 
 

@@ -35,7 +35,9 @@ def from_config(name: str, source: str, ask: Ask) -> Subject:
     folder = Path(source).expanduser()
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder) if folder.exists() else source)
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a broken config makes the library raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
             f"cannot read the config of {name}: {first} Fix: give a folder with a config.json, or a Hub id where there "
@@ -50,7 +52,13 @@ def from_config(name: str, source: str, ask: Ask) -> Subject:
         of_vision = vision_heads(small.vision_config), vision_heads(vision)
         heads = {TOWER: of_vision, PROJECTOR: of_text, PREFILL: of_text, DECODE: of_text}
         made = Scale.between(narrow, true, heads)
-        return language_subject(name, narrow, true, made, ask, lambda: _real(kind, config))
+        try:
+            return language_subject(name, narrow, true, made, ask, lambda: _real(kind, config))
+        except (RuntimeError, IndexError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{name}: a model of this config does not take its own image ({first}); check the config"
+            ) from error
     no_frames(name, ask)
     if getattr(config, "vision_config", None) is not None:
         config = config.vision_config

@@ -11,6 +11,8 @@ __all__ = ["heads_of", "narrowed", "vision_heads"]
 
 #: (heads, width of a head, width of the MLP): numbers that no other dimension is likely to have.
 TEXT, VISION = (3, 10, 34), (3, 12, 44)
+#: Frequencies of time, rows and columns where a config does not say.
+MROPE = {"qwen2_vl": [16, 24, 24], "qwen2_5_vl": [16, 24, 24], "qwen3_vl": [24, 20, 20]}
 
 
 def narrowed(config: Any) -> Any:
@@ -38,9 +40,10 @@ def _text(config: Any) -> None:
         config.num_key_value_heads = heads if given.keys == given.queries else 1
     if getattr(config, "head_dim", None) is not None:
         config.head_dim = width
+    usual = next((s for kind, s in MROPE.items() if str(config.model_type).startswith(kind)), None)
     for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
-        if isinstance(rope, dict) and rope.get("mrope_section"):
-            rope["mrope_section"] = _sections(rope["mrope_section"], width // 2)
+        if isinstance(rope, dict) and (rope.get("mrope_section") or usual):
+            rope["mrope_section"] = _sections(rope.get("mrope_section") or usual or [], width // 2)
 
 
 def _sections(given: list[int], total: int) -> list[int]:

@@ -130,6 +130,11 @@ def prompt_of(model: Any, family: str, ask: Ask, ids: tuple[int, ...]) -> dict[s
     half = len(text) // 2
     runs = int(given["video_grid_thw"][0, 0]) if family == "Qwen3VLModel" and ask.frames else 1  # a run per time stamp
     row = torch.cat([text[:half], *runs * _run(inner.config, token, count // runs), text[half:]])
+    words = model.get_input_embeddings().num_embeddings
+    if int(row.max()) >= words:
+        raise ValueError(
+            f"the config's placeholder {int(row.max())} is not among the {words:,} tokens of its vocabulary"
+        )
     row = row[None]
     out = {"input_ids": row, "attention_mask": torch.ones_like(row), **given}
     takes = inspect.signature(model.forward).parameters

@@ -118,11 +118,17 @@ def sentences(found: Any) -> list[str]:
 
 
 def _limited(found: Any, stage: str, bound: float) -> str:
-    if stage == "cache":
-        return f"At the cache stage a decode step can become {bound:.2f}x faster at most."
-    if not found.answers:
-        return f"No method inside the encoder can exceed {bound:.2f}x."
-    said = f"No method of the {stage} stage can exceed {bound:.2f}x to the first token"
+    acts_in = {"encoder": TOWER, "cache": DECODE}.get(stage, PREFILL)
+    bounds = {p.name: p.bound for p in found.stock.parts}
+    goal = "in a decode step" if stage == "cache" else "to the first token" if found.answers else "here"
+    said = f"No method of the {stage} stage can exceed {bound:.2f}x {goal}"
+    if bounds.get(acts_in) == "launch":
+        return (
+            f"{said}: the {acts_in} is bound by starting operators, which fewer tokens do not change (try a larger "
+            "batch, or compile the model)."
+        )
+    if stage == "cache" or not found.answers:
+        return f"{said}."
     tower = next((p for p in found.stock.parts if p.name == TOWER), None)
     share = 0.0 if tower is None else tower.seconds / found.stock.first_token
     if stage != "encoder" and share > 0.25:

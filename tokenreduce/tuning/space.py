@@ -60,8 +60,12 @@ def suggested(trial: Any, names: dict[str, list[str]]) -> Draft:
 
 
 def drafts_of(names: dict[str, list[str]], known: Sequence[str]) -> list[dict[str, Any]]:
-    """Parameters of trials to begin with: well-known methods alone, then those of two stages together."""
+    """Parameters of trials to begin with: well-known methods alone, then those of two stages together. Where there is
+    one stage, all of its methods, the well-known first: they are few, and no split is to be found."""
     there = {stage: [n for n in known if n in of] or of[:2] for stage, of in names.items()}
+    if len(names) == 1:
+        rank = {name: i for i, name in enumerate(known)}
+        there = {stage: sorted(of, key=lambda n: rank.get(n, len(rank))) for stage, of in names.items()}
     half = sum(SPLIT) / 2
     out = [
         {"stages": stage, f"method_{stage}": name, f"split_{stage}": half} for stage in names for name in there[stage]
