@@ -167,7 +167,7 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     elif undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
     for adapter, tower in towers:
-        if own_code(tower.module) and not tower.resizes and any(r.site() == "input" for r in reducers):
+        if own_code(tower.module) and not tower.resizes and any(r.acting_position() == "input" for r in reducers):
             raise ValueError(
                 f"{type(tower.module).__name__} lays its patches out in code of its own, so it cannot be resized here; "
                 "give the model smaller images instead"
@@ -194,7 +194,7 @@ def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, 
             f"{across[0].spec()}: frames is for vision towers that see the frames of a video one by one "
             f"(LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA, Qwen-VL), and {why}; leave frames out"
         )
-    looking = [r for r in reducers if r.stage != "encoder" and "tower" in r.gathers()]
+    looking = [r for r in reducers if r.stage != "encoder" and "tower" in r.required()]
     if looking:
         raise ValueError(
             f"{looking[0].spec()} looks at what the tower saw of every frame, of which {across[0].spec()} makes one; "

@@ -63,9 +63,9 @@ def evidence(
 
 def acting_layer(reducer, depth: int = 6) -> int:
     """The first layer in which ``reducer`` does something (0 for a method that acts on the input)."""
-    if reducer.site() == "input":
+    if reducer.acting_position() == "input":
         return 0
-    return next(i for i in range(depth) if reducer.acts(i, depth))
+    return next(i for i in range(depth) if reducer.acts_at(i, depth))
 
 
 def with_keep(name: str, keep: float | int):

@@ -29,7 +29,7 @@ def method(name, **settings):
 
 
 def layer_of(reducer, depth=4):
-    return next(i for i in range(depth) if reducer.acts(i, depth))
+    return next(i for i in range(depth) if reducer.acts_at(i, depth))
 
 
 def step(layouts=LAYOUTS, seed=0, earlier=None, dtype=torch.float32):
@@ -92,7 +92,7 @@ def test_text_and_json_round_trips_and_bad_settings(name):
     with pytest.raises(ValueError, match=r"It takes: .*keep"):
         tr.get_method(f"{name}:no_such_setting=1")
     with pytest.raises(ValueError, match="layers 0 to 1"):
-        [method(name).acts(i, 2) for i in range(2)]
+        [method(name).acts_at(i, 2) for i in range(2)]
 
 
 @every

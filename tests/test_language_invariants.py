@@ -34,7 +34,7 @@ def with_keep(name, keep):
 
 
 def acting_layers(reducer, depth=4):
-    return [i for i in range(depth) if reducer.acts(i, depth)]
+    return [i for i in range(depth) if reducer.acts_at(i, depth)]
 
 
 def there_of(plan):

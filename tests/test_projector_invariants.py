@@ -44,7 +44,7 @@ def test_any_number_of_frames(name, count, keep):
     for n in ((3, 3), (1, 1)):
         evidence = given(reducer, visual(frames(count, *n)))
         if not serves(reducer, evidence):
-            pytest.skip(f"{name} needs {reducer.gathers()}")
+            pytest.skip(f"{name} needs {reducer.required()}")
         plan = reducer.plan(evidence)
         valid = plan.validity()
         there = torch.ones(plan.batch, plan.k, dtype=torch.bool) if valid is None else valid
@@ -75,7 +75,7 @@ def given(reducer, evidence):
 
 def serves(reducer, evidence) -> bool:
     """Some methods say that they need tiles, or a class token, and raise for a tower without."""
-    needs = reducer.gathers()
+    needs = reducer.required()
     return not ("crops" in needs and evidence.crops is None) and not ("cls" in needs and not evidence.cls)
 
 
@@ -83,7 +83,7 @@ def fitting(name, keep, origin, **more):
     reducer = with_keep(name, keep)
     evidence = given(reducer, plain(origin, **more))
     if not serves(reducer, evidence):
-        pytest.skip(f"{name} needs {reducer.gathers()}")
+        pytest.skip(f"{name} needs {reducer.required()}")
     return reducer, evidence
 
 

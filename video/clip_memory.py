@@ -82,7 +82,7 @@ class ClipMemory(StreamingMemory):
         method: Reducer = get_method(reducer, "projector") if isinstance(reducer, str) else reducer
         if not isinstance(method, Temporal) or method.keep is None:
             raise ValueError(f"reducer is a temporal method with a budget, keep=..., not {reducer!r}")
-        missing = sorted(set(method.gathers()) - {"text", "times"})
+        missing = sorted(set(method.required()) - {"text", "times"})
         if missing:
             raise ValueError(f"{method.name} reads {', '.join(missing)}, which a stream of features does not have")
         self.reducer = method

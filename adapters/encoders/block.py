@@ -157,7 +157,7 @@ class Reduced:
         x = x if site.layer else _counted(x)
         state = self._enter(site, x)
         reducer = None if site.reducer is None else settled(site.reducer)
-        where = None if reducer is None else reducer.site()
+        where = None if reducer is None else reducer.acting_position()
         given = None
         if where == "before":
             assert reducer is not None
@@ -166,7 +166,7 @@ class Reduced:
         if given is not None:
             got = self._attend_with(x, given, self._context(context, state))
         else:
-            needs = () if reducer is None or where == "before" else reducer.gathers()
+            needs = () if reducer is None or where == "before" else reducer.required()
             got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
         x = self._residual(x, got.out)
         if where == "middle":
@@ -248,7 +248,7 @@ class Reduced:
     ) -> tuple[Tensor, State, Tensor | None]:
         """Reduce the block's input; a reducer with ``forwards_attention`` also hands on its reduced map."""
         got = Attended(x)
-        if reducer.gathers():
+        if reducer.required():
             got = self._project(x, self._context(context, state))
         if not getattr(reducer, "forwards_attention", False):
             reduced, left = self._reduce(site, reducer, x, state, got, None)
@@ -357,7 +357,7 @@ def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
     base = Site(0, depth, tower.prefix, tower.cls, None, tower.rope, tower.name)
     sites = []
     for layer in range(depth):
-        acting = [r for r in reducers if r.site() != "input" and r.acts(layer, depth)]
+        acting = [r for r in reducers if r.acting_position() != "input" and r.acts_at(layer, depth)]
         if len(acting) > 1:
             names = " and ".join(r.spec() for r in acting)
             raise ValueError(
@@ -366,7 +366,7 @@ def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
             )
         sites.append(replace(base, layer=layer, reducer=acting[0] if acting else None))
     for reducer in reducers:
-        missing = [n for n in reducer.gathers() if n not in tower.evidence]
+        missing = [n for n in reducer.required() if n not in tower.evidence]
         if missing:
             raise ValueError(
                 f"{reducer.name} needs {', '.join(missing)}, which {tower.family} cannot give "

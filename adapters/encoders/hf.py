@@ -251,7 +251,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
         undo.pre_hook(module, functools.partial(check_biased, biased=layout.found.recipe.biased))
         attach_found(module, tower.blocks, layout.found, undo)
         for reducer in reducers:
-            if reducer.site() == "input":
+            if reducer.acting_position() == "input":
                 attach_resize(tower, reducer, undo, flag=True)
         return
     _note_grid(tower, reducers, undo)
@@ -270,7 +270,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
         undo.pre_hook(tower.reader, wish)
         undo.hook(module, functools.partial(regroup, how=tower.how, prefix=prefix))
     for reducer in reducers:
-        if reducer.site() == "input":
+        if reducer.acting_position() == "input":
             attach_resize(tower, reducer, undo, flag=layout.flag)
 
 

@@ -95,7 +95,7 @@ class _Layer(Reduced):
         self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None, view: View | None = None
     ) -> EncoderEvidence:
         if isinstance(state, JointState):
-            needs = () if site.reducer is None else site.reducer.gathers()
+            needs = () if site.reducer is None else site.reducer.required()
             view = state.view(x, attention="attention" in needs or "queries" in needs)
         return super()._evidence(site, x, state, got, before, view)
 
@@ -144,7 +144,7 @@ class _Layer(Reduced):
         old = core is not attn
         q, k = (_heads(y, projection, width) for projection in self._projections(core, old))
         reducer = self._tokenreduce_site.reducer
-        needs = () if reducer is None else reducer.gathers()
+        needs = () if reducer is None else reducer.required()
         v = _heads(y, core.value if old else core.v_proj, width) if "values" in needs else None
         return Attended(x, q, k, v, self._rotate(q, k, context))
 

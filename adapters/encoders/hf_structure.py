@@ -250,7 +250,7 @@ class BiasedLayer(StructuredLayer):
         context = super()._context(context, state)
         owner, module = self._owner()
         reducer = self._tokenreduce_site.reducer
-        if context.plain and owner is not self and (reducer is None or not reducer.gathers()):
+        if context.plain and owner is not self and (reducer is None or not reducer.required()):
             return context  # the attention module adds its bias by itself
         table = context.mask if "attention_mask" in self._tokenreduce_recipe.arguments else context.kwargs.get(SHARED)
         if module is not None:

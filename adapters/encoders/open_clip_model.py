@@ -213,5 +213,5 @@ def attach_model(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> Non
     refuse_own(model, *_METHODS)
     undo.mix_in(model, ReducedModel)
     for reducer in reducers:
-        if reducer.site() == "input":
+        if reducer.acting_position() == "input":
             undo.set(model, _RESIZE, reducer)

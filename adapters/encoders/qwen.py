@@ -174,12 +174,12 @@ class _Block(Reduced):
         context, x = Context(cu_seqlens, position_embeddings, kwargs), hidden_states
         packed = self._begin(site, x, layout)
         reducer = site.reducer
-        where = None if reducer is None else reducer.site()
+        where = None if reducer is None else reducer.acting_position()
         if where == "before":
             assert reducer is not None
-            shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.gathers()) else None
+            shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.required()) else None
             x, packed = self._shrink(site, reducer, x, packed, context, shown, None)
-        record = where in ("middle", "after") and not _SEEN.isdisjoint(reducer.gathers())  # type: ignore[union-attr]
+        record = where in ("middle", "after") and not _SEEN.isdisjoint(reducer.required())  # type: ignore[union-attr]
         across = packed.seen(context.bounds)
         call = PackedAsk(packed, packed.bias() if across is None else None, record, across)
         now, attn, entered = context.at(packed), self.attn, x  # type: ignore[attr-defined]
@@ -234,7 +234,7 @@ class _Block(Reduced):
         """Let ``reducer`` plan for all views of a size at once, and apply its plans."""
         trace, parts = active(), packed.parts
         with nullcontext() if trace is None else trace.clock():
-            needs = reducer.gathers()
+            needs = reducer.required()
             features = packed.means(x)
             entered = packed.means(before) if before is not None and "before" in needs else None
             heads: dict[str, Tensor] = {}
@@ -373,7 +373,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     module: Any = tower.module
     _, _, _, stock, patched = FAMILIES[type(module)]
     for reducer in reducers:
-        if reducer.site() == "input":
+        if reducer.acting_position() == "input":
             raise ValueError(
                 f"{reducer.name} cannot act on {tower.family}, whose processor cuts images into patches: give the "
                 f"processor a smaller max_pixels instead"

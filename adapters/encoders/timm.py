@@ -259,5 +259,5 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
             refuse_own(branch)
     attach_model(model, tower.family, undo)
     for reducer in reducers:
-        if reducer.site() == "input":
+        if reducer.acting_position() == "input":
             attach_resize(model, reducer, undo)

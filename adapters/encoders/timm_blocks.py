@@ -92,7 +92,7 @@ class _Biased(Branched):
     def _context(self, context: Any, state: State) -> Any:
         site = self.__dict__["_tokenreduce_site"]
         plain = len(state.plans) == 0
-        if plain and (site.reducer is None or not asks(None, site.reducer.gathers())):
+        if plain and (site.reducer is None or not asks(None, site.reducer.required())):
             return context
         own, table = self._own(), context.shared
         if own is not None:

@@ -87,7 +87,7 @@ class Pick:
 def check_later(acting: list[list[Reducer]], windows: list[int | None], layers: Any) -> None:
     """Raise ``ValueError`` for methods whose decode steps do not go together, or not with the model's attention."""
     every = {id(r): r for here in acting for r in here}
-    again = [r for r in every.values() if r.later()]
+    again = [r for r in every.values() if r.decode_mode()]
     if len(again) > 1:
         raise ValueError(f"{' and '.join(r.spec() for r in again)} both choose again in decode; choose one")
     if not again:
@@ -97,7 +97,7 @@ def check_later(acting: list[list[Reducer]], windows: list[int | None], layers: 
         raise ValueError(
             f"{again[0].spec()} chooses again in decode, which layers with sliding windows are not supported for"
         )
-    if again[0].later() != "revive":
+    if again[0].decode_mode() != "revive":
         return
     others = [r.spec() for r in every.values() if r is not again[0]]
     if others:

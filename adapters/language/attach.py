@@ -117,7 +117,7 @@ class Acting:
     def told(self) -> tuple[str, ...]:
         """What they ask of where tokens come from: "films" (which frame), "places" (where in an image)."""
         asking = (*self.inside, *(r for r in self.evict if r is not None))
-        return tuple(word for word in WHENCE if any(word in r.gathers() for r in asking))
+        return tuple(word for word in WHENCE if any(word in r.required() for r in asking))
 
 
 def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
@@ -125,7 +125,7 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
     depth = len(found.layers)
     staged = {s: tuple(r for r in reducers if r.stage == s) for s in ("encoder", "projector", "language", "cache")}
     before, inside = staged["projector"], staged["language"]
-    asking = [r for r in (*inside, *staged["cache"]) if not {*WHENCE}.isdisjoint(r.gathers()) or needs_marks(r)]
+    asking = [r for r in (*inside, *staged["cache"]) if not {*WHENCE}.isdisjoint(r.required()) or needs_marks(r)]
     shows = bool(staged["encoder"] or asking)
     if not before and shows:  # which token is of what shows where it enters
         before = (Everything(),)
@@ -133,7 +133,7 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
         raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")
     layers: list[Reducer | None] = []
     for i in range(depth):
-        here = [r for r in inside if r.acts(i, depth)]
+        here = [r for r in inside if r.acts_at(i, depth)]
         if len(here) > 1:
             raise ValueError(f"{' and '.join(r.spec() for r in here)} both act before layer {i}; choose other layers")
         layers.append(here[0] if here else None)
@@ -141,8 +141,8 @@ def _acting(found: Language, reducers: tuple[Reducer, ...]) -> Acting:
     choosing = [r for r in staged["cache"] if not isinstance(r, CacheReducer | CacheCodec)]
     packing = [r for r in staged["cache"] if isinstance(r, CacheCodec)]
     windows = tuple(window_of(found.text.config, i) for i in range(depth))  # type: ignore[arg-type]
-    present = [[r for r in (layers[i], *choosing) if r is not None and r.acts(i, depth)] for i in range(depth)]
-    again = tuple(next((r for r in here if r.later()), None) for here in present)
+    present = [[r for r in (layers[i], *choosing) if r is not None and r.acts_at(i, depth)] for i in range(depth)]
+    again = tuple(next((r for r in here if r.decode_mode()), None) for here in present)
     evict = evict_at(evicting, found)
     pack = check_packing(packing, found, layers, (evict, again), windows)
     acting = Acting(staged["encoder"], before[0] if before else None, tuple(layers), again, windows, evict, pack)
@@ -186,7 +186,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     if found.parts.deep:
         check_deep(found, acting.depth)
         attach_deepstack(found.text, acting.first, undo)
-    if any("rotary" in r.gathers() for r in acting.evict if r is not None):
+    if any("rotary" in r.required() for r in acting.evict if r is not None):
         undo.pre_hook(found.text, keep_positions)
     _attach_layers(found, acting, undo)
 
@@ -247,9 +247,9 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     chosen = [j for j in range(i + 1) if acting.again[j] is not None]
     asks_next = i + 1 < depth and acting.again[i + 1] is not None
     reads = following is not None and _reads(following)
-    asking = [j for j, r in enumerate(acting.layers) if r is not None and "prompt" in r.gathers()]
+    asking = [j for j, r in enumerate(acting.layers) if r is not None and "prompt" in r.required()]
     evict, pack = acting.evict[i], acting.pack[i]
-    before = following is not None and "before" in following.gathers()
+    before = following is not None and "before" in following.required()
     needed = evict or pack or reads or asks_next or before or is_middle(following, i + 1)
     if not (i >= acting.behind or needed or (asking and i == 0)):
         return
@@ -263,9 +263,9 @@ def _steps(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     if found.parts.deep:
         yield AddDeepstack(cut_before=middle)
     if reducer is not None and not middle:
-        plain = "plain" in reducer.gathers() and _mrope(found.text.config)
+        plain = "plain" in reducer.required() and _mrope(found.text.config)
         yield Choose(reducer, depth, acting.windows[i], final_norm(found.text, reducer), plain, _seen(found, i))
-        if reducer.later() == "revive":
+        if reducer.decode_mode() == "revive":
             yield SetAside()
     if i >= acting.behind:
         yield GatherColumns(acting.windows[i])
@@ -301,7 +301,7 @@ def _seen(found: Language, i: int) -> Any:
 
 def _reads(reducer: Reducer) -> bool:
     """Whether ``reducer`` looks at the attention of the layer before the one where it acts."""
-    gathers = reducer.gathers()
+    gathers = reducer.required()
     return "ahead" not in gathers and any(g in ("keys", "queries", "values", "attention") for g in gathers)
 
 

@@ -1,9 +1,9 @@
 """Decode steps in which a method chooses again: which cached tokens the new token sees, and tokens that come back.
 
 Before its layer, a method is asked in every decode step with the attention that the new token paid in the layer
-before (``Reducer.later``). From there to its next layer, attention is over the tokens that it left: their keys and
-values are gathered from the cache, which stays complete. A token whose keys the caches of those layers lack, because an
-earlier choice let it go, comes back where the method says so: its features were set aside when it went, run through the
+before (``Reducer.decode_mode``). From there to its next layer, attention is over the tokens that it left: their keys
+and values are gathered from the cache, which stays complete. A token whose keys the caches of those layers lack,
+because an earlier choice let it go, comes back where the method says so: its features were set aside when it went, run through the
 layers beside the new token at its own position, and its keys are appended to the caches, so that it passes each layer
 at most once.
 
@@ -120,7 +120,7 @@ def _choose(
     attention = means.new_zeros(b, run.length + 1).scatter(1, slot, means)
     known.append((total - 1, attention[:, :-1], live[:, : run.length]))
     del known[:-REMEMBERED]
-    if method.later() == "revive":
+    if method.decode_mode() == "revive":
         x, pick = come_back(step, x, index, live, cache, tables)
     else:
         pick = None if plan.is_identity else Pick(live, shown[:, :0], None, None)

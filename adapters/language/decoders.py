@@ -102,13 +102,13 @@ def strange_to(layer: Any) -> str | None:
 
 def _check_state(layers: Sequence[Any], index: int, reducer: Reducer, acting: Sequence[Reducer | None]) -> None:
     """Raise ``ValueError`` for methods that look at a layer which does not attend, or choose in every step."""
-    gathers = reducer.gathers()
+    gathers = reducer.required()
     reads = any(g in gathers for g in ("keys", "queries", "values", "attention"))
     looks = acting[index] is reducer if "ahead" in gathers else acting[index] is not reducer
-    if not (reads and looks) and "middle" not in gathers and not reducer.later():
+    if not (reads and looks) and "middle" not in gathers and not reducer.decode_mode():
         return
     good = [i + ("ahead" not in gathers) for i, layer in enumerate(layers) if attends(layer)]
-    never = reducer.later() or "middle" in gathers
+    never = reducer.decode_mode() or "middle" in gathers
     fits = "no such method fits this language model" if never else f"it can act before {', '.join(map(str, good))}"
     raise ValueError(
         f"{reducer.spec()} would look at layer {index}, where tokens are mixed by a "
@@ -118,13 +118,13 @@ def _check_state(layers: Sequence[Any], index: int, reducer: Reducer, acting: Se
 
 def _check_read(layer: Any, index: int, reducer: Reducer) -> None:
     attention = layer.self_attn
-    if reducer.later() == "revive" and needs_ids(layer):
+    if reducer.decode_mode() == "revive" and needs_ids(layer):
         raise ValueError(
             f"{reducer.spec()} brings tokens back in decode, at rotary tables of their own, but layer {index} "
             f"({type(layer).__name__}) scales queries by position ids; set revive=false"
         )
-    gathers = reducer.gathers()
-    if not any(g in gathers for g in ("queries", "attention", "ahead")) and not reducer.later():
+    gathers = reducer.required()
+    if not any(g in gathers for g in ("queries", "attention", "ahead")) and not reducer.decode_mode():
         return
     own = [name for name, _ in attention.named_parameters(recurse=False)]
     if own:
@@ -191,7 +191,7 @@ def check_deep(found: Language, depth: int) -> None:
 
 def final_norm(text: nn.Module, reducer: Reducer | None) -> nn.Module | None:
     """The norm behind the last layer, if ``reducer`` asks for it. Raises ``ValueError`` where none is known."""
-    if reducer is None or "norm" not in reducer.gathers():
+    if reducer is None or "norm" not in reducer.required():
         return None
     for name in _NORMS:
         if isinstance(norm := getattr(text, name, None), nn.Module):

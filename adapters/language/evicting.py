@@ -28,7 +28,7 @@ def evict_at(methods: Sequence[CacheReducer], found: Language) -> tuple[CacheRed
     none acts at all."""
     depth, out = len(found.layers), []
     for i in range(depth):
-        here = [r for r in methods if r.acts(i, depth)]
+        here = [r for r in methods if r.acts_at(i, depth)]
         if len(here) > 1:
             raise ValueError(
                 f"{' and '.join(r.spec() for r in here)} both take keys out of the cache of layer {i}; choose one"
@@ -65,7 +65,7 @@ def check_evicting(evict: Sequence[CacheReducer | None], again: Sequence[Reducer
                 f"model.set_attn_implementation('sdpa')"
             )
         own = [] if attention is None else [name for name, _ in attention.named_parameters(recurse=False)]
-        if method is not None and own and "attention" in method.gathers():
+        if method is not None and own and "attention" in method.required():
             raise ValueError(
                 f"{method.name} ranks by attention, and {type(attention).__name__} has parameters of its own in its "
                 f"softmax ({', '.join(own)}), which are not seen from outside; choose knorm or keydiff"
@@ -91,7 +91,7 @@ def say_unknown(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def evict_step(method: CacheReducer, every: Sequence[CacheReducer | None], found: Language, index: int) -> Evict:
     """The step of layer ``index``."""
     last = max(i for i, other in enumerate(every) if other == method)
-    turning = turning_of(found.text, found.layers[index]) if "rotary" in method.gathers() else None
+    turning = turning_of(found.text, found.layers[index]) if "rotary" in method.required() else None
     mrope = "mrope_section" in (getattr(found.text.config, "rope_parameters", None) or {})
     return Evict(method, len(every), last, turning, mrope)
 

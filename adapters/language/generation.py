@@ -122,7 +122,7 @@ class Run:
     #: (B,L,6) where in its image every column is, see
     #: :class:`~tokenreduce.core.evidence.LanguageEvidence`.
     places: Tensor | None = None
-    #: Method -> (B,L) what it marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.mark`.
+    #: Method -> (B,L) what it marked by what the vision tower saw, see :meth:`tokenreduce.Reducer.tower_scores`.
     marks: dict[Any, Tensor] = field(default_factory=dict)
     #: (B,K,C) what enters a layer, where tokens left in the middle of the layer before.
     middles: dict[int, Tensor] = field(default_factory=dict)

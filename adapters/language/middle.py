@@ -44,7 +44,7 @@ _LEARNS: ContextVar[bool] = ContextVar("tokenreduce_layer_learns", default=False
 
 def is_middle(reducer: Reducer | None, index: int) -> bool:
     """Whether ``reducer``, which acts before layer ``index``, does so in the middle of the layer before."""
-    return reducer is not None and index > 0 and "middle" in reducer.gathers()
+    return reducer is not None and index > 0 and "middle" in reducer.required()
 
 
 def attach_middle(layer: Any, reducer: Reducer, index: int, depth: int, norm: nn.Module | None, undo: Undo) -> None:

@@ -66,7 +66,7 @@ def _evidence(
     plain: bool,
     reducer: Reducer,
 ) -> LanguageEvidence:
-    asked, valid = reducer.gathers(), run.column_mask(index)
+    asked, valid = reducer.required(), run.column_mask(index)
     history = None
     if "history" in asked:
         history = torch.stack([run.visual_at(i - 1).sum(1) for i in range(index + 1)], 1)

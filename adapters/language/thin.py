@@ -104,7 +104,7 @@ def evidence_of(
     at = columns.clamp(max=run.length - 1).flatten(1)
     visual = run.visual.gather(1, at).view_as(columns) & (columns < run.length) & there
     frames = None
-    if "films" in method.gathers() and run.films is not None:
+    if "films" in method.required() and run.films is not None:
         frames = _frames(run, columns, visual)
     state = run.running.get(index)
     folded = columns.expand(b, heads, n).flatten(0, 1)

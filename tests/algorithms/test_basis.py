@@ -113,6 +113,6 @@ def test_bad_settings(bad, method):
 
 
 def test_where_the_step_inside_acts():
-    assert [tr.ApETLLM().acts(i, 32) for i in (15, 16)] == [False, True]
+    assert [tr.ApETLLM().acts_at(i, 32) for i in (15, 16)] == [False, True]
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        tr.ApETLLM(layer=4).acts(0, 4)
+        tr.ApETLLM(layer=4).acts_at(0, 4)

@@ -164,7 +164,7 @@ class Headwise(CacheReducer):
             return frozenset(self.heads)
         return frozenset(self.choose(self._table()))
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.heads is None:
             table = self._table()
             table.check(depth, table.kv_heads)
@@ -180,7 +180,7 @@ class Headwise(CacheReducer):
 
     def whole(self, evidence: CacheEvidence) -> Tensor:
         """(B*Hkv,1) bool: which heads of this layer are left alone. Raises ``ValueError`` for another model's table."""
-        self.acts(evidence.layer, evidence.depth)
+        self.acts_at(evidence.layer, evidence.depth)
         if self.heads is None:
             table = self._table()
             table.check(evidence.depth, evidence.kv_heads)

@@ -79,7 +79,7 @@ class Projector(Reducer, stage="projector"):
         """The plan that leaves ``keep`` (fewer than there are) tokens behind the prefix, which stays in front."""
         raise NotImplementedError("abstract")
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         """Blocks of the vision tower whose queries and keys :meth:`choose` reads through ``evidence.tower(look)``."""
         return ()
 
@@ -166,10 +166,10 @@ class Salient(Projector):
         if self.score not in self.scores:
             raise ValueError(f"score is one of {self.scores}, not {self.score!r}")
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("tower", "cls") if self.score == "cls" else ("tower",)
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return (self.layer,)
 
     def saliency(self, evidence: VisualEvidence, layer: Look = None) -> Tensor:

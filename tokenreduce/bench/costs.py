@@ -99,7 +99,7 @@ class _Cut(Reducer):
     layer: int
     keep: int
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer == self.layer
 
     def plan(self, evidence: Evidence) -> Plan:

@@ -152,7 +152,7 @@ class _Soft(Reducer, needs=("attention",)):
     def proportional(self) -> bool:
         return True
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self.rates.layers
 
     def plan(self, evidence: Evidence) -> Plan:

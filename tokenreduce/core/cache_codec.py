@@ -108,5 +108,5 @@ class CacheCodec(Reducer):
         """Nothing is ranked."""
         return None
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return any(layer in pair for pair in self.pairs(depth))

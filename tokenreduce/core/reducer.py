@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ POSITIONS = ("input", "before", "middle", "after")
 #: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and
 #: the projector as a function.
 #: At the cache stage, ``rotary`` are the tables that turned the keys.
-#: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.mark`.
+#: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.tower_scores`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
     "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
@@ -64,6 +65,13 @@ def check_size_bias(value: str | float | None) -> None:
     """Raise ``ValueError`` unless ``value`` is None or one that :func:`size_power` knows."""
     if value is not None:
         size_power(value)
+
+
+#: What methods answered to before, and do for one release.
+RENAMED = {
+    "acts": "acts_at", "gathers": "required", "wishes": "optional", "looks": "tower_blocks", "site": "acting_position",
+    "later": "decode_mode", "mark": "tower_scores",
+}  # fmt: skip
 
 
 #: Every method by its name; class statements write here.
@@ -129,6 +137,10 @@ class Reducer:
         **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
+        for old, new in RENAMED.items():
+            if callable(vars(cls).get(old)):
+                warnings.warn(f"{cls.__name__}.{old} is {new} now", DeprecationWarning, stacklevel=2)
+                setattr(cls, new, vars(cls)[old])
         cls.name = name
         if stage is not None:
             cls.stage = stage
@@ -158,34 +170,34 @@ class Reducer:
         """Which of the N tokens become which of K; a pure function of the evidence."""
         raise NotImplementedError("abstract")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         """Whether the method does something in 0-based ``layer`` of ``depth``. Raises ``ValueError`` if it cannot."""
         return True
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         """The evidence that these settings need; :attr:`needs` unless a method overrides it."""
         return self.needs
 
-    def wishes(self) -> tuple[str, ...]:
+    def optional(self) -> tuple[str, ...]:
         """Evidence that these settings use where a model has it, and do without elsewhere."""
         return ()
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         """Where in the block these settings act; :attr:`position` unless a method overrides it."""
         return self.position
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         """Blocks of a vision tower in front of a language model whose queries and keys the method reads."""
         return ()
 
-    def later(self) -> str:
+    def decode_mode(self) -> str:
         """Whether the method chooses again in every decode step: "" (no), "hide" (among the tokens whose keys are
         cached), or "revive" (among all; one that it let go before comes back). ``plan`` is then asked with the tokens
         that the new one attended to in the layer before, itself last: ``attention`` is its row, ``x`` has no channels,
         and ``earlier`` is the step before."""
         return ""
 
-    def mark(self, evidence: Any) -> Tensor:
+    def tower_scores(self, evidence: Any) -> Tensor:
         """(B,N) numbers for the visual tokens of one view of an image, from what the vision tower saw of them: a pure
         function of ``evidence`` (a :class:`~tokenreduce.core.evidence.ImageEvidence`). For language-stage methods that
         need ``tower``: it is asked once, at the entry of the language model, and ``evidence.scores`` has the
@@ -232,6 +244,19 @@ class Reducer:
 
     def __str__(self) -> str:
         return self.spec()
+
+
+def _under_its_old_name(old: str, new: str) -> Any:
+    def ask(self: Reducer, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(f"{type(self).__name__}.{old} is {new} now", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)(*args, **kwargs)
+
+    ask.__name__, ask.__doc__ = old, f"The old name of :meth:`{new}`."
+    return ask
+
+
+for _old, _new in RENAMED.items():
+    setattr(Reducer, _old, _under_its_old_name(_old, _new))
 
 
 def _checked_first(own: Callable[..., None]) -> Callable[..., None]:

@@ -36,7 +36,7 @@ class Scheduled(Reducer):
         if self.keep is not None and self.r != 0:
             raise ValueError("give r or keep, not both")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return self.keep is not None or self._removed(depth)[layer] > 0
 
     def _removed(self, depth: int) -> tuple[int, ...]:

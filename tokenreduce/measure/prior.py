@@ -29,7 +29,7 @@ class _Listen(Reducer, stage="language", needs=("attention", "places")):
 
     layer: int = 2
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer

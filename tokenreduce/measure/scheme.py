@@ -39,7 +39,7 @@ _NOW: ContextVar[_Fit | None] = ContextVar("tokenreduce_scheme", default=None)
 class _Delete(Reducer, stage="language", needs=("attention", "middle")):
     """Deletes what neither image nor text would miss."""
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer > 0
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

@@ -147,7 +147,7 @@ class Stream:
         from tokenreduce.streaming.capping import plans_of, thin_all
 
         each = len(block.x) // block.units
-        rows = self._proxy() if "attention" in self.method.gathers() else {}
+        rows = self._proxy() if "attention" in self.method.required() else {}
         plans, self._scores = plans_of(
             self.method, self._cache, self._tokens, each, rows, self.entry.found, self._scores
         )

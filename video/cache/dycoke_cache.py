@@ -66,12 +66,12 @@ class DyCokeCache(
         if not isinstance(self.reuse, bool):
             raise ValueError(f"reuse is true or false, not {self.reuse!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer
 
-    def later(self) -> str:
+    def decode_mode(self) -> str:
         return "hide"
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

@@ -79,7 +79,7 @@ class VidTLDR(
         if self.keep is not None and self.r:
             raise ValueError("give r or keep, not both")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.keep is not None:
             return layer < self.blocks and not (isinstance(self.keep, float) and self.keep == 1)
         if len(self.r) > depth:
@@ -89,7 +89,7 @@ class VidTLDR(
     def amount(self, evidence: EncoderEvidence) -> int:
         """Tokens to remove at this layer."""
         layer = evidence.layer
-        if not self.acts(layer, max(evidence.depth, len(self.r))):
+        if not self.acts_at(layer, max(evidence.depth, len(self.r))):
             return 0
         if self.keep is not None:
             return max(0, evidence.free() - staged(self.keep, evidence, tuple(range(min(self.blocks, evidence.depth)))))

@@ -43,7 +43,7 @@ class FlashVIDLLM(
             check_count(self.layer, "layer", 1)
         check_keep(self.keep)
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         wanted = max(int(20 / 28 * depth + 0.5), 1) if self.layer is None else self.layer
         if wanted >= depth:
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")

@@ -50,7 +50,7 @@ class HoliTomMerge(
         if self.mean not in ("halving", "plain"):
             raise ValueError(f"mean is 'halving' or 'plain', not {self.mean!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         wanted = max(int(18 / 28 * depth + 0.5), 1) if self.layer is None else self.layer
         if wanted >= depth:
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")

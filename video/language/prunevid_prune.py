@@ -56,7 +56,7 @@ class PruneVidPrune(
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
             raise ValueError(f"alpha is a share in (0, 1], not {self.alpha!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         wanted = max(int(11 / 32 * depth + 0.5), 1) if self.layer is None else self.layer
         if wanted >= depth:
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")

@@ -53,7 +53,7 @@ class STTMLLM(
         check_keep(self.keep)
         check_forest(self.theta_s, self.theta_t, self.root_level, self.border, self.head_dim)
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer

@@ -54,7 +54,7 @@ class EVS(Temporal, name="evs", paper="2510.14624", title="EVS, Efficient Video 
         if self.score not in ("features", "pixels"):
             raise ValueError(f"score is 'features' or 'pixels', not {self.score!r}")
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("pixels",) if self.score == "pixels" else ()
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

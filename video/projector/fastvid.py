@@ -102,18 +102,18 @@ class FastVID(Temporal, Salient, name="fastvid", needs=("tower",), paper="2503.1
         if self.score == "head" and self.layer is not None:
             raise ValueError(f"score='head' reads the pooling head behind the last layer, not layer={self.layer}")
 
-    def gathers(self) -> tuple[str, ...]:
-        return ("tower", "head") if self.score == "head" else super().gathers()
+    def required(self) -> tuple[str, ...]:
+        return ("tower", "head") if self.score == "head" else super().required()
 
-    def wishes(self) -> tuple[str, ...]:
+    def optional(self) -> tuple[str, ...]:
         return ("head",) if self.score == "auto" and self.layer is None else ()
 
-    def looks(self) -> tuple[Look, ...]:
-        return () if self.score == "head" else super().looks()
+    def tower_blocks(self) -> tuple[Look, ...]:
+        return () if self.score == "head" else super().tower_blocks()
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         x, p = by_frame(evidence), evidence.prefix
-        head = evidence.pooling() if "head" in (*self.gathers(), *self.wishes()) else None
+        head = evidence.pooling() if "head" in (*self.required(), *self.optional()) else None
         if head is None and self.score == "head":
             raise ValueError("this method needs head, the pooling head of a vision tower, which the evidence lacks")
         scores, whole = (self.saliency(evidence), x.mean(2)) if head is None else head

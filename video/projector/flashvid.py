@@ -89,11 +89,11 @@ class FlashVID(Temporal, Salient, name="flashvid", needs=("tower",), paper="2602
         if self.counts not in COUNTS:
             raise ValueError(f"counts is one of {COUNTS}, not {self.counts!r}")
 
-    def gathers(self) -> tuple[str, ...]:
-        return () if self.selection == "div" else super().gathers()
+    def required(self) -> tuple[str, ...]:
+        return () if self.selection == "div" else super().required()
 
-    def looks(self) -> tuple[Look, ...]:
-        return () if self.selection == "div" else super().looks()
+    def tower_blocks(self) -> tuple[Look, ...]:
+        return () if self.selection == "div" else super().tower_blocks()
 
     def total(self, present: int) -> int:
         wide = self.keep * self.expansion

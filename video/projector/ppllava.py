@@ -82,7 +82,7 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is a finite number above 0, not {value!r}")
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("text",) if self.clip is None else ("clip",)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

@@ -77,14 +77,14 @@ class AdaKV(CacheReducer, name="adakv", needs=("attention",), paper="2407.11550"
     def _inner(self) -> KeyScorer:
         return scorer(self.base, self.name, self.keep, self.what)
 
-    def gathers(self) -> tuple[str, ...]:
-        return self._inner().gathers()
+    def required(self) -> tuple[str, ...]:
+        return self._inner().required()
 
     def query_rows(self) -> int | None:
         return self._inner().query_rows()
 
-    def acts(self, layer: int, depth: int) -> bool:
-        return self._inner().acts(layer, depth)
+    def acts_at(self, layer: int, depth: int) -> bool:
+        return self._inner().acts_at(layer, depth)
 
     def plan(self, evidence: CacheEvidence) -> Plan:
         inner, among = self._inner(), candidates(evidence, self.what)

@@ -36,7 +36,7 @@ class Knorm(KeyScorer, name="knorm", paper="2406.11430", title="Knorm"):
         check_count(self.recent, "recent")
         check_count(self.skip, "skip")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer >= self.skip
 
     def importance(self, evidence: CacheEvidence) -> Tensor:

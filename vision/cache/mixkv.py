@@ -58,14 +58,14 @@ class MixKV(KeyScorer, name="mixkv", needs=("attention",), paper="2510.20707", t
     def _inner(self) -> KeyScorer:
         return scorer(self.base, self.name, self.keep, self.what)
 
-    def gathers(self) -> tuple[str, ...]:
-        return self._inner().gathers()
+    def required(self) -> tuple[str, ...]:
+        return self._inner().required()
 
     def query_rows(self) -> int | None:
         return self._inner().query_rows()
 
-    def acts(self, layer: int, depth: int) -> bool:
-        return self._inner().acts(layer, depth)
+    def acts_at(self, layer: int, depth: int) -> bool:
+        return self._inner().acts_at(layer, depth)
 
     def always(self, evidence: CacheEvidence) -> Tensor | None:
         return self._inner().always(evidence)

@@ -105,7 +105,7 @@ class VaSE(CacheReducer, name="vase", needs=("attention",), paper="2606.03928", 
     def every(self) -> int:
         return 1
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return () if self.mode == "dkv" else self.needs
 
     def query_rows(self) -> int:

@@ -91,7 +91,7 @@ class ATS(
             raise ValueError(f"num_tokens lists {len(self.num_tokens)} numbers for {len(chosen)} layers; give one each")
         return chosen
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth) and not (isinstance(self.keep, float) and self.keep == 1)
 
     def _heights(self, evidence: EncoderEvidence, patches: int) -> int | None:

@@ -184,7 +184,7 @@ class DiffRate(Reducer, name="diffrate", stage="encoder", needs=("attention",), 
             steps[0] = (patches, patches)
         return tuple(steps)
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.keep is not None:
             return (layer > 0 or depth == 1) and not (isinstance(self.keep, float) and self.keep == 1)
         tokens = self._lists(depth)[2]

@@ -70,7 +70,7 @@ class DPCKNN(Reducer, name="dpcknn", needs=(), position="before", paper="2204.08
             raise ValueError(f"order is 'position' or 'score', not {self.order!r}")
         check_layers(self.layers, "layers")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in stage_layers(self.layers, depth, "layers")
 
     def plan(self, evidence: EncoderEvidence) -> Plan:

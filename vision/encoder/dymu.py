@@ -65,9 +65,9 @@ class DyMU(Scheduled, name="dymu", needs=("keys",), paper="2504.17040", title="D
         if not isinstance(self.thresholds, tuple) or not self.thresholds:
             raise ValueError(f"thresholds is a tuple with one cosine for every layer, not {self.thresholds!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.thresholds is None:
-            return super().acts(layer, depth)
+            return super().acts_at(layer, depth)
         if len(self.thresholds) != depth:
             raise ValueError(
                 f"thresholds are for {len(self.thresholds)} layers and the model has {depth}; find its own with "

@@ -61,7 +61,7 @@ class EViT(Reducer, name="evit", needs=("attention",), paper="2202.07800", title
             raise ValueError("give keep, tokens or base_keep_rate, not several")
         check_layers(self.drop_loc, "drop_loc")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in stage_layers(self.drop_loc, depth, "drop_loc")
 
     def plan(self, evidence: EncoderEvidence) -> Plan:

@@ -74,7 +74,7 @@ class FiCoCoV(
             raise ValueError(f"start={start}: the model has layers 0 to {depth - 1}")
         return start
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer >= self._start(depth)
 
     def plan(self, evidence: EncoderEvidence) -> Plan:

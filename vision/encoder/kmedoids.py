@@ -53,7 +53,7 @@ class KMedoids(Reducer, name="kmedoids", needs=("attention",), position="after",
         if self.cost not in ("members", "all"):
             raise ValueError(f"cost is 'members' or 'all', not {self.cost!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return self.keep is not None and layer in self._layers(depth)
 
     def _layers(self, depth: int) -> tuple[int, ...]:
@@ -63,7 +63,7 @@ class KMedoids(Reducer, name="kmedoids", needs=("attention",), position="after",
 
     def plan(self, evidence: EncoderEvidence) -> Plan:
         free = evidence.free()
-        if self.keep is None or free < 1 or not self.acts(evidence.layer, evidence.depth):
+        if self.keep is None or free < 1 or not self.acts_at(evidence.layer, evidence.depth):
             return Identity.like(evidence.x)
         left = staged(self.keep, evidence, self._layers(evidence.depth))
         if left >= free:

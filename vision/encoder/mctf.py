@@ -104,13 +104,13 @@ class MCTF(
         """Whether the block runs with the reduced map instead of attention of its own."""
         return self.one_step_ahead == 1
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         return "before" if self.one_step_ahead else "after"
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return self.needs if self.forwards_attention or self._weighs() else ()
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in stage_layers(self.layers, depth, "layers") and (self.keep is not None or self.r > 0)
 
     # -- how many ----------------------------------------------------------------------------------------------------

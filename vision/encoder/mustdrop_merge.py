@@ -70,7 +70,7 @@ class MustDropMerge(
         if self.keep is not None and t != 0.8:
             raise ValueError("give threshold or keep, not both")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the model has layers 0 to {depth - 1}")
         return layer == self.layer

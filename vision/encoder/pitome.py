@@ -114,13 +114,13 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
     def proportional(self) -> bool:
         return PRESETS[self.preset].prop_attn if self.prop_attn is None else self.prop_attn
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return self.keep is not None or self.ratio < 1
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         return PRESETS[self.preset].site
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("keys",) if self._metric() == "keys" else ()
 
     def plan(self, evidence: EncoderEvidence) -> Plan:

@@ -75,10 +75,10 @@ class RepresentationShift(
             raise ValueError("give ratio (per layer) or keep (at the end), not both")
         check_layers(self.layers, "layers")
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         return "after" if self.sub_layer == "mlp" else "middle"
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
     def _layers(self, depth: int) -> tuple[int, ...]:

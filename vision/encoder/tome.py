@@ -75,7 +75,7 @@ class ToMeKth(Reducer, name="tome_kth", needs=("keys",), paper="2210.09461", tit
         if self.tail not in ("merge", "drop"):
             raise ValueError(f"tail is 'merge' or 'drop', not {self.tail!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self.layers
 
     def plan(self, evidence: EncoderEvidence) -> Plan:

@@ -44,7 +44,7 @@ class Uniform(Reducer, name="uniform", title="Uniform pruning"):
         if self.keep is not None and self.every != 2:
             raise ValueError("give every or keep, not both")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the model has layers 0 to {depth - 1}")
         return layer == self.layer

@@ -93,7 +93,7 @@ class ZeroTPrune(
                 raise ValueError(f"{name} lists {len(value)} numbers for {len(chosen)} layers; give one each")
         return chosen
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         layers = self._layers(depth)
         idle = self.r == 0 and self.k is None if self.keep is None else isinstance(self.keep, float) and self.keep == 1
         return layer in layers and not idle

@@ -80,7 +80,7 @@ class AIM(Reducer, name="aim", stage="language", needs=("attention",), paper="24
             )
         return first, last
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         first, last = self._span(depth)
         return first < layer <= last + 1
 

@@ -51,7 +51,7 @@ class ApETLLM(Reducer, name="apet-llm", stage="language", needs=(), paper="2602.
         check_keep(self.keep)
         check_basis(self.basis, self.basis_token_num, self.ridge, self.start, self.seed)
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         wanted = depth // 2 if self.layer is None else self.layer
         if wanted >= depth:
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")

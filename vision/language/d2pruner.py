@@ -77,10 +77,10 @@ class D2Pruner(
         if self.prior is not None and not self.prior:
             raise ValueError("prior is the name of a safetensors file, or None")
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("attention",) if self.prior is None and not self.spatial_weight else self.needs
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer

@@ -72,7 +72,7 @@ class DART(Reducer, name="dart", stage="language", needs=("keys", "norm"), paper
         if sum(v is not None for v in (self.keep, self.max_num_trunction, ratio)) > 1:
             raise ValueError("give one of keep, max_num_trunction and reduction_ratio")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer

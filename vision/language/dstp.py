@@ -64,12 +64,12 @@ class DSTP(
         if self.patience not in (1, 2):
             raise ValueError(f"patience is 1 or 2 steps, not {self.patience!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer
 
-    def later(self) -> str:
+    def decode_mode(self) -> str:
         return "revive"
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

@@ -37,7 +37,7 @@ class FastV(Reducer, name="fastv", stage="language", needs=("attention",), paper
         check_count(self.layer, "layer", 1)
         check_keep(self.keep)
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer

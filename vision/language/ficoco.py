@@ -88,7 +88,7 @@ class FiCoCoL(
             )
         return start
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         everything = isinstance(self.keep, float) and self.keep == 1.0
         return layer > self._start(depth) and not everything
 

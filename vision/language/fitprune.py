@@ -71,7 +71,7 @@ class FitPrune(
         if sum(self.deletes) >= self.tokens:
             raise ValueError(f"deletes are {sum(self.deletes)} of {self.tokens} tokens; at least one must stay")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if layer == 0 or (self.keep == 1.0 and isinstance(self.keep, float)):
             return False
         if self.deletes is None:

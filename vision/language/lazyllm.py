@@ -88,10 +88,10 @@ class LazyLLM(Reducer, name="lazyllm", stage="language", needs=("attention",), p
             )
         return tuple(depth * i // 10 for i in (3, 6, 9))
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
-    def later(self) -> str:
+    def decode_mode(self) -> str:
         return "revive" if self.revive else ""
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

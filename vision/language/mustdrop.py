@@ -88,13 +88,13 @@ class MustDrop(
             raise ValueError(f"keep_rate is a share of the tokens in [0, 1], not {rate!r}")
         check_keep(self.keep)
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return self.needs if self.keep_rate else ("attention",)
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return (-1,) if self.keep_rate else ()
 
-    def mark(self, evidence: VisualEvidence) -> Tensor:
+    def tower_scores(self, evidence: VisualEvidence) -> Tensor:
         """(B,N): 1 for key tokens."""
         scores = saliency(evidence, -1)
         # Less a hair, so that 0.07 of 100 is 7 and not 8.
@@ -109,7 +109,7 @@ class MustDrop(
             return tuple(i + 1 for i in stages_of(self.pruning_layers, depth - 1, "pruning_layers"))
         return tuple(sorted({min((i * depth + 16) // 32, depth - 2) + 1 for i in (2, 6, 10, 14)}))
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

@@ -72,7 +72,7 @@ class PACT(
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is a finite number >= 0, not {value!r}")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         wanted = (4 if depth > 8 else depth // 2) if self.layer is None else self.layer
         if wanted >= depth:
             raise ValueError(f"layer={wanted}: the language model has layers 0 to {depth - 1}")

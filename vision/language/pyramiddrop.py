@@ -81,7 +81,7 @@ class PyramidDrop(
             raise ValueError(f"{stages} stages need as many layers, not {depth}; give layer_list")
         return tuple(depth * i // stages for i in range(1, stages))
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

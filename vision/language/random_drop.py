@@ -44,7 +44,7 @@ class RandomVisual(
             raise ValueError("keep is a number of tokens (int >= 1) or a ratio (float in (0, 1]), not None")
         check_count(self.seed, "seed")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
             raise ValueError(f"layer={self.layer}: the language model has layers 0 to {depth - 1}")
         return layer == self.layer

@@ -96,7 +96,7 @@ class SparseVLM(
             raise ValueError(f"three pruning layers need a language model of 4 layers, not {depth}; give pruning_loc")
         return tuple(max(i, (layer * depth + 16) // 32) + 1 for i, layer in enumerate((2, 6, 15)))
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

@@ -75,7 +75,7 @@ class V2Drop(Reducer, name="v2drop", stage="language", needs=("before",), paper=
             out.append(max(int(share * depth + 0.5), out[-1] + 1 if out else 1))
         return tuple(out)
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         shares = self._shares()
         everything = self.keep == 1.0 and isinstance(self.keep, float) if shares is None else set(shares) == {1}
         return layer in self._layers(depth) and not everything

@@ -83,10 +83,10 @@ class VScanLLM(
             raise ValueError("a language model of one layer has no middle: there are no layers before and behind it")
         return (depth // 2,)
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return tuple(need for need in self.needs if need != "plain" or not self.rotary)
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer in self._layers(depth)
 
     def plan(self, evidence: LanguageEvidence) -> Plan:

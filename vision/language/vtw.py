@@ -48,7 +48,7 @@ class VTW(Reducer, name="vtw", stage="language", needs=(), paper="2405.05803", t
             if self.keep is not None:
                 raise ValueError("give layer or keep, not both")
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         if isinstance(self.keep, int):
             return layer > 0
         if self.layer is not None and self.layer > depth:

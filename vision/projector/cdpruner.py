@@ -56,7 +56,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
         if self.theta is not None and not (isinstance(self.theta, int | float) and 0 <= self.theta < 1):
             raise ValueError(f"theta is a number in [0, 1) or None, not {self.theta!r}")
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("text",) if self.clip is None else ("clip",)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

@@ -62,7 +62,7 @@ class FoPru(Projector, name="fopru", needs=("tower",), paper="2411.14164", title
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {known}, not {getattr(self, name)!r}")
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return (self.layer,)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

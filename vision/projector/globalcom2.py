@@ -66,7 +66,7 @@ class GlobalCom2(Projector, name="globalcom2", needs=("tower", "cls"), paper="25
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha is a number in [0, 1], not {alpha!r}")
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return (self.layer,)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

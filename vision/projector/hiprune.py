@@ -65,7 +65,7 @@ class HiPrune(Projector, name="hiprune", needs=("tower",), paper="2508.00553", t
         if self.buffers not in BUFFERS:
             raise ValueError(f"buffers is one of {BUFFERS}, not {self.buffers!r}")
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return (self.object_layer, self.layer)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

@@ -62,7 +62,7 @@ class HiRED(Projector, name="hired", needs=("tower",), paper="2408.10945", title
         if self.content not in CONTENTS:
             raise ValueError(f"content is one of {CONTENTS}, not {self.content!r}")
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return (self.l_init, self.l_final)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

@@ -65,10 +65,10 @@ class PruneSID(Salient, name="prunesid", needs=("tower",), paper="2603.09480", t
     def with_class(self) -> bool:
         return self.score != "component"
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("tower", "cls") if self.score == "cls" else () if self.score == "component" else ("tower",)
 
-    def looks(self) -> tuple[float | int | None, ...]:
+    def tower_blocks(self) -> tuple[float | int | None, ...]:
         return () if self.score == "component" else (self.layer,)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

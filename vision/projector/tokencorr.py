@@ -81,7 +81,7 @@ class TokenCorr(Projector, name="tokencorr", needs=("tower", "cls"), paper="2407
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"sampling is one of {SAMPLINGS}, not {self.sampling!r}")
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return (self.low_layer, self.deep_layer)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

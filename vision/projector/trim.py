@@ -57,7 +57,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
         if wrong or not 0 <= self.iqr_factor < float("inf"):
             raise ValueError(f"iqr_factor is a finite number >= 0, not {self.iqr_factor!r}")
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return ("text",) if self.clip is None else ("clip",)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

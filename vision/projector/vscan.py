@@ -68,7 +68,7 @@ class VScan(Salient, name="vscan", needs=("tower",), paper="2505.22654", title="
         if isinstance(self.scaling, bool) or not isinstance(self.scaling, int | float) or not 0 < self.scaling < 1e9:
             raise ValueError(f"scaling is a positive number, not {self.scaling!r}")
 
-    def looks(self) -> tuple[Look, ...]:
+    def tower_blocks(self) -> tuple[Look, ...]:
         return self.local_layer, self.layer
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:

@@ -56,7 +56,7 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
             f"logits='caller' needs a model with a language head around an inner model, which {type(site).__name__} is "
             f"not; leave logits out: logits then stand at the columns that are left"
         )
-    attach_looks(found, reducer.looks(), undo)
+    attach_looks(found, reducer.tower_blocks(), undo)
     undo.pre_hook(site, functools.partial(enter, inner=inner, setting=setting))
     undo.hook(site, leave, with_kwargs=True, always=True)
     if found.text is not inner:

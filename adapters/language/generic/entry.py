@@ -59,7 +59,7 @@ def begin(inner: Any, given: dict[str, Any], setting: Setting) -> tuple[dict[str
     run = Run(length, visual, padding, methods=setting.methods, given=length)
     encoded = {f.kind: e for f, _ in found if (e := encoded_in(f.output)) is not None and e.entries}
     step = Step(run, prefill=True, newline=getattr(inner, "image_newline", None), encoded=encoded, ids=ids, kinds=kinds)
-    x = _entry(inner, ids, found, "text" in setting.reducer.gathers())
+    x = _entry(inner, ids, found, "text" in setting.reducer.required())
     stay, made = _choose(inner, step, x, setting)
     for part in made:
         x = part.write(x, None)

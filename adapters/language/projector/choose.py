@@ -73,17 +73,17 @@ def attach_projector(
     assert isinstance(reducer, Projector)
     check_projector(found, reducer, marking)
     source = ""
-    if "clip" in reducer.gathers():  # a wrong name shows here, not at the first prompt
+    if "clip" in reducer.required():  # a wrong name shows here, not at the first prompt
         joint_space(reducer.clip)  # type: ignore[attr-defined]
         owner: Any = found.inner if found.generator is None else found.generator
         source = str(owner.config.name_or_path)
         tokenizer_of(source)
     compact = _compact(found, reducer, windows, axes)
-    looks = tuple(look for r in (reducer, *marking) for look in r.looks())
+    looks = tuple(look for r in (reducer, *marking) for look in r.tower_blocks())
     if looking is not None:
         looking(found, looks, undo)
     elif found.vision is not None:
-        attach_tower_evidence(found, looks, (*reducer.gathers(), *reducer.wishes()), undo)
+        attach_tower_evidence(found, looks, (*reducer.required(), *reducer.optional()), undo)
     undo.pre_hook(found.inner, _expect)
     undo.pre_hook(
         found.text,
@@ -105,14 +105,14 @@ def check_projector(found: Language, reducer: Reducer, marking: tuple[Reducer, .
     """Raise ``ValueError`` for evidence that is not there."""
     assert isinstance(reducer, Projector)
     for one in (reducer, *marking):
-        asked = [need for need in one.gathers() if one is reducer or need in TOWER]
+        asked = [need for need in one.required() if one is reducer or need in TOWER]
         missing = [need for need in asked if need not in found.projector]
         if missing:
             raise ValueError(_cannot(found, one, missing))
-    if reducer.newlines == "rank" and reducer.gathers():
+    if reducer.newlines == "rank" and reducer.required():
         raise ValueError(
             f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
-            f"to take {', '.join(reducer.gathers())} from. Use 'keep' or 'drop'"
+            f"to take {', '.join(reducer.required())} from. Use 'keep' or 'drop'"
         )
 
 

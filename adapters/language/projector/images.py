@@ -53,8 +53,8 @@ def groups(step: Step, x: Tensor, reducer: Projector, source: str = "") -> list[
 
     Raises ``ValueError`` where the method needs evidence of a tower, and the features were made elsewhere.
     """
-    text = _question(step, x) if "text" in reducer.gathers() else None
-    said = _said(step, reducer, source, x) if "clip" in reducer.gathers() else None
+    text = _question(step, x) if "text" in reducer.required() else None
+    said = _said(step, reducer, source, x) if "clip" in reducer.required() else None
     found = list(_images(step, x, reducer))
     out: list[Group] = []
     while found:
@@ -103,9 +103,9 @@ def image_places(step: Step, x: Tensor) -> Tensor:
 def _images(step: Step, x: Tensor, reducer: Projector) -> Iterator[Image]:
     run = step.run
     needy = (
-        bool(reducer.looks())
+        bool(reducer.tower_blocks())
         or reducer.space == "vision"
-        or not {"head", "pixels", "through"}.isdisjoint(reducer.gathers())
+        or not {"head", "pixels", "through"}.isdisjoint(reducer.required())
     )
     joined = films if reducer.temporal else _as_they_are
     seen_columns = torch.zeros_like(run.visual)

@@ -20,7 +20,7 @@ __all__ = ["marks_of", "needs_marks"]
 
 def needs_marks(reducer: Reducer) -> bool:
     """Whether a language-stage method looks at the vision tower."""
-    return any(need in TOWER for need in reducer.gathers())
+    return any(need in TOWER for need in reducer.required())
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class _Looking(Projector):
         super().__post_init__()
         object.__setattr__(self, "name", self.method.name)  # for messages
 
-    def looks(self) -> tuple[Look, ...]:
-        looks: tuple[Look, ...] = self.method.looks()
+    def tower_blocks(self) -> tuple[Look, ...]:
+        looks: tuple[Look, ...] = self.method.tower_blocks()
         return looks
 
 
@@ -49,6 +49,6 @@ def marks_of(step: Step, x: Tensor, reducer: Reducer) -> Tensor:
     for group in groups(step, x, _Looking(method=reducer)):
         for where, part in group.evidence.parts():
             columns = group.columns[:, where].flatten(0, 1)
-            out[group.rows.repeat_interleave(len(where), 0), columns] = reducer.mark(part).float()
+            out[group.rows.repeat_interleave(len(where), 0), columns] = reducer.tower_scores(part).float()
     del step.dropped[already:]  # looking drops nothing
     return out

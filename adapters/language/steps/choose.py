@@ -33,7 +33,7 @@ class Choose(LayerStep):
     @property
     def ahead(self) -> bool:
         """Whether the method looks at the attention of this layer itself."""
-        return "ahead" in self.reducer.gathers()
+        return "ahead" in self.reducer.required()
 
     @property
     def looks(self) -> bool:
@@ -49,7 +49,7 @@ class Choose(LayerStep):
             flash = "flash" in check_implementation(call.layer, index, self.window)
             if ahead:
                 seen = look_ahead(call.layer, call.x, run, index, call.kwargs, flash, self.plain)
-                if "unrotated" in self.reducer.gathers():
+                if "unrotated" in self.reducer.required():
                     bare = look_ahead(call.layer, call.x, run, index, call.kwargs, flash, plain=True)
                     seen.rotated, seen.queries, seen.keys = (seen.queries, seen.keys), bare.queries, bare.keys  # type: ignore[assignment]
             else:

@@ -61,7 +61,7 @@ class Evict(LayerStep):
     @property
     def looks(self) -> bool:
         """Whether the method looks at attention."""
-        return "attention" in self.method.gathers()
+        return "attention" in self.method.required()
 
     def before(self, call: LayerCall) -> None:
         if call.cache is None:

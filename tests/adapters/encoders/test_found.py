@@ -33,10 +33,10 @@ class After(Reducer, needs=("keys",)):
     merges: bool = False
     proportional = True
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer == LAYER
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         return "after"
 
     def plan(self, evidence: EncoderEvidence) -> Plan:
@@ -52,10 +52,10 @@ class Everything(Reducer, needs=("keys", "queries", "values", "before")):
 
     place: str = "middle"
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         return self.place
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return tuple(n for n in self.needs if n != "before" or self.place != "before")
 
     def plan(self, evidence: EncoderEvidence) -> Plan:

@@ -187,10 +187,10 @@ class Everything(Reducer, needs=("keys", "queries", "values", "attention", "befo
 
     place: str = "middle"
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         return self.place
 
-    def gathers(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         return tuple(n for n in self.needs if n != "before" or self.place != "before")
 
     def plan(self, evidence: Evidence) -> Plan:
@@ -206,10 +206,10 @@ class Drop(Reducer):
     layer: int = 1
     place: str = "middle"
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer == self.layer
 
-    def site(self) -> str:
+    def acting_position(self) -> str:
         return self.place
 
     def plan(self, evidence: Evidence) -> Plan:

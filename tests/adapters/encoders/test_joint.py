@@ -130,7 +130,7 @@ class Gone(Reducer):
     frames: int = 2
     prop_attn: bool = False
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer == 0
 
     def plan(self, evidence: Evidence) -> Plan:
@@ -148,7 +148,7 @@ class Witness(Reducer, needs=("attention",)):
 
     frames: int = 4
 
-    def acts(self, layer: int, depth: int) -> bool:
+    def acts_at(self, layer: int, depth: int) -> bool:
         return layer == depth - 1
 
     def plan(self, evidence: Evidence) -> Plan:

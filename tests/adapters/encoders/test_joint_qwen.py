@@ -24,10 +24,10 @@ class Fixed(Reducer):
         for key, value in {"make": make, "frames": frames, "asked": needs, "prop_attn": prop, "seen": []}.items():
             object.__setattr__(self, key, value)
 
-    def gathers(self):
+    def required(self):
         return self.asked
 
-    def acts(self, layer, depth):
+    def acts_at(self, layer, depth):
         return layer in self.make
 
     def plan(self, evidence):

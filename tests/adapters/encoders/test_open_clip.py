@@ -60,7 +60,7 @@ class Halve(Reducer):
 
     layer: int = 1
 
-    def acts(self, layer, depth):
+    def acts_at(self, layer, depth):
         return layer == self.layer
 
     def plan(self, evidence):

@@ -159,7 +159,7 @@ def test_sizes_matter(build):
 class _Drop(tr.Reducer):
     """Drops tokens 4..19 before the MLP of layer 1, a different number per sample."""
 
-    def acts(self, layer, depth):
+    def acts_at(self, layer, depth):
         return layer == 1
 
     def plan(self, evidence):
@@ -197,7 +197,7 @@ def test_evidence_is_what_the_attention_used():
     seen = {}
 
     class Look(tr.Reducer, needs=("attention", "keys", "values")):
-        def acts(self, layer, depth):
+        def acts_at(self, layer, depth):
             return layer == 2
 
         def plan(self, evidence):

@@ -309,7 +309,7 @@ class Greedy(CacheReducer):
     def every(self):
         return self.steps
 
-    def gathers(self):
+    def required(self):
         return ("attention",)
 
     def score(self, evidence):

@@ -271,7 +271,7 @@ class Spy(Reducer, stage="language", needs=("ahead", "attention", "prompt", "nor
     layer: int = 2
     notes: ClassVar[list[tr.Evidence]] = []
 
-    def acts(self, layer, depth):
+    def acts_at(self, layer, depth):
         return layer == self.layer
 
     def plan(self, evidence):

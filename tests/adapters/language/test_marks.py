@@ -29,13 +29,13 @@ class Marker(Reducer, stage="language", needs=("tower",), name=""):
     factor: float = 1.0
     seen: ClassVar[dict[float, torch.Tensor]] = {}
 
-    def acts(self, layer, depth):
+    def acts_at(self, layer, depth):
         return layer == self.layer
 
-    def looks(self):
+    def tower_blocks(self):
         return (-1,)
 
-    def mark(self, evidence):
+    def tower_scores(self, evidence):
         assert saliency(evidence, -1).shape == evidence.x.shape[:2]
         return evidence.x.sum(-1) * self.factor
 

@@ -30,13 +30,13 @@ class Fixed(Reducer):
         for key, value in {"make": make, "asked": needs, "at": site, "prop_attn": prop, "seen": []}.items():
             object.__setattr__(self, key, value)
 
-    def gathers(self):
+    def required(self):
         return self.asked
 
-    def site(self):
+    def acting_position(self):
         return self.at
 
-    def acts(self, layer, depth):
+    def acts_at(self, layer, depth):
         return layer in self.make
 
     def plan(self, evidence):
@@ -57,10 +57,10 @@ class Seen(Projector):
         super().__init__()
         object.__setattr__(self, "seen", [])
 
-    def gathers(self):
+    def required(self):
         return ("tower",)
 
-    def looks(self):
+    def tower_blocks(self):
         return (0, 1)
 
     def plan(self, evidence):

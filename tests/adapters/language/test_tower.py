@@ -27,10 +27,10 @@ class Seen(Projector):
         object.__setattr__(self, "seen", [])
         object.__setattr__(self, "blocks", looks)
 
-    def gathers(self):
+    def required(self):
         return ("tower", "text")
 
-    def looks(self):
+    def tower_blocks(self):
         return self.blocks
 
     def plan(self, evidence):
@@ -218,7 +218,7 @@ class Mixing(Projector):
     def space(self):
         return self._space
 
-    def looks(self):
+    def tower_blocks(self):
         return (None,)
 
     def with_class(self):

@@ -124,7 +124,7 @@ def test_own_work_is_the_time_inside_plan_counted_once(monkeypatch):
     monkeypatch.setattr(own_work.time, "perf_counter", lambda: now[0])
     timed = own_work.timed(Twice(keep=5), "cpu")
     assert timed.spec() == Twice(keep=5).spec()
-    assert timed.acts(2, 4)
+    assert timed.acts_at(2, 4)
     timed.plan(Evidence(torch.zeros(1, 3, 2)))
     assert timed.watch.seconds == 2.0
     timed.plan(Evidence(torch.zeros(1, 1, 2)))

@@ -55,7 +55,7 @@ def test_only_visual_tokens_count_for_the_gate():
 def test_settings():
     assert DyCokeCache().plan(step([ROW], ["tvvvvvt"])) == DyCokeCache(p=0.7).plan(step([ROW], ["tvvvvvt"]))
     assert DyCokeCache(p=0.0).plan(step([ROW], ["tvvvvvt"])).is_identity
-    assert [DyCokeCache().acts(i, 8) for i in range(8)] == [i == 3 for i in range(8)]
+    assert [DyCokeCache().acts_at(i, 8) for i in range(8)] == [i == 3 for i in range(8)]
     for bad in (dict(p=1.0), dict(p=-0.1), dict(gate=0), dict(gate=1.1), dict(layer=0), dict(p=0.5, keep=3)):
         with pytest.raises(ValueError, match="|".join(bad)):
             DyCokeCache(**bad)

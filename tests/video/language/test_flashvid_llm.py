@@ -26,11 +26,11 @@ def test_the_step_of_the_card(layouts, keep):
 
 
 def test_the_layer_is_as_deep_as_in_the_paper():
-    assert [i for i in range(28) if FlashVIDLLM().acts(i, 28)] == [20]
-    assert [i for i in range(4) if FlashVIDLLM().acts(i, 4)] == [3]
-    assert [i for i in range(36) if FlashVIDLLM(layer=28, keep=0.1).acts(i, 36)] == [28]
+    assert [i for i in range(28) if FlashVIDLLM().acts_at(i, 28)] == [20]
+    assert [i for i in range(4) if FlashVIDLLM().acts_at(i, 4)] == [3]
+    assert [i for i in range(36) if FlashVIDLLM(layer=28, keep=0.1).acts_at(i, 36)] == [28]
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        FlashVIDLLM(layer=4).acts(0, 4)
+        FlashVIDLLM(layer=4).acts_at(0, 4)
 
 
 @pytest.mark.parametrize(("layers", "first"), [(7, 5), (14, 10)])

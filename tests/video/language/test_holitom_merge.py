@@ -43,11 +43,11 @@ def test_the_published_sequence(mean, keep):
 
 
 def test_the_layer_is_as_deep_as_in_the_paper():
-    assert [i for i in range(28) if HoliTomMerge().acts(i, 28)] == [18]
-    assert [i for i in range(4) if HoliTomMerge().acts(i, 4)] == [3]
-    assert [i for i in range(6) if HoliTomMerge(layer=2).acts(i, 6)] == [2]
+    assert [i for i in range(28) if HoliTomMerge().acts_at(i, 28)] == [18]
+    assert [i for i in range(4) if HoliTomMerge().acts_at(i, 4)] == [3]
+    assert [i for i in range(6) if HoliTomMerge(layer=2).acts_at(i, 6)] == [2]
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        HoliTomMerge(layer=4).acts(0, 4)
+        HoliTomMerge(layer=4).acts_at(0, 4)
 
 
 @pytest.mark.parametrize(("field", "bad"), [("layer", 0), ("keep", 2.0), ("mean", "sum")])

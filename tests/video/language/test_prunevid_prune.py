@@ -59,9 +59,9 @@ def test_a_group_may_vanish():
 
 
 def test_the_layer_is_as_deep_as_in_the_paper():
-    assert [i for i in range(32) if PruneVidPrune().acts(i, 32)] == [11]
+    assert [i for i in range(32) if PruneVidPrune().acts_at(i, 32)] == [11]
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        PruneVidPrune(layer=9).acts(0, 4)
+        PruneVidPrune(layer=9).acts_at(0, 4)
 
 
 @pytest.mark.parametrize(("field", "bad"), [("layer", 0), ("keep", 0), ("alpha", 0.0), ("alpha", 2)])

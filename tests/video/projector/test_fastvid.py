@@ -371,8 +371,8 @@ def test_no_pooling_head():
     model = VLMS["llava_onevision"].model
     with pytest.raises(ValueError, match="pooling head of the vision tower, which the SiglipVisionModel"):
         tr.patch(model, FastVID(score="head"))
-    assert FastVID().wishes() == ("head",)
-    assert FastVID(score="received").wishes() == FastVID(layer=1).wishes() == ()
+    assert FastVID().optional() == ("head",)
+    assert FastVID(score="received").optional() == FastVID(layer=1).optional() == ()
     with pytest.raises(ValueError, match="needs head"):
         FastVID(keep=10, score="head").plan(visual(ORIGINS["frames"]))
     with pytest.raises(ValueError, match="not layer=1"):

@@ -240,9 +240,9 @@ def test_attention_is_that_received_in_the_tower():
 
 
 def test_diversity_alone_asks_for_no_attention():
-    assert FlashVID(selection="div").gathers() == () == FlashVID(selection="div").looks()
-    assert FlashVID(layer=3).gathers() == ("tower",)
-    assert FlashVID(layer=3).looks() == (3,)
+    assert FlashVID(selection="div").required() == () == FlashVID(selection="div").tower_blocks()
+    assert FlashVID(layer=3).required() == ("tower",)
+    assert FlashVID(layer=3).tower_blocks() == (3,)
     x = film(3, 7, seed=2)
     assert FlashVID(keep=8, selection="div").plan(tr.Evidence(x, grid=(3, 1, 7))).k == 8
 

@@ -216,8 +216,8 @@ def test_on_what_the_adapter_gives():
 
 
 def test_settings():
-    assert PPLLaVA().gathers() == ("text",)
-    assert PPLLaVA(clip="a/b").gathers() == ("clip",)
+    assert PPLLaVA().required() == ("text",)
+    assert PPLLaVA(clip="a/b").required() == ("clip",)
     method = tr.get_method("ppllava:keep=64,kernel=[1,3,3],pooling=double,clip=a/b,pooling_temp=0.1")
     assert method == PPLLaVA(keep=64, kernel=(1, 3, 3), pooling="double", clip="a/b", pooling_temp=0.1)
     assert tr.get_method(method.spec()) == method

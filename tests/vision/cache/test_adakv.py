@@ -133,8 +133,8 @@ def test_samples_do_not_share_and_ties_go_to_the_lower_head():
 def test_identity_and_bad_settings():
     keeps_all(tr.AdaKV(keep=1.0))
     keeps_all(tr.AdaKV(what="all", base_capacity=17, base="snapkv:window_size=2"), depth=1)
-    assert tr.AdaKV(base="knorm").gathers() == ()
-    assert not tr.AdaKV(base="knorm:skip=2").acts(1, 4)
+    assert tr.AdaKV(base="knorm").required() == ()
+    assert not tr.AdaKV(base="knorm:skip=2").acts_at(1, 4)
     for bad, says in (
         (dict(base="fastv"), "choose .*snapkv"), (dict(base="vl-cache"), "not rank"), (dict(floor_alpha=1.5), "0 to 1"),
         (dict(base="snapkv:keep=3"), "own"), (dict(safeguard="x"), "topk"), (dict(base_capacity=9), "what=all"),

@@ -52,7 +52,7 @@ def of_keep(name):
 
 def one_layer(reducer, evidence):
     """The plan of a layer that the method acts in, as its only one."""
-    evidence.layer = next(i for i in range(evidence.depth) if reducer.acts(i, evidence.depth))
+    evidence.layer = next(i for i in range(evidence.depth) if reducer.acts_at(i, evidence.depth))
     return reducer.plan(evidence)
 
 
@@ -63,7 +63,7 @@ def test_text_stays_and_every_head_is_within_its_budget(name, keep, groups):
     of_keep(name)
     evidence = prompt(name, groups=groups)
     reducer = method(name, keep=keep)
-    evidences = [prompt(name, groups=groups, layer=i) for i in range(4) if reducer.acts(i, 4)]
+    evidences = [prompt(name, groups=groups, layer=i) for i in range(4) if reducer.acts_at(i, 4)]
     plans = reducer.plans(evidences)
     assert len(plans) == len(evidences)
     total = 0
@@ -88,7 +88,7 @@ def test_keep_everything_is_the_identity(name):
             continue
         reducer = method(name, **settings)
         for layer in range(4):
-            if reducer.acts(layer, 4):
+            if reducer.acts_at(layer, 4):
                 assert reducer.plan(prompt(name, layer=layer)).is_identity
 
 

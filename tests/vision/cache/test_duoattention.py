@@ -137,7 +137,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match=next(iter(settings))):
             DuoAttention(**settings)
     with pytest.raises(ValueError, match="tokenreduce heads"):
-        DuoAttention().acts(0, 4)
+        DuoAttention().acts_at(0, 4)
     with pytest.raises(ValueError, match="tokenreduce heads"):
         DuoAttention().plan(cache(LEFT, queries=None))
 

@@ -113,7 +113,7 @@ def test_pairs():
     assert MiniCache().pairs(7) == ((3, 4), (5, 6))
     assert MiniCache(start=2).pairs(7) == ((2, 3), (4, 5))
     assert MiniCache(start=8).pairs(8) == ()
-    assert [MiniCache().acts(i, 7) for i in range(7)] == [False] * 3 + [True] * 4
+    assert [MiniCache().acts_at(i, 7) for i in range(7)] == [False] * 3 + [True] * 4
 
 
 def test_bad_input():

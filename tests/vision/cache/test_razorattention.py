@@ -107,7 +107,7 @@ def test_heads_of_a_table(tmp_path, induction, echo):
         want |= {(i, h) for i in range(5) for h in range(4) if count and table.scores[name][i][h] >= flat[count - 1]}
     assert method.whole_heads() == want
     method.check_model("Toy", 5, 4)
-    assert method.acts(3, 5)
+    assert method.acts_at(3, 5)
     evidence = cache(("tttttttt",) * 2, queries=None, kv_heads=4, layer=2, depth=5)
     marks = method.whole(evidence).flatten().tolist()
     assert marks == [(2, h) in want for h in range(4)] * 2
@@ -140,7 +140,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="below N0=4"):
         RazorAttention(heads=(), keep=3).plan(evidence)
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        RazorAttention(heads=((4, 0),)).acts(0, 4)
+        RazorAttention(heads=((4, 0),)).acts_at(0, 4)
     with pytest.raises(ValueError, match="KV heads 0 to 1"):
         RazorAttention(heads=((0, 2),), keep=5).plan(evidence)
     with pytest.raises(ValueError, match="KV heads 0 to 1"):
@@ -148,7 +148,7 @@ def test_bad_input(tmp_path):
     path = HeadTable("Toy", 5, 4, {"induction": numbers()}).save(tmp_path / "heads.json")
     method = RazorAttention(table=str(path), keep=5)
     for call in (
-        lambda: method.plan(evidence), lambda: method.acts(0, 4), lambda: method.check_model("Llava", 5, 4),
+        lambda: method.plan(evidence), lambda: method.acts_at(0, 4), lambda: method.check_model("Llava", 5, 4),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="the head table is of"):
             call()

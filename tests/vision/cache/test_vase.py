@@ -190,7 +190,7 @@ def test_the_prompt_stays_and_bad_settings():
     method = tr.VaSE(what="all", token_budget=8, residual_length=4)
     assert method.moment() == "never"
     assert method.plan(case(("t" * 16,))).is_identity
-    assert tr.VaSE(mode="dkv").gathers() == ()
+    assert tr.VaSE(mode="dkv").required() == ()
     assert tr.VaSE(keep=1.0, residual_length=1).plan(case(step=3)).is_identity
     for bad, says in (
         (dict(what="all", token_budget=9, residual_length=4), "multiple"), (dict(token_budget=128), "what=all"),

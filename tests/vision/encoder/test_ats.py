@@ -151,10 +151,10 @@ def test_padding_to_the_bound():
 
 
 def test_where_it_acts():
-    assert [i for i in range(12) if ATS().acts(i, 12)] == list(range(3, 12))
-    assert [i for i in range(3) if ATS().acts(i, 3)] == [0, 1, 2]
-    assert [i for i in range(6) if ATS(layers=[4, 1]).acts(i, 6)] == [1, 4]
-    assert not any(ATS(keep=1.0).acts(i, 12) for i in range(12))
+    assert [i for i in range(12) if ATS().acts_at(i, 12)] == list(range(3, 12))
+    assert [i for i in range(3) if ATS().acts_at(i, 3)] == [0, 1, 2]
+    assert [i for i in range(6) if ATS(layers=[4, 1]).acts_at(i, 6)] == [1, 4]
+    assert not any(ATS(keep=1.0).acts_at(i, 12) for i in range(12))
 
 
 def test_keep_is_a_limit_per_layer():

@@ -166,7 +166,7 @@ def test_uniform_with_masks_counts_only_what_may_go():
 
 
 def test_uniform_acts_once():
-    assert [i for i in range(6) if tr.Uniform(keep=0.5, layer=3).acts(i, 6)] == [3]
+    assert [i for i in range(6) if tr.Uniform(keep=0.5, layer=3).acts_at(i, 6)] == [3]
     model = tiny_vit()
     with torch.no_grad(), tr.patched(model, tr.Uniform(keep=9)), tr.record(model, flops=False) as trace:
         model(images())
@@ -187,7 +187,7 @@ def test_uniform_bad_settings(settings, word):
     with pytest.raises(ValueError, match=word):
         tr.Uniform(**settings)
     with pytest.raises(ValueError, match="layers 0 to 5"):
-        tr.Uniform(layer=6).acts(0, 6)
+        tr.Uniform(layer=6).acts_at(0, 6)
 
 
 # -- resize ----------------------------------------------------------------------------------------------------------

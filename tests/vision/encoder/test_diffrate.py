@@ -180,15 +180,15 @@ def test_keep_ends_where_it_says(depth, n, keep):
     assert flat == sorted(flat, reverse=True)
     assert flat[-1] == max(1, min(n, keep if isinstance(keep, int) else int(keep * n + 0.5)))
     for layer, step in enumerate(steps):
-        assert DiffRate(keep=keep).acts(layer, depth) or step == (n, n)
+        assert DiffRate(keep=keep).acts_at(layer, depth) or step == (n, n)
 
 
 def test_acts_where_something_happens():
     deit = DiffRate()
-    assert [i for i in range(12) if deit.acts(i, 12)] == list(range(1, 12))
+    assert [i for i in range(12) if deit.acts_at(i, 12)] == list(range(1, 12))
     mae = DiffRate(schedule="vit-l-mae@42.3")
-    assert [i for i in range(24) if not mae.acts(i, 24)] == [0, 1, 23]
-    assert [DiffRate(prune_kept_num=[9, 9, 5]).acts(i, 3) for i in range(3)] == [True, False, True]
+    assert [i for i in range(24) if not mae.acts_at(i, 24)] == [0, 1, 23]
+    assert [DiffRate(prune_kept_num=[9, 9, 5]).acts_at(i, 3) for i in range(3)] == [True, False, True]
 
 
 def test_in_a_model_the_counts_come_true():
@@ -225,7 +225,7 @@ def test_another_depth_is_refused_when_patching():
     with pytest.raises(ValueError, match=r"vit-s-deit@2\.9: 12 layers, but the model has 6; .*keep="):
         tr.patch(tiny_vit(), "diffrate")
     with pytest.raises(ValueError, match=r"schedules for 24 layers: vit-l-mae@31\.0, "):
-        DiffRate(schedule="vit-s-deit@2.9").acts(0, 24)
+        DiffRate(schedule="vit-s-deit@2.9").acts_at(0, 24)
     with pytest.raises(ValueError, match="2 layers, but the model has 6"):
         tr.patch(tiny_vit(), DiffRate(prune_kept_num=[9, 8]))
 

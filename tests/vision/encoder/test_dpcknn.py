@@ -180,8 +180,8 @@ def test_more_centres_than_real_tokens():
 
 def test_where_and_how_much():
     reducer = tr.DPCKNN()
-    assert reducer.site() == "before"
-    assert [i for i in range(12) if reducer.acts(i, 12)] == [3, 6, 9]
+    assert reducer.acting_position() == "before"
+    assert [i for i in range(12) if reducer.acts_at(i, 12)] == [3, 6, 9]
     assert reducer.plan(evidence(layer=2, depth=12)).is_identity
     counts = [tr.DPCKNN().plan(evidence(n=n + 1, layer=3, depth=12)).k - 1 for n in (196, 49, 13, 4, 3, 2, 1)]
     assert counts == [49, 13, 4, 1, 1, 1, 1]
@@ -195,7 +195,7 @@ def test_where_and_how_much():
 def test_keep_falls_by_equal_ratios(keep, depth, n):
     reducer, left, counts = tr.DPCKNN(keep=keep), n, []
     for layer in range(depth):
-        if reducer.acts(layer, depth):
+        if reducer.acts_at(layer, depth):
             left = reducer.plan(evidence(n=left + 2, prefix=2, layer=layer, depth=depth, entry=n + 2, batch=1)).k - 2
             counts.append(left)
     target = min(keep, n) if isinstance(keep, int) else max(1, int(keep * n + 0.5))
@@ -226,4 +226,4 @@ def test_bad_settings(settings, names):
 
 def test_layers_beyond_the_model():
     with pytest.raises(ValueError, match=r"layers.*0 to 5"):
-        tr.DPCKNN(layers=(3, 6)).acts(0, 6)
+        tr.DPCKNN(layers=(3, 6)).acts_at(0, 6)

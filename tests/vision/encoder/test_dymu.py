@@ -68,7 +68,7 @@ def test_ties_take_the_lower_index_and_1_merges_nothing():
     plan = tr.DyMU(thresholds=(0.5, 1.0)).plan(e)
     assert plan.representatives()[0].tolist() == [0, 1, 3, 5, 7]
     assert plan.sources()[0].tolist() == [0, 1, 1, 2, 1, 3, 1, 4, 1]
-    assert [tr.DyMU(thresholds=(0.5, 1.0)).acts(i, 2) for i in range(2)] == [True, False]
+    assert [tr.DyMU(thresholds=(0.5, 1.0)).acts_at(i, 2) for i in range(2)] == [True, False]
 
 
 def test_in_a_model_images_lose_different_numbers():

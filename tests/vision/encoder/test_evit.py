@@ -73,7 +73,7 @@ def walk(reducer, n, depth, prefix=1):
     """Patch tokens after each acting layer."""
     left, out = n, []
     for layer in range(depth):
-        if reducer.acts(layer, depth):
+        if reducer.acts_at(layer, depth):
             e = evidence(n=left + prefix, prefix=prefix, layer=layer, depth=depth, entry=n + prefix, batch=1)
             left = reducer.plan(e).k - prefix
             out.append(left)
@@ -179,11 +179,11 @@ def test_tokens_protected_by_a_mask_stay():
 
 def test_other_layers_and_layers_beyond_the_model():
     reducer = tr.EViT(drop_loc=(4, 2))
-    assert [i for i in range(6) if reducer.acts(i, 6)] == [2, 4]
+    assert [i for i in range(6) if reducer.acts_at(i, 6)] == [2, 4]
     assert reducer.plan(evidence(layer=3)).is_identity
-    assert [i for i in range(12) if tr.EViT().acts(i, 12)] == [3, 6, 9]
+    assert [i for i in range(12) if tr.EViT().acts_at(i, 12)] == [3, 6, 9]
     with pytest.raises(ValueError, match=r"drop_loc.*0 to 3"):
-        reducer.acts(0, 4)
+        reducer.acts_at(0, 4)
 
 
 def test_in_a_model():

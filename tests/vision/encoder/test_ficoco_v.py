@@ -75,12 +75,12 @@ def test_windows_are_of_the_places_that_are_left():
 
 
 def test_numbers_and_where_it_acts():
-    assert [i for i in range(24) if tr.FiCoCoV().acts(i, 24)] == list(range(12, 24))
+    assert [i for i in range(24) if tr.FiCoCoV().acts_at(i, 24)] == list(range(12, 24))
     e = evidence(n=61, prefix=1, layer=4)
     assert tr.FiCoCoV(r=100).plan(e).k == 2, "one patch stays"
     assert tr.FiCoCoV().plan(e).k == 61 - 42
     with pytest.raises(ValueError, match="start=6"):
-        tr.FiCoCoV(start=6).acts(0, 6)
+        tr.FiCoCoV(start=6).acts_at(0, 6)
 
 
 def test_ties_go_to_the_lower_index():

@@ -92,9 +92,9 @@ def test_masked_tokens_take_no_part():
 def test_where_and_how_much():
     """Blocks 3, 6, 9 of 12 see fewer tokens, so the outputs of 2, 5, 8 are reduced."""
     reducer = tr.KMedoids(keep=0.125)
-    assert reducer.site() == "after"
-    assert [i for i in range(12) if reducer.acts(i, 12)] == [2, 5, 8]
-    assert not tr.KMedoids().acts(2, 12)
+    assert reducer.acting_position() == "after"
+    assert [i for i in range(12) if reducer.acts_at(i, 12)] == [2, 5, 8]
+    assert not tr.KMedoids().acts_at(2, 12)
     assert tr.KMedoids().plan(evidence(layer=2, depth=12)).is_identity
     assert reducer.plan(evidence(layer=3, depth=12)).is_identity
     model = tiny_vit()
@@ -109,7 +109,7 @@ def test_where_and_how_much():
 def test_keep_is_what_is_left(keep, depth, n):
     reducer, left = tr.KMedoids(keep=keep), n
     for layer in range(depth):
-        if reducer.acts(layer, depth):
+        if reducer.acts_at(layer, depth):
             left = reducer.plan(evidence(n=left + 1, layer=layer, depth=depth, entry=n + 1, batch=1)).k - 1
     assert left == (min(keep, n) if isinstance(keep, int) else max(1, int(keep * n + 0.5)))
 
@@ -128,4 +128,4 @@ def test_bad_settings(settings, names):
 
 def test_layers_beyond_the_model():
     with pytest.raises(ValueError, match=r"layers.*0 to 5"):
-        tr.KMedoids(keep=0.5, layers=(6,)).acts(0, 6)
+        tr.KMedoids(keep=0.5, layers=(6,)).acts_at(0, 6)

@@ -277,15 +277,15 @@ def test_bad_settings(settings, word):
 
 
 def test_acts_where_it_says():
-    assert [i for i in range(12) if tr.MCTF().acts(i, 12)] == [3, 6, 9]
-    assert [i for i in range(12) if tr.MCTF(r=16, layers=tuple(range(1, 12))).acts(i, 12)] == list(range(1, 12))
-    assert not any(tr.MCTF(r=0).acts(i, 12) for i in range(12))
+    assert [i for i in range(12) if tr.MCTF().acts_at(i, 12)] == [3, 6, 9]
+    assert [i for i in range(12) if tr.MCTF(r=16, layers=tuple(range(1, 12))).acts_at(i, 12)] == list(range(1, 12))
+    assert not any(tr.MCTF(r=0).acts_at(i, 12) for i in range(12))
     with pytest.raises(ValueError, match="layers"):
-        tr.MCTF(layers=(3, 12)).acts(0, 12)
-    assert [tr.MCTF(one_step_ahead=i).site() for i in range(3)] == ["after", "before", "before"]
+        tr.MCTF(layers=(3, 12)).acts_at(0, 12)
+    assert [tr.MCTF(one_step_ahead=i).acting_position() for i in range(3)] == ["after", "before", "before"]
     assert [tr.MCTF(one_step_ahead=i).forwards_attention for i in range(3)] == [False, True, False]
-    assert tr.MCTF(one_step_ahead=2, pooling=0, tau_info=0).gathers() == ()
-    assert tr.MCTF(one_step_ahead=1, pooling=0, tau_info=0).gathers() == ("attention",)
+    assert tr.MCTF(one_step_ahead=2, pooling=0, tau_info=0).required() == ()
+    assert tr.MCTF(one_step_ahead=1, pooling=0, tau_info=0).required() == ("attention",)
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])

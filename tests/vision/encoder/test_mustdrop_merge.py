@@ -211,11 +211,11 @@ def test_in_a_model_it_acts_behind_the_first_block():
 
 
 def test_where_it_acts():
-    assert [i for i in range(6) if MustDropMerge().acts(i, 6)] == [0]
-    assert [i for i in range(6) if MustDropMerge(layer=3).acts(i, 6)] == [3]
+    assert [i for i in range(6) if MustDropMerge().acts_at(i, 6)] == [0]
+    assert [i for i in range(6) if MustDropMerge(layer=3).acts_at(i, 6)] == [3]
     with pytest.raises(ValueError, match="layer=6: the model has layers 0 to 5"):
-        MustDropMerge(layer=6).acts(0, 6)
-    assert MustDropMerge().site() == "after"
+        MustDropMerge(layer=6).acts_at(0, 6)
+    assert MustDropMerge().acting_position() == "after"
     assert not MustDropMerge().proportional
     assert MustDropMerge(keep=18).plan(evidence(n=37)).k == 19
 

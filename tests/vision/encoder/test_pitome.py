@@ -142,14 +142,14 @@ def test_presets_that_compare_features(preset):
     reducer = tr.PiToMe(ratio=0.7, preset=preset)
     margin = {"clip": 0.95, "blip": 0.9}[preset] * 0.75
     agrees(reducer.plan(e), e, [plain_pitome(e.x[b], 1, 4, margin, split=False) for b in range(2)])
-    assert reducer.gathers() == ()
-    assert tr.PiToMe(ratio=0.7, preset=preset, metric="keys").gathers() == ("keys",)
+    assert reducer.required() == ()
+    assert tr.PiToMe(ratio=0.7, preset=preset, metric="keys").required() == ("keys",)
 
 
 def test_clip_hf_uses_tomes_matching_first_and_counts_the_class_token():
     size = torch.randint(1, 5, (2, 11)).float()
     reducer = tr.PiToMe(ratio=0.9, preset="clip_hf")
-    assert reducer.site() == "after"
+    assert reducer.acting_position() == "after"
     e = evidence(n=11, layer=12, depth=24, size=size)
     plan = reducer.plan(e)
     same = tr.ToMe(r=1).plan(tr.Evidence(e.x, e.x[:, None], size=size, protected=1, layer=12, depth=24))
@@ -258,7 +258,7 @@ def test_bad_settings(settings, names):
 
 def test_settings_as_text():
     assert tr.get_method("pitome:ratio=0.9,margin=[0.6,0]") == tr.PiToMe(ratio=0.9, margin=(0.6, 0))
-    assert not tr.PiToMe().acts(0, 12)
+    assert not tr.PiToMe().acts_at(0, 12)
     # Of the authors' patches, that for BLIP-2 alone hands the sizes to attention.
     for preset in ("deit", "augreg", "mae", "clip", "clip_hf", "blip", "blip2"):
         assert tr.PiToMe(ratio=0.9, preset=preset).proportional is (preset == "blip2")

@@ -85,12 +85,12 @@ def test_tiny_inputs_keep_a_token(n, prefix):
 
 
 def test_schedule():
-    assert [i for i in range(12) if tr.RepresentationShift().acts(i, 12)] == [0, 3, 6]
-    assert [i for i in range(6) if tr.RepresentationShift().acts(i, 6)] == [0, 1, 3]
-    assert [i for i in range(3) if tr.RepresentationShift().acts(i, 3)] == [0, 1]
-    assert [i for i in range(12) if tr.RepresentationShift(layers=(5, 2)).acts(i, 12)] == [2, 5]
+    assert [i for i in range(12) if tr.RepresentationShift().acts_at(i, 12)] == [0, 3, 6]
+    assert [i for i in range(6) if tr.RepresentationShift().acts_at(i, 6)] == [0, 1, 3]
+    assert [i for i in range(3) if tr.RepresentationShift().acts_at(i, 3)] == [0, 1]
+    assert [i for i in range(12) if tr.RepresentationShift(layers=(5, 2)).acts_at(i, 12)] == [2, 5]
     with pytest.raises(ValueError, match="layers"):
-        tr.RepresentationShift(layers=(12,)).acts(0, 12)
+        tr.RepresentationShift(layers=(12,)).acts_at(0, 12)
     n, left = 197, []
     for layer in (0, 3, 6):
         n = tr.RepresentationShift().plan(evidence(n=n, layer=layer, depth=12, entry=197)).k
@@ -132,7 +132,7 @@ def test_in_a_model_the_shift_is_that_of_the_sub_layer(sub_layer):
     assert trace.tokens == [37, 37, 19, 19, 19, 19]
     want = [reference(before[b], after[b], 1, 18, m) for b in range(2)]
     assert trace.plans[0].keep.tolist() == want
-    assert m.site() == ("after" if sub_layer == "mlp" else "middle")
+    assert m.acting_position() == ("after" if sub_layer == "mlp" else "middle")
 
 
 @pytest.mark.parametrize(

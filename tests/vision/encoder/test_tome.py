@@ -101,7 +101,7 @@ def test_schedules_of_the_model():
     assert left == [31, 25, 19, 13, 7, 4]
     assert tr.ToMe(r=(13, -1.0)) == tr.ToMe(r=13, inflect=-1.0)
     assert tr.ToMe(r=[4, 2, 1]).r == (4, 2, 1)
-    assert [tr.ToMe(r=[4, 0, 1]).acts(i, 6) for i in range(6)] == [True, False, True, False, False, False]
+    assert [tr.ToMe(r=[4, 0, 1]).acts_at(i, 6) for i in range(6)] == [True, False, True, False, False, False]
 
 
 BAD = [{"r": -1}, {"r": [3, -1]}, {"r": 2, "keep": 0.5}, {"r": 2, "inflect": 3.0}, {"r": 1.5}]

@@ -188,9 +188,9 @@ def test_keep_is_spread_by_equal_ratios():
 
 
 def test_where_it_acts():
-    assert [i for i in range(12) if ZeroTPrune(keep=0.5).acts(i, 12)] == [3, 6, 9]
-    assert [i for i in range(12) if ZeroTPrune(k=90, layers=[7, 2]).acts(i, 12)] == [2, 7]
-    assert not any(m.acts(i, 12) for m in (ZeroTPrune(), ZeroTPrune(keep=1.0)) for i in range(12))
+    assert [i for i in range(12) if ZeroTPrune(keep=0.5).acts_at(i, 12)] == [3, 6, 9]
+    assert [i for i in range(12) if ZeroTPrune(k=90, layers=[7, 2]).acts_at(i, 12)] == [2, 7]
+    assert not any(m.acts_at(i, 12) for m in (ZeroTPrune(), ZeroTPrune(keep=1.0)) for i in range(12))
     assert isinstance(ZeroTPrune(layers=(0,)).plan(evidence(layer=0)), Identity)
     assert isinstance(ZeroTPrune(layers=(0,), k=16).plan(evidence(layer=0)), Identity)
     assert isinstance(ZeroTPrune(layers=(1,), k=4).plan(evidence(layer=0)), Identity)

@@ -52,8 +52,8 @@ def test_worked_example(layouts, settings):
 
 
 def test_published_schedule():
-    assert [i for i in range(28) if AIM().acts(i, 28)] == list(range(15, 23))
-    assert [i for i in range(32) if AIM(l1=13, l2=20).acts(i, 32)] == list(range(14, 22))
+    assert [i for i in range(28) if AIM().acts_at(i, 28)] == list(range(15, 23))
+    assert [i for i in range(32) if AIM(l1=13, l2=20).acts_at(i, 32)] == list(range(14, 22))
     for visual in (64, 21, 10, 3):
         prompt = ("t" + "v" * visual + "t",)
         for layer in range(15, 23):
@@ -157,8 +157,8 @@ def test_bad_settings(settings, message):
 def test_bad_depth():
     for reducer, depth in ((AIM(l2=7), 8), (AIM(l1=7), 8), (AIM(), 1)):
         with pytest.raises(ValueError, match=f"layers 0 to {depth - 1}"):
-            reducer.acts(0, depth)
-    assert [i for i in range(2) if AIM().acts(i, 2)] == [1]
+            reducer.acts_at(0, depth)
+    assert [i for i in range(2) if AIM().acts_at(i, 2)] == [1]
 
 
 @pytest.mark.parametrize("kind", ["plain", "softcap", "scale", "hidden", "added", "sizes", "padding"])

@@ -143,6 +143,6 @@ def test_bad_settings(settings, message):
 
 
 def test_where_it_acts():
-    assert [DART().acts(i, 4) for i in range(4)] == [False, False, True, False]
+    assert [DART().acts_at(i, 4) for i in range(4)] == [False, False, True, False]
     with pytest.raises(ValueError, match="layers 0 to 1"):
-        DART().acts(0, 2)
+        DART().acts_at(0, 2)

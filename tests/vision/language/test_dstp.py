@@ -18,7 +18,7 @@ STEPS = 7
 def test_the_prefill_is_fastv():
     assert tr.DSTP(keep=4).plan(mixed()) == tr.FastV(keep=4).plan(mixed())
     assert tr.DSTP(keep=1.0).plan(mixed()).is_identity
-    assert [i for i in range(4) if tr.DSTP(layer=3).acts(i, 4)] == [3]
+    assert [i for i in range(4) if tr.DSTP(layer=3).acts_at(i, 4)] == [3]
 
 
 def step(held, row, earlier=None, row_before=None, **settings):

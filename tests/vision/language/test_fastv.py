@@ -61,8 +61,8 @@ def test_evidence_without_visual_tokens_marked():
 
 
 def test_where_it_acts():
-    assert [tr.FastV(layer=3).acts(i, 4) for i in range(4)] == [False, False, False, True]
+    assert [tr.FastV(layer=3).acts_at(i, 4) for i in range(4)] == [False, False, False, True]
     with pytest.raises(ValueError, match=r"layer=4: the language model has layers 0 to 3"):
-        tr.FastV(layer=4).acts(0, 4)
+        tr.FastV(layer=4).acts_at(0, 4)
     with pytest.raises(ValueError, match="layer is an int >= 1"):
         tr.FastV(layer=0)

@@ -74,8 +74,8 @@ def test_nothing_is_divided_and_targets_that_go_lose_their_share():
 
 
 def test_numbers_and_where_it_acts():
-    assert [i for i in range(32) if tr.FiCoCoL().acts(i, 32)] == list(range(6, 32))
-    assert [i for i in range(4) if tr.FiCoCoL().acts(i, 4)] == [3]
+    assert [i for i in range(32) if tr.FiCoCoL().acts_at(i, 32)] == list(range(6, 32))
+    assert [i for i in range(4) if tr.FiCoCoL().acts_at(i, 4)] == [3]
     first, left = "t" + "v" * 60 + "t", 60
     for layer in range(3, 8):
         row = "t" + "v" * left + "t"
@@ -86,7 +86,7 @@ def test_numbers_and_where_it_acts():
     assert tr.FiCoCoL(r=100).plan(mixed((first,), layer=7, depth=8)).k == 3, "one stays"
     assert kept_of(tr.FiCoCoL(r=100).plan(mixed((first,), layer=7, depth=8)), 0) == [0, 1, 61]
     with pytest.raises(ValueError, match="start=3"):
-        tr.FiCoCoL(start=3).acts(0, 4)
+        tr.FiCoCoL(start=3).acts_at(0, 4)
 
 
 def test_equal_tokens_tie_to_the_lower_index():

@@ -49,21 +49,21 @@ def test_an_official_scheme_is_exact_on_its_own_model():
     method = tr.FitPrune(deletes=SCHEME, tokens=576)
     left = 576
     for layer in range(1, 8):
-        assert method.acts(layer, 8)
+        assert method.acts_at(layer, 8)
         row = "t" + "v" * left + "t"
         plan = method.plan(mixed((row,), layer=layer, depth=8, prompt=("t" + "v" * 576 + "t",)))
         left -= SCHEME[layer - 1]
         assert plan.k == left + 2
-    assert not method.acts(0, 8)
+    assert not method.acts_at(0, 8)
     still = tr.FitPrune(deletes=(5, 0, 3), tokens=9)
-    assert [still.acts(i, 3) for i in range(3)] == [False, True, False]
+    assert [still.acts_at(i, 3) for i in range(3)] == [False, True, False]
 
 
 def test_an_official_scheme_on_other_numbers_of_tokens_and_layers():
     method = tr.FitPrune(deletes=(4, 0, 8, 0), tokens=16)
     evidence = mixed(("t" + "v" * 8 + "t",), layer=3, depth=4)
     assert method.plan(evidence).k == 8 - 6 + 2, "12 of 16 are gone before layer 3"
-    assert [method.acts(i, 8) for i in range(8)] == [False, True, True, False, False, True, True, False]
+    assert [method.acts_at(i, 8) for i in range(8)] == [False, True, True, False, False, True, True, False]
     assert method.plan(mixed(("t" + "v" * 16 + "t",), layer=1, depth=8)).k == 16 - 2 + 2
 
 
@@ -74,7 +74,7 @@ def test_ties_and_where_it_acts():
     score = tr.FitPrune().score(evidence)[0, :4]
     assert kept_of(tr.FitPrune(keep=2).plan(evidence), 0) == [0, 1, 4, 5]
     assert score[0] > score[3], "earlier tokens are seen by more rows"
-    assert not any(tr.FitPrune(keep=1.0).acts(i, 4) for i in range(4))
+    assert not any(tr.FitPrune(keep=1.0).acts_at(i, 4) for i in range(4))
 
 
 @pytest.mark.parametrize(

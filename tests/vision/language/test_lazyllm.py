@@ -72,13 +72,13 @@ def test_keep_is_reached_by_equal_ratios():
 
 
 def test_where_it_acts():
-    assert [i for i in range(32) if LazyLLM().acts(i, 32)] == [9, 19, 28]
-    assert [i for i in range(28) if LazyLLM().acts(i, 28)] == [8, 16, 25]
-    assert [i for i in range(4) if LazyLLM().acts(i, 4)] == [1, 2, 3]
+    assert [i for i in range(32) if LazyLLM().acts_at(i, 32)] == [9, 19, 28]
+    assert [i for i in range(28) if LazyLLM().acts_at(i, 28)] == [8, 16, 25]
+    assert [i for i in range(4) if LazyLLM().acts_at(i, 4)] == [1, 2, 3]
     with pytest.raises(ValueError, match="language model of 4 layers, not 3"):
-        LazyLLM().acts(0, 3)
+        LazyLLM().acts_at(0, 3)
     with pytest.raises(ValueError, match=r"pruning_layers=\(9,\): the language model has layers 0 to 7"):
-        LazyLLM(pruning_layers=(9,)).acts(0, 8)
+        LazyLLM(pruning_layers=(9,)).acts_at(0, 8)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_texts():
 
 # -- decode (in models: tests/adapters/test_vlm_decode.py) ------------------------------------------------------------
 def test_decode_steps_choose_by_the_same_rule_and_only_with_revive():
-    assert LazyLLM().later() == "revive"
-    assert LazyLLM(revive=False).later() == ""
+    assert LazyLLM().decode_mode() == "revive"
+    assert LazyLLM(revive=False).decode_mode() == ""
     assert tr.get_method("lazyllm:revive=false") == LazyLLM(revive=False)
     with pytest.raises(ValueError, match="revive is true or false"):
         LazyLLM(revive=1)

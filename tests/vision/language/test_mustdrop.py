@@ -120,7 +120,7 @@ def test_fewer_than_the_key_tokens_are_the_best_of_them():
 @pytest.mark.parametrize(("rate", "want"), [(0.08, 2), (0.0625, 1), (0.5, 8), (0.51, 9), (1.0, 16), (1e-6, 1)])
 def test_the_key_set_is_what_the_class_token_looks_at_in_the_last_block(rate, want):
     evidence = visual(batch=3)
-    got = MustDrop(keep_rate=rate).mark(evidence)
+    got = MustDrop(keep_rate=rate).tower_scores(evidence)
     assert got.shape == (3, 16)
     for b in range(3):
         row = class_row(evidence, -1, b).tolist()
@@ -129,24 +129,24 @@ def test_the_key_set_is_what_the_class_token_looks_at_in_the_last_block(rate, wa
 
 
 def test_no_rounding_up_of_what_is_whole():
-    assert int(MustDrop(keep_rate=0.07).mark(visual(grid(10, 10))).sum(1)[0]) == 7
+    assert int(MustDrop(keep_rate=0.07).tower_scores(visual(grid(10, 10))).sum(1)[0]) == 7
 
 
 def test_encoders_without_class_token():
     """By what a token receives; of 2x2 patches, on average."""
     evidence = visual(cls=False)
     best = received(evidence, -1).topk(2).indices.sort().values
-    assert torch.equal(MustDrop().mark(evidence)[0].nonzero().flatten(), best)
+    assert torch.equal(MustDrop().tower_scores(evidence)[0].nonzero().flatten(), best)
     evidence = visual(ORIGINS["units"], cls=False)
     best = received(evidence, -1)[ORIGINS["units"].index].mean(1).topk(2).indices.sort().values
-    assert torch.equal(MustDrop().mark(evidence)[0].nonzero().flatten(), best)
+    assert torch.equal(MustDrop().tower_scores(evidence)[0].nonzero().flatten(), best)
 
 
 def test_without_key_set_no_tower_is_needed():
-    assert MustDrop().gathers() == ("attention", "tower")
-    assert MustDrop().looks() == (-1,)
-    assert MustDrop(keep_rate=0).gathers() == ("attention",)
-    assert MustDrop(keep_rate=0).looks() == ()
+    assert MustDrop().required() == ("attention", "tower")
+    assert MustDrop().tower_blocks() == (-1,)
+    assert MustDrop(keep_rate=0).required() == ("attention",)
+    assert MustDrop(keep_rate=0).tower_blocks() == ()
     evidence = mixed(scores=None)
     assert not MustDrop(keep_rate=0, keep=2).plan(evidence).is_identity
     with pytest.raises(ValueError, match="needs scores, which the evidence lacks"):
@@ -154,15 +154,15 @@ def test_without_key_set_no_tower_is_needed():
 
 
 def test_where_it_acts():
-    assert [i for i in range(32) if MustDrop().acts(i, 32)] == [3, 7, 11, 15]
-    assert [i for i in range(28) if MustDrop().acts(i, 28)] == [3, 6, 10, 13]
-    assert [i for i in range(4) if MustDrop().acts(i, 4)] == [1, 2, 3]
-    assert [i for i in range(2) if MustDrop().acts(i, 2)] == [1]
-    assert [i for i in range(32) if MustDrop(pruning_layers=[2, 6, 20]).acts(i, 32)] == [3, 7, 21]
+    assert [i for i in range(32) if MustDrop().acts_at(i, 32)] == [3, 7, 11, 15]
+    assert [i for i in range(28) if MustDrop().acts_at(i, 28)] == [3, 6, 10, 13]
+    assert [i for i in range(4) if MustDrop().acts_at(i, 4)] == [1, 2, 3]
+    assert [i for i in range(2) if MustDrop().acts_at(i, 2)] == [1]
+    assert [i for i in range(32) if MustDrop(pruning_layers=[2, 6, 20]).acts_at(i, 32)] == [3, 7, 21]
     with pytest.raises(ValueError, match="language model of 2 layers, not 1"):
-        MustDrop().acts(0, 1)
+        MustDrop().acts_at(0, 1)
     with pytest.raises(ValueError, match=r"pruning_layers=\(3,\): the language model has layers 0 to 2"):
-        MustDrop(pruning_layers=(3,)).acts(0, 4)
+        MustDrop(pruning_layers=(3,)).acts_at(0, 4)
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def test_is_the_plan_of_the_card(layouts, cutoff, share):
 def test_defaults_are_the_published_ones():
     e = evidence_of(LAYOUTS)
     assert tr.PACT(layer=2).plan(e) == tr.PACT(layer=2, cutoff=0.21, keep=0.55).plan(e)
-    assert [i for i in range(32) if tr.PACT().acts(i, 32)] == [4]
-    assert [i for i in range(4) if tr.PACT().acts(i, 4)] == [2]
+    assert [i for i in range(32) if tr.PACT().acts_at(i, 32)] == [4]
+    assert [i for i in range(4) if tr.PACT().acts_at(i, 4)] == [2]
 
 
 @pytest.mark.parametrize("keep", [1, 3, 5, 0.5, 8])

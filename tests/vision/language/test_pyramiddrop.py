@@ -47,10 +47,10 @@ def test_a_stage_that_has_few_enough_already():
 
 
 def test_published_boundaries():
-    assert [i for i in range(32) if PyramidDrop().acts(i, 32)] == [8, 16, 24]
-    assert [i for i in range(28) if PyramidDrop().acts(i, 28)] == [7, 14, 21]
+    assert [i for i in range(32) if PyramidDrop().acts_at(i, 32)] == [8, 16, 24]
+    assert [i for i in range(28) if PyramidDrop().acts_at(i, 28)] == [7, 14, 21]
     two = PyramidDrop(image_token_ratio_list=(0.5, 0.1))
-    assert [i for i in range(12) if two.acts(i, 12)] == [4, 8]
+    assert [i for i in range(12) if two.acts_at(i, 12)] == [4, 8]
 
 
 def test_keep_reaches_its_number_by_equal_ratios():
@@ -96,9 +96,9 @@ def test_bad_settings(settings, message):
 
 def test_bad_depth():
     with pytest.raises(ValueError, match=r"layer_list=\(8, 16, 24\): the language model has layers 0 to 3"):
-        PyramidDrop(layer_list=(8, 16, 24)).acts(0, 4)
+        PyramidDrop(layer_list=(8, 16, 24)).acts_at(0, 4)
     with pytest.raises(ValueError, match="4 stages need as many layers, not 3"):
-        PyramidDrop().acts(0, 3)
+        PyramidDrop().acts_at(0, 3)
 
 
 def test_texts():

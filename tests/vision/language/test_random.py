@@ -87,6 +87,6 @@ def test_bad_settings(settings, message):
 
 def test_bad_depth_and_names():
     with pytest.raises(ValueError, match="layer=4: the language model has layers 0 to 3"):
-        RandomVisual(layer=4).acts(0, 4)
+        RandomVisual(layer=4).acts_at(0, 4)
     assert tr.get_method("random:keep=7", "language") == RandomVisual(keep=7)
     assert RandomVisual(keep=7).spec() == "random@language:keep=7"

@@ -228,15 +228,15 @@ def test_the_prompt_is_needed():
 
 
 def test_where_it_acts():
-    assert [i for i in range(32) if SparseVLM().acts(i, 32)] == [3, 7, 16]
-    assert [i for i in range(4) if SparseVLM().acts(i, 4)] == [1, 2, 3]
+    assert [i for i in range(32) if SparseVLM().acts_at(i, 32)] == [3, 7, 16]
+    assert [i for i in range(4) if SparseVLM().acts_at(i, 4)] == [1, 2, 3]
     for depth in range(4, 80):
-        assert sum(SparseVLM().acts(i, depth) for i in range(depth)) == 3
-    assert [i for i in range(12) if SparseVLM(pruning_loc=(2, 10)).acts(i, 12)] == [3, 11]
+        assert sum(SparseVLM().acts_at(i, depth) for i in range(depth)) == 3
+    assert [i for i in range(12) if SparseVLM(pruning_loc=(2, 10)).acts_at(i, 12)] == [3, 11]
     with pytest.raises(ValueError, match="three pruning layers need a language model of 4 layers, not 3"):
-        SparseVLM().acts(0, 3)
+        SparseVLM().acts_at(0, 3)
     with pytest.raises(ValueError, match=r"pruning_loc=\(2, 11\): .* layers 0 to 10"):
-        SparseVLM(pruning_loc=(2, 11)).acts(0, 12)
+        SparseVLM(pruning_loc=(2, 11)).acts_at(0, 12)
 
 
 @pytest.mark.parametrize(

@@ -33,17 +33,17 @@ def test_ties_and_keep_all():
     plan = tr.V2Drop(layers=(2,), keep=(0.5,)).plan(evidence)
     assert plan.representatives().tolist() == [[0, 1, 2, 5], [0, 1, 4, 5]]
     assert tr.V2Drop(layers=(2,), keep=(1.0,)).plan(evidence).is_identity
-    assert not any(tr.V2Drop(keep=1.0).acts(i, 32) for i in range(32)), "nothing is recorded"
+    assert not any(tr.V2Drop(keep=1.0).acts_at(i, 32) for i in range(32)), "nothing is recorded"
     with pytest.raises(ValueError, match="before"):
         tr.V2Drop(layers=(2,), keep=(0.5,)).plan(mixed(before=None))
 
 
 def test_where_it_acts():
-    assert [i for i in range(32) if tr.V2Drop().acts(i, 32)] == [3, 17, 22]
-    assert [i for i in range(28) if tr.V2Drop(layers=(3, 16, 22), keep=(0.25, 0.05, 0)).acts(i, 28)] == [3, 16, 22]
-    assert [i for i in range(4) if tr.V2Drop().acts(i, 4)] == [1, 2, 3]
+    assert [i for i in range(32) if tr.V2Drop().acts_at(i, 32)] == [3, 17, 22]
+    assert [i for i in range(28) if tr.V2Drop(layers=(3, 16, 22), keep=(0.25, 0.05, 0)).acts_at(i, 28)] == [3, 16, 22]
+    assert [i for i in range(4) if tr.V2Drop().acts_at(i, 4)] == [1, 2, 3]
     with pytest.raises(ValueError, match="4 layers"):
-        tr.V2Drop().acts(0, 3)
+        tr.V2Drop().acts_at(0, 3)
     for bad in ({"layers": (0, 2)}, {"layers": (1, 2)}, {"keep": (0.5, 0.5)}, {"keep": (0.5, 0.5, 1.5)}):
         with pytest.raises(ValueError, match=r"layers|keep"):
             tr.V2Drop(**bad)
@@ -53,7 +53,7 @@ def test_where_it_acts():
 def test_one_number_is_the_mean_over_layers(keep):
     n, left = 576, []
     for layer in range(32):
-        if not tr.V2Drop(keep=keep).acts(layer, 32):
+        if not tr.V2Drop(keep=keep).acts_at(layer, 32):
             left.append(n if not left else left[-1])
             continue
         row = "t" + "v" * (left[-1] if left else n) + "t"

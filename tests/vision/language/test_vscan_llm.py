@@ -27,11 +27,11 @@ def test_worked_example(layouts):
 
 
 def test_published_layers():
-    assert [i for i in range(32) if VScanLLM().acts(i, 32)] == [16]
-    assert [i for i in range(28) if VScanLLM().acts(i, 28)] == [14]
-    assert [i for i in range(2) if VScanLLM().acts(i, 2)] == [1]
-    assert [i for i in range(32) if VScanLLM(layer_list=[8, 16]).acts(i, 32)] == [8, 16]
-    assert "ahead" in VScanLLM().gathers(), "queries and keys are those of the layer that acts"
+    assert [i for i in range(32) if VScanLLM().acts_at(i, 32)] == [16]
+    assert [i for i in range(28) if VScanLLM().acts_at(i, 28)] == [14]
+    assert [i for i in range(2) if VScanLLM().acts_at(i, 2)] == [1]
+    assert [i for i in range(32) if VScanLLM(layer_list=[8, 16]).acts_at(i, 32)] == [8, 16]
+    assert "ahead" in VScanLLM().required(), "queries and keys are those of the layer that acts"
 
 
 def test_a_third_of_96_is_the_published_32():
@@ -79,9 +79,9 @@ def test_bad_settings(settings, message):
 
 def test_bad_depth():
     with pytest.raises(ValueError, match=r"layer_list=\(16,\): the language model has layers 0 to 3"):
-        VScanLLM(layer_list=(16,)).acts(0, 4)
+        VScanLLM(layer_list=(16,)).acts_at(0, 4)
     with pytest.raises(ValueError, match="one layer has no middle"):
-        VScanLLM().acts(0, 1)
+        VScanLLM().acts_at(0, 1)
 
 
 def test_texts():

@@ -20,7 +20,7 @@ def test_no_visual_token_stays(layouts):
 
 def test_where_it_acts():
     def acting(method, depth=32):
-        return [i for i in range(depth) if method.acts(i, depth)]
+        return [i for i in range(depth) if method.acts_at(i, depth)]
 
     assert acting(tr.VTW()) == [15]
     assert acting(tr.VTW(), 28) == [13]
@@ -29,7 +29,7 @@ def test_where_it_acts():
     assert acting(tr.VTW(keep=1.0)) == acting(tr.VTW(layer=32)) == []
     assert acting(tr.VTW(layer=0)) == [0]
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        tr.VTW(layer=5).acts(0, 4)
+        tr.VTW(layer=5).acts_at(0, 4)
     with pytest.raises(ValueError, match="not both"):
         tr.VTW(layer=2, keep=0.5)
 

@@ -88,8 +88,8 @@ def test_with_a_clip_model_the_sign_is_minus(keep):
         assert plan.keep[b].tolist() == sorted(card(e.x[b], quality(joint(patches, text)), keep))
         assert turned.keep[b].tolist() == sorted(card(e.x[b], quality(language(patches, text)), keep))
     assert CDPruner(keep=keep, clip="some/clip", sign=-1).plan(e) == plan
-    assert CDPruner(clip="some/clip").gathers() == ("clip",)
-    assert CDPruner().gathers() == ("text",)
+    assert CDPruner(clip="some/clip").required() == ("clip",)
+    assert CDPruner().required() == ("text",)
 
 
 def test_the_sign_on_a_known_image():

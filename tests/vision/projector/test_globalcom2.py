@@ -220,7 +220,7 @@ def test_given_rows_stand_for_logits():
 
 
 def test_needs_a_class_token():
-    assert "cls" in GlobalCom2().gathers()
+    assert "cls" in GlobalCom2().required()
     with pytest.raises(ValueError, match="class token"):
         GlobalCom2().plan(visual(ORIGINS["square"], cls=False))
 

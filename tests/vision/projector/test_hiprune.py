@@ -44,7 +44,7 @@ def test_is_the_card(origin, keep, alpha, buffers, cls):
 
 def test_published_blocks():
     """A third of the depth is the card's layer 9 of 24, counted from 1; other depths take the same share."""
-    look = tr.get_method("hiprune").looks()[0]
+    look = tr.get_method("hiprune").tower_blocks()[0]
     assert resolve(look, 24, 22) == resolve(8 / 24, 24, 22) == 8
     assert resolve(look, 12, 10) == 4
     e = visual(ORIGINS["square"], depth=6)  # block 2 of 6, and block 4, whose output enters the projector

@@ -166,7 +166,7 @@ def test_frames_share_evenly():
 
 def test_layers_are_those_that_are_named():
     e = visual(CROPS["2x2"], batch=2)
-    assert HiRED(l_init=1, l_final=0).looks() == (1, 0)
+    assert HiRED(l_init=1, l_final=0).tower_blocks() == (1, 0)
     assert not torch.equal(HiRED(l_init=1).budgets(e, 40), HiRED(l_init=3).budgets(e, 40))
     assert HiRED(l_final=0).plan(e) != HiRED(l_final=3).plan(e)
     assert HiRED(l_final=2).plan(e) == HiRED().plan(e), "the feature layer of this tower"

@@ -142,7 +142,7 @@ def test_settings():
     method = tr.get_method("mmtok:keep=32,alpha=1.0,tau_tv=0.01,tau_vv=0.1")
     assert method == MMTok(keep=32, alpha=1.0, tau_tv=0.01, tau_vv=0.1)
     assert (MMTok().keep, MMTok().alpha, MMTok().tau_tv, MMTok().tau_vv) == (64, 0.5, 0.02, 0.2)
-    assert MMTok().gathers() == ("text",)
+    assert MMTok().required() == ("text",)
     for bad in ({"alpha": -1}, {"alpha": "much"}, {"tau_tv": 0}, {"tau_vv": -0.2}, {"tau_tv": True}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             MMTok(**bad)

@@ -235,7 +235,7 @@ def test_iqr_factor_and_neighbours():
 
 @pytest.mark.parametrize("kind", [PruMerge, PruMergePlus])
 def test_attention_of_the_last_block_features_that_enter_the_projector(kind):
-    assert kind().looks() == (-1,)
+    assert kind().tower_blocks() == (-1,)
     e = visual(ORIGINS["large"], queries=4 * noise(2, 2, 145, 8)).in_vision(kind().with_class())
     assert e.prefix == 0
     plan = kind().plan(e)

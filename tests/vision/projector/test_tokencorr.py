@@ -173,7 +173,7 @@ def test_outliers_of_the_deep_block_stay():
 
 def test_two_blocks_are_read():
     e = visual(grid(4, 4), batch=1, seed=9)
-    assert TokenCorr(low_layer=0, deep_layer=3).looks() == (0, 3)
+    assert TokenCorr(low_layer=0, deep_layer=3).tower_blocks() == (0, 3)
     plans = [TokenCorr(keep=6, low_layer=a, deep_layer=d).plan(e) for a in (0, 1) for d in (None, 2, 3)]
     assert plans[0] == plans[1], "the feature layer of this tower"
     assert any(p != plans[0] for p in plans[3:])
@@ -233,7 +233,7 @@ def test_every_token_counts_once_when_all_are_alike():
 
 
 def test_needs_a_class_token_and_keys():
-    assert "cls" in TokenCorr().gathers()
+    assert "cls" in TokenCorr().required()
     with pytest.raises(ValueError, match="class token"):
         TokenCorr().plan(visual(ORIGINS["square"], cls=False))
     with pytest.raises(ValueError, match="keys"):

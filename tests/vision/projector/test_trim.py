@@ -83,8 +83,8 @@ def test_without_a_clip_model_the_language_model_space_is_asked(keep):
     for b in range(2):
         w = language(e.x[b], e.text[b][e.text_valid[b]])
         assert plan.representatives()[b, :-1].tolist() == best(w, keep - 1), "embeddings, not features; not negated"
-    assert TRIM().gathers() == ("text",)
-    assert TRIM(clip="a/b").gathers() == ("clip",)
+    assert TRIM().required() == ("text",)
+    assert TRIM(clip="a/b").required() == ("clip",)
 
 
 def test_the_sign_on_a_known_image():

@@ -181,7 +181,7 @@ def test_registers_are_not_counted():
 @pytest.mark.parametrize("layer", [None, 0, -1, 0.5])
 def test_attention_and_keys_are_of_one_block(layer):
     method = VisionZip(keep=9, layer=layer)
-    assert method.looks() == (layer,)
+    assert method.tower_blocks() == (layer,)
     e = visual(ORIGINS["large"]).in_vision(True)
     plan = method.plan(e)
     seen = e.tower(layer).patches
@@ -200,7 +200,7 @@ def test_tower_without_class_token_ranks_by_attention_received():
     assert plan.representatives()[0].tolist() == [*best, *targets]
     with pytest.raises(ValueError, match="no class token"):
         VisionZip(keep=8, score="cls").plan(e)
-    assert VisionZip(score="cls").gathers() == ("tower", "cls")
+    assert VisionZip(score="cls").required() == ("tower", "cls")
 
 
 def test_tokens_of_four_patches_average_scores_and_keys():

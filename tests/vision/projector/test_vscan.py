@@ -203,8 +203,8 @@ def test_scores_of_towers_and_settings():
     assert VScan(local=0.0, keep=20).plan(evidence).keep[0].tolist() == sorted(
         class_row(evidence).argsort(descending=True, stable=True)[:20].tolist()
     )
-    assert VScan(local_layer=0, layer=-1).looks() == (0, -1)
-    assert VScan().looks() == (5 / 24, None)
+    assert VScan(local_layer=0, layer=-1).tower_blocks() == (0, -1)
+    assert VScan().tower_blocks() == (5 / 24, None)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def _sees(model: Any, reducers: Sequence[Reducer]) -> Any:
     """What these methods make of a tower's outputs and look at in it; None where they act inside it."""
     if any(r.stage == "encoder" for r in reducers):
         return None
-    watched = any(r.stage == "projector" or r.looks() or {"films", *TOWER} & {*r.gathers()} for r in reducers)
-    more = {"head", "pixels"} & {need for r in reducers for need in r.gathers()}
-    if any("head" in r.wishes() for r in reducers) and "head" in describe(model).language.projector:
+    watched = any(r.stage == "projector" or r.tower_blocks() or {"films", *TOWER} & {*r.required()} for r in reducers)
+    more = {"head", "pixels"} & {need for r in reducers for need in r.required()}
+    if any("head" in r.optional() for r in reducers) and "head" in describe(model).language.projector:
         more.add("head")
-    return watched, frozenset(look for r in reducers for look in r.looks()), frozenset(more)
+    return watched, frozenset(look for r in reducers for look in r.tower_blocks()), frozenset(more)
