@@ -82,6 +82,11 @@ def test_a_budget_that_keeps_everything_changes_no_tokens(llava):
     assert "No budget of it gains 5 % here" in str(made)
 
 
+def test_methods_that_look_at_the_image_say_that_it_is_noise():
+    assert any("which is noise here" in note for note in tr.estimate(TINY, "ats:keep=0.5").notes)
+    assert not any("noise" in note for note in tr.estimate(TINY, "tome:r=4").notes)
+
+
 def test_an_encoder_has_one_part():
     made = tr.estimate(TINY, "tome:r=8", batch=64)
     assert [p.name for p in made.stock.parts] == [TOWER]

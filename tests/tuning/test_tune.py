@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import tokenreduce as tr
 from tokenreduce.cli import app
+from tokenreduce.core.flops import count_flops
 from tokenreduce.core.undo import reducers_of
 from tokenreduce.tuning.scored import ImageScored, QuestionScored
 
@@ -55,6 +56,14 @@ def test_costs_and_scores_of_an_image_model():
     assert scored.score((), "held").value > 0.95
     assert scored.score(reducers, "first").n == 12
     assert not reducers_of(scored.model)
+    # What ATS keeps depends on the image: on scenes it is not what it is on noise.
+    ats = tr.parse("ats:keep=0.5")
+    alone = []
+    for image in scored._batches("first")[0].x[:3].split(1):
+        with tr.patched(scored.model, *ats):
+            alone.append(count_flops(scored.model, image))
+    assert scored.cost(ats, "flops") == pytest.approx(sum(alone) / 3)
+    assert len(set(alone)) > 1
 
 
 def test_the_command(tmp_path):

@@ -51,8 +51,9 @@ def estimate(
         prompt, answer: text tokens before and behind the image, and of the answer.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
 
-    Random numbers stand for the image, so methods that keep more where more is to be seen are estimated on noise.
-    Decode steps are those behind the prompt. Embeddings, sampling and the tokenizer are left out.
+    Random numbers stand for the image, so methods that keep more where more is to be seen are estimated on noise; a
+    note says so for those whose samples may keep unequal numbers. Decode steps are those behind the prompt. Embeddings,
+    sampling and the tokenizer are left out.
 
     Raises ``ValueError`` for bad settings, an unknown device, a model without a vision part and methods that do not fit
     it; ``OSError`` for a config that cannot be had; ``ImportError`` that names a missing extra.
@@ -76,7 +77,8 @@ def estimate(
 
     seconds = seconds_by(on, batch, dtype)
     first_layer = 1 if made is None else first_acting(stock, made)
-    notes = tuple(dict.fromkeys([*subject.notes, *(() if made is None else made.notes)]))
+    noise = [f"{label_of(r)}: what it keeps may depend on the image, which is noise here" for r in chosen if r.ragged]
+    notes = tuple(dict.fromkeys([*subject.notes, *noise, *(() if made is None else made.notes)]))
     limits = {s: limit(subject, stock, s, first_layer, seconds) for s in _stages(subject, chosen)}
     worth = None if made is None else worth_from(subject, stock, made, seconds)
     return Estimate(

@@ -30,6 +30,10 @@ from tokenreduce.tuning.part import Parts, parts
 __all__ = ["ImageScored", "QuestionScored", "Score", "Scored"]
 
 
+#: Samples over which costs are averaged, each run alone: what some methods keep depends on what they see.
+PROBES = 3
+
+
 class Score(NamedTuple):
     """Shares of ``n`` samples that are right."""
 
@@ -108,14 +112,14 @@ class ImageScored(Scored):
         self.parts = parts(len(images), seed)
         self._images = {name: _some(images, at) for name, at in self.parts._asdict().items()}
         self._kept: dict[str, list[Any]] = {}
+        self._probes: Any = None
 
     def _served(self) -> Sequence[str]:
         return describe(self.model).methods("encoder")
 
     def _score(self, part: str) -> Score:
-        batches = self._kept.setdefault(part, list(self._images[part].batches(self.batch)))
         labels, outputs = [], []
-        for made in batches:
+        for made in self._batches(part):
             with torch.inference_mode():
                 out = self.loaded.predict(made.x.to(self.device)).float().nan_to_num(float("-inf"))
             labels.append(made.y)
@@ -126,8 +130,19 @@ class ImageScored(Scored):
         return Score(found[key] or 0.0, found[f"{key}_stderr"] or 0.0, len(y))
 
     def _cost(self) -> dict[str, float]:
-        x = torch.randn(1, *self.loaded.input_size, generator=torch.Generator().manual_seed(0)).to(self.device)
-        return {"flops": float(count_flops(self.loaded.forward, self.model, x))}
+        if self._probes is None:
+            self._probes = next(iter(self._batches("first"))).x[:PROBES].to(self.device)
+        counted: list[int] = []
+        for image in self._probes.split(1):
+            counted.append(count_flops(self.loaded.forward, self.model, image))
+            if len(counted) == 2 and counted[0] == counted[1]:  # what is kept does not depend on the image
+                break
+        return {"flops": sum(counted) / len(counted)}
+
+    def _batches(self, part: str) -> list[Any]:
+        if part not in self._kept:
+            self._kept[part] = list(self._images[part].batches(self.batch))
+        return self._kept[part]
 
 
 def _some(images: Images, at: list[int]) -> Images:
@@ -135,7 +150,7 @@ def _some(images: Images, at: list[int]) -> Images:
 
 
 class QuestionScored(Scored):
-    """An image language model on questions; see :class:`~tokenreduce.bench.vlm.VlmTask`. Costs are of one question."""
+    """An image language model on questions; see :class:`~tokenreduce.bench.vlm.VlmTask`. Costs are means over a few."""
 
     known = ("visionzip", "vispruner", "divprune", "fastervlm", "fastv", "pyramiddrop", "tome", "mctf")
 
@@ -153,7 +168,7 @@ class QuestionScored(Scored):
             raise TypeError(f"{model} has no language model with visual tokens that an adapter knows")
         cut = self.parts._asdict().items()
         self._runners = {name: Runner(loaded, _few(source, at), batch, task.max_new_tokens) for name, at in cut}
-        self._meter = Meter(self._runners["first"], self._runners["first"].items[:1])
+        self._meter = Meter(self._runners["first"], self._runners["first"].items[:PROBES])
 
     def _served(self) -> Sequence[str]:
         return served(self._meter, self.stages, films=False).names
