@@ -3,9 +3,9 @@
 Before its layer, a method is asked in every decode step with the attention that the new token paid in the layer
 before (``Reducer.decode_mode``). From there to its next layer, attention is over the tokens that it left: their keys
 and values are gathered from the cache, which stays complete. A token whose keys the caches of those layers lack,
-because an earlier choice let it go, comes back where the method says so: its features were set aside when it went, run through the
-layers beside the new token at its own position, and its keys are appended to the caches, so that it passes each layer
-at most once.
+because an earlier choice let it go, comes back where the method says so: its features were set aside when it went, run
+through the layers beside the new token at its own position, and its keys are appended to the caches, so that it passes
+each layer at most once.
 
 Tokens are named by columns: those of the prompt, then one for every token behind it. Caches hold them in the order in
 which they came, so once tokens came back, :class:`Again` knows which column each slot has.
