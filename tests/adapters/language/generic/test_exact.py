@@ -47,7 +47,7 @@ def _places():
         yield pytest.param(name, "compact", marks=() if name in FAST[:3] else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "positions"), _places())
+@pytest.mark.parametrize(("name", "positions"), list(_places()))
 def test_before_the_language_model_it_is_a_short_prompt(name, positions):
     model = toy(name).model
     spec = f"{SPEC},positions={positions}"
