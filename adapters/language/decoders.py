@@ -108,6 +108,7 @@ def _check_state(layers: Sequence[Any], index: int, reducer: Reducer, acting: Se
     if not (reads and looks) and "middle" not in gathers and not reducer.decode_mode():
         return
     good = [i + ("ahead" not in gathers) for i, layer in enumerate(layers) if attends(layer)]
+    good = [i for i in good if i < len(layers)]
     never = reducer.decode_mode() or "middle" in gathers
     fits = "no such method fits this language model" if never else f"it can act before {', '.join(map(str, good))}"
     raise ValueError(

@@ -172,7 +172,7 @@ def test_methods_that_ask_for_what_is_not_known():
 
 
 def test_hybrids_say_where_a_method_can_act():
-    with pytest.raises(ValueError, match="it can act before 2, 4"):
+    with pytest.raises(ValueError, match=r"it can act before 2$"):
         tr.patch(toy("qwen3_5").model, "fastv:layer=3,keep=0.5")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys.build import TABLE, families, inner_of
 from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, forward, inside, layers_to_act, plain, toy
-from toys.oracles import generate
+from toys.oracles import generate, relative
 from vlms import encodes_before
 
 import tokenreduce as tr
@@ -47,7 +47,7 @@ def _places():
         yield pytest.param(name, "compact", marks=() if name in FAST[:3] else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "positions"), _places())
+@pytest.mark.parametrize(("name", "positions"), list(_places()))
 def test_before_the_language_model_it_is_a_short_prompt(name, positions):
     model = toy(name).model
     spec = f"{SPEC},positions={positions}"
@@ -72,6 +72,21 @@ def test_inside_the_language_model_it_is_stock_layers_on_fewer_tokens(name):
     with tr.patched(model, f"fastv:layer={layers[0]},keep=1.0"):
         got = generate(model, here.inputs)
     assert torch.equal(got[1], here.logits)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_5", "glm4v", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lfm2_vl", "mistral3", "kimi_k25"))],
+)
+def test_both_mechanisms_before_the_language_model_agree(name):
+    """With a method inside that keeps all, columns go at the layers instead of at the call."""
+    here = toy(name)
+    logits = []
+    for more in ("", f"+fastv:layer={layers_to_act(name)[0]},keep=1.0"):
+        with tr.patched(here.model, f"{SPEC},positions=original{more}"):
+            logits.append(generate(here.model, here.inputs)[1])
+    assert relative(*logits) < 1e-5
+    assert relative(logits[0], here.logits) > 1e-3
 
 
 @pytest.mark.parametrize("name", [n for n in FORWARD if n in families()])
