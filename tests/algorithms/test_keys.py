@@ -47,7 +47,7 @@ def test_a_ratio_stays_what_it_was_at_the_prompt():
 
 @pytest.mark.parametrize(
     "spec",
-    ["snapkv:window_size=4", "pyramidkv:window_size=4", "tova", "ems:window_size=4", "a2sf:forgetting_factor=0.05"],
+    ["tova", "ems:window_size=4", "a2sf:forgetting_factor=0.05"],
 )
 def test_padding_behind_the_prompt_is_refused_by_those_who_look_at_its_end(spec):
     method, layouts = tr.get_method(spec), ("ttvvvvvvvvvvtttt", "ttvvvvvvvttttt..")

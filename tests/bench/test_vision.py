@@ -273,7 +273,7 @@ def test_a_data_set_without_any_readable_image_is_an_error(tmp_path):
 
 
 def test_models_without_an_adapter_fail_before_the_data_is_read():
-    with pytest.raises(TypeError, match="no adapter for ResNet"):
+    with pytest.raises(TypeError, match="ResNet is not supported"):
         VisionTask("timm:resnet10t?pretrained=false", "nowhere").prepare()
 
 

@@ -81,7 +81,7 @@ def test_describe_with_methods_counts() -> None:
     [
         (["describe", "nonsense"], "unknown model 'nonsense'"),
         (["describe", "timm:vit_tinyy"], "did you mean"),
-        (["describe", "timm:resnet10t?pretrained=false"], "no adapter for ResNet"),
+        (["describe", "timm:resnet10t?pretrained=false"], "ResNet is not supported: a hierarchical"),
         (["describe", VIT, "--reduce", "tomee:r=3"], "unknown method 'tomee'"),
         (["describe", VIT, "--reduce", "tome:q=3"], "tome has no setting 'q'"),
         (["describe", VIT, "--reduce", "tome:r=1+pitome:keep=0.5"], "both act in layer 0"),

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases h
     ("name", "how", "stages", "reason"),
     [
         ("LlavaForConditionalGeneration", "table", ("language", "projector", "cache", "encoder"), ""),
-        ("Mistral3ForConditionalGeneration", "discovered", ("language", "projector"), ""),
-        ("Qwen3_5ForConditionalGeneration", "discovered", ("language", "projector"), ""),
+        ("Mistral3ForConditionalGeneration", "discovered", ("language", "projector", "cache"), ""),
+        ("Qwen3_5ForConditionalGeneration", "discovered", ("language", "projector", "cache"), ""),
         ("Gemma4ForConditionalGeneration", "discovered", ("projector",), "is given per_layer_input"),
         ("ColPaliForRetrieval", "table", ("language", "projector", "encoder"), ""),
         ("Blip2ForConditionalGeneration", "refused", (), "its own generate calls self.language_model.generate"),

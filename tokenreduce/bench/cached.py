@@ -36,6 +36,7 @@ class CacheTask(VlmTask):
         **VlmTask.well_known, "cache": ("snapkv", "h2o", "knorm", "keydiff", "adakv", "vl-cache", "look-m"),
     }  # fmt: skip
     probed: ClassVar[int] = 16
+    measured: ClassVar[tuple[str, ...]] = ("cache",)
     axis: ClassVar[Axis] = Axis(
         "kv_share", "KV bytes", "bytes of keys and values behind the prefill, % of the unreduced model's"
     )

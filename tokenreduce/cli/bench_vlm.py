@@ -85,8 +85,11 @@ def command(
     if axis not in AXES:
         raise ValueError(f"--axis is {' or '.join(AXES)}, not {axis!r}")
     stages = tuple(s.strip() for s in (stage or AXES[axis]).split(",") if s.strip())
-    if ("cache" in stages) != (axis == "kv"):
-        raise ValueError("methods of the cache stage leave all visual tokens: --axis kv is for them, and for no others")
+    if "cache" in stages and axis != "kv":
+        raise ValueError(
+            "stages are among projector, language, encoder; methods of the cache stage leave all visual tokens, and "
+            "are measured with --axis kv"
+        )
     data = data_of(model, data, "a JSONL file with questions")
     extent = Extent.of(ctx)
     from tokenreduce.bench.cached import CacheTask
