@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
+from scattered import Scatter, kept_plans, masked
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.find import find
@@ -81,6 +83,24 @@ def inside(name: str, layer: int) -> float:
         sequences, logits = generate(model, inputs)
     assert relative(logits, here.logits) > 1e-3, "the reduction changes something"
     return relative(logits, short_prompts(here, stays(trace), sequences, layer=layer))
+
+
+def cached(name: str) -> float | None:
+    """How far a generation is whose rows, heads and layers hold unequal numbers of keys from that of the stock model
+    with the keys that left hidden; None where no method can take keys out."""
+    here = toy(name)
+    found = find(here.model)
+    if found is None or "cache" not in found.stages:
+        return None
+    model, layers = here.model, [layer for layer in found.layers if hasattr(layer, "self_attn")]
+    with tr.patched(model, Scatter()), kept_plans(Scatter(), pytest.MonkeyPatch()) as gone:
+        sequences, logits = generate(model, here.inputs)
+    assert len(gone) == len(layers)
+    assert relative(logits, here.logits) > 1e-3, "what left is missed"
+    with masked(layers, gone):
+        again, want = generate(model, here.inputs)
+    assert torch.equal(sequences, again)
+    return relative(logits, want)
 
 
 def forward(name: str, spec: str) -> float:

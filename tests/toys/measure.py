@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tokenreduce as tr
 from toys.build import TABLE, families, outer_class
-from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, forward, inside, layers_to_act, toy
+from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, cached, forward, inside, layers_to_act, toy
 
 SPEC = "random@projector:keep=0.4"
 
@@ -32,6 +32,8 @@ def measured(name: str) -> dict[str, Any]:
             continue
         row[positions] = before(name, spec, positions == "compact")
     at = layers_to_act(name)
+    if (kept := cached(name)) is not None:
+        row["cache"] = kept
     return {**row, "layers": at, **({"inside": max(inside(name, k) for k in at)} if at else {})}
 
 

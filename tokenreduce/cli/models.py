@@ -119,19 +119,22 @@ def _measured(numbers: dict[str, Any]) -> Iterator[str]:
         "code, float32, a padded batch of a prompt with one image and one with two. The largest difference of logits "
         "over three new tokens, over the largest logit, between the reduced model and the stock model on prompts that "
         "are as short, one at a time and unpadded, at original and at compact positions (those that are places in the "
-        "image have no compact form); inside the language model: between `fastv` and stock layers on one row. "
+        "image have no compact form); inside the language model: between `fastv` and stock layers on one row; in the "
+        "cache: between rows, heads and layers that hold unequal numbers of keys, and the stock model with the keys "
+        "that left hidden. "
         "Bidirectional models are held against the stock model with the dropped columns hidden.", "",
     )  # fmt: skip
-    heads = ("model", "before, original", "before, compact", "inside, layers", "inside")
+    heads = ("model", "before, original", "before, compact", "inside, layers", "inside", "cache")
     rows: list[tuple[str, ...]] = []
     for row in sorted(numbers.values(), key=lambda r: str(r["class"]).lower()):
         if "error" in row:
-            rows.append((f"`{row['class']}`", row["error"].replace("|", "/"), "", "", ""))
+            rows.append((f"`{row['class']}`", row["error"].replace("|", "/"), "", "", "", ""))
             continue
         hidden = row.get("masked")
         first = _number(row.get("original")) if hidden is None else f"{_number(hidden)} (hidden)"
         layers = ", ".join(map(str, row.get("layers", ()))) or "none"
-        rows.append((f"`{row['class']}`", first, _number(row.get("compact")), layers, _number(row.get("inside"))))
+        compact, inside, cache = (_number(row.get(key)) for key in ("compact", "inside", "cache"))
+        rows.append((f"`{row['class']}`", first, compact, layers, inside, cache))
     yield from _lines(rows, heads)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from toys.build import TABLE, families, inner_of
-from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, forward, inside, layers_to_act, plain, toy
+from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, cached, forward, inside, layers_to_act, plain, toy
 from toys.oracles import generate, relative
 from vlms import encodes_before
 
@@ -87,6 +87,12 @@ def test_both_mechanisms_before_the_language_model_agree(name):
             logits.append(generate(here.model, here.inputs)[1])
     assert relative(*logits) < 1e-5
     assert relative(logits[0], here.logits) > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_that_left_the_cache_are_as_if_masked(name):
+    far = cached(name)
+    assert far is None or far < 1e-5
 
 
 @pytest.mark.parametrize("name", [n for n in FORWARD if n in families()])
