@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tokenreduce.bench.runs import load_run
 from tokenreduce.bench.sweep import Point, Solver, Watch, points, split_methods, sweep
 from tokenreduce.bench.task import Task
 from tokenreduce.common.words import plain
+from tokenreduce.core.budget import BudgetError
+from tokenreduce.core.reducer import Reducer
 
 TESTS = Path(__file__).parents[1]
 
@@ -136,6 +139,22 @@ def test_solver_takes_settings_and_finds_odd_shapes() -> None:
     assert abs(reached - 0.4) <= 0.01
 
 
+def test_solver_searches_above_what_a_method_always_keeps() -> None:
+    class Fixed(FakeTask):
+        def flops(self, reducers: Sequence[Reducer]) -> int:
+            if reducers and self.least > cost(reducers):
+                raise BudgetError("the budget is below what always stays; give a larger keep")
+            return super().flops(reducers)
+
+        least = 300
+
+    assert abs(Solver(Fixed()).solve("tome", 0.5)[1] - 0.5) <= 0.002
+    assert 0.3 <= Solver(Fixed()).solve("tome", 0.1)[1] <= 0.32
+    Fixed.least = 2 * BASE
+    with pytest.raises(BudgetError):
+        Solver(Fixed()).solve("tome", 0.5)
+
+
 def test_solver_needs_a_free_keep() -> None:
     solver = Solver(FakeTask())
     with pytest.raises(ValueError, match=r"fixes keep.*--reduce"):
@@ -219,6 +238,7 @@ def test_interrupt_leaves_whole_rows_and_the_rest_follows(tmp_path: Path) -> Non
 
 KILLED = """
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from fake_task import FakeTask

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenreduce.algorithms.sequence import best
-from tokenreduce.core.budget import Keep, check_keep
+from tokenreduce.core.budget import BudgetError, Keep, check_keep
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 
@@ -120,7 +120,7 @@ def best_slots(
         fixed = among & always
         held = fixed.sum(1, keepdim=True)
         if bool((held > wanted).any()):
-            raise ValueError(
+            raise BudgetError(
                 f"the budget of {int(wanted.min())} keys is below the {int(held.max())} that always stay (window and "
                 f"sinks); give a larger keep, or smaller ones"
             )

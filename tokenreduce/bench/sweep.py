@@ -19,6 +19,7 @@ from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
 from tokenreduce.bench.times import consistent
 from tokenreduce.bench.watch import Point, Watch
 from tokenreduce.common.words import counted
+from tokenreduce.core.budget import BudgetError
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer, build, format_spec, parse_spec
 from tokenreduce.core.registry import get_class, list_methods, parse
@@ -44,6 +45,7 @@ class Solver:
     Evaluations are remembered."""
 
     LEAST, FINE, STEPS = 0.001, 0.002, 18
+    TOO_SMALL = -1.0  # in place of a share: the method keeps more than this always, so the search goes up from here
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -75,7 +77,8 @@ class Solver:
         Bisection with secant steps on ``keep``; methods that act in whole steps (or not monotonically) give the
         nearest point seen. Equal steps down to one token still leave half of the cost, so a method that also has the
         number ``r`` of tokens to remove per layer is solved for ``r`` where ``keep`` does not reach far enough.
-        Raises ``ValueError`` for a method without ``keep``, or with ``keep`` given in its spec.
+        A setting too small for what the method always keeps is none of them. Raises ``ValueError`` for a method
+        without ``keep``, or with ``keep`` given in its spec.
         """
         name, _ = parse_spec(spec)
         kind = get_class(name)
@@ -88,7 +91,12 @@ class Solver:
 
         def at(knob: str, value: float) -> float:
             if (knob, value) not in seen:
-                seen[knob, value] = self.share((build(kind, {**settings, knob: value}),))
+                try:
+                    seen[knob, value] = self.share((build(kind, {**settings, knob: value}),))
+                except BudgetError:
+                    if (knob, value) == ("keep", 1.0):
+                        raise
+                    seen[knob, value] = self.TOO_SMALL
             return seen[knob, value]
 
         self._bisect(seen, at, budget)
@@ -99,7 +107,7 @@ class Solver:
         def distance(point: tuple[str, float]) -> tuple[float, str, float]:
             return round(abs(seen[point] - budget), 6), point[0], -point[1] if point[0] == "keep" else point[1]
 
-        knob, value = min(seen, key=distance)
+        knob, value = min((p for p, share in seen.items() if share >= 0), key=distance)
         return build(kind, {**settings, knob: value}), seen[knob, value]
 
     def _bisect(self, seen: dict[tuple[str, float], float], at: Callable[[str, float], float], budget: float) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 __all__ = [
-    "check_count", "check_keep", "check_share", "count", "describe_keep", "geometric", "layer_schedule", "linear",
-    "proportional", "quarters",
+    "BudgetError", "check_count", "check_keep", "check_share", "count", "describe_keep", "geometric", "layer_schedule",
+    "linear", "proportional", "quarters",
 ]  # fmt: skip
 
 Keep = int | float
 _ROUNDED: dict[str, Callable[[float], int]] = {"up": lambda t: int(t + 0.5), "even": round, "down": int}
+
+
+class BudgetError(ValueError):
+    """A budget below what a method always keeps; a larger one fits. A search for a budget goes on from here."""
 
 
 def check_keep(keep: Keep | None, name: str = "keep") -> None:

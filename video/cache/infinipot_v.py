@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.keys import check_finite, keep_slots
 from tokenreduce.algorithms.scoring import unit
 from tokenreduce.algorithms.sequence import best
-from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.budget import BudgetError, check_count, check_keep
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Plan
@@ -123,7 +123,7 @@ class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506
             return chosen.flatten()
         recent = max(1, int(f * self.query_ratio))
         if share < recent * p:
-            raise ValueError(
+            raise BudgetError(
                 f"tar_ratio={self.tar_ratio} leaves {share} slots for {recent} recent frames of {p} slots, which stay; "
                 f"give a larger tar_ratio or keep, or a smaller query_ratio"
             )

@@ -11,7 +11,7 @@ from tokenreduce.algorithms.key_scorer import KeyScorer
 from tokenreduce.algorithms.keys import budget, candidates, check_finite, check_what, keep_slots
 from tokenreduce.algorithms.sequence import best
 from tokenreduce.algorithms.wrapped import scorer
-from tokenreduce.core.budget import check_count, check_keep, check_share
+from tokenreduce.core.budget import BudgetError, check_count, check_keep, check_share
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan
@@ -95,7 +95,7 @@ class AdaKV(CacheReducer, name="adakv", needs=("attention",), paper="2407.11550"
         fixed = among & always if always is not None else torch.zeros_like(among)
         free, wanted = among & ~fixed, wanted - fixed.sum(1, keepdim=True)
         if bool((wanted < 0).any()):
-            raise ValueError(
+            raise BudgetError(
                 f"the budget is below the {int(fixed.sum(1).max())} keys that always stay (window and sinks); give a "
                 f"larger keep, or smaller ones in base={self.base!r}"
             )

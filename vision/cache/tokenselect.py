@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.keys import budget, check_finite, check_what, keep_slots, pooled
 from tokenreduce.algorithms.sequence import best
-from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.budget import BudgetError, check_count, check_keep
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan
@@ -136,7 +136,7 @@ class TokenSelect(CacheReducer, name="tokenselect", needs=("attention",), paper=
         total = budget(self.keep, evidence.there)
         wanted, all_seen = total - fixed.sum(1, keepdim=True), total >= evidence.counts
         if bool(((wanted < 0) & ~all_seen).any()):
-            raise ValueError(
+            raise BudgetError(
                 f"the budget of {int(total.min())} keys is below n_init={self.n_init} and n_local={self.n_local}, "
                 f"which are always seen; give a larger keep, or smaller ones"
             )
