@@ -40,8 +40,9 @@ results: $(VENV)/bench.stamp  ## every method of every stage at three budgets: d
 	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.5,0.25,0.1 --limit 480 --repeats 0 --out runs/results/pictures
 	-$(BIN)/tokenreduce bench video --budgets 0.5,0.25,0.1 --limit 120 --repeats 0 --out runs/results/clips --methods \
 		'dycoke,evs,fastvid,flashvid,frame-merge,holitom*,ppllava,prunevid*,token-shuffle,vidcom2,framefusion,fastervlm,visionzip,divprune,aim-merge,fastv'
-	$(BIN)/tokenreduce report runs/results/world-vit runs/results/pictures runs/results/clips --out runs/results \
-		--markdown docs/results.md
+	-$(BIN)/tokenreduce bench vlm --axis kv --methods '*' --budgets 0.5,0.25 --limit 48 --repeats 0 --out runs/results/cache
+	$(BIN)/tokenreduce report runs/results/world-vit runs/results/pictures runs/results/clips runs/results/cache \
+		--out runs/results --markdown docs/results.md
 
 test: $(VENV)/dev.stamp  ## fast tests
 	$(PYTEST) -m "not slow and not gpu"

@@ -50,7 +50,7 @@ def test_the_page_of_the_documents(tmp_path):
     file.write_text(
         json.dumps(
             {
-                "see": {"class": "SeeFor", "original": 5.2e-7, "layers": [1, 2], "inside": 1e-6},
+                "see": {"class": "SeeFor", "original": 5.2e-7, "layers": [1, 2], "inside": 1e-6, "cache": 4e-7},
                 "two": {"class": "TwoWays", "masked": 3e-7},
                 "bad": {"class": "Bad", "error": "it | fails"},
             }
@@ -60,9 +60,9 @@ def test_the_page_of_the_documents(tmp_path):
     assert "| `SeeForConditionalGeneration` | discovered | projector | not inside: a / b |" in lines
     assert "2 models: 1 discovered, 1 refused." in lines
     assert "## Encoders of timm" in lines
-    assert "| `SeeFor` | 5e-07 | none | 1, 2 | 1e-06 |" in lines
-    assert "| `TwoWays` | 3e-07 (hidden) | none | none | none |" in lines
-    assert "| `Bad` | it / fails |  |  |  |" in lines
+    assert "| `SeeFor` | 5e-07 | none | 1, 2 | 1e-06 | 4e-07 |" in lines
+    assert "| `TwoWays` | 3e-07 (hidden) | none | none | none | none |" in lines
+    assert "| `Bad` | it / fails |  |  |  |  |" in lines
 
 
 @pytest.mark.parametrize(
