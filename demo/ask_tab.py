@@ -10,7 +10,7 @@ from tokenreduce.core.registry import list_methods
 from tokenreduce.demo.answers import LONGEST_QUESTION, NAMES
 from tokenreduce.demo.ask import EMBEDDED, STAGES, START, examples_of, missing
 from tokenreduce.demo.ask_events import Controls, Events, Widgets
-from tokenreduce.demo.common import NONE, keep_slider, message, method_dropdown, models
+from tokenreduce.demo.common import NONE, Slider, keep_slider, message, method_dropdown, models
 from tokenreduce.demo.store import Store
 from tokenreduce.demo.uploads import IMAGES, VIDEOS
 from tokenreduce.zoo.examples import Example
@@ -71,7 +71,7 @@ def _questions(example: Example, embedded: bool) -> dict[str, Any]:
     with gr.Row():
         out["columns"] = [_column(name, START[name]) for name in NAMES]
     with gr.Row():
-        out["longest"] = gr.Slider(
+        out["longest"] = Slider(
             1, 64, value=1 if embedded else 24, step=1, label="Longest answer, tokens", elem_id="ask-longest"
         )
         out["go"] = gr.Button("Ask", variant="primary", elem_id="ask-go")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,6 +18,7 @@ from tokenreduce.core.registry import get_class
 __all__ = [
     "HEAVY",
     "NONE",
+    "Slider",
     "chosen",
     "clear_at_once",
     "explain",
@@ -150,9 +152,22 @@ def method_dropdown(stage: str, names: Sequence[str], value: str, elem_id: str, 
     )  # fmt: skip
 
 
+def _within(slider: gr.Slider, payload: float | None) -> float:
+    """What is typed on the way to a value, the 1 of 15 or nothing at all, is the nearest bound."""
+    asked = slider.minimum if payload is None else payload
+    return gr.Slider.preprocess(slider, max(slider.minimum, min(asked, slider.maximum)))
+
+
+#: A slider as Gradio's, which raises out of its bounds and forgets what is typed behind the error. Gradio's metaclass
+#: is gone round: it writes a ``.pyi`` beside the file of every subclass.
+Slider: type[gr.Slider] = abc.ABCMeta.__new__(
+    type(gr.Slider), "Slider", (gr.Slider,), {"preprocess": _within, "__module__": __name__}
+)
+
+
 def keep_slider(label: str, value: int, elem_id: str, **more: Any) -> gr.Slider:
     """A budget in percent."""
-    return gr.Slider(5, 100, value=value, step=5, label=label, elem_id=elem_id, **more)
+    return Slider(5, 100, value=value, step=5, label=label, elem_id=elem_id, **more)
 
 
 def chosen(stage: str, name: str | None, percent: float) -> tuple[Reducer, ...]:

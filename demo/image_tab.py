@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from tokenreduce.demo.common import keep_slider, message, method_dropdown, models
+from tokenreduce.demo.common import Slider, keep_slider, message, method_dropdown, models
 from tokenreduce.demo.image import thumbnails
 from tokenreduce.demo.image_events import Events, Widgets
 from tokenreduce.demo.store import Store
@@ -64,7 +64,7 @@ def _answers() -> dict[str, Any]:
             out["before"] = gr.Image(label="What the model sees", elem_id="image-before", **look)
         with gr.Column(min_width=230):
             out["after"] = gr.Image(label="Tokens that are left", elem_id="image-after", **look)
-    out["layer"] = gr.Slider(1, 6, value=6, step=1, label="Picture after layer", elem_id="image-layer")
+    out["layer"] = Slider(1, 6, value=6, step=1, label="Picture after layer", elem_id="image-layer")
     out["caption"] = gr.HTML(elem_id="image-caption", elem_classes="said")
     gr.Markdown(ABOUT, elem_classes="hint")
     with gr.Row():

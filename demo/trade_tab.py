@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from tokenreduce.demo.common import message, said
+from tokenreduce.demo.common import Slider, message, said
 from tokenreduce.demo.store import Store
 from tokenreduce.demo.trade import BUDGETS, Sweeps, methods_of
 from tokenreduce.demo.trade_events import Events, Widgets, first_methods
@@ -43,7 +43,7 @@ def _settings(store: Store, known: dict[str, str]) -> dict[str, Any]:
         "budgets": gr.CheckboxGroup(
             BUDGETS, value=list(BUDGETS[:3]), label="Budgets: share of the unreduced cost", elem_id="trade-budgets"
         ),
-        "inputs": gr.Slider(
+        "inputs": Slider(
             50, 1000, value=200, step=50, label="Held-out images or questions", elem_id="trade-inputs",
             info="more are slower and have smaller standard errors",
         ),

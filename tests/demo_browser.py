@@ -98,13 +98,16 @@ class Page:
         )
         self.browser.execute_script(script, name).send_keys("\n".join(str(f) for f in files))
 
-    def number(self, name: str, value: int) -> None:
-        """Type ``value`` into the number of a slider."""
+    def number(self, name: str, value: int, pause: float = 0.0) -> None:
+        """Type ``value`` into the number of a slider, with ``pause`` seconds behind each digit."""
         from selenium.webdriver.common.keys import Keys
 
         field = self.find(name, "input[type=number]")
         field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(str(value), Keys.ENTER)
+        for digit in str(value):
+            field.send_keys(digit)
+            time.sleep(pause)
+        field.send_keys(Keys.ENTER)
 
     def choose(self, name: str, value: str) -> None:
         """Pick the option of a dropdown that begins with ``value``."""

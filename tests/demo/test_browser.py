@@ -100,7 +100,7 @@ def test_the_first_page_shows_the_trade_without_a_click(image_tab) -> None:
 
 def test_method_and_slider_change_picture_and_numbers(image_tab) -> None:
     before, count = image_tab.picture("image-after"), tokens(image_tab)
-    image_tab.number("image-keep", 15)
+    image_tab.number("image-keep", 15, pause=0.3)  # what a slow typist has at 1 is below the smallest budget
     image_tab.until(lambda: tokens(image_tab) < count and timed(image_tab), "fewer tokens")
     strong = image_tab.picture("image-after")
     assert strong != before
