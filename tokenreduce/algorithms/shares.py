@@ -5,12 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenreduce.core.budget import Keep, check_keep
+from tokenreduce.core.budget import Keep, check_keep, check_share
 
-__all__ = ["allot", "total_of"]
+__all__ = ["allot", "check_ratio", "total_of"]
 
 #: Halvings of an interval until its ends are equal in double precision.
 _STEPS = 120
+
+
+def check_ratio(ratio: float | None, what: str, free: bool) -> None:
+    """Raise ``ValueError`` for a ``ratio`` of all keys that goes, as authors' codes count, outside [0, 1], or beside
+    another budget; ``free`` says that ``keep`` was not given."""
+    if ratio is None:
+        return
+    check_share(ratio, "ratio")
+    if what != "all" or not free:
+        raise ValueError(
+            "ratio is the share of all keys that goes (a paper's r may be the share that stays): give it with what=all "
+            "and without keep, or keep alone, which is the share that stays"
+        )
 
 
 def total_of(keep: Keep, counts: Tensor) -> Tensor:

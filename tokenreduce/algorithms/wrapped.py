@@ -6,10 +6,33 @@ import functools
 from typing import Any
 
 from tokenreduce.algorithms.key_scorer import KeyScorer
+from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.reducer import build, parse_spec
 from tokenreduce.core.registry import get_class, list_methods
 
-__all__ = ["scorer"]
+__all__ = ["OnScorer", "scorer"]
+
+
+class OnScorer(CacheReducer):
+    """A method that sits on the one that its field ``base`` names: it sees what that sees, and acts where that acts."""
+
+    base: str
+    keep: int | float
+    what: str
+
+    @property
+    def inner(self) -> KeyScorer:
+        """The method that ``base`` names, with this one's budget; raises ``ValueError`` as :func:`scorer`."""
+        return scorer(self.base, self.name, self.keep, self.what)
+
+    def required(self) -> tuple[str, ...]:
+        return self.inner.required()
+
+    def query_rows(self) -> int | None:
+        return self.inner.query_rows()
+
+    def acts_at(self, layer: int, depth: int) -> bool:
+        return self.inner.acts_at(layer, depth)
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # keep=1 is one key, keep=1.0 all
@@ -20,8 +43,11 @@ def scorer(base: str, owner: str, keep: int | float, what: str) -> KeyScorer:
     Raises ``ValueError`` for a method that does not rank keys, or plans otherwise than by its ranking; for one that
     chooses again in decode; and for ``keep`` or ``what`` among its settings.
     """
+    named = base.partition(":")[0].partition("@")[0].strip()
+    if named not in list_methods(stage="cache"):
+        raise ValueError(f"{owner}: base={base!r} is no method of the cache stage; choose {_known()}")
     try:
-        kind = get_class(parse_spec(base)[0], "cache")
+        kind = get_class(named, "cache")
         settings: dict[str, Any] = parse_spec(base, kind)[1]
     except ValueError as error:
         raise ValueError(f"{owner}: base={base!r}: {error}") from None

@@ -222,9 +222,9 @@ def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
     if (step := clock["step_s"]) is not None:
         rows.append(("decoding", *(f"{1 / s:,.1f} tokens/s" for s in step), times("tokens_per_s")))  # type: ignore[arg-type]
     for one in result.cached:
-        share = f"{one.before / one.kept:.2f}x" if one.kept else "-"
+        # What came there is what methods in front of it left, not what the stock model holds.
         what = f"keys of a head behind the prompt, mean over {counted(one.layers, 'layer')} ({one.method})"
-        rows.append((what, f"{one.before:,.1f}", f"{one.kept:,.1f}", share))
+        rows.append((what, "", f"{one.kept:,.1f} of {one.before:,.1f}", ""))
         if one.last is not None:
             rows.append((f"keys of a head behind the answer ({one.method})", "", f"{one.last:,.1f}", ""))
     rows.append(("KV cache after prefill", in_bytes(a.cache), in_bytes(b.cache), times("cache_bytes")))

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.key_scorer import KeyScorer
 from tokenreduce.algorithms.keys import budget, candidates, check_finite, check_what, keep_slots
 from tokenreduce.algorithms.sequence import best
-from tokenreduce.algorithms.wrapped import scorer
+from tokenreduce.algorithms.wrapped import OnScorer
 from tokenreduce.core.budget import BudgetError, check_count, check_keep, check_share
-from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan
 
@@ -20,7 +18,7 @@ __all__ = ["AdaKV"]
 
 
 @dataclass(frozen=True)
-class AdaKV(CacheReducer, name="adakv", needs=("attention",), paper="2407.11550", title="Ada-KV"):
+class AdaKV(OnScorer, name="adakv", needs=("attention",), paper="2407.11550", title="Ada-KV"):
     """Ada-KV: behind each layer's prefill, share the budget over the KV heads of a sample by one common threshold.
 
     ``base`` says what a key is worth, which keys always stay, and how many, by a schedule over layers where it has one.
@@ -72,22 +70,10 @@ class AdaKV(CacheReducer, name="adakv", needs=("attention",), paper="2407.11550"
             check_count(self.base_capacity, "base_capacity", 1)
             if self.what != "all":
                 raise ValueError("base_capacity counts all keys of a head; give what=all with it, or keep instead")
-        self._inner()
-
-    def _inner(self) -> KeyScorer:
-        return scorer(self.base, self.name, self.keep, self.what)
-
-    def required(self) -> tuple[str, ...]:
-        return self._inner().required()
-
-    def query_rows(self) -> int | None:
-        return self._inner().query_rows()
-
-    def acts_at(self, layer: int, depth: int) -> bool:
-        return self._inner().acts_at(layer, depth)
+        _ = self.inner  # raises for a base that cannot be
 
     def plan(self, evidence: CacheEvidence) -> Plan:
-        inner, among = self._inner(), candidates(evidence, self.what)
+        inner, among = self.inner, candidates(evidence, self.what)
         wanted = budget(inner.wanted(evidence) if self.base_capacity is None else self.base_capacity, among)
         if bool((wanted >= among.sum(1, keepdim=True)).all()):
             return Identity.like(evidence.keys)

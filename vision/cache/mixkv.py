@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.key_scorer import KeyScorer
 from tokenreduce.algorithms.keys import candidates, check_finite
 from tokenreduce.algorithms.scoring import unit
-from tokenreduce.algorithms.wrapped import scorer
+from tokenreduce.algorithms.wrapped import OnScorer
 from tokenreduce.core.budget import Keep
 from tokenreduce.core.evidence import CacheEvidence
 
@@ -21,7 +21,7 @@ _EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class MixKV(KeyScorer, name="mixkv", needs=("attention",), paper="2510.20707", title="MixKV"):
+class MixKV(OnScorer, KeyScorer, name="mixkv", needs=("attention",), paper="2510.20707", title="MixKV"):
     """MixKV: behind each layer's prefill, rank keys by a mix of another method's score, value norms and diversity.
 
     In each KV head, with the score a of ``base``: the values' norms v, and d, minus the inner product of a key's unit
@@ -53,31 +53,19 @@ class MixKV(KeyScorer, name="mixkv", needs=("attention",), paper="2510.20707", t
         super().__post_init__()
         if self.select_method not in _METHODS:
             raise ValueError(f"select_method={self.select_method!r}: choose one of {', '.join(_METHODS)}")
-        self._inner()
-
-    def _inner(self) -> KeyScorer:
-        return scorer(self.base, self.name, self.keep, self.what)
-
-    def required(self) -> tuple[str, ...]:
-        return self._inner().required()
-
-    def query_rows(self) -> int | None:
-        return self._inner().query_rows()
-
-    def acts_at(self, layer: int, depth: int) -> bool:
-        return self._inner().acts_at(layer, depth)
+        _ = self.inner  # raises for a base that cannot be
 
     def always(self, evidence: CacheEvidence) -> Tensor | None:
-        return self._inner().always(evidence)
+        return self.inner.always(evidence)
 
     def mass(self, evidence: CacheEvidence) -> Tensor:
-        return self._inner().mass(evidence)
+        return self.inner.mass(evidence)
 
     def wanted(self, evidence: CacheEvidence) -> Keep | Tensor:
-        return self._inner().wanted(evidence)
+        return self.inner.wanted(evidence)
 
     def importance(self, evidence: CacheEvidence) -> Tensor:
-        outside = self._inner().importance(evidence).float()
+        outside = self.inner.importance(evidence).float()
         free, always = candidates(evidence, self.what), self.always(evidence)
         if always is not None:
             free = free & ~always

@@ -11,8 +11,8 @@ from torch import Tensor
 from tokenreduce.algorithms.key_rows import above_share, over_heads
 from tokenreduce.algorithms.keys import candidates, check_finite, check_what, keep_slots
 from tokenreduce.algorithms.sequence import best
-from tokenreduce.algorithms.shares import allot, total_of
-from tokenreduce.core.budget import check_count, check_keep, check_share
+from tokenreduce.algorithms.shares import allot, check_ratio, total_of
+from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan
@@ -72,13 +72,7 @@ class PrefixKV(CacheReducer, name="prefixkv", needs=("attention",), paper="2412.
         check_count(self.start_size, "start_size")
         if self.distance == 0:
             raise ValueError("distance is below 0, from the end of what the prompt left, or above 0, a slot's number")
-        if self.ratio is not None:
-            check_share(self.ratio, "ratio")
-            if self.what != "all" or self.keep != type(self).keep:
-                raise ValueError(
-                    "ratio is the share of all keys that goes (the paper's r is the share that stays): give it with "
-                    "what=all and without keep, or keep alone, which is the share that stays"
-                )
+        check_ratio(self.ratio, self.what, self.keep == type(self).keep)
 
     def moment(self) -> str:
         return "prompt"

@@ -11,8 +11,8 @@ from torch import Tensor
 from tokenreduce.algorithms.key_rows import above_share, carried, marked_sums, over_heads
 from tokenreduce.algorithms.keys import candidates, check_finite, check_what, keep_slots
 from tokenreduce.algorithms.sequence import best, question
-from tokenreduce.algorithms.shares import allot, total_of
-from tokenreduce.core.budget import check_count, check_keep, check_share
+from tokenreduce.algorithms.shares import allot, check_ratio, total_of
+from tokenreduce.core.budget import check_count, check_keep
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Identity, Plan
@@ -70,13 +70,7 @@ class TGVKV(CacheReducer, name="tgv-kv", needs=("attention",), paper="2606.03075
         check_keep(self.keep)
         check_what(self.what)
         check_count(self.start_size, "start_size")
-        if self.ratio is not None:
-            check_share(self.ratio, "ratio")
-            if self.what != "all" or self.keep != type(self).keep:
-                raise ValueError(
-                    "ratio is the share of all keys that goes: give it with what=all and without keep, or keep alone, "
-                    "which is the share that stays"
-                )
+        check_ratio(self.ratio, self.what, self.keep == type(self).keep)
 
     def moment(self) -> str:
         return "prompt"
