@@ -65,7 +65,8 @@ def asked(place: Path, model: Path, spec: str | None, engine: dict, cases: list,
     (place / "job.json").write_text(json.dumps(job))
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     done = subprocess.run(
-        [str(PYTHON), str(HERE / "run_engine.py"), str(place / "job.json")], env=env, capture_output=True, text=True,
+        [str(Path(str(PYTHON)).absolute()), str(HERE / "run_engine.py"), str(place / "job.json")], env=env,
+        capture_output=True, text=True,
         check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, f"the engine ended:\n{done.stderr[-6000:]}"
