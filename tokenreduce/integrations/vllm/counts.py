@@ -26,7 +26,7 @@ _STAGES = {
 _QUESTION = ("text", "clip")
 
 
-def method_of(spec: str) -> Projector:
+def method_of(spec: Any) -> Projector:
     """The method of ``spec`` that vLLM can serve.
 
     Raises ``ValueError`` for text that names none, for several, and for one that vLLM has no place for: the reason, and
