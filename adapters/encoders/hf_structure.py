@@ -20,6 +20,7 @@ from tokenreduce.core.undo import Undo
 
 __all__ = [
     "PLACES",
+    "QUERIES",
     "RECIPE",
     "ROTARY",
     "SHARED",
@@ -35,6 +36,8 @@ __all__ = [
 RECIPE = "_tokenreduce_recipe"
 #: Arguments of layers that say where tokens stand: rotary tables, and the places themselves.
 ROTARY, PLACES = "position_embeddings", "position_mask"
+#: Names of what makes queries.
+QUERIES = ("q_proj", "query", "qkv", "q")
 #: The name of biases by relative position, of layers and among their arguments.
 SHARED = "relative_position_bias"
 
@@ -339,4 +342,4 @@ def core_of(attn: Any) -> Any:
 
 
 def projects(module: Any) -> bool:
-    return any(isinstance(getattr(module, n, None), nn.Module) for n in ("q_proj", "query", "qkv"))
+    return any(isinstance(getattr(module, n, None), nn.Module) for n in QUERIES)
