@@ -60,6 +60,7 @@ class Recipe:
         several: how many values the layer returns behind its tokens in a tuple, None where it returns the tokens alone.
         turn: how the attention rotates by its tables: "halves" or "pairs", None where it gets none.
         biased: whether a bias by relative position is added to its logits.
+        flat: whether its parts run on rows (P,C) without a batch.
     """
 
     before: tuple[tuple[str, str], ...]
@@ -75,6 +76,7 @@ class Recipe:
     several: int | None = None
     turn: str | None = None
     biased: bool = False
+    flat: bool = False
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------------

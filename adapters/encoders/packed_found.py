@@ -26,8 +26,17 @@ from tokenreduce.adapters.encoders.hf_reading import read
 from tokenreduce.adapters.encoders.hf_structure import RECIPE, Recipe, StructuredLayer, core_of, hear
 from tokenreduce.adapters.encoders.packed import Layout, Packed
 from tokenreduce.adapters.encoders.packed_call import RowCall
-from tokenreduce.adapters.encoders.packed_layout import between, bounds_of, holders_of, laid_out, packs, stack_of
-from tokenreduce.adapters.encoders.packed_reading import BOUNDS, FlatReading, RowReading
+from tokenreduce.adapters.encoders.packed_layout import (
+    Laid,
+    between,
+    bounds_of,
+    holders_of,
+    laid_out,
+    packs,
+    stack_of,
+    start_of,
+)
+from tokenreduce.adapters.encoders.packed_reading import BOUNDS, LONGEST, FlatReading, RowReading
 from tokenreduce.adapters.encoders.qwen import _SEEN, EVIDENCE, FAMILIES, _Block
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
@@ -36,12 +45,12 @@ from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
 
-__all__ = ["PackedLayer", "attach", "refusal", "towers"]
+__all__ = ["PackedLayer", "attach", "refusal", "tower_of", "towers"]
 
 #: Our towers' outputs have all their patches by themselves.
 EXPANDS = True
 #: The layout of the row that is on its way through a tower.
-_LAYOUT: ContextVar[Layout | None] = ContextVar("tokenreduce_layout", default=None)
+_LAYOUT: ContextVar[Laid | None] = ContextVar("tokenreduce_layout", default=None)
 _ON_ROW = "_tokenreduce_row"
 
 
@@ -64,7 +73,7 @@ class PackedLayer(StructuredLayer, _Block):
         given = _Given({**dict(zip(recipe.arguments, args, strict=False)), **kwargs})
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         packed = self._begin(site, hidden_states, _row(hidden_states) if site.layer == 0 else None)
-        x, packed = self._through(x, packed, given, hidden_states.dim())
+        x, packed = self._through(x, packed, given)
         collected = _collected()
         if collected is not None:
             collected.append(packed)  # type: ignore[arg-type]
@@ -73,7 +82,7 @@ class PackedLayer(StructuredLayer, _Block):
         out = x.view(*hidden_states.shape[:-2], *x.shape)
         return out if packed is None else set_state(out, packed)  # type: ignore[arg-type]
 
-    def _through(self, x: Tensor, packed: Packed, given: _Given, dims: int) -> tuple[Tensor, Packed]:
+    def _through(self, x: Tensor, packed: Packed, given: _Given) -> tuple[Tensor, Packed]:
         site = self._tokenreduce_site
         reducer = site.reducer
         where = None if reducer is None else reducer.acting_position()
@@ -81,11 +90,11 @@ class PackedLayer(StructuredLayer, _Block):
         given = given.checked(packed)
         if where == "before":
             assert reducer is not None
-            shown = self._ask_row(x, packed, given, dims, glance=True)[1] if sees else None
+            shown = self._ask_row(x, packed, given, glance=True)[1] if sees else None
             x, packed = self._shrink(site, reducer, x, packed, given, shown, None)  # type: ignore[arg-type]
         entered = x
         record = sees and where in ("middle", "after")
-        out, call = self._ask_row(x, packed, given, dims, record=record)
+        out, call = self._ask_row(x, packed, given, record=record)
         x = self._residual(x, out)
         if where == "middle":
             assert reducer is not None
@@ -103,7 +112,7 @@ class PackedLayer(StructuredLayer, _Block):
         return x, packed
 
     def _ask_row(
-        self, x: Tensor, packed: Packed, given: _Given, dims: int, record: bool = False, glance: bool = False
+        self, x: Tensor, packed: Packed, given: _Given, record: bool = False, glance: bool = False
     ) -> tuple[Tensor, RowCall | None]:
         """The attention branch on (P,C), and what was seen there."""
         added = packed.bias()
@@ -114,7 +123,7 @@ class PackedLayer(StructuredLayer, _Block):
             if added is not None:
                 mask = None if mask is None else mask + added.to(mask.dtype)
             call = RowCall(mask, added, record=record or glance, glance=glance)
-        row = x if dims == 2 else x[None]
+        row = x if self._tokenreduce_recipe.flat else x[None]
         with calling(None):
             out = self._call(row, mask if call is None else call, kwargs)
         if call is not None:
@@ -156,8 +165,8 @@ class _Given:
         out = {name: _taken(name, value, rows, total) for name, value in self.kwargs.items()}
         if BOUNDS in out:
             out[BOUNDS] = packed.bounds(self.bounds)
-        if "max_seqlen" in out:
-            out["max_seqlen"] = None  # the stock code counts again
+        if LONGEST in out:
+            out[LONGEST] = None  # the stock code counts again
         return out
 
 
@@ -176,8 +185,10 @@ def _taken(name: str, value: Any, rows: Tensor, total: int) -> Any:
 
 def _row(x: Tensor) -> Layout | None:
     """The layout of a row, which stays with it where a checkpoint runs the layer again."""
-    found: Layout | None = getattr(x, _ON_ROW, None) or _LAYOUT.get()
-    if found is not None:
+    found: Layout | None = getattr(x, _ON_ROW, None)
+    laid = _LAYOUT.get()
+    if found is None and laid is not None:
+        found = laid.row(x)
         setattr(x, _ON_ROW, found)
     return found
 
@@ -217,11 +228,12 @@ def towers(model: nn.Module) -> Iterator[Tower]:
     """Packed towers inside ``model`` that can be reduced; see :func:`refusal` for why others cannot."""
     for name, module in model.named_modules():
         if type(module) not in FAMILIES and packs(module) and refusal(module) is None:
-            yield _tower(name, module)
+            yield tower_of(name, module)
 
 
-def _tower(name: str, module: Any) -> RowTower:
-    _, layers = stack_of(module)
+def tower_of(name: str, module: Any) -> RowTower:
+    """The tower ``module``. Raises ``TypeError`` for one whose layers are not served."""
+    layers = stack_of(module)[1][start_of(module) :]
     recipe = _recipe(module)
     stock = parts(type(layers[0]))[0]
     return RowTower(

@@ -20,10 +20,12 @@ from tokenreduce.adapters.encoders.packed_call import RowCall
 from tokenreduce.core.mixing import mixed
 from tokenreduce.core.undo import Undo
 
-__all__ = ["BOUNDS", "FlatReading", "RowReading"]
+__all__ = ["BOUNDS", "LONGEST", "FlatReading", "RowReading"]
 
 #: The argument that cuts a row into windows.
 BOUNDS = "cu_seqlens"
+#: The argument that says how long the longest is, None where that is to be counted.
+LONGEST = "max_seqlen"
 _CUT = 4
 
 
@@ -37,6 +39,8 @@ class RowReading(Reading):
         given = super()._given(generator)
         if BOUNDS in self.arguments or BOUNDS in self._asks():
             given[BOUNDS] = torch.tensor([0, _CUT, TOKENS], dtype=torch.int32)
+            if LONGEST in self._asks():
+                given[LONGEST] = None
         elif "attention_mask" in self.arguments:
             given["attention_mask"] = _apart(torch.tensor([0, _CUT, TOKENS]))
         else:
@@ -50,7 +54,7 @@ class RowReading(Reading):
         ):
             raise UnlikeError("its attention does not look its function up in transformers' registry")
         hear(self.core, undo, {})
-        recipe = replace(recipe, carries="context", mask=self._mask())
+        recipe = replace(recipe, carries="context", mask=self._mask(), flat=self.x.dim() == 2)
         layer.__dict__[RECIPE] = recipe
         layer.__class__ = mixed(type(layer), StructuredLayer)
         try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders import packed_found
 from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.handing import attach_hands
 from tokenreduce.adapters.encoders.packed import Packed
@@ -61,8 +62,9 @@ def served(found: Language, towers: Sequence[tuple[ModuleType, Tower]]) -> list[
     if why_not(found, towers) is not None:
         return []
     ((adapter, tower),) = towers
-    if not getattr(adapter, "EXPANDS", False):
-        tower = replace(tower, hands="inside" if tower.hands == "inside" else "all")
+    if getattr(adapter, "EXPANDS", False):  # whatever class of the table it is, it can run plainly here
+        return [(Inside(packed_found), packed_found.tower_of(tower.name, tower.module))]
+    tower = replace(tower, hands="inside" if tower.hands == "inside" else "all")
     return [(Inside(adapter), replace(tower, resizes=False))]
 
 
@@ -80,11 +82,47 @@ def why_not(found: Language, towers: Sequence[tuple[ModuleType, Tower]]) -> str 
         kind = type(others[0][0]).__name__
         return f"its images go through layers of another kind, too ({kind}), of which each may see all tokens"
     if not any(all(b in set(s) for b in tower.blocks) for s in stacks):
-        return f"the layers of {tower.family} are not those that its features come from"
+        return f"which patches its tokens are made of cannot be told behind the layers of {tower.family}"
+    if (other := _other_eye(inner, tower.module)) is not None:
+        return f"{other} sees the same pixels, and what one tower merges the other does not"
+    if (odd := _mixer(found, tower.module)) is not None:
+        return f"its {odd} attends to all patches, so that no token is of some of them"
     for holder in _around(inner, tower.module):
         if (name := _reads(holder, tower)) is not None:
             return f"{type(holder).__name__}.{name} reads tokens of its tower between the blocks"
     return None
+
+
+def _other_eye(inner: Any, tower: nn.Module) -> str | None:
+    """A module besides the tower that the features of images are made with, and that takes pixels."""
+    code, names, queue = vars_of(type(inner)), set(), [f"get_{kind}_features" for kind in ("image", "video")]
+    while queue:
+        if (function := code.get(queue.pop())) is not None:
+            fresh = set(inspect.unwrap(function).__code__.co_names) - names
+            names |= fresh
+            queue += fresh
+    for name, child in inner.named_children():
+        takes = inspect.signature(inspect.unwrap(type(child).forward)).parameters
+        sees = any(n.startswith("pixel_values") for n in takes)
+        if name in names and sees and not any(m is tower for m in child.modules()):
+            return type(child).__name__
+    return None
+
+
+def vars_of(kind: type) -> dict[str, FunctionType]:
+    """The functions of a library's class and of those that it inherits of the same library's models, by name."""
+    code: dict[str, FunctionType] = {}
+    for one in kind.__mro__:
+        if ".models." in one.__module__:
+            code |= {n: f for n, f in vars(one).items() if isinstance(f, FunctionType) and n not in code}
+    return code
+
+
+def _mixer(found: Language, tower: nn.Module) -> str | None:
+    """An attention of torch's own between tower and language model."""
+    skip = {*tower.modules(), *(found.text.modules() if found.text is not found.inner else ())}
+    mixers = (n for n, m in found.inner.named_modules() if m not in skip and isinstance(m, nn.MultiheadAttention))
+    return next(mixers, None)
 
 
 def _around(inner: nn.Module, tower: nn.Module) -> Iterator[nn.Module]:
@@ -93,11 +131,7 @@ def _around(inner: nn.Module, tower: nn.Module) -> Iterator[nn.Module]:
 
 def _reads(holder: Any, tower: Tower) -> str | None:
     """The function of a library's model that looks into its tower, None where all call it as a whole."""
-    code: dict[str, FunctionType] = {}
-    for kind in type(holder).__mro__:
-        if ".models." in kind.__module__:
-            found = ((n, inspect.unwrap(f)) for n, f in vars(kind).items() if isinstance(f, FunctionType))
-            code |= {n: f for n, f in found if not n.startswith("__") and n not in code}
+    code = {n: inspect.unwrap(f) for n, f in vars_of(type(holder)).items() if not n.startswith("__")}
     for path in (n for n, m in holder.named_modules(remove_duplicate=False) if m is tower.blocks[0]):
         known = Known(code)
         chain = path.rpartition(".")[0]
