@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.hf_structure import core_of, projects
 from tokenreduce.adapters.encoders.packed import Layout
+from tokenreduce.core.mixing import parts
 
 __all__ = ["Laid", "between", "bounds_of", "holders_of", "laid_out", "packs", "stack_of", "start_of"]
 
@@ -42,7 +43,7 @@ def _sizes(module: nn.Module) -> str | None:
 def _list_in(module: nn.Module) -> nn.ModuleList | None:
     """The list of layers in ``module`` itself."""
     for child in module.children():
-        if not isinstance(child, nn.ModuleList) or not len(child) or len({type(c) for c in child}) != 1:
+        if not isinstance(child, nn.ModuleList) or not len(child) or len({parts(type(c))[0] for c in child}) != 1:
             continue
         if sum(projects(core_of(part)) for part in child[0].children()) == 1:
             return child
