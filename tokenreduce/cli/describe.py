@@ -19,7 +19,10 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder.")
+        str,
+        typer.Argument(
+            help="digits-vit, world-vit, world-vit-2, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder."
+        ),
     ],
     reduce: Annotated[str | None, typer.Option(help="Methods to try, for example 'tome:r=13'.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-Model = Annotated[str, typer.Argument(help="world-llava, a Hub id, or a folder with model and processor.")]
+Model = Annotated[
+    str, typer.Argument(help="world-llava, world-llava-2, a Hub id, or a folder with model and processor.")
+]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the images or the video.")]
 Reduce = Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")]
 Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")]

@@ -15,7 +15,10 @@ from tokenreduce.estimation.timm_subjects import encoder_sites, no_frames
 __all__ = ["embedded", "open_clip"]
 
 #: Inputs of the embedded models.
-SIZES = {"digits-vit": (1, 28, 28), "world-vit": (3, 112, 112), "world-llava": (3, 112, 112)}
+SIZES = {
+    "digits-vit": (1, 28, 28), "world-vit": (3, 112, 112), "world-llava": (3, 112, 112), "world-vit-2": (3, 224, 224),
+    "world-llava-2": (3, 224, 224),
+}  # fmt: skip
 
 
 def embedded(name: str, ask: Ask) -> Subject:
@@ -28,7 +31,7 @@ def embedded(name: str, ask: Ask) -> Subject:
     if ask.image not in (None, (size[2], size[1])):
         raise ValueError(f"{name} takes images of {size[2]}x{size[1]}, not {'x'.join(map(str, ask.image or ()))}")
     model = zoo.load(name).model
-    if name == "world-llava":
+    if name.startswith("world-llava"):
         return language_subject(name, model, model, Scale.between(model, model, {}), ask, lambda: model)
     return _as_it_is(name, name, model, size)
 
