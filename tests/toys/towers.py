@@ -49,7 +49,7 @@ class Dropped(Reducer):
         p = evidence.prefix
         order = torch.stack([torch.randperm(evidence.n - p, generator=g) for _ in range(evidence.batch)]) + p
         there = torch.ones(evidence.batch, evidence.n, dtype=torch.bool) if evidence.valid is None else evidence.valid
-        order = order.gather(1, (~there.gather(1, order)).long().argsort(1, stable=True))  # padding comes last
+        order = order.gather(1, (~there.gather(1, order)).long().argsort(dim=1, stable=True))  # padding comes last
         kept = order[:, : round((evidence.n - p) * self.share)].sort(1).values
         front = torch.arange(p).expand(evidence.batch, -1)
         keep = torch.cat([front, kept], 1)
