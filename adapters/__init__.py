@@ -21,7 +21,7 @@ from tokenreduce.adapters.encoders.handing import attach_hands
 from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code, strictest
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["Description", "attach", "describe", "supported"]
+__all__ = ["Description", "attach", "describe", "encoder_refusal", "supported"]
 
 #: library -> adapter modules that need it
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -192,15 +192,21 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
 
 def _why_not(model: nn.Module, language: Any, stage: str) -> str:
     """The reason why a discovered language model has no such stage."""
-    why = ""
-    if language is not None and language.how == "discovered":
-        why = language.why_not_inside if stage in ("language", "cache") else ""
-        if stage == "encoder":
-            inner = set(language.inner.modules())
-            reasons = (r for a in _adapters() for m in inner if (r := getattr(a, "refusal", _nothing)(m)))
-            why = _generic().why_not(language, _inside(language, _outer(model)))
-            why = next(reasons, why) if "not built as one" in why else why
+    if language is None or language.how == "table":
+        return ""
+    why = language.why_not_inside if stage in ("language", "cache") else encoder_refusal(model, language)
     return f": {why}" if why else ""
+
+
+def encoder_refusal(model: nn.Module, language: Any) -> str:
+    """Why nothing can act in the tower of a discovered ``language`` model, "" where something can."""
+    inside = _inside(language, _outer(model))
+    if not inside:
+        inner = list(language.inner.modules())
+        reasons = (r for a in _adapters() for m in inner if (r := getattr(a, "refusal", _nothing)(m)))
+        if reason := next(reasons, None):
+            return reason
+    return _generic().why_not(language, inside) or ""
 
 
 def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tokenreduce.adapters.encoders.hf_structure import core_of, projects
 from tokenreduce.adapters.encoders.packed import Layout
 from tokenreduce.core.mixing import parts
 
-__all__ = ["Laid", "between", "bounds_of", "holders_of", "laid_out", "packs", "stack_of", "start_of"]
+__all__ = ["Laid", "between", "bounds_of", "holders_of", "keeps", "laid_out", "packs", "stack_of", "start_of"]
 
 #: Arguments that say the sizes of images: (frames, rows, columns) or (rows, columns) of patches, and of pixels.
 _GRIDS = ("grid_thw", "image_grid_thw", "target_sizes")
@@ -101,19 +102,41 @@ def loops_of(module: nn.Module) -> list[Loop]:
     return [_loop(holder, tree, node) for holder in holders_of(module) for tree, node in _nodes(holder, name)]
 
 
-def _code(holder: nn.Module) -> ast.AST | None:
+def _code(holder: nn.Module) -> Iterator[ast.AST]:
+    """The functions of the library's class."""
+    for kind in type(holder).__mro__:
+        if kind.__module__.partition(".")[0] != "torch" and parts(kind) == (kind,):
+            yield from (tree for f in vars(kind).values() if (tree := _parsed(f)) is not None)
+        if "forward" in vars(kind) and parts(kind) == (kind,):  # those of its bases were written for others
+            return
+
+
+def _parsed(function: Any) -> ast.AST | None:
+    if not isinstance(function, FunctionType):
+        return None
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(holder).forward))))
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):
         return None
 
 
 def _nodes(holder: nn.Module, name: str) -> Iterator[tuple[ast.AST, ast.For]]:
-    tree = _code(holder)
-    for node in () if tree is None else ast.walk(tree):
-        if isinstance(node, ast.For) and any(isinstance(n, ast.Attribute) and n.attr == name for n in ast.walk(node.iter)):
-            assert tree is not None
-            yield tree, node
+    for tree in _code(holder):
+        for node in ast.walk(tree):
+            over = ast.walk(node.iter) if isinstance(node, ast.For) else ()
+            if isinstance(node, ast.For) and any(isinstance(n, ast.Attribute) and n.attr == name for n in over):
+                yield tree, node
+
+
+def keeps(holder: nn.Module, name: str) -> str | None:
+    """The statement by which code of ``holder`` puts tokens aside in a loop over its layers ``name``, None for none."""
+    for _, loop in _nodes(holder, name):
+        tokens = {t.id for n in ast.walk(loop) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+        for call in (n for n in ast.walk(loop) if isinstance(n, ast.Call)):
+            puts = isinstance(call.func, ast.Attribute) and call.func.attr == "append"
+            if puts and any(isinstance(a, ast.Name) and a.id in tokens for a in call.args):
+                return ast.unparse(call)
+    return None
 
 
 def _loop(holder: nn.Module, tree: ast.AST, loop: ast.For) -> Loop:
@@ -247,8 +270,7 @@ def _unit(tower: Any, given: dict[str, Any]) -> int:
     """Side of the squares of patches that come side by side, which the tower tells the library's function that counts
     the places of patches; 1 where it does not ask it, and where it says another one for every image."""
     for holder in holders_of(tower):
-        tree = _code(holder)
-        for call in () if tree is None else ast.walk(tree):
+        for call in (n for tree in _code(holder) for n in ast.walk(tree)):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == _PLACES:
                 named = [k.value for k in call.keywords if k.arg == "spatial_merge_size"]
                 found = _value(holder, (*call.args[1:2], *named)[0], given)

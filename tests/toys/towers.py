@@ -32,7 +32,8 @@ class Dropped(Reducer):
 
     def __init__(self, share: float = 0.4) -> None:
         object.__setattr__(self, "share", share)
-        object.__setattr__(self, "plans", [])
+        for name in ("plans", "there"):
+            object.__setattr__(self, name, [])
 
     def required(self):
         return ()
@@ -47,10 +48,14 @@ class Dropped(Reducer):
         g = torch.Generator().manual_seed(evidence.n + evidence.batch)
         p = evidence.prefix
         order = torch.stack([torch.randperm(evidence.n - p, generator=g) for _ in range(evidence.batch)]) + p
+        there = torch.ones(evidence.batch, evidence.n, dtype=torch.bool) if evidence.valid is None else evidence.valid
+        order = order.gather(1, (~there.gather(1, order)).long().argsort(dim=1, stable=True))  # padding comes last
         kept = order[:, : round((evidence.n - p) * self.share)].sort(1).values
         front = torch.arange(p).expand(evidence.batch, -1)
-        plan = Prune(evidence.n, torch.cat([front, kept], 1))
+        keep = torch.cat([front, kept], 1)
+        plan = Prune(evidence.n, keep, None if evidence.valid is None else there.gather(1, keep))
         self.plans.append(plan)
+        self.there.append(there)
         return plan
 
     def spec(self):
@@ -58,9 +63,11 @@ class Dropped(Reducer):
 
 
 @contextmanager
-def hiding(layers: list[Any], stay: torch.Tensor, views: torch.Tensor) -> Iterator[None]:
-    """The stock ``layers`` of a tower: keys that do not ``stay`` (slots,) are hidden behind the first, and their places
-    hold the mean of their view, ``views`` (slots,), behind the last; -1 are leading tokens."""
+def hiding(tower: Any, stay: torch.Tensor, views: torch.Tensor) -> Iterator[None]:
+    """The stock layers of a tower: keys that do not ``stay`` (slots,) are hidden behind the first, and their places
+    hold the mean of their view, ``views`` (slots,), behind the last, or behind the tower where that returns as many
+    tokens; -1 are leading tokens."""
+    layers = list(tower.blocks)
     start = [0]
 
     def attend(module, query, key, value, attention_mask=None, **kwargs):
@@ -82,20 +89,29 @@ def hiding(layers: list[Any], stay: torch.Tensor, views: torch.Tensor) -> Iterat
     def begin(layer, args, kwargs):
         start[0] = 0
 
-    def fill(layer, args, output):
-        x = output[0] if isinstance(output, tuple) else output
+    def filled(x):
         flat = x.reshape(-1, x.shape[-1]).clone()
         for view in views.unique().tolist():
             mine = views == view
             if view >= 0:
                 flat[mine & ~stay] = flat[mine & stay].mean(0)
-        out = flat.view(x.shape)
-        return (out, *output[1:]) if isinstance(output, tuple) else out
+        return flat.view(x.shape)
+
+    def fill(module, args, output):
+        if isinstance(output, dict):
+            output.last_hidden_state = filled(output.last_hidden_state)
+            if output.get("hidden_states") is not None:
+                first, *others = output.hidden_states
+                output.hidden_states = (first, *(h if h is None else filled(h) for h in others))
+            return output
+        x = output[0] if isinstance(output, tuple) else output
+        return (filled(x), *output[1:]) if isinstance(output, tuple) else filled(x)
 
     attentions = [next(m for m in layer.modules() if _attends(m)) for layer in layers[1:]]
     configs = [m.config for m in attentions]
     hooks = [layer.register_forward_pre_hook(begin, with_kwargs=True) for layer in layers]
-    hooks.append(layers[-1].register_forward_hook(fill, prepend=True))
+    last = tower.module if tower.hands == "all" else layers[-1]
+    hooks.append(last.register_forward_hook(fill, prepend=last is layers[-1]))
     for module in attentions:
         module.config = copy.copy(module.config)
         module.config.__dict__["_attn_implementation_internal"] = "toys_hiding"
@@ -146,8 +162,8 @@ def dropped_inside(toy: Stock) -> tuple[float, float]:
     hook = layers[0].register_forward_pre_hook(lambda m, a, k: sizes.append(tuple(_first(a, k).shape)), with_kwargs=True)
     features(model, inputs)
     hook.remove()
-    stay, views = _cut(tower, method.plans, sizes[0])
-    with hiding(layers, stay, views):
+    stay, views = _cut(tower, method, sizes[0])
+    with hiding(tower, stay, views):
         ready = features(model, inputs)
     (step,) = (s for s in trace.steps if s.stage == "projector")
     columns = step.plan.sources() >= 0 if step.plan is not None else torch.ones_like(inputs["input_ids"]).bool()
@@ -165,11 +181,13 @@ def _first(args: Any, kwargs: Any) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _cut(tower: Any, plans: list[Prune], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _cut(tower: Any, method: Dropped, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """(slots,) which patches stay, and the image of each; -1 for leading tokens."""
+    plans = method.plans
     if len(plans) == 1 and shape[0] == plans[0].batch and shape[1] == plans[0].n and len(shape) == 3:
         views = torch.arange(shape[0])[:, None].expand(shape[:2]).clone()
         views[:, : tower.prefix] = -1
+        views[~method.there[0]] = -1
         return (plans[0].sources() >= 0).flatten(), views.flatten()
     return _in_a_row(tower.module, plans, math.prod(shape[:-1]))
 

@@ -85,8 +85,8 @@ def why_not(found: Language, towers: Sequence[tuple[ModuleType, Tower]]) -> str 
         return f"which patches its tokens are made of cannot be told behind the layers of {tower.family}"
     if (other := _other_eye(inner, tower.module)) is not None:
         return f"{other} sees the same pixels, and what one tower merges the other does not"
-    if (odd := _mixer(found, tower.module)) is not None:
-        return f"its {odd} attends to all patches, so that no token is of some of them"
+    if (odd := _mixer(found, tower)) is not None:
+        return odd
     for holder in _around(inner, tower.module):
         if (name := _reads(holder, tower)) is not None:
             return f"{type(holder).__name__}.{name} reads tokens of its tower between the blocks"
@@ -118,11 +118,20 @@ def vars_of(kind: type) -> dict[str, FunctionType]:
     return code
 
 
-def _mixer(found: Language, tower: nn.Module) -> str | None:
-    """An attention of torch's own between tower and language model."""
-    skip = {*tower.modules(), *(found.text.modules() if found.text is not found.inner else ())}
-    mixers = (n for n, m in found.inner.named_modules() if m not in skip and isinstance(m, nn.MultiheadAttention))
-    return next(mixers, None)
+def _mixer(found: Language, tower: Tower) -> str | None:
+    """What stands behind the tower's blocks and makes tokens of patches that others are made of as well."""
+    skip = set(found.text.modules()) if found.text is not found.inner else set()
+    children, own = list(tower.module.children()), set(tower.module.modules())
+    at = next(i for i, c in enumerate(children) if any(m is tower.blocks[0] for m in c.modules()))
+    skip |= {m for child in children[: at + 1] for m in child.modules()}
+    for name, module in found.inner.named_modules():
+        if module in skip:
+            continue
+        if isinstance(module, nn.MultiheadAttention) and module not in own:  # a tower's own is its pooling head
+            return f"its {name} attends to all patches, so that no token is of some of them"
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > max(module.stride):
+            return f"its {name} makes every token of several patches that others are made of, too"
+    return None
 
 
 def _around(inner: nn.Module, tower: nn.Module) -> Iterator[nn.Module]:
