@@ -185,7 +185,7 @@ def test_a_type_that_the_scene_lacks_is_refused_by_name(kind, settings):
         ValueError, match=f"scene of seed {SEEDS[0]} has only 0 of 1 different questions of type {kind}"
     ):
         ask(what, 0, 1, kind)
-    with pytest.raises(ValueError, match="unknown question type 'order'; choose from .*read"):
+    with pytest.raises(ValueError, match=r"unknown question type 'order'; choose from .*read"):
         ask(what, 0, 1, "order")
 
 
