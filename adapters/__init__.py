@@ -28,7 +28,11 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "timm": ("tokenreduce.adapters.encoders.timm", "tokenreduce.adapters.encoders.timm_others"),
     "open_clip": ("tokenreduce.adapters.encoders.open_clip",),
     "torchvision": ("tokenreduce.adapters.encoders.torchvision",),
-    "transformers": ("tokenreduce.adapters.encoders.hf", "tokenreduce.adapters.encoders.qwen"),
+    "transformers": (
+        "tokenreduce.adapters.encoders.hf",
+        "tokenreduce.adapters.encoders.qwen",
+        "tokenreduce.adapters.encoders.packed_found",
+    ),
 }
 
 
@@ -78,31 +82,35 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
 
     Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked, and for one without layers.
     """
-    found: list[tuple[ModuleType, Tower]] = []
-    for adapter in _adapters():
-        for tower in adapter.towers(model):
-            if _hidden(language, tower):
-                continue
-            if not tower.blocks:
-                raise TypeError(f"{tower.family} has no layers, so there is nowhere to reduce tokens")
-            found.append((adapter, tower))
-    outer = [
-        (a, t)
-        for a, t in found
-        if not any(
-            o is not t and t.name.startswith(o.name + "." if o.name else "") and t.name != o.name for _, o in found
-        )
-    ]
+    outer = _outer(model)
     if language is not None and language.how == "table":
         return [(a, t) for a, t in outer if _served(language.inner, t)]
-    return [(a, _placed(model, a, t)) for a, t in outer]
+    inside = _inside(language, outer)
+    beside = [(a, _placed(model, a, t)) for a, t in outer if not any(t is i for _, i in inside)]
+    return [*_generic().served(language, inside), *beside] if inside else beside
 
 
-def _hidden(language: Any, tower: Tower) -> bool:
-    """Whether a tower is inside a discovered language model, whose reading of its tokens is not known."""
+def _outer(model: nn.Module) -> list[tuple[ModuleType, Tower]]:
+    """Every tower in ``model`` that is inside no other one. Raises ``TypeError`` for one without layers."""
+    found = [(adapter, tower) for adapter in _adapters() for tower in adapter.towers(model)]
+    if (bare := next((t for _, t in found if not t.blocks), None)) is not None:
+        raise TypeError(f"{bare.family} has no layers, so there is nowhere to reduce tokens")
+    names = [t.name for _, t in found]
+    return [
+        (a, t) for a, t in found if not any(t.name != n and t.name.startswith(n + "." if n else "") for n in names)
+    ]
+
+
+def _inside(language: Any, towers: list[tuple[ModuleType, Tower]]) -> list[tuple[ModuleType, Tower]]:
+    """Those of ``towers`` that are inside a discovered language model."""
     if language is None or language.how == "table":
-        return False
-    return any(m is tower.module for m in language.inner.modules())
+        return []
+    modules = set(language.inner.modules())
+    return [(a, t) for a, t in towers if t.module in modules]
+
+
+def _generic() -> Any:
+    return importlib.import_module("tokenreduce.adapters.language.generic.encoder")
 
 
 def _served(inner: nn.Module, tower: Tower) -> bool:
@@ -149,20 +157,25 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     for reducer in reducers:
         if reducer.stage not in stages:
             raise ValueError(
-                f"{reducer.name} acts at stage {reducer.stage}, which is not available on {type(model).__name__} "
-                f"(stages there: {', '.join(stages)}); tr.list_methods(stage='{stages[0]}') lists what fits"
+                f"{reducer.name} acts at stage {reducer.stage}, which is not available on {type(model).__name__}"
+                f"{_why_not(model, language, reducer.stage)} (stages there: {', '.join(stages)}); "
+                f"tr.list_methods(stage='{stages[0]}') lists what fits"
             )
     _check_frames(model, reducers, towers, language)
     if language is not None and language.how == "table":
         importlib.import_module("tokenreduce.adapters.language.attach").attach(language, reducers, undo, towers)
         return
-    if language is not None:  # towers are beside it
-        mine = tuple(r for r in reducers if r.stage != "encoder")
+    if language is not None:
+        inner = set(language.inner.modules())
+        own = [(a, t) for a, t in towers if t.module in inner]
+        towers = [(a, t) for a, t in towers if t.module not in inner]  # beside it
+        mine = reducers if own else tuple(r for r in reducers if r.stage != "encoder")
         if mine:
-            where = "generic.attach" if all(r.stage == "projector" for r in mine) else "attach"
-            importlib.import_module(f"tokenreduce.adapters.language.{where}").attach(language, mine, undo)
+            early = all(r.stage in ("projector", "encoder") for r in mine)
+            where = importlib.import_module(f"tokenreduce.adapters.language.{'generic.' if early else ''}attach")
+            where.attach(language, mine, undo, own)
         reducers = tuple(r for r in reducers if r.stage == "encoder")
-        if not reducers:
+        if not reducers or not towers:
             return
     elif undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
@@ -175,6 +188,19 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
         adapter.attach(tower, reducers, undo)
         if not getattr(adapter, "EXPANDS", False):  # those that do hand out all tokens by themselves
             attach_hands(tower, undo)
+
+
+def _why_not(model: nn.Module, language: Any, stage: str) -> str:
+    """The reason why a discovered language model has no such stage."""
+    why = ""
+    if language is not None and language.how == "discovered":
+        why = language.why_not_inside if stage in ("language", "cache") else ""
+        if stage == "encoder":
+            inner = set(language.inner.modules())
+            reasons = (r for a in _adapters() for m in inner if (r := getattr(a, "refusal", _nothing)(m)))
+            why = _generic().why_not(language, _inside(language, _outer(model)))
+            why = next(reasons, why) if "not built as one" in why else why
+    return f": {why}" if why else ""
 
 
 def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:

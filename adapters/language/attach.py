@@ -35,6 +35,7 @@ from tokenreduce.adapters.language.evicting import (
     say_unknown,
 )
 from tokenreduce.adapters.language.families import Language
+from tokenreduce.adapters.language.generic.encoder import check_looks, reduced_in
 from tokenreduce.adapters.language.generic.observe import attach_looks
 from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.given import Arrived, attach_given
@@ -167,6 +168,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     """
     check_owner(found, reducers)
     if inside := tuple(r for r in reducers if r.stage == "encoder"):
+        if found.how == "discovered":
+            check_looks(reducers)
         attach_encoder(towers, inside, undo)
     acting = _acting(found, reducers)
     attach_labels(found.inner, found.generator, undo)
@@ -178,9 +181,10 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     _attach_start(found, acting, arrived, " + ".join(r.spec() for r in reducers), undo)
     if acting.entry is not None:
         known = found.how == "table"
+        reduced = reduced_in(towers) if acting.tower and not known else None
         attach_projector(
             found, acting.entry, list(acting.windows), undo, acting.told, acting.marking,
-            None if known else attach_looks, not known and has_axes(found.inner),
+            None if known else functools.partial(attach_looks, reduced=reduced), not known and has_axes(found.inner),
         )  # fmt: skip
     attach_given(found, arrived, undo)
     if found.parts.deep:

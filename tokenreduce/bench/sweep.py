@@ -40,6 +40,12 @@ def is_baseline(method: str) -> bool:
     return method.partition("@")[0] in (*BASELINES, "pool", "pool-frames", "uniform-frames")
 
 
+def solvable(spec: str) -> bool:
+    """Whether a method has a ``keep`` that is not given in its spec."""
+    name, settings = parse_spec(spec)
+    return "keep" in {f.name for f in fields(get_class(name))} and "keep" not in settings
+
+
 class Solver:
     """Finds the ``keep`` at which a method spends a given share of what the unreduced model does, on the task's axis.
     Evaluations are remembered."""
@@ -84,7 +90,7 @@ class Solver:
         kind = get_class(name)
         _, settings = parse_spec(spec, kind)
         known = {f.name: f.default for f in fields(kind)}
-        if "keep" not in known or "keep" in settings:
+        if not solvable(spec):
             why = "fixes keep itself" if "keep" in settings else f"{name} has no setting keep to solve for"
             raise ValueError(f"{spec!r} cannot be brought to a budget: {why}; measure it as it is with --reduce")
         seen = self._seen.setdefault(spec, {})
@@ -231,7 +237,8 @@ def points(
     """The rows to measure: the unreduced model, baselines and methods at every budget, explicit specs.
 
     ``methods`` None takes all that the model can serve, unless ``reduce`` names specs: then only those are measured.
-    Every explicit spec is put into the budget that it happens to hit, or gets baselines at its own FLOPs.
+    Every explicit spec is put into the budget that it happens to hit, or gets baselines at its own FLOPs; so is a
+    method that no budget can be asked of.
     """
     baselines, stages = _baselines(task), _stages(task)
     if methods is None:
@@ -239,6 +246,8 @@ def points(
     else:
         chosen = [m for m in check_methods(methods, task.stages, task.methods(), stages) if m not in baselines]
     shares = check_budgets(budgets) if chosen or not reduce else ()
+    reduce = [*reduce, *(m for m in chosen if not solvable(m))]
+    chosen = [m for m in chosen if m not in reduce]
     out = [Point(UNREDUCED, UNREDUCED, "", 1.0)]
     for budget in shares:
         out += [Point.at(spec, budget) for spec in (*baselines, *chosen)]
