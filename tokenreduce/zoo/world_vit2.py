@@ -190,7 +190,8 @@ def losses(out: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
             out[name].float(), want[name], pos_weight=torch.tensor(positive, device=weight.device)
         )
 
-    shows = dense("kind", weight) + dense("colour", weight) + 2 * dense("character", weight) + dense("slot", weight)
+    shows = dense("kind", weight) + dense("colour", weight)
+    shows = shows + 3 * dense("character", weight) + 1.5 * dense("slot", weight)
     ranked = (want["rank"] >= 0).float()
     shows = shows + 0.3 * dense("rank", ranked) + 0.3 * dense("texture", 1 - owned)
     places = dense("row", weight) + dense("column", weight)

@@ -28,7 +28,7 @@ __all__ = [
 
 SIZES = (10, 12, 14, 16, 18)
 #: Most things and signs of a scene.
-MOST = 10, 4
+MOST = 10, 8
 _ROOM = 6  # lattice cells that a thing has for itself, along an axis
 _NEAR = 0.6  # share of signs with a thing beside them
 
@@ -147,7 +147,7 @@ def scene(
     """The scene of ``seed``: so many things and signs, a document in a share ``document`` of the scenes.
 
     ``texts`` are those of the signs, instead of random ones. Raises ``ValueError`` for a text that the font cannot
-    draw and for counts that do not fit (10 things, 4 signs).
+    draw and for counts that do not fit (10 things, 8 signs).
     """
     check_objects(objects, MOST[0], f"{CANVAS} x {CANVAS} pixels")
     if texts is not None:
