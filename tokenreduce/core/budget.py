@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 __all__ = [
     "BudgetError", "check_count", "check_keep", "check_share", "count", "describe_keep", "geometric", "layer_schedule",
-    "linear", "proportional", "quarters",
+    "linear", "proportional", "quarters", "removed_in",
 ]  # fmt: skip
 
 Keep = int | float
@@ -81,9 +81,13 @@ def layer_schedule(r: int | Sequence[int], depth: int, inflect: float = 0.0) -> 
     check_count(r, "r")
     if not -1 <= inflect <= 1:
         raise ValueError(f"inflect is in [-1, 1], not {inflect!r}")
+    return tuple(removed_in(r, i, depth, inflect) for i in range(depth))
+
+
+def removed_in(r: int, layer: int, depth: int, inflect: float = 0.0) -> int:
+    """One number of :func:`layer_schedule`, unchecked, for a number ``r``."""
     low = int(r * (1 - inflect))
-    high = 2 * r - low
-    return tuple(int(low + i * (high - low) / max(1, depth - 1)) for i in range(depth))
+    return int(low + layer * 2 * (r - low) / max(1, depth - 1))
 
 
 def describe_keep(keep: Keep) -> str:

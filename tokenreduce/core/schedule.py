@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from tokenreduce.core.budget import Keep, check_count, check_keep, geometric, layer_schedule, linear, quarters
+from tokenreduce.core.budget import (
+    Keep,
+    check_count,
+    check_keep,
+    geometric,
+    layer_schedule,
+    linear,
+    quarters,
+    removed_in,
+)
 from tokenreduce.core.evidence import BaseEvidence
 from tokenreduce.core.reducer import Reducer
 
@@ -48,8 +57,9 @@ class Scheduled(Reducer):
             protected = evidence.n - evidence.free()
             left = linear(self.keep, evidence.entry - protected, evidence.layer, evidence.depth)
             return max(0, evidence.free() - left)
-        depth = max(evidence.depth, len(self.r) if isinstance(self.r, tuple) else 1)
-        return self._removed(depth)[evidence.layer]
+        if isinstance(self.r, int):
+            return removed_in(self.r, evidence.layer, evidence.depth, self.inflect)
+        return self._removed(max(evidence.depth, len(self.r)))[evidence.layer]
 
 
 def check_layers(layers: tuple[int, ...] | None, name: str) -> None:
