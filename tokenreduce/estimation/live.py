@@ -51,12 +51,13 @@ def _plain(config: Any) -> Any:
 def _image(part: nn.Module) -> tuple[int, int, int] | None:
     """(channels, height, width) that an encoder of timm or open_clip takes, None for another module."""
     home = type(part).__module__.partition(".")[0]
-    embed = getattr(part, "patch_embed", None)
+    embed: Any = getattr(part, "patch_embed", None)
     if home == "timm" and getattr(embed, "img_size", None) and hasattr(embed, "proj"):
         return int(embed.proj.in_channels), int(embed.img_size[0]), int(embed.img_size[1])
     if home == "open_clip" and hasattr(part, "conv1") and hasattr(part, "image_size"):
-        height, width = part.image_size if isinstance(part.image_size, tuple | list) else (part.image_size,) * 2
-        return int(part.conv1.in_channels), int(height), int(width)
+        tower: Any = part
+        height, width = tower.image_size if isinstance(tower.image_size, tuple | list) else (tower.image_size,) * 2
+        return int(tower.conv1.in_channels), int(height), int(width)
     return None
 
 

@@ -48,7 +48,7 @@ ABOUT = (
 def table(page: str, source: str, tuned: Iterable[tuple[str, dict[str, Any]]] = ()) -> dict[str, Any]:
     """The table from the text of a results page, which is called ``source``, and from tuned files by their name."""
     rows = list(stored_rows(page))
-    groups = {}
+    groups: dict[str, dict[str, Any]] = {}
     for group, (heading, column, what) in GROUPS.items():
         mine = [row for row in rows if row.section.startswith(heading)]
         whole = next(number(row.cells[column])[0] for row in mine if row.spec == "unreduced")
