@@ -271,6 +271,8 @@ class Description:
     language: Any = None
     #: Decoder layers of a patched model with the steps that act there, where asked for.
     layers: tuple[Any, ...] = ()
+    #: What ``auto:`` stood for, and why.
+    note: str = ""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -325,6 +327,7 @@ class Description:
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")
         lines.append(f"  active   {' + '.join(r.spec() for r in self.active) or 'none'}")
+        lines += [f"  chosen   {self.note}"] if self.note else []
         lines += [f"  steps    {site}" for site in self.layers]
         return "\n".join(lines)
 
@@ -334,7 +337,7 @@ class Description:
 def describe(model: nn.Module, *, detail: bool = False) -> Description:
     """The sites of ``model``; with ``detail``, what happens at each decoder layer of a patched one, in order. Raises
     ``TypeError`` for a model without adapter."""
-    from tokenreduce.core.undo import reducers_of
+    from tokenreduce.core.undo import note_of, reducers_of
 
     language = _language(model)
     towers = tuple(t for _, t in _towers(model, language))
@@ -343,4 +346,4 @@ def describe(model: nn.Module, *, detail: bool = False) -> Description:
     layers: tuple[Any, ...] = ()
     if detail and language is not None:
         layers = tuple(importlib.import_module("tokenreduce.adapters.language.site").sites_in(language.layers))
-    return Description(type(model).__name__, towers, reducers_of(model), language, layers)
+    return Description(type(model).__name__, towers, reducers_of(model), language, layers, note_of(model))

@@ -19,6 +19,7 @@ from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
 from tokenreduce.bench.times import consistent
 from tokenreduce.bench.watch import Point, Watch
 from tokenreduce.common.words import counted
+from tokenreduce.core.auto import auto_of, chosen_for, is_auto
 from tokenreduce.core.budget import BudgetError
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer, build, format_spec, parse_spec
@@ -328,7 +329,7 @@ def sweep(
     axis = axis_of(task)
     check_budgets(budgets, axis.label)
     for text in reduce:
-        parse(text, stage=task.stages[0])
+        auto_of(text) if is_auto(text) else parse(text, stage=task.stages[0])
     if methods is not None:
         check_methods(methods, task.stages)
     info = {
@@ -347,6 +348,7 @@ def sweep(
         if run.repaired:
             watch.say(run.repaired)
         task.prepare()
+        reduce = [_named(task, text, watch) for text in reduce]
         solver = Solver(task)
         todo = points(task, solver, methods, budgets, reduce)
         ids = [p.id for p in todo]
@@ -376,6 +378,18 @@ def sweep(
                 writer.update(problems=task.problems)
             watch.end(point, row)
         return run
+
+
+def _named(task: Task, text: str, watch: Watch) -> str:
+    """``text``, or what ``auto:`` stands for in the task's model. Raises ``ValueError`` where nothing is known."""
+    if not is_auto(text):
+        return text
+    loaded: Any = getattr(task, "loaded", None)
+    if loaded is None:
+        raise ValueError(f"{text}: {task.name} has no model that it could be chosen for; name the methods")
+    found = chosen_for(loaded.model, [text])
+    watch.say(str(found))
+    return found.spec
 
 
 def _check_points(run: Run, ids: list[str]) -> None:

@@ -31,6 +31,7 @@ def command(
     import tokenreduce as tr
     from tokenreduce.bench.models import load_model
     from tokenreduce.bench.vlms import is_vlm, load_vlm
+    from tokenreduce.patching import reducers_for
 
     if is_vlm(model):
         answering = load_vlm(model, "cpu").model
@@ -45,8 +46,8 @@ def command(
         if reduce:
             out.say("  tokens   tokenreduce generate shows them for your image, with time and cache")
         return
-    chosen = tr.parse(reduce) if reduce else ()
     loaded = load_model(model)
+    chosen, _ = reducers_for(loaded.model, reduce) if reduce else ((), "")
     found = tr.describe(loaded.model)
     tried = _tried(loaded, chosen) if chosen else None
     if as_json:

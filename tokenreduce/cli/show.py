@@ -29,16 +29,20 @@ def command(
 ) -> None:
     """Draw the region of each final token over an image, beside the image as the model saw it."""
     from tokenreduce.bench.models import load_model
+    from tokenreduce.core.auto import is_auto
     from tokenreduce.core.registry import parse
     from tokenreduce.measure.picture import check_layer, look
+    from tokenreduce.patching import reducers_for
 
-    chosen = parse(reduce)
+    if not is_auto(reduce):
+        parse(reduce)  # a mistake shows here, before the model is loaded
     picture_format(out, "--out")
     if out.exists() and image.exists() and out.samefile(image):
         raise ValueError(f"--out {out} is the image itself, which would be lost; write to another file")
     picture = open_image(image)
     loaded = load_model(model)
     check_layer(loaded, layer)
+    chosen, _ = reducers_for(loaded.model, reduce)
     seen = look(loaded, picture, chosen)
     save_picture(seen.draw(layer, side=size), out, "--out")
     if as_json:

@@ -9,7 +9,7 @@ from typing import cast
 from tokenreduce.core.budget import (
     Keep,
     check_count,
-    check_keep,
+    check_either,
     geometric,
     layer_schedule,
     linear,
@@ -40,10 +40,8 @@ class Scheduled(Reducer):
         if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
             object.__setattr__(self, "inflect", r[1])
             object.__setattr__(self, "r", r[0])
-        check_keep(self.keep)
         self._removed(len(self.r) if isinstance(self.r, tuple) else 1)
-        if self.keep is not None and self.r != 0:
-            raise ValueError("give r or keep, not both")
+        check_either(self.keep, self.r != 0)
 
     def acts_at(self, layer: int, depth: int) -> bool:
         return self.keep is not None or self._removed(depth)[layer] > 0
