@@ -30,7 +30,7 @@ POSITIONS = ("input", "before", "middle", "after")
 #: layer that the method acts before instead of the one before it, and ``plain`` then those before their rotation where
 #: positions have several axes (M-RoPE), while ``unrotated`` then has queries and keys before their rotation in every
 #: model, with those behind it beside them (``attention.used``); ``middle`` lets it act between attention and MLP of the
-#: layer before; ``prompt`` are the features at the model's entry, ``norm`` its final norm, ``films`` says which frames
+#: layer before; ``prompt`` are the features at the model's entry, ``norm`` its final norm, ``frames`` says which frames
 #: of a video the tokens come from, ``places`` where in an image they are, ``history`` how many visual tokens there
 #: were.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
@@ -38,10 +38,10 @@ POSITIONS = ("input", "before", "middle", "after")
 #: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and
 #: the projector as a function.
 #: At the cache stage, ``rotary`` are the tables that turned the keys.
-#: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.tower_scores`.
+#: A method inside a language model that needs ``tower`` gets its scores, see :meth:`Reducer.tower_scores`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
-    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
+    "tower", "cls", "clip", "crops", "frames", "history", "head", "pixels",
     "places", "unrotated", "through", "rotary",
 )  # fmt: skip
 
@@ -72,6 +72,17 @@ RENAMED = {
     "acts": "acts_at", "gathers": "required", "wishes": "optional", "looks": "tower_blocks", "site": "acting_position",
     "later": "decode_mode", "mark": "tower_scores",
 }  # fmt: skip
+
+
+#: Words of :data:`EVIDENCE` that were others before.
+RENAMED_NEEDS = {"films": "frames"}
+
+
+def _words(method: str, needs: tuple[str, ...]) -> tuple[str, ...]:
+    """``needs`` of a ``method`` in today's words."""
+    for old in RENAMED_NEEDS.keys() & {*needs}:
+        warnings.warn(f"{method} needs {RENAMED_NEEDS[old]!r} now, not {old!r}", DeprecationWarning, stacklevel=4)
+    return tuple(RENAMED_NEEDS.get(need, need) for need in needs)
 
 
 #: Every method by its name; class statements write here.
@@ -145,7 +156,7 @@ class Reducer:
         if stage is not None:
             cls.stage = stage
         if needs is not None:
-            cls.needs = needs
+            cls.needs = _words(cls.__name__, needs)
         if position is not None:
             cls.position = position
         if paper is not None:
