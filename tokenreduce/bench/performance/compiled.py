@@ -1,4 +1,4 @@
-"""Compiled encoders: ``python -m tokenreduce.bench.performance.compiled`` makes its section of docs/performance.md again.
+"""Compiled encoders: ``python -m tokenreduce.bench.performance.compiled`` makes its section of docs/performance.md.
 
 The compiled patched model beside the compiled stock model and the compiled blocks on as many tokens that are merely
 sliced, in the same rounds: what a compiler can do for one it can do for all three.
@@ -95,8 +95,8 @@ def measure(
     case: Case, seconds: float = 20.0, rounds: int | None = None, device: str = "cpu", dtype: str = "fp32",
     backend: str = "inductor",
 ) -> Row:  # fmt: skip
-    """One row, timed for about ``seconds`` or for as many ``rounds``. A model's graphs are thrown away when the next one
-    is compiled and counted, so all are compiled once more for the clock."""
+    """One row, timed for about ``seconds`` or for as many ``rounds``. A model's graphs are thrown away when the next
+    one is compiled and counted, so all are compiled once more for the clock."""
     import timm
 
     torch.manual_seed(0)
@@ -149,9 +149,9 @@ def conditions(rows: Sequence[Row], device: str, dtype: str, backend: str) -> st
     where = f"CPU, {torch.get_num_threads()} thread(s)" if device == "cpu" else torch.cuda.get_device_name(device)
     rounds = sorted({row.speedup.rounds for row in rows})
     return (
-        f"{where}; {dtype}; torch {torch.__version__}, backend {backend}, whole models; random weights, shared; allocator "
-        f"{'pinned' if is_pinned() else 'NOT pinned'}; {rounds[0]} to {rounds[-1]} interleaved rounds, medians of "
-        f"per-round ratios (≈: within noise; (!): other processes used more than {BUSY} cores)."
+        f"{where}; {dtype}; torch {torch.__version__}, backend {backend}, whole models; random weights, shared; "
+        f"allocator {'pinned' if is_pinned() else 'NOT pinned'}; {rounds[0]} to {rounds[-1]} interleaved rounds, "
+        f"medians of per-round ratios (≈: within noise; (!): other processes used more than {BUSY} cores)."
     )
 
 
