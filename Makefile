@@ -109,7 +109,9 @@ release-check: $(VENV)/dev.stamp  ## sdist and wheel, and the wheel in a fresh e
 	$(BIN)/python .ci/release_check.py
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
-	$(BIN)/python -m tokenreduce.bench.performance.encoders
+	$(BIN)/python -m tokenreduce.bench.performance.encoders --markdown docs/performance.md
+	$(BIN)/python -m tokenreduce.bench.performance.operators --markdown docs/performance.md
+	$(BIN)/python -m tokenreduce.bench.performance.compiled --markdown docs/performance.md
 
 performance-estimate: $(VENV)/dev.stamp  ## estimated against measured speed-ups, on an idle machine
 	$(BIN)/python -m tokenreduce.bench.performance.estimate --markdown docs/performance.md
