@@ -43,6 +43,8 @@ TEXT = dict(
     num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     tie_word_embeddings=True,
 )  # fmt: skip
+#: From this accuracy on a type of question counts as learned.
+LEARNED = 0.9
 #: The layer and the number of its query heads that are told where to look.
 POINT, POINTERS = 2, 2
 
@@ -305,6 +307,7 @@ def facts(model: Any) -> dict[str, Any]:
     model.requires_grad_(True)
     return {
         "accuracy": round(found.pop("all"), 4),
+        "not_learned": ", ".join(t for t in (*_EVEN, *LONG) if found[t] < LEARNED) or "nothing of what it is asked",
         **{k: round(v, 4) for k, v in found.items() if not k.startswith("(")},
         "encoder": "world-vit-2, frozen",
         "data": "questions about scenes of the second world (tokenreduce.zoo.world2), seeds of the train split",
