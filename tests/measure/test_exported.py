@@ -97,7 +97,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (made["input"], made["output"], made["spec"]) == (["batch", 1, 28, 28], "logits", "tome:r=2")
     assert made["speedup"]["ratio"] > 0
     for words, said in {
-        ("digits-vit", "--reduce", "divprune:keep=9"): "acts at",
+        ("digits-vit", "--reduce", "divprune:keep=9"): "acts outside of the encoder",
         ("digits-vit", "--format", "trt"): "--format is one of",
         ("nothing",): "unknown model",
         ("digits-vit", "--reduce", "tome:r=-x"): "r",

@@ -337,6 +337,8 @@ def sweep(
         run = writer.run
         if run.repaired:
             watch.say(run.repaired)
+        if (keep_in := getattr(task, "keep_in", None)) is not None:
+            keep_in(run.folder)
         task.prepare()
         solver = Solver(task)
         todo = points(task, solver, methods, budgets, reduce)

@@ -43,7 +43,7 @@ def command(
 
     needs(form)
     reducers = parse(reduce, stage="encoder") if reduce else ()
-    if wrong := [r.spec for r in reducers if r.stage != "encoder"]:
+    if wrong := [r.spec() for r in reducers if r.stage != "encoder"]:
         raise ValueError(f"{', '.join(wrong)} acts outside of the encoder; an export takes encoder methods alone")
     path = out or Path(_name(model, reduce) + FORMATS[form])
     screen = console(stderr=as_json)

@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenreduce.bench.runs import OTHER_OUT, read_lines
+from tokenreduce.bench.runs import ANSWERS, OTHER_OUT, read_lines
 from tokenreduce.common.files import cannot_write
 
 __all__ = ["ANSWERS", "Answer", "AnswerFile"]
-
-ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
