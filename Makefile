@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel docs release-check performance \
+.PHONY: bench results test test-slow test-all test-oldest test-lmms lint typecheck imports wheel docs release-check performance \
 	performance-vlm performance-estimate clean
 
 $(BIN)/python:
@@ -63,6 +63,17 @@ test-oldest: $(OLDEST)/stamp  ## adapters on the oldest supported transformers, 
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 -m "not slow and not gpu" \
 		tests/adapters tests/test_projector_models.py tests/test_language_invariants.py tests/test_cache_invariants.py \
 		tests/test_families.py
+
+LMMS := .venv-lmms
+$(LMMS)/stamp: pyproject.toml
+	$(PY) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install -q --upgrade pip
+	$(LMMS)/bin/python -m pip install -q -e '.[lmms]' pytest
+	@touch $@
+
+test-lmms: $(LMMS)/stamp  ## the plug-in inside lmms-eval itself, in an environment of its own (6 GB)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest \
+		tests/integrations/test_lmms_engine.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -94,10 +94,11 @@ def test_a_watched_generate_hands_everything_on() -> None:
     watched.check(3)
 
 
-RESULTS = {
-    "results": {"t": {"alias": "t", "accuracy,none": 0.75, "accuracy_stderr,none": 0.1, "mme,strict": 1200.0}},
-    "n-samples": {"t": {"original": 20, "effective": 20}},
-}
+METRICS = {
+    "alias": "t", "accuracy,none": 0.75, "accuracy_stderr,none": 0.1, "accuracy_stderr_clt,none": 0.1,
+    "mme,strict": 1200.0,
+}  # fmt: skip
+RESULTS = {"results": {"t": METRICS}, "n-samples": {"t": {"original": 20, "effective": 20}}}
 
 
 def test_metrics_and_counts_of_a_results_file() -> None:

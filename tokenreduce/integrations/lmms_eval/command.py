@@ -102,6 +102,8 @@ def metrics_of(results: dict[str, Any], limit: int | None = None) -> dict[str, A
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             name, _, kind = key.partition(",")
+            if "_stderr_" in name:  # the same error by another rule
+                continue
             if kind and isinstance(value, int | float) and not isinstance(value, bool):
                 suffix = "_stderr" if name.endswith("_stderr") else ""
                 out[f"{task}/{name.removesuffix('_stderr')}{'' if kind == 'none' else f',{kind}'}{suffix}"] = value
