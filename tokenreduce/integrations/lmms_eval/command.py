@@ -84,7 +84,7 @@ class Evaluation:
             raise FailedError(f"lmms-eval gave no result (exit status {status}): {_end(log)}")
         results = json.loads(found[0].read_text(encoding="utf-8"))
         told = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        return {**metrics_of(results, self.limit), **told, "lmms_eval": results.get("lmms_eval_version")}
+        return {**metrics_of(results, self.limit), **told}
 
 
 def metrics_of(results: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
