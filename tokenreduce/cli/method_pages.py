@@ -127,7 +127,7 @@ def _results(name: str, kind: type[Reducer], found: dict[str, dict[str, list[_Po
         others = {"random": _baseline(rows, kind.stage)} if not name.startswith("random") else {}
         yield f"### {heading.partition(': ')[2] or heading}"
         yield curve(name, points, others, _whole(rows))
-        heads = [h for h in ("visual %", "KV %", "FLOPs %", "GMACs", *SCORES, "KV") if h in points[0].row.cells]
+        heads = [h for h in ("visual %", "KV %", *SCORES, "FLOPs %", "GMACs", "KV") if h in points[0].row.cells]
         lines = ["| setting | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         lines += [f"| `{p.row.spec}` | " + " | ".join(p.row.cells.get(h, "-") for h in heads) + " |" for p in points]
         yield "\n".join(lines)

@@ -30,7 +30,7 @@ from tokenreduce.patching import describe, patched
 __all__ = ["chosen", "chosen_on", "solved"]
 
 #: A target may be missed by this share of the unreduced model's cost, and a budget is not searched finer than that.
-TOLERANCE, FINE, STEPS = 0.01, 0.005, 6
+TOLERANCE, FINE, STEPS = 0.01, 0.01, 6
 #: Where a setting loses no more than this, others are not looked at.
 ENOUGH = 0.01
 #: Of the same stages, so many candidates are brought to the target of a language model; and how far from it one before
