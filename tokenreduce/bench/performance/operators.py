@@ -79,7 +79,9 @@ def main(
     for method in methods or METHODS:
         with tr.patched(model, method):
             made = count(model, inputs)
-        print(f"| {method} | {made.prefill} ({made.prefill - stock.prefill:+d}) | {made.step} ({made.step - stock.step:+d}) |")
+        print(
+            f"| {method} | {made.prefill} ({made.prefill - stock.prefill:+d}) | {made.step} ({made.step - stock.step:+d}) |"
+        )
 
 
 if __name__ == "__main__":
