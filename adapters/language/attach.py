@@ -18,6 +18,7 @@ from tokenreduce.adapters.language.decoders import check_deep, check_implementat
 from tokenreduce.adapters.language.drafts import attach_drafts
 from tokenreduce.adapters.language.evicting import keep_positions, say_unknown
 from tokenreduce.adapters.language.families import Language
+from tokenreduce.adapters.language.generic.encoder import check_looks, reduced_in
 from tokenreduce.adapters.language.generic.observe import attach_looks
 from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.given import Arrived, attach_given
@@ -43,6 +44,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     """
     check_owner(found, reducers)
     if inside := tuple(r for r in reducers if r.stage == "encoder"):
+        if found.how == "discovered":
+            check_looks(reducers)
         attach_encoder(towers, inside, undo)
     acting = acting_in(found, reducers)
     attach_labels(found.inner, found.generator, undo)
@@ -53,7 +56,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     arrived = Arrived()
     _attach_start(found, acting, arrived, " + ".join(r.spec() for r in reducers), undo)
     if acting.entry is not None:
-        _attach_entry(found, acting, acting.entry, undo)
+        _attach_entry(found, acting, acting.entry, towers, undo)
     attach_given(found, arrived, undo)
     if found.parts.deep:
         check_deep(found, acting.depth)
@@ -85,14 +88,14 @@ def _attach_start(found: Language, acting: Acting, arrived: Arrived, methods: st
         attach_drafts(found.generator, next((r for r in often if r is not None), None), undo)
 
 
-def _attach_entry(found: Language, acting: Acting, reducer: Reducer, undo: Undo) -> None:
+def _attach_entry(found: Language, acting: Acting, reducer: Reducer, towers: Any, undo: Undo) -> None:
     """The method before the language model, with what it looks at, and what others want to know there."""
     known = found.how == "table"
     compact = compact_positions(found, reducer, acting.windows, not known and has_axes(found.inner))
     entry = Entry(reducer, compact, acting.told, acting.scoring)
     attach_projector(found, entry, undo)
     if not known:
-        attach_looks(found, entry.looks, undo)
+        attach_looks(found, entry.looks, undo, reduced_in(towers) if acting.tower else None)
     elif found.vision is not None:
         attach_tower_evidence(found, entry.looks, (*reducer.required(), *reducer.optional()), undo)
 

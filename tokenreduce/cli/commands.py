@@ -52,6 +52,7 @@ COMMANDS = (
     ),
     Entry("bench vlm", "--model llava-hf/llava-1.5-7b-hf --data questions.jsonl --budgets 0.25"),
     Entry("bench video", "--model Qwen/Qwen2.5-VL-7B-Instruct --data /data/MVBench --frames 16"),
+    Entry("serve", "llava-hf/llava-1.5-7b-hf --reduce 'fastervlm:keep=64' --port 8000"),
     Entry("heads", "llava-hf/llava-1.5-7b-hf --out llava_heads.json"),
     Entry("stream", "film.mp4 --fps 1 --state memory.safetensors"),
     Entry("ask-stream", "Qwen/Qwen2.5-VL-7B-Instruct film.mp4 --ask 'What happened?' --at 30,90"),

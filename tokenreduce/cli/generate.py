@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-Model = Annotated[str, typer.Argument(help="world-llava, a Hub id, or a folder with model and processor.")]
+Model = Annotated[
+    str, typer.Argument(help="world-llava, world-llava-2, a Hub id, or a folder with model and processor.")
+]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the images or the video.")]
-Reduce = Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")]
+Reduce = Annotated[
+    str,
+    typer.Option(help="Methods, 'divprune:keep=0.3+fastv:layer=2,keep=0.5'; a tuned.json; a target, auto:flops=0.5."),
+]
 Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")]
 Video = Annotated[
     Path | None, typer.Option("--video", "-v", help="A video file, an animated picture or a folder of frames.")
@@ -89,9 +94,13 @@ def command(
 
 
 def _check(prompt: str, reduce: str, show: Path | None) -> None:
+    from tokenreduce.core.auto import auto_of, is_auto
     from tokenreduce.core.registry import parse
+    from tokenreduce.core.tuned import is_tuned
 
-    if not parse(reduce, stage="projector"):
+    if is_auto(reduce):
+        auto_of(reduce)
+    elif not is_tuned(reduce) and not parse(reduce, stage="projector"):
         raise ValueError("--reduce names no method; tokenreduce methods lists them")
     if not prompt.strip():
         raise ValueError("--prompt is empty; ask something about the image")

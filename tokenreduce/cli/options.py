@@ -18,7 +18,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 AnyDevice = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 # -- image and video language models -----------------------------------------------------------------------------------
-Llm = Annotated[str, typer.Option(help="world-llava, a Hub id, or a folder with model and processor.")]
+Llm = Annotated[str, typer.Option(help="world-llava, world-llava-2, a Hub id, or a folder with model and processor.")]
 LlmDevice = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto (as the weights are stored), fp32, bf16 or fp16.")]
 
@@ -32,7 +32,9 @@ Stage = Annotated[
     str, typer.Option(help="Where methods act: before (projector), inside (language), in the tower (encoder).")
 ]
 Split = Annotated[str, typer.Option(help="Part of the world to ask about.")]
-Answer = Annotated[int, typer.Option(min=1, help="Longest answer; the world is answered with one word.")]
+Answer = Annotated[
+    int, typer.Option(min=1, help="Longest answer; the world is answered with one word, world2 with up to 64.")
+]
 RunFolder = Annotated[Path, typer.Option("--out", "-o", help="Run folder; an earlier run in it is continued.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")]
 Full = Annotated[bool, typer.Option("--full", help="All methods and inputs, and more timed rounds.")]

@@ -191,6 +191,12 @@ class Reducer:
         """Which of the N tokens become which of K; a pure function of the evidence."""
         raise NotImplementedError("abstract")
 
+    def fixed_count(self, present: int, frames: int = 1) -> int | None:
+        """How many of the ``present`` tokens of an image, or of a video of so many ``frames``, stay where size and
+        settings alone say it; None where it depends on what is seen, or the method does not say. Engines that make a
+        prompt before its images are encoded need it."""
+        return None
+
     def acts_at(self, layer: int, depth: int) -> bool:
         """Whether the method does something in 0-based ``layer`` of ``depth``. Raises ``ValueError`` if it cannot."""
         return True

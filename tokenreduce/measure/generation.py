@@ -227,14 +227,20 @@ def layers_of(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a transformers cache shows, over all layers."""
+    """Bytes that a transformers cache holds in keys and values, over all layers."""
     return sum(layer_bytes(cache))
 
 
 def layer_bytes(cache: Any) -> list[int]:
-    """The same, for each layer."""
-    parts = ([getattr(layer, part, None) for part in ("keys", "values")] for layer in cache.layers)
-    return [sum(t.numel() * t.element_size() for t in some if isinstance(t, Tensor)) for some in parts]
+    """The same, for each layer. One that stores its states otherwise than it shows them says how much it holds."""
+    return [_held(layer) for layer in cache.layers]
+
+
+def _held(layer: Any) -> int:
+    if isinstance(said := getattr(layer, "nbytes", None), int):
+        return said
+    some = (getattr(layer, part, None) for part in ("keys", "values"))
+    return sum(t.numel() * t.element_size() for t in some if isinstance(t, Tensor))
 
 
 def _views(question: Question) -> Tensor | None:

@@ -75,10 +75,27 @@ def _world_llava() -> _Entry:
     )  # fmt: skip
 
 
+def _world_vit2() -> _Entry:
+    from tokenreduce.zoo import world_vit2
+
+    return _Entry(world_vit2.build, world_vit2.facts, world_vit2.World2Transform, world_vit2.LABELS, "timm")
+
+
+def _world_llava2() -> _Entry:
+    from tokenreduce.zoo import world2_words, world_llava2, world_vit2
+
+    return _Entry(
+        world_llava2.build, world_llava2.facts, world_vit2.World2Transform, tuple(world2_words.IDS), "hf",
+        world2_words.processor,
+    )  # fmt: skip
+
+
 _ENTRIES: dict[str, Callable[[], _Entry]] = {
     "digits-vit": _digits,
     "world-vit": _world_vit,
     "world-llava": _world_llava,
+    "world-vit-2": _world_vit2,
+    "world-llava-2": _world_llava2,
 }
 
 
@@ -121,9 +138,13 @@ def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weight
 
 
 def evaluate(vlm: Any, *reducers: Any, split: str = "test", seed: int = 0, questions: int = 400, **more: Any) -> dict:
-    """Accuracy of ``world-llava`` with ``reducers`` by question type; see :func:`.evaluation.evaluate`."""
-    from tokenreduce.zoo.evaluation import evaluate as run
+    """Accuracy of ``world-llava`` or ``world-llava-2`` with ``reducers`` by question type on questions of its own
+    world; see :func:`.evaluation.evaluate` and :func:`.evaluation2.evaluate`."""
+    from tokenreduce.zoo import evaluation, evaluation2, world2_words
 
+    model = vlm if isinstance(vlm, nn.Module) else vlm.model
+    second = model.config.text_config.vocab_size == world2_words.SIZE
+    run = evaluation2.evaluate if second else evaluation.evaluate
     return run(vlm, *reducers, split=split, seed=seed, questions=questions, **more)
 
 

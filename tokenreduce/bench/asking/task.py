@@ -201,6 +201,7 @@ class QuestionTask(ABC):
             "flops": cost.flops,
             "gmacs": gmacs(cost.flops),
             **answers.accuracies(runner.items),
+            **runner.source.graded(answers.said),
             "agreement": sum(same) / len(same),
             "questions": len(answers.right),
             "problems": len(runner.source.problems),

@@ -79,9 +79,8 @@ def main(
     for method in methods or METHODS:
         with tr.patched(model, method):
             made = count(model, inputs)
-        print(
-            f"| {method} | {made.prefill} ({made.prefill - stock.prefill:+d}) | {made.step} ({made.step - stock.step:+d}) |"
-        )
+        prefill, step = made.prefill - stock.prefill, made.step - stock.step
+        print(f"| {method} | {made.prefill} ({prefill:+d}) | {made.step} ({step:+d}) |")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tokenreduce.core.host import Groups, on_host, values
 from tokenreduce.core.plan.base import Plan
 from tokenreduce.core.plan.rows import add_rows, take
 
@@ -90,6 +92,8 @@ class Merge(Plan):
         return size if self.weights is None else size * self.weights
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        if self.mode == "mean" and self.src.shape[1] > 0 and self._on_host(x, size):
+            return self._host_mean(x, size, self._groups())[0]
         out, rows = take(x, self.keep), take(x, self.src)
         if self.src.shape[1] == 0 and self.mode != "sum":
             return out
@@ -118,7 +122,54 @@ class Merge(Plan):
         change = (rows - take(out, self.dst)) * share.unsqueeze(-1).to(x.dtype)
         return add_rows(out, self.dst, change)
 
+    # -- on the host ---------------------------------------------------------------------------------------------
+    def _on_host(self, x: Tensor, size: Tensor | None) -> bool:
+        """Whether indices and weights are worked out by numpy; gradients want operators that know their backward."""
+        if x.dim() != 3 or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        for t in (size, self.weights, self.size_scale):
+            if t is not None and t.dtype != torch.float32:
+                return False
+        return on_host(x, size, self.keep, self.src, self.dst, self.weights, self.size_scale, self.valid)
+
+    def _groups(self) -> Groups:
+        return Groups.of(self.n, self.keep, self.src, self.dst)
+
+    def _host_mean(self, x: Tensor, size: Tensor | None, groups: Groups) -> tuple[Tensor, Any]:
+        """Mode mean on the host: features (B,K,C) and what the members of an output weigh (B*K,)."""
+        weights = None if self.weights is None else values(self.weights)
+        w = weights if not self.by_size or size is None else values(size)
+        if w is not weights and weights is not None:
+            w = w * weights
+        brought, total = groups.summed(w)
+        out = groups.mean(x, brought, total)
+        if self.norm != "none":
+            out = self._host_norm(x, out, groups, weights)
+        return out.view(*self.keep.shape, x.shape[2]), total
+
+    def _host_norm(self, x: Tensor, merged: Tensor, groups: Groups, weights: Any) -> Tensor:
+        """:meth:`_restore_norm` for rows (B*K,C)."""
+        norms, own = values(x.float().norm(dim=-1)), values(merged.float().norm(dim=-1))
+        largest = groups.largest(norms if weights is None else norms * (weights > 0))
+        scale = np.ones_like(own)
+        to = groups.dst[own[groups.dst] > 0]
+        scale[to] = largest[to] / np.maximum(own[to], np.finfo(np.float32).tiny)
+        return merged.mul_(torch.from_numpy(scale[:, None]).to(merged.dtype))
+
+    def _host_size(self, size: Tensor | None, groups: Groups) -> Tensor:
+        scale = None if self.size_scale is None else values(self.size_scale)
+        total = groups.summed(None if size is None else values(size), scale)[1].reshape(self.keep.shape)
+        if self.valid is not None:
+            total[~values(self.valid)] = 0.0
+        return torch.from_numpy(total)
+
     def reduce_both(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.mode == "mean" and self.src.shape[1] > 0 and self._on_host(x, size):
+            groups = self._groups()
+            out, total = self._host_mean(x, size, groups)
+            if self.by_size and self.weights is None and self.size_scale is None and self.valid is None:
+                return out, torch.from_numpy(total.reshape(self.keep.shape))  # what members weigh is the new size
+            return out, self._host_size(size, groups)
         plain = self.mode == "mean" and self.norm == "none" and self.valid is None and self.src.shape[1] > 0
         alike = self.by_size and self.weights is None and self.size_scale is None
         if not (plain and alike and (size is None or size.dtype == torch.float32)):
