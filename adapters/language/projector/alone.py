@@ -15,12 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.language.brought import Brought
+from tokenreduce.adapters.language.columns import Columns
 from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.find import find
-from tokenreduce.adapters.language.generation import Run, Step
+from tokenreduce.adapters.language.generation import Forward, Generation
 from tokenreduce.adapters.language.generic.observe import attach_looks
-from tokenreduce.adapters.language.projector.choose import Part, check_projector, place_group
-from tokenreduce.adapters.language.projector.images import Group, groups
+from tokenreduce.adapters.language.projector.choose import check_projector
+from tokenreduce.adapters.language.projector.gathered import Group
+from tokenreduce.adapters.language.projector.images import found_in
+from tokenreduce.adapters.language.projector.placing import Part, place_group
 from tokenreduce.adapters.language.projector.seen import ARRIVING, Encoded
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.algorithms.projector import Projector
@@ -123,16 +127,15 @@ def _reduced(
     (batch, n), keep = x.shape[:2], items[0].keep
     if keep >= n:
         return [Kept(item.rows, torch.arange(n, device=x.device)) for item in items]
-    step = _prompt(items, x, kind)
+    forward = _prompt(items, x, kind)
     stay = torch.ones(batch, n, dtype=torch.bool, device=x.device)
-    found = groups(step, x, reducer)
+    found = found_in(forward, x, reducer)
     made: list[Part] = []
-    for group in found:
-        wanted = _wanted(keep, n, batch, found)
-        free = group.columns.shape[1]
+    for group in found.groups:
+        wanted = _wanted(keep, n, batch, found.groups)
+        free = group.views.n
         made += place_group(stay, group, reducer if wanted == reducer.total(free) else reducer.at(wanted), compact)
-    for rows, columns in step.dropped:
-        stay[rows, columns] = False
+    found.keep_out(stay)
     left = stay.sum(1).tolist()
     if left != [keep] * batch:
         name = reducer.name or type(reducer).__name__
@@ -145,21 +148,22 @@ def _reduced(
 def _wanted(keep: int, n: int, batch: int, found: list[Group]) -> int:
     """How many tokens of every image stay, where ``keep`` of an item's ``n`` shall: an item may be several images
     (tiles), and tokens that no method sees (row ends) stay."""
-    images = sum(len(group.rows) for group in found) // batch
-    seen = sum(group.columns.numel() for group in found) // batch
+    images = sum(len(group.views.rows) for group in found) // batch
+    seen = sum(group.views.columns.numel() for group in found) // batch
     left, rest = divmod(keep - (n - seen), max(images, 1))
     if rest or left < 1:
         raise ValueError(f"{keep} of {n} tokens cannot be left of {images} tiles of one image, which keep as many each")
     return left
 
 
-def _prompt(items: list[Item], x: Tensor, kind: str) -> Step:
+def _prompt(items: list[Item], x: Tensor, kind: str) -> Forward:
     """A prompt in which every row is one item and nothing else."""
     visual = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    step = Step(Run(x.shape[1], visual, None), prefill=True, kinds={kind: visual})
+    forward, brought = Forward(Generation(Columns(visual)), "prefill"), Brought({kind: visual})
     seen = items[0].seen
     if seen is not None and seen.entries:
-        step.encoded[kind] = seen
+        brought.encoded[kind] = seen
         first = torch.tensor([item.first for item in items], device=x.device)
-        step.places[kind] = first[:, None] + torch.arange(x.shape[1], device=x.device)
-    return step
+        brought.places[kind] = first[:, None] + torch.arange(x.shape[1], device=x.device)
+    forward.state.put(brought)
+    return forward
