@@ -2,7 +2,7 @@
 
 The number of tokens that stay comes with every image from the processor (:mod:`.processor`), so that placeholders and
 embeddings agree by construction. Which ones stay is decided by the code that decides in a patched model
-(:mod:`tokenreduce.adapters.language.projector.alone`), of what the library's own vision tower saw. Nothing is decided
+(:mod:`tokenreduce.adapters.language.alone`), of what the library's own vision tower saw. Nothing is decided
 by a request's text: vLLM keeps what it made of an image for other requests.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenreduce.adapters.language.projector.alone import Item, reduce_features, watch_features, watched
+from tokenreduce.adapters.language.alone import Item, reduce_features, watch_features, watched
 from tokenreduce.adapters.language.projector.seen import Encoded
 from tokenreduce.core.undo import Undo
 from tokenreduce.integrations.vllm.counts import method_of

@@ -9,7 +9,7 @@ import torch
 from vlms import VLMS, prompts
 
 import tokenreduce as tr
-from tokenreduce.adapters.language.projector.alone import Item, reduce_features, watch_features, watched
+from tokenreduce.adapters.language.alone import Item, reduce_features, watch_features, watched
 from tokenreduce.core.undo import Undo
 
 CASES = [
