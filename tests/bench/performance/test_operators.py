@@ -27,8 +27,8 @@ def test_a_count_is_that_of_the_operators_and_is_repeatable():
 
 
 @pytest.mark.parametrize("spec", ["fastervlm:keep=12", "visionzip:keep=12", "fastv:layer=2,keep=12"])
-def test_behind_a_prompt_without_padding_nothing_is_added_but_a_position(spec):
-    """No mask is made for layers behind a cut, and compact positions are one subtraction."""
+def test_behind_a_prompt_without_padding_a_step_adds_next_to_nothing(spec):
+    """No mask is made for layers behind a cut; positions are counted."""
     model, inputs = build(TINY), prompt(TINY)
     stock = count(model, inputs)
     with tr.patched(model, spec):
