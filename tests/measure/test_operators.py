@@ -16,7 +16,7 @@ from tokenreduce.measure.operators import count_operators
 #: Operators of a block of the stock model.
 STOCK = 27
 #: Of the block that takes most: operators beside the stock model's, those of them that make and apply a plan (the
-#: others are the bias of log sizes), and functions of this package that a block enters beside those of a block without a
+#: others are the bias of log sizes), and functions of this package that a block enters beside those of one without a
 #: method.
 BOUNDS = {
     "tome:r=2": (30, 28, 75),
