@@ -96,9 +96,7 @@ def _outer(model: nn.Module) -> list[tuple[ModuleType, Tower]]:
     if (bare := next((t for _, t in found if not t.blocks), None)) is not None:
         raise TypeError(f"{bare.family} has no layers, so there is nowhere to reduce tokens")
     names = [t.name for _, t in found]
-    return [
-        (a, t) for a, t in found if not any(t.name != n and t.name.startswith(n + "." if n else "") for n in names)
-    ]
+    return [(a, t) for a, t in found if not any(t.name != n and t.name.startswith(n + "." if n else "") for n in names)]
 
 
 def _inside(language: Any, towers: list[tuple[ModuleType, Tower]]) -> list[tuple[ModuleType, Tower]]:

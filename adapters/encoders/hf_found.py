@@ -165,7 +165,9 @@ def _look(module: Any) -> Found:
     free = not {ROTARY, PLACES}.intersection(recipe.arguments) and not recipe.biased
     tail = _tail(module, trial, one)
     if tail == "inside" and (kept := keeps(module, path.rpartition(".")[2])) is not None:
-        raise TypeError(f"{kind} is not supported: between its layers it does '{kept}', of tokens that may be fewer there")
+        raise TypeError(
+            f"{kind} is not supported: between its layers it does '{kept}', of tokens that may be fewer there"
+        )
     return Found(path, recipe, prefix, grid if ordered else None, tail, flag and free and ordered)
 
 

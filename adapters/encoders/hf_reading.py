@@ -188,54 +188,16 @@ class Reading:
 
     def _steps(self, want: Tensor) -> tuple[Tensor, list[tuple[str, str]], list[tuple[str, str]]]:
         """The middle of the layer, and the steps of both branches, from what children were called on."""
-        scales = [n for n, p in self.layer.named_parameters(recurse=False) if p.shape[-1:] == self.x.shape[-1:]]
-        found: list[list[tuple[str, str]]] = []
-        start, now = self.x, self.x
-        steps: list[tuple[str, str]] = []
-
-        def settle(wanted: Tensor) -> None:
-            """Steps between children that make ``wanted`` of what was last computed."""
-            nonlocal start, now, steps
-            for chain in ((), *((n,) for n in scales)):
-                y = now
-                for n in chain:
-                    y = getattr(self.layer, n) * y
-                if torch.equal(y, wanted):
-                    steps += [("times", n) for n in chain]
-                    now = wanted
-                    return
-                if not steps or y.shape != start.shape:
-                    continue
-                for kind, made in (("add", y + start), ("onto", start + y)):
-                    if not _alike(made, wanted):
-                        continue
-                    found.append([*steps, *(("times", n) for n in chain), (kind, "")])
-                    steps, start, now = [], wanted, wanted
-                    return
-            raise UnlikeError("something other than norms, scales, residuals, attention and MLP happens to its tokens")
-
+        walk = _Walk(self.layer, self.x)
         for name, args, kwargs, output in self.events:
             tensors = [a for a in (*args, *kwargs.values()) if _are_tokens(a, self.x)]
             if not tensors:
                 raise UnlikeError(f"its part {name} is called on something else than its tokens")
-            settle(tensors[0])
-            now = output[0] if isinstance(output, tuple) else output
-            if not _are_tokens(now, self.x):
-                raise UnlikeError(f"its part {name} returns something else than as many tokens")
-            if len(tensors) > 1 and name != self.name:
-                if not torch.equal(tensors[1], start):
-                    raise UnlikeError(f"its part {name} is called on tokens of two kinds")
-                found.append([*steps, ("close", name)])
-                steps, start = [], now
-            else:
-                steps.append(("call", name))
-        if steps:
-            settle(want)
-        elif not torch.equal(now, want):
-            raise UnlikeError("it changes its tokens behind its MLP")
+            walk.call(name, tensors, output, closes=name != self.name)
+        found = walk.end(want)
         if len(found) != 2 or not any(n == self.name for _, n in found[0]):
             raise UnlikeError(f"it has {len(found)} residual branches, not one of attention and one behind it")
-        return start, found[0], found[1]
+        return walk.start, found[0], found[1]
 
     # -- checking
     def _checked(self, recipe: Recipe, want: Tensor) -> Recipe:
@@ -290,6 +252,61 @@ class Reading:
         raise UnlikeError(
             "hiding a token from its attention is something else than leaving it out (it counts places by itself)"
         )
+
+
+class _Walk:
+    """Follows the tokens of a layer through its parts: the ``start`` of a residual branch, what they are ``now``, the
+    branch's ``steps`` so far, and the branches ``found``."""
+
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        self.layer, self.x, self.start, self.now = layer, x, x, x
+        self.scales = [n for n, p in layer.named_parameters(recurse=False) if p.shape[-1:] == x.shape[-1:]]
+        self.steps: list[tuple[str, str]] = []
+        self.found: list[list[tuple[str, str]]] = []
+
+    def call(self, name: str, tensors: list[Tensor], output: Any, closes: bool) -> None:
+        """The part ``name`` was called on ``tensors``; two of them close a branch, where it may do that."""
+        self._settle(tensors[0])
+        self.now = output[0] if isinstance(output, tuple) else output
+        if not _are_tokens(self.now, self.x):
+            raise UnlikeError(f"its part {name} returns something else than as many tokens")
+        if len(tensors) == 1 or not closes:
+            self.steps.append(("call", name))
+            return
+        if not torch.equal(tensors[1], self.start):
+            raise UnlikeError(f"its part {name} is called on tokens of two kinds")
+        self.found.append([*self.steps, ("close", name)])
+        self.steps, self.start = [], self.now
+
+    def end(self, want: Tensor) -> list[list[tuple[str, str]]]:
+        """The branches of a layer that returns ``want``."""
+        if self.steps:
+            self._settle(want)
+        elif not torch.equal(self.now, want):
+            raise UnlikeError("it changes its tokens behind its MLP")
+        return self.found
+
+    def _settle(self, wanted: Tensor) -> None:
+        """Steps between children that make ``wanted`` of what was last computed."""
+        for chain in ((), *((n,) for n in self.scales)):
+            y = self.now
+            for n in chain:
+                y = getattr(self.layer, n) * y
+            scaled = [("times", n) for n in chain]
+            if torch.equal(y, wanted):
+                self.steps += scaled
+                self.now = wanted
+                return
+            if self.steps and y.shape == self.start.shape and (kind := self._added(y, wanted)) is not None:
+                self.found.append([*self.steps, *scaled, (kind, "")])
+                self.steps, self.start, self.now = [], wanted, wanted
+                return
+        raise UnlikeError("something other than norms, scales, residuals, attention and MLP happens to its tokens")
+
+    def _added(self, y: Tensor, wanted: Tensor) -> str | None:
+        """How the branch ``y`` and its start make ``wanted``."""
+        sums = (("add", y + self.start), ("onto", self.start + y))
+        return next((kind for kind, made in sums if _alike(made, wanted)), None)
 
 
 def _alike(one: Tensor, two: Tensor) -> bool:

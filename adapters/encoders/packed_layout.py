@@ -131,7 +131,9 @@ def _nodes(holder: nn.Module, name: str) -> Iterator[tuple[ast.AST, ast.For]]:
 def keeps(holder: nn.Module, name: str) -> str | None:
     """The statement by which code of ``holder`` puts tokens aside in a loop over its layers ``name``, None for none."""
     for _, loop in _nodes(holder, name):
-        tokens = {t.id for n in ast.walk(loop) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+        tokens = {
+            t.id for n in ast.walk(loop) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
+        }
         for call in (n for n in ast.walk(loop) if isinstance(n, ast.Call)):
             puts = isinstance(call.func, ast.Attribute) and call.func.attr == "append"
             if puts and any(isinstance(a, ast.Name) and a.id in tokens for a in call.args):

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.language.brought import Brought
 from tokenreduce.adapters.language.columns import Columns
 from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.find import find
 from tokenreduce.adapters.language.generation import Forward, Generation
 from tokenreduce.adapters.language.generic.observe import attach_looks
+from tokenreduce.adapters.language.projector.brought import Brought
 from tokenreduce.adapters.language.projector.choose import check_projector
 from tokenreduce.adapters.language.projector.gathered import Group
 from tokenreduce.adapters.language.projector.images import found_in

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.language.brought import Brought
 from tokenreduce.adapters.language.families import Language
+from tokenreduce.adapters.language.projector.brought import Brought
 from tokenreduce.adapters.language.projector.seen import WATCHING, Encoded, encoded_in
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo

@@ -51,22 +51,8 @@ def steps_at(found: Language, acting: Acting, i: int) -> Iterator[LayerStep]:
     yield from _prefill_steps(found, acting, here)
     if i >= acting.behind:
         yield GatherColumns(acting.windows[i])
-    if here.evict is not None:
-        yield ShowHeld(acting.windows[i], groups_of(found.layers[i].self_attn))
-    if here.keeps_input:
-        yield KeepInput()
-    if here.reads or here.asks_next:
-        yield Listen(here.reads, here.asks_next)
-    if here.evict is not None:
-        yield evict_step(here.evict, acting.evict, found, i)
-    if (pack := acting.pack[i]) is not None:
-        yield pack
-    if here.following is not None and is_middle(here.following, i + 1):
-        yield ChooseInside(Chooser(here.following, i + 1, acting.depth, final_norm(found.text, here.following)))
-    if here.asking and i == 0:
-        yield KeepPrompt()
-    if here.asking and i == here.asking[-1]:
-        yield ForgetPrompt()
+    yield from _cache_steps(found, acting, here)
+    yield from _next_steps(found, acting, here)
     if here.since is not None and i == acting.depth - 1:
         yield LastOnly()
     if not carries(found.layers[i]):
@@ -136,6 +122,32 @@ def _prefill_steps(found: Language, acting: Acting, here: Here) -> Iterator[Laye
         yield Choose(Chooser(reducer, i, acting.depth, norm, plain, _seen(found, i)), acting.windows[i])
         if reducer.decode_mode() == "revive":
             yield SetAside()
+
+
+def _cache_steps(found: Language, acting: Acting, here: Here) -> Iterator[LayerStep]:
+    """What is asked of the layer's attention, and what its cache loses."""
+    i = here.i
+    if here.evict is not None:
+        yield ShowHeld(acting.windows[i], groups_of(found.layers[i].self_attn))
+    if here.keeps_input:
+        yield KeepInput()
+    if here.reads or here.asks_next:
+        yield Listen(here.reads, here.asks_next)
+    if here.evict is not None:
+        yield evict_step(here.evict, acting.evict, found, i)
+    if (pack := acting.pack[i]) is not None:
+        yield pack
+
+
+def _next_steps(found: Language, acting: Acting, here: Here) -> Iterator[LayerStep]:
+    """What the methods before other layers want of this one."""
+    i = here.i
+    if here.following is not None and is_middle(here.following, i + 1):
+        yield ChooseInside(Chooser(here.following, i + 1, acting.depth, final_norm(found.text, here.following)))
+    if here.asking and i == 0:
+        yield KeepPrompt()
+    if here.asking and i == here.asking[-1]:
+        yield ForgetPrompt()
 
 
 def _seen(found: Language, i: int) -> Any:

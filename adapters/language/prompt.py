@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.language.batching import is_paged
-from tokenreduce.adapters.language.brought import Brought
 from tokenreduce.adapters.language.cache import forget_generation
 from tokenreduce.adapters.language.columns import Columns
 from tokenreduce.adapters.language.drafts import sees_images
@@ -23,6 +22,7 @@ from tokenreduce.adapters.language.generation import (
     generation_of,
 )
 from tokenreduce.adapters.language.given import Arrived, brought_by, say_late, say_strange
+from tokenreduce.adapters.language.projector.brought import Brought
 from tokenreduce.adapters.language.projector.seen import encoded_in
 
 __all__ = ["Start", "WholePrefill", "check_methods", "check_turn", "padding_in", "start", "start_alone"]

@@ -159,7 +159,9 @@ def dropped_inside(toy: Stock) -> tuple[float, float]:
     sizes: list[tuple[int, ...]] = []
     with tr.patched(model, method), tr.record(model, flops=False) as trace:
         sequences, logits = generate(model, inputs)
-    hook = layers[0].register_forward_pre_hook(lambda m, a, k: sizes.append(tuple(_first(a, k).shape)), with_kwargs=True)
+    hook = layers[0].register_forward_pre_hook(
+        lambda m, a, k: sizes.append(tuple(_first(a, k).shape)), with_kwargs=True
+    )
     features(model, inputs)
     hook.remove()
     stay, views = _cut(tower, method, sizes[0])

@@ -79,10 +79,18 @@ RENAMED_NEEDS = {"films": "frames"}
 
 
 def _words(method: str, needs: tuple[str, ...]) -> tuple[str, ...]:
-    """``needs`` of a ``method`` in today's words."""
+    """What a ``method`` needs, in today's words."""
     for old in RENAMED_NEEDS.keys() & {*needs}:
         warnings.warn(f"{method} needs {RENAMED_NEEDS[old]!r} now, not {old!r}", DeprecationWarning, stacklevel=4)
     return tuple(RENAMED_NEEDS.get(need, need) for need in needs)
+
+
+def _in_todays_words(required: Callable[[Any], tuple[str, ...]]) -> Any:
+    @functools.wraps(required)
+    def ask(self: Any) -> tuple[str, ...]:
+        return _words(type(self).__name__, required(self))
+
+    return ask
 
 
 #: Every method by its name; class statements write here.
@@ -155,6 +163,8 @@ class Reducer:
         cls.name = name
         if stage is not None:
             cls.stage = stage
+        if cls.stage in ("language", "cache") and "required" in vars(cls):
+            cls.required = _in_todays_words(cls.required)  # type: ignore[method-assign]
         if needs is not None:
             cls.needs = _words(cls.__name__, needs)
         if position is not None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.brought import Brought
 from tokenreduce.adapters.language.columns import Columns
 from tokenreduce.adapters.language.cuts import Cut
 from tokenreduce.adapters.language.generation import Forward, Generation, Positions, cache_in
@@ -22,6 +21,7 @@ from tokenreduce.adapters.language.generic.discover import KINDS, parameters_of
 from tokenreduce.adapters.language.generic.features import Features, read
 from tokenreduce.adapters.language.generic.masks import prompt_mask
 from tokenreduce.adapters.language.indices import ColumnIndex
+from tokenreduce.adapters.language.projector.brought import Brought
 from tokenreduce.adapters.language.projector.images import found_in
 from tokenreduce.adapters.language.projector.placing import Part, place_group
 from tokenreduce.adapters.language.projector.seen import encoded_in

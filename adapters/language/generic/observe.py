@@ -21,10 +21,10 @@ from tokenreduce.adapters.encoders.hf_attention import WATCH, listen
 from tokenreduce.adapters.encoders.plain import plainly
 from tokenreduce.adapters.language.entered import entered
 from tokenreduce.adapters.language.families import Language, Vision
+from tokenreduce.adapters.language.generic.encoder import left_of
 from tokenreduce.adapters.language.generic.features import FIELDS, lengths_of
 from tokenreduce.adapters.language.generic.grids import Shape, origin_of, shapes
 from tokenreduce.adapters.language.generic.patches import tokens_of_slots
-from tokenreduce.adapters.language.generic.encoder import left_of
 from tokenreduce.adapters.language.generic.towers import attention_in
 from tokenreduce.adapters.language.projector.seen import ARRIVING, Encoded, Entry, _of_patches, put_on
 from tokenreduce.core.evidence import Attention, BaseEvidence, Look, Origin, resolve
@@ -61,9 +61,7 @@ class Seen:
     scale: float | None
 
 
-def attach_looks(
-    found: Language, looks: tuple[Look, ...], undo: Undo, reduced: tuple[int, int] | None = None
-) -> None:
+def attach_looks(found: Language, looks: tuple[Look, ...], undo: Undo, reduced: tuple[int, int] | None = None) -> None:
     """Let the model's features tell what is known of them, and of the tower the blocks that a method ``looks`` at;
     ``reduced`` are depth and leading tokens of a tower in which methods act."""
     inner, vision = found.inner, found.vision
@@ -212,8 +210,9 @@ def note_left(inner: Any, looks: Looks, found: Found, states: list[Any]) -> None
         )
     if len(states) != depth:
         raise ValueError(
-            f"the vision tower of {type(inner).__name__} ran {len(states) / depth:g} times for one call of its features, "
-            f"so that nobody can say which patches tokens are made of; choose a method before the language model"
+            f"the vision tower of {type(inner).__name__} ran {len(states) / depth:g} times for one call of its "
+            f"features, so that nobody can say which patches tokens are made of; choose a method before the language "
+            f"model"
         )
     found.stays, found.counts = left_of(states, depth, min(looks.vision.feature, depth - 1), prefix)
 

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.brought import brought_in
 from tokenreduce.adapters.language.families import TOWER, Language
 from tokenreduce.adapters.language.generation import KEYWORD, Forward
+from tokenreduce.adapters.language.projector.brought import brought_in
 from tokenreduce.adapters.language.projector.clip_text import joint_space
 from tokenreduce.adapters.language.projector.images import found_in, frames_in, places_in
 from tokenreduce.adapters.language.projector.placing import Part, place_group

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.brought import brought_in
 from tokenreduce.adapters.language.columns import Views
 from tokenreduce.adapters.language.generation import Forward
+from tokenreduce.adapters.language.projector.brought import brought_in
 from tokenreduce.adapters.language.projector.questions import ClipQuestion, Question
 from tokenreduce.adapters.language.projector.seen import Encoded
 from tokenreduce.adapters.language.projector.through import entering, projection

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.brought import brought_in
 from tokenreduce.adapters.language.generation import Forward
+from tokenreduce.adapters.language.projector.brought import brought_in
 from tokenreduce.adapters.language.projector.gathered import Dropped, Gathering, Group
 from tokenreduce.adapters.language.projector.questions import clip_question, embedded_question
 from tokenreduce.adapters.language.projector.seen import Encoded

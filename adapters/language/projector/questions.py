@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.brought import brought_in
 from tokenreduce.adapters.language.generation import Forward
+from tokenreduce.adapters.language.projector.brought import brought_in
 from tokenreduce.adapters.language.projector.clip_text import JointSpace, joint_space, question_texts
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.sequence import question

@@ -105,7 +105,9 @@ def _left(trace):
     for step in trace.steps:
         if step.plan is None:
             continue
-        n = next(n for n in shapes if (plans[n] is None and step.plan.n == n) or (plans[n] and step.plan.n == plans[n].k))
+        n = next(
+            n for n in shapes if (plans[n] is None and step.plan.n == n) or (plans[n] and step.plan.n == plans[n].k)
+        )
         plans[n] = step.plan if plans[n] is None else plans[n].then(step.plan)
     rows = {n: iter(p.places()) for n, p in plans.items()}
     return torch.cat([next(rows[h * w // 4]) for t, h, w in GRIDS.tolist() for _ in range(t)])
@@ -119,7 +121,12 @@ def test_what_is_found_and_what_is_not():
     )
     tower = PixtralVisionModel(config).eval()
     (found,) = tr.describe(tower).towers
-    assert (found.family, found.prefix, found.rope, found.resizes) == ("transformers PixtralVisionModel", 0, "post", False)
+    assert (found.family, found.prefix, found.rope, found.resizes) == (
+        "transformers PixtralVisionModel",
+        0,
+        "post",
+        False,
+    )
     assert isinstance(found, Tower)
     with pytest.raises(ValueError, match="smaller max_pixels"):
         tr.patch(tower, "resize:keep=0.5")
@@ -178,4 +185,3 @@ def test_code_between_the_layers_is_read():
     tower.inserted = 0
     assert [loop.odd for loop in loops_of(tower)] == [None]
     assert start_of(tower) == 1
-

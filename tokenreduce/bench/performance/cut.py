@@ -1,8 +1,8 @@
 """What encoders are compared with: the same blocks on as many tokens that are merely sliced, and the published ToMe.
 
-Both run the weights of a stock timm model. The first is the possible speed: no method that leaves as many tokens in every
-layer can be faster. The second is what a user of the paper's own way of patching has: attention that is not fused, and
-closures that merge, written from the paper's description (arXiv 2210.09461).
+Both run the weights of a stock timm model. The first is the possible speed: no method that leaves as many tokens in
+every layer can be faster. The second is what a user of the paper's own way of patching has: attention that is not
+fused, and closures that merge, written from the paper's description (arXiv 2210.09461).
 """
 
 from __future__ import annotations

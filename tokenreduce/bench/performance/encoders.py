@@ -1,8 +1,8 @@
 """The clock measurements of encoders: ``python -m tokenreduce.bench.performance.encoders`` prints them again.
 
 Patched models are timed beside the stock model in its fastest form (fused attention), the same blocks on as many tokens
-that are merely sliced (what no method can be faster than), and the published way of patching ToMe; all share weights and
-run in the same rounds, and ratios are medians over rounds. Random weights: the clock does not care.
+that are merely sliced (what no method can be faster than), and the published way of patching ToMe; all share weights
+and run in the same rounds, and ratios are medians over rounds. Random weights: the clock does not care.
 """
 
 from __future__ import annotations
