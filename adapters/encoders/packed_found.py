@@ -77,10 +77,10 @@ class PackedLayer(StructuredLayer, _Block):
         collected = _collected()
         if collected is not None:
             collected.append(packed)  # type: ignore[arg-type]
-        if site.layer == site.depth - 1:
-            x, packed = packed.expand(x, packed.layout.unit), None
+        last = site.layer == site.depth - 1
+        x = packed.expand(x, packed.layout.unit) if last else x
         out = x.view(*hidden_states.shape[:-2], *x.shape)
-        return out if packed is None else set_state(out, packed)  # type: ignore[arg-type]
+        return out if last else set_state(out, packed)  # type: ignore[arg-type]
 
     def _through(self, x: Tensor, packed: Packed, given: _Given) -> tuple[Tensor, Packed]:
         site = self._tokenreduce_site

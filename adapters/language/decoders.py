@@ -22,15 +22,17 @@ from tokenreduce.adapters.language.generation import KEYWORD
 from tokenreduce.core.reducer import Reducer
 
 __all__ = [
-    "MIXERS", "attends", "carries", "check_deep", "check_implementation", "check_layers", "final_norm", "hand_over",
-    "ids_left", "needs_ids", "strange_to", "take_up", "window_of",
+    "MIXERS", "PER_LAYER", "attends", "carries", "check_deep", "check_implementation", "check_layers", "final_norm",
+    "hand_over", "ids_left", "needs_ids", "strange_to", "take_up", "window_of",
 ]  # fmt: skip
 
+#: Features (B,L,d) of every column for one layer (Gemma 4), and keys that later layers take from earlier ones.
+PER_LAYER, _SHARED = "per_layer_input", "shared_kv_states"
 #: What may be given to a layer and to its attention: it follows the columns, or has none.
 _KNOWN = frozenset(
     (
         "self", "hidden_states", "attention_mask", "position_ids", "cache", "past_key_values", "past_key_value",
-        "position_embeddings", "use_cache", "output_attentions", "cache_position", "kwargs",
+        "position_embeddings", "use_cache", "output_attentions", "cache_position", "kwargs", PER_LAYER, _SHARED,
     )
 )  # fmt: skip
 #: Where a layer keeps what mixes its tokens. Only the first attends; the others read a padding mask (B,L), carry a
@@ -95,6 +97,10 @@ def strange_to(layer: Any) -> str | None:
     more = [name for p in (given, inside) for name in p if name not in _KNOWN and not name.endswith("token_type_ids")]
     if "position_embeddings" not in given:
         return "is not given rotary tables: it knows positions in a way of its own (learned, ALiBi, convolutions)"
+    if hasattr(layer, "altup"):
+        return "keeps several versions of every token side by side (AltUp), which no method here goes through"
+    if _SHARED in inside and getattr(_mixer(layer), "is_kv_shared_layer", True):
+        return "has no keys of its own and takes those of an earlier layer, which may be of other columns"
     if more:
         return f"is given {', '.join(dict.fromkeys(more))}, which would not follow the tokens that are left"
     return None

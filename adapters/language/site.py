@@ -8,6 +8,7 @@ generation's state.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -133,6 +134,16 @@ class LayerSite:
         return f"layer {self.index}: {', '.join(map(str, self.steps))}"
 
 
+def parameters_of(layer: Any) -> tuple[str, ...]:
+    """Names of what a layer takes behind its hidden states."""
+    return _names(type(layer))
+
+
+@functools.lru_cache(maxsize=256)
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(inspect.unwrap(kind.forward)).parameters)[2:]  # type: ignore[attr-defined]
+
+
 def run_before(
     layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, site: LayerSite
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -140,10 +151,12 @@ def run_before(
     forward: Forward | None = kwargs.get(KEYWORD)
     if forward is None:
         return None
-    call = LayerCall(layer, site.index, args[0], dict(kwargs), forward)
+    # What comes by position behind the hidden states has a name as well, by which steps find it.
+    named = dict(zip(parameters_of(layer), args[1:], strict=False))
+    call = LayerCall(layer, site.index, args[0], {**named, **kwargs}, forward)
     for step in site.steps:
         step.before(call)
-    return (call.x, *args[1:]), call.kwargs
+    return (call.x,), call.kwargs
 
 
 def run_behind(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, site: LayerSite) -> Any:

@@ -173,6 +173,7 @@ def _take_columns(model: Any, layer: int, keep: torch.Tensor) -> list[Any]:
         for name in ("position_ids", *TYPES):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][..., keep]
-        return (x, *args[1:]), kwargs
+        more = (a[:, keep] if isinstance(a, torch.Tensor) and a.dim() == 3 else a for a in args[1:])
+        return (x, *more), kwargs
 
     return [one.register_forward_pre_hook(take, with_kwargs=True) for one in layers[layer:]]

@@ -95,7 +95,8 @@ def why_not(found: Language, towers: Sequence[tuple[ModuleType, Tower]]) -> str 
 
 def _other_eye(inner: Any, tower: nn.Module) -> str | None:
     """A module besides the tower that the features of images are made with, and that takes pixels."""
-    code, names, queue = vars_of(type(inner)), set(), [f"get_{kind}_features" for kind in ("image", "video")]
+    code, queue = vars_of(type(inner)), [f"get_{kind}_features" for kind in ("image", "video")]
+    names: set[str] = set()
     while queue:
         if (function := code.get(queue.pop())) is not None:
             fresh = set(inspect.unwrap(function).__code__.co_names) - names

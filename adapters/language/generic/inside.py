@@ -21,7 +21,7 @@ _KNOWN = frozenset(
         "self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache",
         "output_attentions", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep", "kwargs",
         "output_router_logits", "moe_mm_token_type_ids", "visual_pos_masks", "deepstack_visual_embeds",
-        "block_sequence_ids",
+        "block_sequence_ids", "per_layer_inputs",
     )
 )  # fmt: skip
 _DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
@@ -29,6 +29,8 @@ _DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
 
 def layers_of(inner: Any, text: Any) -> tuple[tuple[Any, ...], str]:
     """The decoder layers, and why no method can act in them ("" where some can)."""
+    while text is not None and not hasattr(text, "layers") and hasattr(text, "model"):  # one with a head around it
+        text = text.model
     layers = tuple(getattr(text, "layers", ()) if text is not None else getattr(inner, "layers", ()))
     return layers, "" if (why := _why_not(inner, text, layers)) is None else why
 

@@ -109,7 +109,8 @@ def observe(inner: Any, kind: str, stock: Callable[..., Any], args: tuple[Any, .
 
     token, inside = WATCH.set(watch if seen else None), _INSIDE.set(True)
     try:
-        with collect_states() if looks.reduced is not None else nullcontext([]) as states:
+        collecting: Any = collect_states() if looks.reduced is not None else nullcontext([])
+        with collecting as states:
             output = stock(*args, **kwargs)
         value = next((v for n in FIELDS if (v := getattr(output, n, None)) is not None), None)
         if value is None or not hasattr(output, "items"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.adapters.encoders.hf_attention import is_causal
 from tokenreduce.adapters.language.cuts import Cut
 from tokenreduce.adapters.language.decode_masks import decode_mask, flash_mask
-from tokenreduce.adapters.language.decoders import attends, check_implementation, ids_left
+from tokenreduce.adapters.language.decoders import PER_LAYER, attends, check_implementation, ids_left
 from tokenreduce.adapters.language.generation import Forward
 from tokenreduce.adapters.language.masks import Masks, Shown, add_sizes, gather_mask
 from tokenreduce.adapters.language.rotary import rows_of
@@ -90,6 +90,8 @@ def _follow(call: LayerCall, cut: Cut) -> None:
     for name, value in call.kwargs.items():
         if isinstance(value, Tensor) and value.shape == whole and name not in _FOLLOWS:
             call.kwargs[name] = value.gather(1, cut.here.to(value.device))
+        elif name == PER_LAYER and value is not None and value.shape[:2] == whole:
+            call.kwargs[name] = rows_of(value, cut.here)
 
 
 def _tables(forward: Forward, cut: Cut, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -112,7 +112,7 @@ REFUSED = {
     ("GraniteConfig", "framefusion"): "GraniteDecoderLayer does more behind that than to add the MLP",
     ("Olmo2Config", "framefusion"): "Olmo2DecoderLayer does more behind that",
     ("Glm4Config", "framefusion"): "Glm4DecoderLayer does more behind that",
-    ("Gemma3nTextConfig", "fastv:layer=2"): "a Gemma3nTextDecoderLayer, is given per_layer_input",
+    ("Gemma3nTextConfig", "fastv:layer=2"): "a Gemma3nTextDecoderLayer, keeps several versions of every token",
     ("Gemma3nTextConfig", "divprune:keep=0.3"): "no method of this library fits this language model",
     ("BambaConfig", "divprune:keep=0.3"): "language model",
 }

@@ -5,9 +5,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys.build import TABLE, families, inner_of
-from toys.checks import FORWARD, REFUSED, STOCK_FAILS, before, cached, forward, inside, layers_to_act, plain, toy
+from toys.build import TABLE, _config, families, inner_of
+from toys.checks import (
+    FORWARD,
+    REFUSED,
+    STOCK_FAILS,
+    before,
+    cached,
+    forward,
+    inside,
+    layers_to_act,
+    plain,
+    slides_early,
+    toy,
+)
 from toys.oracles import generate, relative
+from toys.settings import SETTINGS
 from vlms import encodes_before
 
 import tokenreduce as tr
@@ -63,6 +76,8 @@ def test_before_the_language_model_it_is_a_short_prompt(name, positions):
 def test_inside_the_language_model_it_is_stock_layers_on_fewer_tokens(name):
     here, layers = toy(name), layers_to_act(name)
     model = here.model
+    if slides_early(name):
+        pytest.skip("see test_features_per_layer_follow_the_columns")
     if not layers:
         with pytest.raises(ValueError, match=r"fastv acts at stage language|would look at layer"):
             tr.patch(model, "fastv:layer=1,keep=0.3")
@@ -93,6 +108,41 @@ def test_both_mechanisms_before_the_language_model_agree(name):
 def test_keys_that_left_the_cache_are_as_if_masked(name):
     far = cached(name)
     assert far is None or far < 1e-5
+
+
+@pytest.fixture(params=[("gemma4", "num_kv_shared_layers", 0), ("gemma4_unified", "sliding_window", 512)])
+def own_keys(request, monkeypatch):
+    """Gemma 4 whose layers have keys of their own, as its default config says; and wide windows."""
+    name, setting, value = request.param
+    monkeypatch.setitem(SETTINGS[name]["text_config"], setting, value)
+    for known in (_config, toy):
+        known.cache_clear()
+    yield name
+    for known in (_config, toy):
+        known.cache_clear()
+
+
+def test_features_per_layer_follow_the_columns(own_keys):
+    here, logits = toy(own_keys), []
+    if own_keys == "gemma4":  # the other makes masks in decode, which stock layers of unequal lengths do not share
+        assert [inside(own_keys, k) < 1e-5 for k in layers_to_act(own_keys)] == [True, True]
+        assert cached(own_keys) < 1e-5
+    for more in ("", "+fastv:layer=2,keep=1.0"):  # columns go at the call, and at the layers
+        with tr.patched(here.model, f"{SPEC},positions=original{more}"):
+            logits.append(generate(here.model, here.inputs)[1])
+    assert relative(*logits) < 1e-5
+    assert relative(logits[0], here.logits) > 1e-3
+    with tr.patched(here.model, "fastv:layer=2,keep=1.0"):
+        assert torch.equal(generate(here.model, here.inputs)[1], here.logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("gemma4", "no keys of its own"), ("gemma3n", "AltUp"), ("llama4", "has chunked_attention")],
+)
+def test_layers_that_columns_cannot_leave_are_named(name, why):
+    with pytest.raises(ValueError, match=f"fastv acts at stage language, which is not available .*{why}"):
+        tr.patch(toy(name).model, "fastv:layer=2,keep=0.3")
 
 
 @pytest.mark.parametrize("name", [n for n in FORWARD if n in families()])
