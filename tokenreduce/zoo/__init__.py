@@ -139,7 +139,7 @@ def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weight
     if card.get("accuracy", 1.0) < weights.LEARNED:
         warnings.warn(
             f"{name} is still learning (accuracy {card['accuracy']:.2f}, see its card): figures on it tell little; "
-            f"tokenreduce train {name} --from embedded goes on",
+            f"tokenreduce train {name} trains it",
             stacklevel=2,
         )
     return ZooModel(model.eval().to(device), entry.transform(), entry.labels, card, entry.processor())

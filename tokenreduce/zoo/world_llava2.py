@@ -43,6 +43,8 @@ TEXT = dict(
     num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     tie_word_embeddings=True,
 )  # fmt: skip
+#: Batches of 8 scenes that the card's accuracies are from: with 12 short questions each, and with the long ones.
+HELD_OUT = (20, 8)
 #: From this accuracy on a type of question counts as learned.
 LEARNED = 0.9
 #: The layer and the number of its query heads that are told where to look.
@@ -299,16 +301,17 @@ def train(
 
 
 def facts(model: Any) -> dict[str, Any]:
-    """What the card says about ``model``: accuracy by question type on 1,920 short and 128 long held-out questions
-    (``accuracy`` is the mean over types), data and limits."""
+    """What the card says about ``model``: accuracy by question type on held-out questions (``accuracy`` is the mean
+    over types), data and limits."""
     vit = world_vit2.build()
     vit.load_state_dict(timm_state(model.model.vision_tower.state_dict()), strict=False)
-    found = held_out(Tuning(model, vit.eval()), batches=20, long=8, split="test")
+    found = held_out(Tuning(model, vit.eval()), batches=HELD_OUT[0], long=HELD_OUT[1], split="test")
     model.requires_grad_(True)
     return {
         "accuracy": round(found.pop("all"), 4),
         "not_learned": ", ".join(t for t in (*_EVEN, *LONG) if found[t] < LEARNED) or "nothing of what it is asked",
         **{k: round(v, 4) for k, v in found.items() if not k.startswith("(")},
+        "questions": 8 * (12 * HELD_OUT[0] + len(LONG) * HELD_OUT[1]),
         "encoder": "world-vit-2, frozen",
         "data": "questions about scenes of the second world (tokenreduce.zoo.world2), seeds of the train split",
         "limits": "the question forms of tokenreduce.zoo.world2.questions about pictures; clips are not learned",
