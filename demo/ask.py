@@ -42,7 +42,7 @@ def missing() -> str:
 
 def examples_of() -> tuple[Example, ...]:
     """Scenes, behind them clips and, where there is a model for it, scenes of the second world."""
-    second = scene2_examples(3) if "world-llava-2" in weights.stored() else ()
+    second = scene2_examples(3) if "world-llava-2" in weights.learned() else ()
     return (*scene_examples(6)[:4], *clip_examples(2), *second)
 
 

@@ -90,7 +90,7 @@ class Ask:
 
 def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
     """Whether the stock attention is not enough: there is a bias to add or something to see."""
-    return bias is not None or any(need != "before" for need in needs)
+    return bias is not None or needs not in ((), ("before",))
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,7 @@ class Reduced:
             assert reducer is not None
             assert seen is not None
             x, state = self._reduce(site, reducer, x, state, seen, middle)
-        trace = active()
-        if trace is not None and where in (None, "input"):
+        if where in (None, "input") and (trace := active()) is not None:
             self._note(trace, site, None, x, None, state)
         collected = _collected()
         if collected is not None:
@@ -226,14 +225,21 @@ class Reduced:
         self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
     ) -> tuple[Tensor, State]:
         trace = active()
-        with nullcontext() if trace is None else trace.clock():
-            plan = planned(reducer, self._evidence(site, x, state, got, before))
-            if not plan.is_identity:
-                x, size = plan.reduce_both(x, state.size)
-                state = state.after(plan, reducer.size_power, size)
-        if trace is not None:
-            self._note(trace, site, reducer, x, plan, state)
+        if trace is None:
+            return self._acted(site, reducer, x, state, got, before)[:2]
+        with trace.clock():
+            x, state, plan = self._acted(site, reducer, x, state, got, before)
+        self._note(trace, site, reducer, x, plan, state)
         return x, state
+
+    def _acted(
+        self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
+    ) -> tuple[Tensor, State, Plan]:
+        plan = planned(reducer, self._evidence(site, x, state, got, before))
+        if not plan.is_identity:
+            x, size = plan.reduce_both(x, state.size)
+            state = state.after(plan, reducer.size_power, size)
+        return x, state, plan
 
     def _note(
         self, trace: Trace, site: Site, reducer: Reducer | None, x: Tensor, plan: Plan | None, state: State

@@ -258,7 +258,7 @@ _known: dict[tuple[type, str], Recipe | str] = {}
 
 
 def _recipe(module: Any) -> Recipe:
-    """How the layers of ``module`` compute. Raises ``TypeError`` with what differs in those that are not served."""
+    """How the layers of ``module`` compute. Raises ``TypeError`` for those that are not served, with the reason."""
     layer, family = stack_of(module)[1][0], type(module).__name__
     config: Any = getattr(module, "config", None)
     key = (parts(type(layer))[0], f"{config.to_json_string()} {config._attn_implementation}" if config else "")

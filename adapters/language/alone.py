@@ -159,11 +159,12 @@ def _wanted(keep: int, n: int, batch: int, found: list[Group]) -> int:
 def _prompt(items: list[Item], x: Tensor, kind: str) -> Forward:
     """A prompt in which every row is one item and nothing else."""
     visual = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    forward, brought = Forward(Generation(Columns(visual)), "prefill"), Brought({kind: visual})
+    brought = Brought({kind: visual})
     seen = items[0].seen
     if seen is not None and seen.entries:
         brought.encoded[kind] = seen
         first = torch.tensor([item.first for item in items], device=x.device)
         brought.places[kind] = first[:, None] + torch.arange(x.shape[1], device=x.device)
+    forward = Forward(Generation(Columns(visual)), "prefill")
     forward.state.put(brought)
     return forward

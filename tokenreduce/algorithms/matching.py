@@ -86,7 +86,7 @@ def _behind(m: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: 
     n, p, batch = evidence.n, evidence.prefix, m.shape[0]
     even, odd = p + p % 2, p + 1 - p % 2  # the first of each that may move, and absorb
     best, partner = inner(m[:, even::2], m[:, odd::2]).max(-1)
-    if on_host(best, partner):
+    if on_host(best):
         return _behind_on_host(best, partner, r, evidence, sorted_, settings)
     order = descending(finite(best, evidence))
     source, rest = order[:, :r], order[:, r:]
@@ -117,8 +117,7 @@ def _behind_on_host(
     keep[:, p:last] += even
     keep[:, last:] = np.arange(odd, n, 2)
     dst = values(partners)[counted_rows(batch), source] + last
-    made = (keep, 2 * source + even, dst)
-    return Merge(n, *map(torch.from_numpy, made), **settings)  # type: ignore[arg-type]
+    return Merge.of_arrays(n, keep, 2 * source + even, dst, **settings)
 
 
 def best_edges(metric: Tensor, evidence: BaseEvidence) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,15 @@ from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.common.files import append, cannot_write, make_folder, write_text
 from tokenreduce.common.words import plain
 
-__all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "read_lines", "read_run", "versions"]
+__all__ = ["ANSWERS", "Run", "RunWriter", "hardware", "load_run", "open_run", "read_lines", "read_run", "versions"]
 
 #: What an error of writing says next.
 OTHER_OUT = "choose another folder with --out"
 INFO, ROWS = "run.json", "rows.jsonl"
+#: Answers to single questions, of points whose row may not be there yet.
+ANSWERS = "answers.jsonl"
 #: What --fresh removes; nothing else in a folder is ever touched.
-OWN_FILES = (INFO, ROWS, "answers.jsonl", "rows.csv", "pareto.png", "report.html")
+OWN_FILES = (INFO, ROWS, ANSWERS, "rows.csv", "pareto.png", "report.html")
 #: Entries of run.json that must agree before rows may stand in one table.
 IDENTITY = ("task", "settings", "versions", "hardware")
 
@@ -213,12 +215,14 @@ def open_run(folder: str | Path, info: dict[str, Any], *, fresh: bool = False) -
 def _resume(folder: Path, info: dict[str, Any], handle: FileIO) -> Run:
     rows, complete, wrong = read_lines(folder / ROWS)
     begun = {"format": 1, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    answered = (folder / ANSWERS).exists() and (folder / ANSWERS).stat().st_size > 0
     if not (folder / INFO).exists():
-        if rows or wrong:
-            raise ValueError(f"{folder} has {ROWS} but no {INFO}; start again with --fresh, or use another --out")
+        if rows or wrong or answered:
+            what = ROWS if rows or wrong else ANSWERS
+            raise ValueError(f"{folder} has {what} but no {INFO}; start again with --fresh, or use another --out")
         return Run(folder, begun)
     there = _read_info(folder)
-    if not rows and not wrong and any(there.get(key) != info[key] for key in IDENTITY if key in info):
+    if not rows and not wrong and not answered and any(there.get(key) != info[key] for key in IDENTITY if key in info):
         return Run(folder, begun)  # of a run that failed before its first row, nothing is worth keeping
     differences: list[str] = []
     for key in IDENTITY:

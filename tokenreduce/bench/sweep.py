@@ -347,6 +347,8 @@ def sweep(
         run = writer.run
         if run.repaired:
             watch.say(run.repaired)
+        if (keep_in := getattr(task, "keep_in", None)) is not None:
+            keep_in(run.folder)
         task.prepare()
         reduce = [_named(task, text, watch) for text in reduce]
         solver = Solver(task)

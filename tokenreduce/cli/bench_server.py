@@ -32,7 +32,7 @@ Prompt = Annotated[
 Timeout = Annotated[float, typer.Option(help="With --server: seconds for one try of one request.")]
 
 #: Options that mean a model in this process, and those that mean a server.
-LOCAL = ("stage", "methods", "budgets", "reduce", "batch", "device", "dtype", "repeats", "axis")
+LOCAL = ("stage", "methods", "budgets", "reduce", "batch", "device", "dtype", "repeats", "axis", "workers")
 REMOTE = ("concurrency", "keep", "prompt", "timeout")
 
 

@@ -22,6 +22,7 @@ from tokenreduce.cli.options import (
     RunFolder,
     Split,
     Stage,
+    Workers,
 )
 from tokenreduce.cli.shared import quiet_bars
 
@@ -75,6 +76,7 @@ def command(
     limit: Limit = None,
     batch: Batch = 8,
     max_new_tokens: Answer = 16,
+    workers: Workers = 1,
     device: LlmDevice = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = None,
@@ -99,7 +101,7 @@ def command(
     task = VideoTask(
         model=model, data=data, layout=layout, split=split, frames=frames, fps=fps, sampling=sampling,
         frame_cache=frame_cache, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
-        repeats=extent.repeats, max_new_tokens=max_new_tokens, few=extent.few,
+        repeats=extent.repeats, max_new_tokens=max_new_tokens, few=extent.few, workers=workers,
         stages=tuple(s.strip() for s in stage.split(",") if s.strip()),
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)

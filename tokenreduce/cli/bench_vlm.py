@@ -22,6 +22,7 @@ from tokenreduce.cli.options import (
     Repeats,
     RunFolder,
     Split,
+    Workers,
 )
 from tokenreduce.cli.shared import quiet_bars
 
@@ -70,6 +71,7 @@ def command(
     limit: Limit = None,
     batch: Batch = 32,
     max_new_tokens: Answer = 16,
+    workers: Workers = 1,
     device: LlmDevice = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = None,
@@ -111,11 +113,13 @@ def command(
     if data == "world2" and max_new_tokens == 16:
         max_new_tokens = LONGEST
     place = str(pick_device(device))
+    if axis == "kv" and workers > 1:
+        raise ValueError("--workers shares questions; with --axis kv a few long answers are measured, by one process")
     kind = CacheTask if axis == "kv" else VlmTask
     task = kind(
         model=model, data=data, split=split, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
         repeats=extent.repeats, max_new_tokens=max_new_tokens,
-        stages=stages, few=extent.few,
+        stages=stages, few=extent.few, workers=workers,
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
     quiet_bars()

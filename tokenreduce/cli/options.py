@@ -9,7 +9,7 @@ import typer
 
 __all__ = [
     "Answer", "AnyDevice", "AsJson", "BenchJson", "Classes", "Dtype", "Fresh", "Full", "Llm", "LlmDevice",
-    "Methods", "Reduce", "Repeats", "RunFolder", "Split", "Stage",
+    "Methods", "Reduce", "Repeats", "RunFolder", "Split", "Stage", "Workers",
 ]  # fmt: skip
 
 #: The option of commands that print one table or text.
@@ -28,6 +28,10 @@ Reduce = Annotated[
     list[str] | None, typer.Option(help="Methods with explicit settings, 'tome:r=4' or 'a+b'; may be repeated.")
 ]
 Repeats = Annotated[int | None, typer.Option(min=0, help="Timed rounds per row; 3 by default, 15 with --full.")]
+Workers = Annotated[
+    int,
+    typer.Option(min=1, help="Processes that share the questions, each with the model (on cuda, all GPUs in turn)."),
+]
 Stage = Annotated[
     str, typer.Option(help="Where methods act: before (projector), inside (language), in the tower (encoder).")
 ]

@@ -51,9 +51,8 @@ def counted_rows(batch: int, step: int = 1) -> Any:
     return made
 
 
-def _flat(index: Tensor, n: int) -> Any:
-    """(B*K,) the rows ``index`` (B,K) of n each, counted through all samples."""
-    rows = values(index)
+def _flat(rows: Any, n: int) -> Any:
+    """(B*K,) the ``rows`` (B,K) of n each, counted through all samples."""
     return rows.ravel() if len(rows) == 1 else (rows + counted_rows(len(rows), n)).ravel()
 
 
@@ -66,8 +65,8 @@ class Groups(NamedTuple):
     dst: Any
 
     @classmethod
-    def of(cls, n: int, keep: Tensor, src: Tensor, dst: Tensor) -> Groups:
-        """From a plan's index tensors (B,K), (B,R), (B,R) on ``n`` tokens."""
+    def of(cls, n: int, keep: Any, src: Any, dst: Any) -> Groups:
+        """From a plan's indices (B,K), (B,R), (B,R) on ``n`` tokens."""
         return cls(_flat(keep, n), _flat(src, n), _flat(dst, keep.shape[1]))
 
     def summed(self, w: Any, scale: Any = None) -> tuple[Any, Any]:
@@ -76,7 +75,8 @@ class Groups(NamedTuple):
         if w is None:
             brought, total = np.ones(len(self.src), np.float32), np.ones(len(self.keep), np.float32)
         else:
-            brought, total = w.ravel()[self.src], w.ravel()[self.keep]
+            w = w.ravel()
+            brought, total = w[self.src], w[self.keep]
         if scale is not None:
             brought = brought * scale.ravel()
         np.add.at(total, self.dst, brought)

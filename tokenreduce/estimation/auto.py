@@ -30,11 +30,11 @@ from tokenreduce.patching import describe, patched
 __all__ = ["chosen", "chosen_on", "solved"]
 
 #: A target may be missed by this share of the unreduced model's cost, and a budget is not searched finer than that.
-TOLERANCE, FINE, STEPS = 0.01, 0.005, 6
+TOLERANCE, FINE, STEPS = 0.01, 0.01, 6
 #: Where a setting loses no more than this, others are not looked at.
 ENOUGH = 0.01
-#: Candidates of the same stages that are brought to the target, and how far from it one before the language model may
-#: be for others there, which leave as many tokens, to be tried.
+#: Of the same stages, so many candidates are brought to the target of a language model; and how far from it one before
+#: the language model may be for others there, which leave as many tokens, to be tried.
 EACH, FAR = 2, 0.05
 Cost = Callable[[tuple[Reducer, ...]], float]
 #: What a method that does not fit a model may raise, in a patch or in a forward.
@@ -99,7 +99,7 @@ class _Search:
         failed: list[tuple[Candidate, float]] = []
         refused = []
         for one in fitting:
-            if tried[one.stages] >= EACH or self._hopeless(one, failed):
+            if (self.subject.answers and tried[one.stages] >= EACH) or self._hopeless(one, failed):
                 continue
             try:
                 exponent, share = solved(one.draft, cost, self.wanted.share)
@@ -211,7 +211,7 @@ def _spent(subject: Subject, wanted: Auto) -> Callable[[Recorded], float]:
 
 
 def _fitting(group: Group, found: Description, wanted: Auto) -> list[Candidate]:
-    """Candidates whose methods the model can serve, the best by their mean score first."""
+    """Candidates whose methods the model can serve: those known at most budgets first, then by their mean score."""
     stages = _stages(found, wanted)
     served = {stage: set(found.methods(stage)) for stage in stages}
 
@@ -220,7 +220,7 @@ def _fitting(group: Group, found: Description, wanted: Auto) -> list[Candidate]:
         return all(stage in served and short in served[stage] for short, _, stage in parts)
 
     some = [c for c in group.candidates if fits(c.methods)]
-    return sorted(some, key=lambda c: -sum(p.score for p in c.points) / len(c.points))
+    return sorted(some, key=lambda c: (-len(c.points), -sum(p.score for p in c.points) / len(c.points)))
 
 
 def _stages(found: Description, wanted: Auto) -> tuple[str, ...]:

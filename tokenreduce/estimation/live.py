@@ -13,9 +13,6 @@ from tokenreduce.patching import twin
 
 __all__ = ["subject_of_model"]
 
-#: A model of no more parameters runs as it is.
-SMALL = 20_000_000
-
 
 def subject_of_model(model: nn.Module, ask: Ask) -> Subject:
     """The outermost model of transformers, timm or open_clip in ``model``, by its shapes; it is not changed.

@@ -2,7 +2,8 @@
 
 Small tensors cost what it takes to start an operator, whatever is in them. Operators are counted where they reach the
 dispatcher's last level, views among them, as :class:`torch.utils._python_dispatch.TorchDispatchMode` sees them: what a
-composite operator is made of counts one by one, as for the stock model.
+composite operator is made of counts one by one, as for the stock model. What numpy computes is not counted, the ways
+there and back are.
 """
 
 from __future__ import annotations

@@ -115,12 +115,17 @@ def main(
 ) -> None:
     """Make the table that auto: chooses from."""
     speak_everywhere()
-    files = [(f"tokenreduce tune {raw['model']} --target {raw['facts']['target']}", raw) for raw in _read(tuned or [])]
+    files = [(_said(raw), raw) for raw in _read(tuned or [])]
     made = table(page.read_text(encoding="utf-8"), page.as_posix(), files)
     command = " ".join(["python -m tokenreduce.tuning.known", *sys.argv[1:]])
     write_text(out, json.dumps({"made": command, **made}, indent=1) + "\n")
     counts = ", ".join(f"{len(g['candidates'])} {name}" for name, g in made["groups"].items())
     print(f"wrote {out}: {counts}")
+
+
+def _said(raw: dict[str, Any]) -> str:
+    samples = raw["facts"]["score"][2]
+    return f"tokenreduce tune {raw['model']} --target {raw['facts']['target']}, {samples} held-out samples"
 
 
 def _read(paths: Iterable[Path]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,8 @@ def _build(name: str, entry: _Entry) -> nn.Module:
 def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weights.FOLDER) -> ZooModel:
     """A trained model by name, in eval mode and float32.
 
-    Raises ``ValueError`` for an unknown name, ``OSError`` for missing or damaged weights (checked by sha256) and
+    A model that has not learned what it is for (its card's ``accuracy``) says so by a warning. Raises ``ValueError``
+    for an unknown name, ``OSError`` for missing or damaged weights (checked by sha256) and
     ``ImportError`` naming the extra when its library is missing.
     """
     entry = _entry(name)
@@ -134,6 +136,12 @@ def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weight
     with torch.random.fork_rng(devices=[]):
         model = _build(name, entry)
     card = weights.load(model, name, folder)
+    if card.get("accuracy", 1.0) < weights.LEARNED:
+        warnings.warn(
+            f"{name} is still learning (accuracy {card['accuracy']:.2f}, see its card): figures on it tell little; "
+            f"tokenreduce train {name} --from embedded goes on",
+            stacklevel=2,
+        )
     return ZooModel(model.eval().to(device), entry.transform(), entry.labels, card, entry.processor())
 
 

@@ -269,8 +269,11 @@ def accuracy(model: nn.Module, split: str = "test", *, scenes: int = 400) -> dic
 
 def facts(model: nn.Module) -> dict[str, Any]:
     """What the card says about ``model``: what it finds on held-out scenes, data and limits."""
+    found = accuracy(model)
+    few = ", ".join(k for k in ("kinds", "characters") if found[k] < 0.9)
     return {
-        **{k: round(v, 4) for k, v in accuracy(model).items()},
+        **{k: round(v, 4) for k, v in found.items()},
+        "not_learned": f"{few} by the class token" if few else "nothing of what it is asked",
         "data": "generated scenes of the second world (tokenreduce.zoo.world2), seeds of the train split",
         "limits": f"{len(KINDS)} drawn kinds and {len(CHARACTERS)} characters of one font, {min(LETTERS)} px and more, "
         f"on a lattice of 4 px; things of {min(SIZES)} px and more; {SIDE}x{SIDE} pixels; no photographs",

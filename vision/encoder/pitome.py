@@ -201,8 +201,7 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
             ranked = a[sample, rank]
             rest, a, partner = ranked[:, r:], ranked[:, :r], partner[sample, rank[:, :r]]
         keep = np.concatenate([np.broadcast_to(np.arange(p), (batch, p)), p + rest, p + b], 1)
-        keep, src, dst = map(torch.from_numpy, (keep, p + a, p + rest.shape[1] + partner))
-        return Merge(n, keep, src, dst, by_size=by_size)
+        return Merge.of_arrays(n, keep, p + a, p + rest.shape[1] + partner, by_size=by_size)
 
     def _energy(self, cosine: Tensor, out: Tensor | None, evidence: EncoderEvidence) -> Tensor:
         """(B,T); tokens that take no part neither contribute nor rank."""

@@ -110,10 +110,11 @@ def _other_eye(inner: Any, tower: nn.Module) -> str | None:
 
 
 def vars_of(kind: type) -> dict[str, FunctionType]:
-    """The functions of a library's class and of those that it inherits of the same library's models, by name."""
+    """The functions of a model's class and of those that it inherits, without what all models have, by name."""
     code: dict[str, FunctionType] = {}
     for one in kind.__mro__:
-        if ".models." in one.__module__:
+        top = one.__module__.partition(".")[0]
+        if top not in ("torch", "builtins", "tokenreduce") and (top != "transformers" or ".models." in one.__module__):
             code |= {n: f for n, f in vars(one).items() if isinstance(f, FunctionType) and n not in code}
     return code
 

@@ -97,6 +97,9 @@ def test_a_server_that_ignores_keep_is_told(data: Path, tmp_path: Path) -> None:
         run = task(server, data, keeps=(64,)).sweep(tmp_path)
         assert "ignores tokenreduce_keep" in run.errors[0]["error"]
         assert run.errors[0]["id"] == "served:keep=64"
+        server.ours = True  # the right one, at the same address
+        whole, some = task(server, data, keeps=(64,)).sweep(tmp_path).good
+        assert some["prompt_tokens"] == whole["prompt_tokens"] - TOKENS + 64
     with FakeServer(usage=False) as server:
         run = task(server, data, keeps=(64,)).sweep(tmp_path / "other")
         assert "no usage.prompt_tokens" in run.errors[0]["error"]

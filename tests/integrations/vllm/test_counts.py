@@ -10,7 +10,7 @@ import pytest
 import tokenreduce as tr
 from tokenreduce.core.registry import get_class
 from tokenreduce.integrations.vllm import counts
-from tokenreduce.integrations.vllm.counts import fitting, kept, method_of, requested, shortened
+from tokenreduce.integrations.vllm.counts import check_runs, fitting, kept, method_of, requested, shortened
 from tokenreduce.integrations.vllm.families import family_of
 from tokenreduce.integrations.vllm.names import KEEP
 
@@ -91,6 +91,15 @@ def test_placeholders_go_from_the_end_of_each_tile():
     assert shortened(tiles, 1, 12, tiles=3) == tiles
     with pytest.raises(ValueError, match="does not come in 3 tiles"):
         kept(method_of("divprune:keep=4"), 10, tiles=3)
+
+
+def test_an_image_is_one_run_of_placeholders_or_tiles():
+    check_runs([7, 1, 1, 1, 8], 1)
+    check_runs([1, 1, 5, 1, 1], 1, tiles=2)
+    check_runs([1, 1, 1, 1], 1, tiles=2)
+    for tiles in (1, 4):
+        with pytest.raises(ValueError, match="stand in 2 runs"):
+            check_runs([1, 1, 5, 1, 1], 1, tiles)
 
 
 def config(kind="llava", *, text=None, vision=None, **more):

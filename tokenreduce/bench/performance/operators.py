@@ -1,88 +1,78 @@
-"""How many operators PyTorch runs for one prefill and one decode step of a patched model:
-``python -m tokenreduce.bench.performance.operators``.
-
-Small operators cost time by their number, whatever the machine: each is launched on its own. A count is exact, and the
-same on every machine with these releases, where a clock is not. The model is LLaVA-1.5's shape made small; counts do
-not depend on its width.
-"""
+"""Operators that encoders start: ``python -m tokenreduce.bench.performance.operators`` makes its section of
+docs/performance.md again. Counts do not depend on the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch.utils._python_dispatch import TorchDispatchMode
+from rich.console import Console
+from rich.table import Table
 
 import tokenreduce as tr
-from tokenreduce.adapters.language.generation import cache_as, cache_of
-from tokenreduce.bench.performance.shapes import SHAPES, build, prompt
+from tokenreduce.bench.performance.cut import PublishedToMe
+from tokenreduce.bench.performance.sections import command_of, section, splice
 from tokenreduce.common.words import speak_everywhere
+from tokenreduce.measure.operators import Operators, count_operators
 
-__all__ = ["Operators", "count"]
+__all__ = ["count"]
 
-METHODS = ("fastervlm:keep=192", "visionzip:keep=192", "fastv:layer=2,keep=192")
-
-
-@dataclass(frozen=True)
-class Operators:
-    """Operators of one ``prefill`` (the vision tower included) and of one decode ``step``."""
-
-    prefill: int
-    step: int
+METHODS = (
+    "tome:r=13", "pitome:ratio=0.9", "evit:base_keep_rate=0.7", "diffrate:keep=0.3", "tofu:r=13", "repshift:ratio=0.7",
+    "random:r=13", "tome:r=0",
+)  # fmt: skip
+COLUMNS = ("method", "operators of a forward", "of the block that takes most", "of these, plans", "most often")
 
 
-class _Counter(TorchDispatchMode):
-    """Counts what is dispatched inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += 1
-        return func(*args, **(kwargs or {}))
+def count(stock: Any, x: torch.Tensor, method: str | None = None) -> Operators:
+    """Operators of a forward of a timm model on ``x``, with ``method`` in it."""
+    with torch.no_grad():
+        if method is None:
+            return count_operators(stock, lambda: stock(x), list(stock.blocks))
+        with tr.patched(stock, method):
+            stock(x)  # constants of this shape are made
+            return count_operators(stock, lambda: stock(x), list(stock.blocks))
 
 
-def _number(run: Callable[[], Any]) -> tuple[int, Any]:
-    with torch.no_grad(), _Counter() as counter:
-        out = run()
-    return counter.number, out
-
-
-def count(model: Any, inputs: dict[str, torch.Tensor]) -> Operators:
-    """Operators of ``model``, patched or not, for a prompt and for the token behind it."""
-    model(**inputs)  # what is made once
-    prefill, out = _number(lambda: model(**inputs, use_cache=True))
-    token, mask = out.logits[:, -1:].argmax(-1), inputs["attention_mask"]
-    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    given = {"input_ids": token, "attention_mask": mask, **cache_as(model, cache_of(out))}
-    return Operators(prefill, _number(lambda: model(**given))[0])
+def cells(name: str, got: Operators) -> tuple[str, ...]:
+    """A row for a table."""
+    if not sum(got.per_block):
+        return (name, str(got.total), "", "", "")
+    most = got.per_block.index(max(got.per_block))
+    often = ", ".join(f"{n} {op.removeprefix('aten.')}" for op, n in got.own[most].most_common(4))
+    return (name, str(got.total), str(got.per_block[most]), str(got.own_per_block[most]), often)
 
 
 def main(
-    methods: Annotated[list[str] | None, typer.Argument(help="Methods with their settings.")] = None,
-    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "tiny",
-    padded: Annotated[bool, typer.Option(help="A batch of two, one of them padded on the left.")] = False,
+    model: Annotated[str, typer.Option(help="a timm vision transformer")] = "deit_small_patch16_224",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    methods: Annotated[str, typer.Option(help="separated by +")] = "+".join(METHODS),
+    markdown: Annotated[Path | None, typer.Option(help="file whose marked section is replaced")] = None,
 ) -> None:
-    """Print the operators of every method, and how many more than the stock model's they are."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"{shape!r} is none of {', '.join(SHAPES)}", param_hint="--shape")
-    model = build(SHAPES[shape])
-    inputs = prompt(SHAPES[shape], batch=2 if padded else 1)
-    if padded:
-        inputs["attention_mask"][1, :8] = 0
-    stock = count(model, inputs)
-    print(f"| method | prefill | decode step |\n|---|---|---|\n| stock | {stock.prefill} | {stock.step} |")
-    for method in methods or METHODS:
-        with tr.patched(model, method):
-            made = count(model, inputs)
-        prefill, step = made.prefill - stock.prefill, made.step - stock.step
-        print(f"| {method} | {made.prefill} ({prefill:+d}) | {made.step} ({step:+d}) |")
+    """Operators of encoder methods, by block."""
+    import timm
+
+    speak_everywhere()
+    stock: Any = timm.create_model(model).eval()
+    x = torch.randn(batch, 3, *stock.patch_embed.img_size)
+    lines = [cells("stock", count(stock, x))]
+    lines += [cells(f"`{method}`", count(stock, x, method)) for method in methods.split("+")]
+    plain = PublishedToMe(stock, 13).eval()
+    lines.append(cells("published ToMe, r=13", count_operators(plain, lambda: plain(x), [])))
+    about = (
+        f"{model}, batch {batch}, on the CPU, without gradients; torch {torch.__version__}, timm {timm.__version__}."
+    )
+    table = Table(*COLUMNS)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=160).print(table)
+    if markdown is not None:
+        command = command_of("operators", sys.argv[1:])
+        splice(markdown, "operators", section("operators", COLUMNS, lines, command, about))
 
 
 if __name__ == "__main__":
-    speak_everywhere()
     typer.run(main)

@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenreduce.bench.runs import OTHER_OUT, read_lines
-from tokenreduce.common.files import cannot_write
+from tokenreduce.bench.runs import ANSWERS, OTHER_OUT, read_lines
+from tokenreduce.common.files import cannot_write, write_text
 
 __all__ = ["ANSWERS", "Answer", "AnswerFile"]
-
-ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,14 @@ class AnswerFile:
         except OSError as error:
             raise cannot_write(self.path, error, OTHER_OUT) from error
         self._there.append(row)
+
+    def drop(self, point: str) -> None:
+        """Forget a point, whose answers turned out to be of something else. Raises ``OSError``."""
+        self._there = [row for row in self._there if row.get("point") != point]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._there)
+        self._handle.close()
+        write_text(self.path, lines, OTHER_OUT)
+        self._handle = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def close(self) -> None:
         self._handle.close()

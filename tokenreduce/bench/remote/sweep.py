@@ -174,6 +174,8 @@ class _Asking:
                 row.update(await self._point(point, keep))
             except (RefusedError, IgnoredKeepError) as error:
                 row["error"] = f"{type(error).__name__}: {error}"
+                if isinstance(error, IgnoredKeepError):  # they are not of what the point says
+                    self.answers.drop(point.id)
             row["wall_s"] = round(time.perf_counter() - began, 3)
             row = self.writer.append(row)
             problems = [self.source.problems[key] for key in sorted(self.source.problems)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class Merge(Plan):
     mode: str = "mean"
     by_size: bool = True
     norm: str = "none"
+    #: The three index tensors as arrays, where they were made of these.
+    _arrays: ClassVar[tuple[Any, Any, Any] | None] = None
 
     @classmethod
     def from_assignment(cls, assign: Tensor, k: int, keep: Tensor | None = None, **settings: Any) -> Merge:
@@ -63,6 +65,13 @@ class Merge(Plan):
             raise ValueError("samples merge different numbers of tokens; give one plan per sample")
         src = position[is_source].view(b, -1)
         return cls(n, keep, src, assign.gather(1, src), **settings)
+
+    @classmethod
+    def of_arrays(cls, n: int, keep: Any, src: Any, dst: Any, **settings: Any) -> Merge:
+        """From index arrays of numpy, with which it then works on the CPU."""
+        plan = cls(n, torch.from_numpy(keep), torch.from_numpy(src), torch.from_numpy(dst), **settings)
+        object.__setattr__(plan, "_arrays", (keep, src, dst))
+        return plan
 
     def representatives(self) -> Tensor:
         return self.keep
@@ -133,7 +142,8 @@ class Merge(Plan):
         return on_host(x, size, self.keep, self.src, self.dst, self.weights, self.size_scale, self.valid)
 
     def _groups(self) -> Groups:
-        return Groups.of(self.n, self.keep, self.src, self.dst)
+        arrays = self._arrays or (values(self.keep), values(self.src), values(self.dst))
+        return Groups.of(self.n, *arrays)
 
     def _host_mean(self, x: Tensor, size: Tensor | None, groups: Groups) -> tuple[Tensor, Any]:
         """Mode mean on the host: features (B,K,C) and what the members of an output weigh (B*K,)."""

@@ -15,7 +15,7 @@ from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import get_class, list_methods, parse
 from tokenreduce.integrations.vllm.names import KEEP
 
-__all__ = ["fitting", "kept", "method_of", "requested", "shortened"]
+__all__ = ["check_runs", "fitting", "kept", "method_of", "requested", "shortened"]
 
 #: Why vLLM has no place for the methods of a stage.
 _STAGES = {
@@ -26,7 +26,7 @@ _STAGES = {
 _QUESTION = ("text", "clip")
 
 
-def method_of(spec: str) -> Projector:
+def method_of(spec: Any) -> Projector:
     """The method of ``spec`` that vLLM can serve.
 
     Raises ``ValueError`` for text that names none, for several, and for one that vLLM has no place for: the reason, and
@@ -102,6 +102,17 @@ def kept(
     left = asked.fixed_count(each, frames)
     assert left is not None  # see method_of
     return min(left, each) * tiles
+
+
+def check_runs(ids: list[int], token: int, tiles: int = 1) -> None:
+    """Raise ``ValueError`` unless the placeholders ``token`` among ``ids`` of an item stand side by side, or tile by
+    tile: a patched model takes every run of them for an image."""
+    runs = sum(one == token and (i == 0 or ids[i - 1] != token) for i, one in enumerate(ids))
+    if runs not in (1, tiles):
+        raise ValueError(
+            f"this model writes other tokens between those of an image, which stand in {runs} runs; such models cannot "
+            f"be served with fewer tokens; use tr.patch with transformers"
+        )
 
 
 def shortened(ids: list[int], token: int, keep: int, tiles: int = 1) -> list[int]:

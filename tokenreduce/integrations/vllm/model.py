@@ -50,6 +50,8 @@ class TokenReduceForConditionalGeneration(TransformersMultiModalForCausalLM):
         reducer = method_of(self._spec)
         family.check(reducer)
         _check_engine(config, family.axes)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("tokenreduce serves one pipeline stage; use tensor_parallel_size for several devices")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._reducer, self._axes = reducer, family.axes
         self._undo = Undo((reducer,))
@@ -164,5 +166,8 @@ def _check_engine(config: Any, axes: bool) -> None:
             f"video_pruning_rate={settings.video_pruning_rate} is vLLM's own pruning of videos; leave it out, or leave "
             f"tokenreduce out"
         )
+    told = [k for k in getattr(settings, "mm_processor_kwargs", None) or {} if k.startswith("tokenreduce")]
+    if told:
+        raise ValueError(f"{told[0]} is for single requests; for all of them, set keep in the method: divprune:keep=64")
     if settings is not None and getattr(settings, "mm_encoder_tp_mode", "weights") == "data":
         raise ValueError("mm_encoder_tp_mode='data' gives every rank other images, and methods compare heads of one")

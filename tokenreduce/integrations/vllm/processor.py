@@ -20,7 +20,7 @@ from vllm.model_executor.models.transformers.multimodal import (
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
-from tokenreduce.integrations.vllm.counts import kept, method_of, requested, shortened
+from tokenreduce.integrations.vllm.counts import check_runs, kept, method_of, requested, shortened
 from tokenreduce.integrations.vllm.families import family_of
 from tokenreduce.integrations.vllm.names import FIELD, KEEP, MODALITIES, SETTING
 
@@ -51,9 +51,11 @@ class Processor(MultiModalProcessor):
         for i, ids in enumerate(
             out[f"{modality}_replacement_ids"].split(out[f"{modality}_replacement_sizes"].tolist())
         ):
-            whole = int((ids == _get_embed_token_id(ids)).sum())
+            token = _get_embed_token_id(ids)
+            whole = int((ids == token).sum())
             frames = int(grids[i][0]) if modality == "video" and grids is not None else 1
             parts = int(tiles[i]) if modality == "image" and family.tiled and tiles is not None else 1
+            check_runs(ids.tolist(), token, parts)
             counts.append(kept(reducer, whole, keep, modality=modality, frames=frames, tiles=parts))
         return counts
 

@@ -56,12 +56,14 @@ def save_embedded(folder: Path) -> None:
     from tokenreduce import zoo
 
     made = zoo.load(EMBEDDED)
-    made.model.config.text_config.architectures = ["LlamaForCausalLM"]  # vLLM's own class asks for it
+    model: Any = made.model
+    processor: Any = made.processor
+    model.config.text_config.architectures = ["LlamaForCausalLM"]  # vLLM's own class asks for it
     make_folder(folder.parent, "set TOKENREDUCE_CACHE to a folder that can be written")
     partial = folder.with_name(f".{secrets.token_hex(4)}.partial")
     try:
-        made.model.save_pretrained(partial)
-        made.processor.save_pretrained(partial)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

@@ -44,7 +44,8 @@ def save_stand_in(folder: Path, *, layers: int = 12, width: int = 1024, image: i
         image_seq_length=(image // patch) ** 2,
     )
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlavaForConditionalGeneration(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     weights = folder / "model.safetensors"
     save_file({_published(name): value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     _processor(image, patch).save_pretrained(folder)

@@ -21,14 +21,24 @@ pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases h
 FAST = ("qwen3_5", "glm4v", "mistral3", "aya_vision", "ovis2", "minicpmv4_6")
 #: Families in whose tower nothing acts, and a word of why.
 WITHOUT = {
-    "aria": "cross_attn.multihead_attn attends to all patches", "chameleon": "not built as one", "emu3": "not built",
-    "deepseek_ocr2": "windows of a map", "deepseek_vl_hybrid": "SamVisionModel sees the same pixels",
-    "gemma3n": "hierarchical", "gemma4": "not built as one", "gemma4_unified": "not built as one",
-    "granite_docling": "deepstack_hidden_states.append(hidden_states)", "got_ocr2": "windows of a map",
-    "idefics2": "patch_attention_mask", "lfm3_vl": "not built as one",
-    "llama4": "not built as one", "molmo2": "not built as one", "perception_lm": "cannot be told",
-    "step3p7": "that others are made of", "unlimited_ocr": "windows of a map",
-}  # fmt: skip
+    "aria": "cross_attn.multihead_attn attends to all patches",
+    "chameleon": "not built as one",
+    "emu3": "not built as one",
+    "deepseek_ocr2": "windows of a map",
+    "deepseek_vl_hybrid": "SamVisionModel sees the same pixels",
+    "gemma3n": "hierarchical",
+    "gemma4": "not built as one",
+    "gemma4_unified": "not built as one",
+    "granite_docling": "deepstack_hidden_states.append(hidden_states)",
+    "got_ocr2": "windows of a map",
+    "idefics2": "patch_attention_mask",
+    "lfm3_vl": "not built as one",
+    "llama4": "not built as one",
+    "molmo2": "not built as one",
+    "perception_lm": "cannot be told",
+    "step3p7": "that others are made of",
+    "unlimited_ocr": "windows of a map",
+}
 EVERY = [n for n in families() if n not in (*TABLE, *REFUSED, *FORWARD, *STOCK_FAILS)]
 NAMES = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EVERY if n not in WITHOUT]
 

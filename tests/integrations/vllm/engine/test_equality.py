@@ -51,7 +51,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
-    from models import questions, qwen_cases, save_qwen, save_world
+    from integrations.vllm.engine.models import questions, qwen_cases, save_qwen, save_world
 
     place = tmp_path_factory.mktemp("vllm")
     return {
@@ -76,7 +76,7 @@ def asked(place: Path, model: Path, spec: str | None, engine: dict, cases: list,
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_the_engine_answers_as_a_patched_model(row, models, tmp_path):
-    from reference import answers
+    from integrations.vllm.engine.reference import answers
 
     folder, cases = models[row.model]
     got = asked(tmp_path, folder, row.spec, row.engine, cases, rounds=row.rounds)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from tokenreduce.bench.performance.operators import Operators, count
+from tokenreduce.bench.performance.language_operators import Operators, count
 from tokenreduce.bench.performance.shapes import Shape, build, prompt
 
 pytest.importorskip("transformers")
