@@ -1,2 +1,2 @@
-"""What happens around a decoder layer, one step per file; :mod:`tokenreduce.adapters.language.attach` puts them in
+"""What happens around a decoder layer, one step per file; :mod:`tokenreduce.adapters.language.order` puts them in
 order."""
