@@ -113,7 +113,7 @@ def missing_names(text: str) -> list[str]:
         for module, names in re.findall(r"^\s*from (tokenreduce[\w.]*) import ([\w, ]+)$", text, re.M)
         for name in names.split(",")
     }
-    files = {d for d in dotted if d.rpartition(".")[2] in ("py", "md", "toml", "safetensors")}
+    files = {d for d in dotted if d.rpartition(".")[2] in ("py", "md", "toml", "safetensors", "json")}
     short = {f"tr.{n}" for n in re.findall(r"(?<![\w.])tr\.([A-Za-z]\w*)", text) if not hasattr(tr, n)}
     return sorted({d for d in (dotted | imported) - files if not is_there(d)} - GROUPS | short)
 

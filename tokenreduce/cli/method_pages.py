@@ -29,7 +29,7 @@ NEEDS = {
     "prompt": "features at the entry of the language model", "norm": "the language model's last norm",
     "tower": "queries and keys of blocks of the vision tower", "cls": "a class token in the vision tower",
     "clip": "a CLIP model's space of images and texts", "crops": "images that are cut into tiles",
-    "films": "which frames a token stands for", "history": "how many visual tokens there were",
+    "frames": "which frames a token stands for", "history": "how many visual tokens there were",
     "head": "a pooling head of the vision tower", "pixels": "pixels", "places": "places of tokens in the image",
     "unrotated": "queries and keys before their rotation", "through": "the projector as a function",
     "rotary": "tables that turned the keys",
