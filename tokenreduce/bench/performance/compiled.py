@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,8 +113,8 @@ def measure(
         torch.compiler.reset()
         models = {"stock": stock, "patched": patched, "sliced": sliced}
         runs = {name: torch.compile(model, backend=backend) for name, model in models.items()}
-        functions: dict[str, Any] = {name: lambda m=run: m(x) for name, run in runs.items()}
-        functions |= {f"eager {name}": lambda m=models[name]: m(x) for name in ("stock", "patched")}
+        functions: dict[str, Any] = {name: partial(run, x) for name, run in runs.items()}
+        functions |= {f"eager {name}": partial(models[name], x) for name in ("stock", "patched")}
         for function in functions.values():
             function()
         count = rounds_in(seconds, functions, device, rounds)

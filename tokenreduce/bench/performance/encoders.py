@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,7 +148,7 @@ def _functions(stock: Any, made: dict[str, _Made], x: Any) -> dict[str, _Faultin
             models[f"sliced {method}"] = Sliced(stock, one.counts, one.position).eval()
         if (r := _published_r(method)) is not None:
             models[f"published {method}"] = PublishedToMe(stock, r).eval()
-    return {name: _Faulting(lambda m=model: m(x)) for name, model in models.items()}
+    return {name: _Faulting(partial(model, x)) for name, model in models.items()}
 
 
 def rounds_in(seconds: float, functions: dict[str, Any], device: str, rounds: int | None) -> int:
