@@ -18,6 +18,7 @@ from torch import nn
 
 from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.handing import attach_hands
+from tokenreduce.adapters.encoders.pixels import deviations_of
 from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code, strictest
 from tokenreduce.core.reducer import Reducer
 
@@ -93,6 +94,7 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
             o is not t and t.name.startswith(o.name + "." if o.name else "") and t.name != o.name for _, o in found
         )
     ]
+    outer = [(a, replace(t, std=deviations_of(model, t.module))) for a, t in outer]
     if language is not None and language.how == "table":
         return [(a, t) for a, t in outer if _served(language.inner, t)]
     return [(a, _placed(model, a, t)) for a, t in outer]
@@ -167,7 +169,8 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     elif undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
     for adapter, tower in towers:
-        if own_code(tower.module) and not tower.resizes and any(r.acting_position() == "input" for r in reducers):
+        resizing = any(r.acting_position() == "input" and not r.drops_at_input for r in reducers)
+        if own_code(tower.module) and not tower.resizes and resizing:
             raise ValueError(
                 f"{type(tower.module).__name__} lays its patches out in code of its own, so it cannot be resized here; "
                 "give the model smaller images instead"
@@ -258,7 +261,7 @@ class Description:
             name
             for name in list_methods(stage=stage)
             if all(need in evidence for evidence in given for need in get_class(name, stage).needs)
-            and (get_class(name, stage).position != "input" or all(t.resizes for t in self.towers))
+            and (stage != "encoder" or _fits_input(get_class(name, stage), self.towers))
         ]
 
     def __str__(self) -> str:
@@ -297,6 +300,11 @@ class Description:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _fits_input(method: type[Reducer], towers: tuple[Tower, ...]) -> bool:
+    """Whether towers take the images of a method that makes them smaller, if it is one."""
+    return method.position != "input" or "pixels" in method.needs or all(t.resizes for t in towers)
 
 
 def describe(model: nn.Module, *, detail: bool = False) -> Description:

@@ -373,7 +373,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     module: Any = tower.module
     _, _, _, stock, patched = FAMILIES[type(module)]
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             raise ValueError(
                 f"{reducer.name} cannot act on {tower.family}, whose processor cuts images into patches: give the "
                 f"processor a smaller max_pixels instead"

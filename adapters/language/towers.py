@@ -43,7 +43,7 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
     Raises ``ValueError`` for methods that shrink the image: the number of placeholders is the processor's.
     """
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             raise ValueError(
                 f"{reducer.name} gives the tower a smaller image, but the prompt has placeholders for all its patches; "
                 f"use {reducer.name}@projector, or a smaller image size in the processor"
