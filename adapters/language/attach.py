@@ -57,7 +57,7 @@ from tokenreduce.adapters.language.steps.listen import Listen
 from tokenreduce.adapters.language.steps.middle import ChooseInside, TakeInside
 from tokenreduce.adapters.language.steps.pack import Pack
 from tokenreduce.adapters.language.steps.prompt import ForgetPrompt, KeepInput, KeepPrompt
-from tokenreduce.adapters.language.towers import Everything, attach_encoder
+from tokenreduce.adapters.language.towers import Everything, attach_encoder, cell_of
 from tokenreduce.core.cache_codec import CacheCodec
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.reducer import Reducer
@@ -167,7 +167,8 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     """
     check_owner(found, reducers)
     if inside := tuple(r for r in reducers if r.stage == "encoder"):
-        attach_encoder(towers, inside, undo)
+        cell = 1 if found.vision is None else cell_of(found.inner, found.vision.kind)
+        attach_encoder(towers, inside, undo, cell)
     acting = _acting(found, reducers)
     attach_labels(found.inner, found.generator, undo)
     if acting.behind == acting.depth and not any(acting.evict) and not any(acting.pack):
