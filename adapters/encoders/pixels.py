@@ -112,18 +112,19 @@ def at_entry(
 
 
 def deviations_of(model: nn.Module, tower: nn.Module) -> tuple[float, ...] | None:
-    """By what the channels of an image are divided in front of ``tower`` inside ``model``: what timm and open_clip say,
-    the processor's configuration in the folder that the model was loaded from, or what its family is published with;
-    None where nothing is known."""
+    """By what the channels of an image are divided in front of ``tower`` inside ``model``: what timm and open_clip say
+    (an attribute ``image_std`` elsewhere), what the processor that was saved or cached with a loaded model says, or what
+    a loaded model's family is published with; None where nothing is known."""
     for holder in (tower, model):
         said = getattr(holder, "pretrained_cfg", None) or getattr(holder, "preprocess_cfg", None)
         std = said.get("std") if isinstance(said, dict) else getattr(holder, "image_std", None)
         if std is not None:
             return _numbers(std)
     name = type(tower).__name__
-    if not type(tower).__module__.startswith("transformers."):
+    source = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if not source or not type(tower).__module__.startswith("transformers."):
         return None
-    found = _configured(str(getattr(getattr(model, "config", None), "name_or_path", "") or ""))
+    found = _configured(source)
     if found is not None:
         return found
     known = [k for k in _DEVIATIONS if name.startswith(k)]
@@ -134,13 +135,18 @@ def _numbers(std: Any) -> tuple[float, ...]:
     return (float(std),) if isinstance(std, int | float) else tuple(float(s) for s in std)
 
 
-def _configured(folder: str) -> tuple[float, ...] | None:
-    """``image_std`` of the processor saved in ``folder``."""
+def _configured(source: str) -> tuple[float, ...] | None:
+    """``image_std`` of the processor in a folder, or of a Hub id in the cache."""
+    from transformers.utils import cached_file
+
     for name in ("preprocessor_config.json", "processor_config.json"):
-        path = Path(folder) / name
-        if not folder or not path.is_file():
+        path = cached_file(
+            source, name, local_files_only=True, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        if path is None:
             continue
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(Path(path).read_text(encoding="utf-8"))
         said = said.get("image_processor", said)
         if said.get("do_normalize") is False:
             return (1.0 if said.get("do_rescale", True) else 1 / 255,)
