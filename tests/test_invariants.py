@@ -262,9 +262,7 @@ def test_in_a_model_compiles_to_one_graph(name):
 def test_in_a_model_dense_outputs_have_the_full_grid(name):
     model = tiny_vit()
     reducer = with_keep(name, 0.5)
-    grid = (
-        reducer.grid((6, 6)) if name == "resize" else (6, 6)
-    )  # a smaller image has a smaller grid
+    grid = reducer.grid((6, 6)) if name == "resize" else (6, 6)  # a smaller image has a smaller grid
     with torch.no_grad(), tr.patched(model, reducer):
         final, maps = model.forward_intermediates(images(), [4, 1], output_fmt="NCHW")
     assert [m.shape for m in maps] == [(2, 32, *grid)] * 2

@@ -96,8 +96,8 @@ def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """One block's place: its layer and the reducer that acts there, if any; ``entry`` is the method on pixels in front of
-    the first. Frozen and picklable."""
+    """One block's place: its layer and the reducer that acts there, if any; ``entry`` is the method on pixels in front
+    of the first. Frozen and picklable."""
 
     layer: int
     depth: int

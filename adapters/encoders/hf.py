@@ -208,7 +208,8 @@ def _discovered(name: str, module: Any) -> HFTower:
     roped = "post" if {ROTARY, PLACES}.intersection(found.recipe.arguments) else None
     return HFTower(
         name, module, f"transformers {kind}", layers, {family.layer: patched}, found.prefix, found.prefix > 0,
-        found.grid, _shown(found.grid), roped, found.resizes, "inside" if found.tail == "inside" else "own", layout=family,
+        found.grid, _shown(found.grid), roped, found.resizes, "inside" if found.tail == "inside" else "own",
+        layout=family,
     )  # fmt: skip
 
 

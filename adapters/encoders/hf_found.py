@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.handing import whole
 from tokenreduce.adapters.encoders.hf_reading import read
 from tokenreduce.adapters.encoders.hf_structure import PLACES, RECIPE, ROTARY, BiasedLayer, Recipe, StructuredLayer
-from tokenreduce.adapters.encoders.state import Entry, carry_state, known, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.pixels import Pixels
+from tokenreduce.adapters.encoders.state import Entry, carry_state, known, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.mixing import parts
 from tokenreduce.core.undo import Undo

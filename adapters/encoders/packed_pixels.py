@@ -18,8 +18,8 @@ __all__ = ["PackedPixels", "packed_plans"]
 
 @dataclass(frozen=True, eq=False)
 class PackedPixels:
-    """What a call of a packed tower is given: ``rows`` (P,V) pixels of the patches, (channels, frames, rows, columns) of
-    each, in the order of the images; ``layout`` says which units are of one image, or of one video where a method looks
+    """What a call of a packed tower is given: ``rows`` (P,V) pixels of the patches, (channels, frames, rows, columns)
+    of each, in the order of the images; ``layout`` says which units are of one image, or of one video where a method looks
     across its frames; ``order`` (N,) is the order in which the tower puts units, None where it leaves them."""
 
     rows: Tensor = field(repr=False)
@@ -29,9 +29,7 @@ class PackedPixels:
     frames: int
 
     @classmethod
-    def of(
-        cls, tower: Any, rows: Tensor, grids: list[list[int]], order: Tensor | None, temporal: bool
-    ) -> PackedPixels:
+    def of(cls, tower: Any, rows: Tensor, grids: list[list[int]], order: Tensor | None, temporal: bool) -> PackedPixels:
         """From what ``tower`` is called with; ``temporal``: all frames of a video are one row."""
         longest = max((t for t, _, _ in grids), default=1) if temporal else 1
         layout = Layout.of(grids, tower.spatial_merge_size, order, rows.device, longest)
@@ -66,6 +64,8 @@ def packed_plans(entry: AtEntry, pixels: PackedPixels, layout: Layout, depth: in
         stay[place] = plan.places()
     marks = [None if stay is None else stay[place] for place in layout.places]
     return [
-        Identity(place.shape[1], len(place), place.device) if mark is None or bool(mark.all()) else Prune.from_mask(mark)
+        Identity(place.shape[1], len(place), place.device)
+        if mark is None or bool(mark.all())
+        else Prune.from_mask(mark)
         for mark, place in zip(marks, layout.places, strict=True)
     ]

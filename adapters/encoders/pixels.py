@@ -8,7 +8,6 @@ their positions: those that are left stand where they were. From there on they a
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ _DEVIATIONS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class AtEntry:
-    """A method on pixels at the input of one tower: ``scale`` turns what the tower is given into 8-bit levels, one number
-    or one for each channel; a unit is ``cell`` x ``cell`` patches."""
+    """A method on pixels at the input of one tower: ``scale`` turns what the tower is given into 8-bit levels, one
+    number or one for each channel; a unit is ``cell`` x ``cell`` patches."""
 
     reducer: Reducer
     scale: tuple[float, ...]
@@ -113,8 +112,8 @@ def at_entry(
 
 def deviations_of(model: nn.Module, tower: nn.Module) -> tuple[float, ...] | None:
     """By what the channels of an image are divided in front of ``tower`` inside ``model``: what timm and open_clip say
-    (an attribute ``image_std`` elsewhere), what the processor that was saved or cached with a loaded model says, or what
-    a loaded model's family is published with; None where nothing is known."""
+    (an attribute ``image_std`` elsewhere), what the processor that was saved or cached with a loaded model says, or
+    what a loaded model's family is published with; None where nothing is known."""
     for holder in (tower, model):
         said = getattr(holder, "pretrained_cfg", None) or getattr(holder, "preprocess_cfg", None)
         std = said.get("std") if isinstance(said, dict) else getattr(holder, "image_std", None)

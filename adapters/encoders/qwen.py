@@ -314,8 +314,8 @@ class ReducedQwen3Block(_Block, qwen3.Qwen3VLVisionBlock):
 def lay_out(
     tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, frames: int = 1, looks: Reducer | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook on a tower: where the units of every view are goes to its blocks; ``frames`` of a video as one. Pixels go
-    with it where a method ``looks`` at them."""
+    """Pre-hook on a tower: where the units of every view are goes to its blocks; ``frames`` of a video as one. Pixels
+    go with it where a method ``looks`` at them."""
     grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
     order = kwargs.get("window_index")
     if order is None and hasattr(tower, "fullatt_block_indexes"):

@@ -47,9 +47,7 @@ def cell_of(inner: Any, kind: str) -> int:
     return int(inner.multi_modal_projector.kernel_size) if kind == "pooled" else 1
 
 
-def attach_encoder(
-    towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...], undo: Undo, cell: int = 1
-) -> None:
+def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...], undo: Undo, cell: int = 1) -> None:
     """Put encoder-stage ``reducers`` into the towers of a language model, where ``cell`` x ``cell`` patches become a
     visual token: methods on pixels drop these together.
 

@@ -21,13 +21,13 @@ class PixelDiff(PixelReducer, name="pixel-diff", title="Frame differences before
     """Frame differences: drop the units of a video whose pixels are those at the same place of an earlier frame.
 
     The first frame stays whole. A unit of a later one goes where it is like (``tolerance``, boundary included) the last
-    one at its place that stayed. Every frame keeps at least the unit that changed most, ties to the first, since a tower
-    cannot see a frame of nothing and prompts name every frame. An image, a video of one frame, stays as it is. A
+    one at its place that stayed. Every frame keeps at least the unit that changed most, ties to the first, since a
+    tower cannot see a frame of nothing and prompts name every frame. An image, a video of one frame, stays as it is. A
     temporal position that a model joins of two frames counts as one frame with the pixels of both.
 
     Args:
-        tolerance, metric, keep, std: see :class:`~tokenreduce.algorithms.pixels.PixelReducer`. With ``keep``, a share or
-            number over the whole video, units are ranked by their distance from the frame before, ties to the first;
+        tolerance, metric, keep, std: see :class:`~tokenreduce.algorithms.pixels.PixelReducer`. With ``keep``, a share
+            or number over the whole video, units are ranked by their distance from the frame before, ties to the first;
             where it leaves no room for the first frame, that keeps units at equal distances, an image too.
         anchored: compare with the last unit that stayed, so that slow changes add up; else with the frame before.
 

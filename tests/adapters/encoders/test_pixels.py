@@ -37,9 +37,7 @@ def repeated(size=48, patch=8):
 def kept(image, patch=8):
     """Numbers of the patches of ``image`` (3,H,W) that are not equal to what predicts them."""
     n = image.shape[1] // patch
-    cut = [
-        [image[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for c in range(n)] for r in range(n)
-    ]
+    cut = [[image[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for c in range(n)] for r in range(n)]
     out = []
     for r in range(n):
         for c in range(n):
@@ -101,7 +99,11 @@ def test_a_tower_is_the_stock_one_on_the_patches_that_stay(name):
         mine = got[i : i + 1]
         if want.dim() == 3:  # tokens, where one sample has fewer in the batch
             valid = trace.plan.validity()[i]
-            mine = mine[:, valid] if mine.shape[1] == len(valid) else mine[:, [*range(prefix), *(prefix + s for s in stay)]]
+            mine = (
+                mine[:, valid]
+                if mine.shape[1] == len(valid)
+                else mine[:, [*range(prefix), *(prefix + s for s in stay)]]
+            )
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
@@ -118,7 +120,9 @@ def test_odd_sizes_are_cut_as_the_model_cuts_them():
     assert trace.tokens[0] == 2  # padding is as black as the image
     flat = Pixels(torch.arange(2 * 3 * 5 * 7).view(2, 3, 5, 7).half(), (2, 3)).units((2, 2), (2.0,))
     assert flat.shape == (2, 4, 18)
-    assert flat[1, 3].tolist() == [2.0 * (105 + 35 * c + 7 * r + x) for c in range(3) for r in (2, 3) for x in (3, 4, 5)]
+    assert flat[1, 3].tolist() == [
+        2.0 * (105 + 35 * c + 7 * r + x) for c in range(3) for r in (2, 3) for x in (3, 4, 5)
+    ]
 
 
 def test_levels_come_from_what_a_model_says(tmp_path):
@@ -134,9 +138,9 @@ def test_levels_come_from_what_a_model_says(tmp_path):
         tr.patch(unknown, "pixelprune:tolerance=2")
     image = (torch.full((1, 3, 48, 48), 100.0) + torch.arange(48) // 8) / 255 / 0.3  # levels 100 to 105
     for tolerance, want in ((0, 6), (1, 3), (2, 2), (5, 1)):
-        with tr.patched(unknown, f"pixelprune:tolerance={tolerance},std=0.3"), torch.no_grad():
-            with tr.record(unknown, flops=False) as trace:
-                unknown(image)
+        spec = f"pixelprune:tolerance={tolerance},std=0.3"
+        with tr.patched(unknown, spec), torch.no_grad(), tr.record(unknown, flops=False) as trace:
+            unknown(image)
         assert trace.tokens[0] == 1 + want
     with pytest.raises(ValueError, match="channels"), tr.patched(unknown, "pixelprune:std=[1,2]"):
         unknown(**inputs)
@@ -157,7 +161,7 @@ def test_what_cannot_be_is_refused_by_name(name, spec, why):
 
 def test_in_front_of_methods_inside():
     """What merges in the first block merges what is left."""
-    model, inputs = FAMILIES["timm vit"]()
+    model, _ = FAMILIES["timm vit"]()
     image = repeated()[:1]
     with tr.patched(model.eval(), "pixelprune+tome:r=2"), tr.record(model, flops=False) as trace, torch.no_grad():
         model(image)
@@ -257,7 +261,8 @@ def test_a_packed_tower_is_the_stock_one_on_the_units_that_stay(name, method):
     assert 0.2 < float(stay.float().mean()) < 0.9
     assert sum(s.patches for s in trace.steps if s.layer == 0) == 4 * int(stay.sum())
     pairs = [(got.pooler_output, want.pooler_output)]
-    pairs += list(zip(getattr(got, "deepstack_features", None) or (), getattr(want, "deepstack_features", None) or ()))
+    deep = [getattr(out, "deepstack_features", None) or () for out in (got, want)]
+    pairs += list(zip(*deep, strict=True))
     assert len(pairs) == (4 if name == "qwen3_vl" else 1)
     for mine, right in pairs:
         torch.testing.assert_close(mine[stay], right[stay], rtol=1e-4, atol=1e-4 * float(right.abs().max()))
