@@ -92,6 +92,8 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.encoder.random_drop import Random
     from tokenreduce.vision.encoder.repshift import RepresentationShift
     from tokenreduce.vision.encoder.resize import Resize
+    from tokenreduce.vision.encoder.soft_slim import SoftSlim
+    from tokenreduce.vision.encoder.t2t_pool import T2TPool
     from tokenreduce.vision.encoder.tofu import ToFu
     from tokenreduce.vision.encoder.tome import ToMe, ToMeKth
     from tokenreduce.vision.encoder.uniform import Uniform
@@ -157,12 +159,12 @@ __all__ = [
     "PixelDiff", "PixelPrune", "Plan", "Pool", "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus",
     "Prune", "PruneSID", "PruneVid", "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys",
     "RandomTokens", "RandomVisual", "RazorAttention", "Recent", "Recycled", "Reducer", "RepresentationShift",
-    "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SnapKV", "SparseVLM", "SpatialAugmented", "StreamMem",
-    "StreamingLLM", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr", "TokenSelect", "TokenShuffle",
-    "Uniform", "UniformFrames", "UniformTokens", "V2Drop", "VCAST", "VLCache", "VScan", "VScanLLM", "VTW", "VaSE",
-    "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZOOPrune", "ZeroTPrune", "describe", "estimate", "get_method",
-    "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "stream", "tune",
-    "unpatch", "zoo",
+    "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SnapKV", "SoftSlim", "SparseVLM", "SpatialAugmented",
+    "StreamMem", "StreamingLLM", "T2TPool", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr",
+    "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "V2Drop", "VCAST", "VLCache", "VScan",
+    "VScanLLM", "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZOOPrune", "ZeroTPrune", "describe",
+    "estimate", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
+    "stream", "tune", "unpatch", "zoo",
 ]  # fmt: skip
 
 

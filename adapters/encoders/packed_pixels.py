@@ -19,8 +19,8 @@ __all__ = ["PackedPixels", "packed_plans"]
 @dataclass(frozen=True, eq=False)
 class PackedPixels:
     """What a call of a packed tower is given: ``rows`` (P,V) pixels of the patches, (channels, frames, rows, columns)
-    of each, in the order of the images; ``layout`` says which units are of one image, or of one video where a method looks
-    across its frames; ``order`` (N,) is the order in which the tower puts units, None where it leaves them."""
+    of each, in the order of the images; ``layout`` says which units are of one image, or of one video where a method
+    looks across its frames; ``order`` (N,) is the order in which the tower puts units, None where it leaves them."""
 
     rows: Tensor = field(repr=False)
     layout: Layout

@@ -25,8 +25,8 @@ class PixelPrune(PixelReducer, name="pixelprune", paper="2604.00886", title="Pix
     unit that stays. The tower and the language model still have fewer keys, so that outputs differ. Photographs keep
     nearly everything there; documents and screens do not.
 
-    Points of this implementation. The scan that replaces what goes by its prediction runs along anti-diagonals and gives
-    the same (:func:`tokenreduce.algorithms.prediction.predicted`). Official thresholds are shares of 255. Pixels are
+    Points of this implementation. The scan that replaces what goes by its prediction runs along anti-diagonals and
+    gives the same (:func:`tokenreduce.algorithms.prediction.predicted`). Official thresholds are shares of 255. Pixels are
     compared as the tower gets them: in half precision, the ones that rounding made equal are equal to it as well, while
     the official code looks before. Both temporal copies of an image are looked at where they differ. Videos, on which
     the official code fails, are images one after the other here. The other scans and the choice of a later layer, which
