@@ -26,12 +26,12 @@ class PixelPrune(PixelReducer, name="pixelprune", paper="2604.00886", title="Pix
     nearly everything there; documents and screens do not.
 
     Points of this implementation. The scan that replaces what goes by its prediction runs along anti-diagonals and
-    gives the same (:func:`tokenreduce.algorithms.prediction.predicted`). Official thresholds are shares of 255. Pixels are
-    compared as the tower gets them: in half precision, the ones that rounding made equal are equal to it as well, while
-    the official code looks before. Both temporal copies of an image are looked at where they differ. Videos, on which
-    the official code fails, are images one after the other here. The other scans and the choice of a later layer, which
-    are ablations of the paper, are left out: methods of the encoder and projector stages do that. Kept tokens stand at
-    their original positions in the tower, and in the language model as the family counts them.
+    gives the same (:func:`tokenreduce.algorithms.prediction.predicted`). Official thresholds are shares of 255. Pixels
+    are compared as the tower gets them: in half precision, the ones that rounding made equal are equal to it as well,
+    while the official code looks before. Both temporal copies of an image are looked at where they differ. Videos, on
+    which the official code fails, are images one after the other here. The other scans and the choice of a later layer,
+    which are ablations of the paper, are left out: methods of the encoder and projector stages do that. Kept tokens
+    stand at their original positions in the tower, and in the language model as the family counts them.
 
     Args:
         tolerance, metric, keep, std: see :class:`~tokenreduce.algorithms.pixels.PixelReducer`; ``keep`` leaves those

@@ -23,8 +23,8 @@ class SoftSlim(Reducer, name="soft-slim", needs=("keys",), paper="2111.12624", t
     The form is that of Self-slimmed ViT's token slimming module: weights (K,N) whose rows sum to one, the class token
     apart. There a trained network makes the logits; here they are cosines of keys (mean over heads) with those of K
     seeds, divided by a temperature: one step of soft k-means. Seeds are tokens at equal distances, as the baseline
-    ``uniform`` keeps them, and outputs stand at their places. Learned weights do not carry over, and nothing is trained,
-    so published accuracies are not those of this method.
+    ``uniform`` keeps them, and outputs stand at their places. Learned weights do not carry over, and nothing is
+    trained, so published accuracies are not those of this method.
 
     Args:
         keep: patch tokens that stay, a count or a ratio.

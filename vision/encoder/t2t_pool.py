@@ -22,12 +22,12 @@ __all__ = ["T2TPool"]
 class T2TPool(Reducer, name="t2t-pool", paper="2101.11986", title="T2T's overlapping split, averaged"):
     """T2T pooling: tokens become the means of overlapping windows of the grid.
 
-    This is the geometry of T2T-ViT's soft split, without its training: there the tokens of a window are concatenated and
-    go through a trained projection, here they are averaged, so that a token fits the blocks that follow. Windows of
+    This is the geometry of T2T-ViT's soft split, without its training: there the tokens of a window are concatenated
+    and go through a trained projection, here they are averaged, so that a token fits the blocks that follow. Windows of
     ``kernel`` x ``kernel`` tokens lie every ``stride`` rows and columns, beginning ``padding`` before the first: rows
-    and columns / ``stride`` of them, rounded up for the published 3, 2, 1. A window at the border is the mean of what is
-    there. An output stands at the place of the window's middle. The published splits of pixels (7x7 every 4) come before
-    any model's own patches, so that only the later ones apply.
+    and columns / ``stride`` of them, rounded up for the published 3, 2, 1. A window at the border is the mean of what
+    is there. An output stands at the place of the window's middle. The published splits of pixels (7x7 every 4) come
+    before any model's own patches, so that only the later ones apply.
 
     Args:
         kernel, stride, padding: of the windows, in tokens.
@@ -55,8 +55,8 @@ class T2TPool(Reducer, name="t2t-pool", paper="2101.11986", title="T2T's overlap
             check_count(getattr(self, name), name, least)
         if self.stride > self.kernel or 2 * self.padding > self.kernel:
             raise ValueError(
-                f"windows of kernel={self.kernel} every stride={self.stride} with padding={self.padding} miss tokens or "
-                f"are empty; stride is at most kernel, padding at most half of it"
+                f"windows of kernel={self.kernel} every stride={self.stride} with padding={self.padding} miss tokens "
+                f"or are empty; stride is at most kernel, padding at most half of it"
             )
 
     def acts_at(self, layer: int, depth: int) -> bool:
