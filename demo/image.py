@@ -12,16 +12,18 @@ from tokenreduce.demo.common import (
     literal,
 )
 from tokenreduce.measure.image import ImageComparison
-from tokenreduce.zoo.examples import Example, digit_examples, scene_examples
+from tokenreduce.zoo.examples import Example, digit_examples, scene2_examples, scene_examples
 
 __all__ = ["SEVERAL", "drawn", "enlarged", "examples_of", "facts", "probabilities", "thumbnails"]
 
 #: Models whose classes do not exclude each other: their outputs are probabilities one by one.
-SEVERAL = ("world-vit",)
+SEVERAL = ("world-vit", "world-vit-2")
 
 
 def examples_of(model: str) -> tuple[Example, ...]:
     """Pictures to try ``model`` on."""
+    if model == "world-vit-2":
+        return scene2_examples(6)
     return digit_examples(6) if model == "digits-vit" else scene_examples(6)
 
 

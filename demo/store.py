@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from tokenreduce.bench.models import EMBEDDED, Loaded, load_model
+from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.bench.resolve import resolve
 from tokenreduce.bench.safely import safetensors_only
 from tokenreduce.bench.turns import Turns
+from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
 from tokenreduce.bench.vlms import LoadedVlm, load_vlm
 from tokenreduce.patching import describe, twin
 from tokenreduce.zoo import weights
@@ -36,9 +37,9 @@ class Store:
         self.turn = Turns()
         self._loading = threading.Lock()
         self._loaded: dict[str, Any] = {}
-        there = weights.stored()
-        self.images = [name for name in reversed(EMBEDDED) if name in there]
-        self.languages = ["world-llava"] if "world-llava" in there else []
+        there = weights.learned()  # the others are for whoever trains them
+        self.images = [name for name in ("world-vit", "digits-vit", "world-vit-2") if name in there]
+        self.languages = [name for name in LANGUAGE if name in there]
         self.own: str | None = None
         if model is not None:
             with safetensors_only():
@@ -79,7 +80,7 @@ class Store:
 
 
 def _language(name: str, device: str) -> LoadedVlm:
-    if name != "world-llava":
+    if name not in LANGUAGE:
         return load_vlm(name, device)
     from tokenreduce import zoo
 

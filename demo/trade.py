@@ -22,6 +22,7 @@ from tokenreduce.bench.task import Task
 from tokenreduce.bench.turns import Turns
 from tokenreduce.bench.vision import VisionTask
 from tokenreduce.bench.vlm import STAGES, VlmTask
+from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
 from tokenreduce.core.registry import get_class
 from tokenreduce.demo.common import short
 from tokenreduce.demo.store import Store
@@ -31,6 +32,8 @@ __all__ = [
     "title_of",
 ]  # fmt: skip
 
+#: Embedded classifiers and their data.
+EMBEDDED = {"digits-vit": "digits", "world-vit": "world", "world-vit-2": "world2"}
 BUDGETS = ("75 %", "50 %", "35 %", "25 %", "10 %")
 BATCH, REPEATS = 16, 3
 #: Visitors that may wait for something; later ones are told to come back.
@@ -41,22 +44,24 @@ def benchmarks(store: Store) -> dict[str, str]:
     """What can be run, by what the page calls it, with the model."""
     out: dict[str, str] = {}
     for name in store.images:
-        if name == store.own and name not in ("digits-vit", "world-vit"):
+        if name == store.own and name not in EMBEDDED:
             if store.data is not None:
                 out[f"{short(name)} on {short(store.data)}"] = name
         else:
             out[f"{name} on held-out {'digits' if name == 'digits-vit' else 'scenes'}"] = name
     for name in store.languages:
-        out[f"{short(name)} on questions about the world"] = name
+        second = " 2" if LANGUAGE.get(name) == "world2" else ""
+        out[f"{short(name)} on questions about the world{second}"] = name
     return out
 
 
 def task_of(store: Store, model: str, inputs: int) -> Task:
     """The benchmark of a model on at most ``inputs`` images or questions."""
     if model in store.languages:
-        return VlmTask(model=model, limit=inputs, device=store.device, repeats=REPEATS)
-    own = {"digits-vit": "digits", "world-vit": "world"}
-    data = own.get(model) or str(store.data)
+        second = LANGUAGE.get(model) == "world2"
+        more: dict[str, Any] = {"data": "world2", "max_new_tokens": 64, "batch": BATCH} if second else {}
+        return VlmTask(model=model, limit=inputs, device=store.device, repeats=REPEATS, **more)
+    data = EMBEDDED.get(model) or str(store.data)
     classes = store.classes if model == store.own else None
     return VisionTask(
         model=model, data=data, limit=inputs, batch=BATCH, device=store.device, repeats=REPEATS, classes=classes

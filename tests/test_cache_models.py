@@ -56,6 +56,18 @@ def test_it_runs_and_leaves_nothing_behind(name, method):
     assert torch.equal(after, plain)
 
 
+def test_heads_that_keep_unequal_numbers_are_held_as_wide_as_the_largest():
+    model, inputs = VLMS["llava"].model, prompts(VLMS["llava"], ROWS)
+    with tr.patched(model, made("adakv", keep=0.3)), tr.record(model, flops=False) as trace, torch.no_grad():
+        cache = cache_of(model(**inputs, use_cache=True))
+    assert len(trace.cache) == len(cache.layers)
+    for step in trace.cache:
+        assert step.kept.min() < step.kept.max() < step.before.min()
+        keys = cache.layers[step.layer].keys
+        assert keys.shape[2] == step.kept.max()
+        assert step.bytes_held == 2 * keys.numel() * keys.element_size() < step.bytes_before
+
+
 @every
 def test_keep_everything_is_bit_identical(method):
     if "keep" not in get_class(method, "cache").__dataclass_fields__:

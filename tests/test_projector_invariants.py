@@ -97,6 +97,7 @@ def test_keep_is_what_is_left(name, origin, keep, cls):
     valid = plan.validity()
     there = torch.ones(plan.batch, plan.k, dtype=torch.bool) if valid is None else valid
     assert (there.sum(1) == reducer.total(present)).all()
+    assert reducer.fixed_count(present, evidence.frames) == reducer.total(present)
     for b in range(plan.batch):
         left = plan.representatives()[b][there[b]].tolist()
         assert len(set(left)) == len(left), "every output has a place of its own"
@@ -105,6 +106,19 @@ def test_keep_is_what_is_left(name, origin, keep, cls):
     assert torch.isfinite(out[there]).all()
     same = plan.untouched() & there
     assert torch.equal(out[same], plan.gather(evidence.x)[same]), "what was not mixed is bit-identical"
+
+
+@pytest.mark.parametrize("spec", [*METHODS, "vcast:official_totals=true,keep=3", "dycoke:dycoke_k=0.3"])
+def test_a_count_that_is_said_beforehand_is_the_one_that_is_left(spec):
+    """Engines make a prompt of it before they encode; a method that does not know says so."""
+    reducer = tr.get_method(spec, "projector")
+    for origin in ("frames", "ticks") if reducer.temporal else ("square", "large"):
+        evidence = given(reducer, plain(origin))
+        said = reducer.fixed_count(evidence.n - evidence.prefix, evidence.frames)
+        assert said is not None or reducer.keep is None
+        if said is not None and serves(reducer, evidence):
+            plan = reducer.plan(evidence)
+            assert said == (evidence.n - evidence.prefix if plan.is_identity else plan.k)
 
 
 @origins

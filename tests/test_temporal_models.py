@@ -133,7 +133,7 @@ def test_masking_oracle(name, family):
         x = kwargs["inputs_embeds"].clone()
         if x.shape[1] != length:
             return None
-        for (rows, columns, plan), hosts in zip(step.parts, step.hosts, strict=True):
+        for (rows, columns, plan), hosts in zip(step.parts, step.slots, strict=True):
             for b, (row, mine, host) in enumerate(zip(rows[:, 0], columns, hosts, strict=True)):
                 made = plan.matrix(dtype=torch.float32)[b] @ kwargs["inputs_embeds"][row, mine]
                 x[row, host[host >= 0]] = made[host >= 0]

@@ -10,12 +10,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from tokenreduce.core.auto import auto_of, chosen_for, is_auto, tell
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import list_methods, parse
 from tokenreduce.core.tuned import is_tuned, read_tuned
 from tokenreduce.core.undo import MARK, Undo, _patches, reducers_of
 
-__all__ = ["F", "M", "describe", "family_of", "kept_columns", "patch", "patched", "reduce_tokens", "twin", "unpatch"]
+__all__ = [
+    "F", "M", "describe", "family_of", "kept_columns", "patch", "patched", "reduce_tokens", "reducers_for", "twin",
+    "unpatch",
+]  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,6 +36,12 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     ``reducers`` are instances or text (``"tome:r=8+visionzip:keep=64"``), or the name of the ``tuned.json`` that
     ``tokenreduce tune`` wrote for a model of this family. The model may be a timm, open_clip or
     transformers model or any module that contains one.
+
+    ``"auto:flops=0.5"`` leaves the choice to the library: the methods that are best known at the stages that the model
+    has, at the budget that is estimated to reach the target on it. Targets are shares of the unreduced model:
+    ``flops=`` and ``ttft=`` (up to the first token; ``on=l4`` names the device), ``kv=``, ``tokens=``;
+    ``stages=[projector]`` narrows them. What it stands for and why is logged (logger ``tokenreduce``, standard error
+    where nobody listens), and :func:`describe` says it of the patched model.
 
     Pooled features and logits count every token by its size. Token sequences of ``model`` itself (``forward_features``,
     ``last_hidden_state``) are the tokens that are left, and so are outputs of single blocks, as a hook on them sees
@@ -61,27 +71,28 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
 
     Raises ``TypeError`` for a model without adapter, for models of timm, open_clip and transformers around a vision
     transformer whose reading of its tokens is not known (image/video language models outside the supported families
-    among them), and for code that reads tokens between blocks; ``ValueError`` for a patched model, no method, or
-    settings that the model cannot serve. The model is then unchanged.
+    among them), and for code that reads tokens between blocks; ``ValueError`` for a patched model, no method,
+    settings that the model cannot serve, and a target of ``auto:`` that nothing known reaches. The model is then
+    unchanged.
     """
-    from tokenreduce.adapters import attach, default_stage
+    from tokenreduce.adapters import attach
     from tokenreduce.adapters.encoders.block import Reduced
     from tokenreduce.core.compiled import fix, refuse_script
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
-    chosen = parse(*_read(model, reducers), stage=default_stage(model))
-    if not chosen:
-        raise ValueError(f"no method given; choose from {', '.join(list_methods())}")
     if any(MARK in m.__dict__ or isinstance(m, Reduced) for m in model.modules()):
         raise ValueError(
             "the model is patched already; call tr.unpatch(model) first (several methods go into one patch)"
         )
     if logits not in ("auto", "caller"):
         raise ValueError(f"logits={logits!r}: choose 'auto' or 'caller'")
+    chosen, note = reducers_for(model, *reducers)
+    if not chosen:
+        raise ValueError(f"no method given; choose from {', '.join(list_methods())}")
     for reducer in chosen:
         fix(reducer)
-    undo = Undo(chosen, model, logits=logits)
+    undo = Undo(chosen, model, logits=logits, note=note)
     try:
         undo.set(model, "__prepare_scriptable__", refuse_script)
         attach(model, chosen, undo)
@@ -92,9 +103,17 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     return model
 
 
-def _read(model: nn.Module, reducers: tuple[Reducer | str, ...]) -> list[Reducer | str]:
-    """``reducers`` with what stands in tuned files in their place."""
-    return [read_tuned(r, family_of(model)).reduce if is_tuned(r) else r for r in reducers]  # type: ignore[arg-type]
+def reducers_for(model: nn.Module, *reducers: Reducer | str) -> tuple[tuple[Reducer, ...], str]:
+    """What :func:`patch` would put into ``model``, and what ``auto:`` stood for, "" where there was none, which is also
+    logged. Texts may name tuned files. Raises what reading and choosing them raises."""
+    from tokenreduce.adapters import default_stage
+
+    if any(map(is_auto, reducers)):
+        found = chosen_for(model, reducers)
+        tell(found)
+        return found.reducers, str(found)
+    read = [read_tuned(r, family_of(model)).reduce if is_tuned(r) else r for r in reducers]  # type: ignore[arg-type]
+    return parse(*read, stage=default_stage(model)), ""
 
 
 def family_of(model: nn.Module) -> str:
@@ -152,7 +171,11 @@ def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F
     A factory may return the model alone or a tuple with the model in it (``open_clip.create_model_and_transforms``).
     ``logits`` is that of :func:`patch`.
     """
-    parse(*reducers)  # a mistake shows here, not at the first model
+    for given in reducers:  # a mistake shows here, not at the first model
+        if is_auto(given):
+            auto_of(str(given))
+        elif not is_tuned(given):
+            parse(given)
 
     def decorate(target: F) -> F:
         if isinstance(target, type) and issubclass(target, nn.Module):

@@ -91,7 +91,7 @@ class Ask:
 
 def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
     """Whether the stock attention is not enough: there is a bias to add or something to see."""
-    return bias is not None or any(need != "before" for need in needs)
+    return bias is not None or needs not in ((), ("before",))
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,7 @@ class Reduced:
             assert reducer is not None
             assert seen is not None
             x, state = self._reduce(site, reducer, x, state, seen, middle)
-        trace = active()
-        if trace is not None and where is None and site.entry is None:
+        if where is None and site.entry is None and (trace := active()) is not None:
             self._note(trace, site, None, x, None, state)
         collected = _collected()
         if collected is not None:
@@ -235,21 +234,29 @@ class Reduced:
         )  # fmt: skip
         return EncoderEvidence(
             x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,
-            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry, origin=state.origin,
+            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry,
+            origin=lambda: state.origin,
         )  # fmt: skip
 
     def _reduce(
         self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
     ) -> tuple[Tensor, State]:
         trace = active()
-        with nullcontext() if trace is None else trace.clock():
-            plan = planned(reducer, self._evidence(site, x, state, got, before))
-            if not plan.is_identity:
-                x, size = plan.reduce_both(x, state.size)
-                state = state.after(plan, reducer.size_power, size)
-        if trace is not None:
-            self._note(trace, site, reducer, x, plan, state)
+        if trace is None:
+            return self._acted(site, reducer, x, state, got, before)[:2]
+        with trace.clock():
+            x, state, plan = self._acted(site, reducer, x, state, got, before)
+        self._note(trace, site, reducer, x, plan, state)
         return x, state
+
+    def _acted(
+        self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
+    ) -> tuple[Tensor, State, Plan]:
+        plan = planned(reducer, self._evidence(site, x, state, got, before))
+        if not plan.is_identity:
+            x, size = plan.reduce_both(x, state.size)
+            state = state.after(plan, reducer.size_power, size)
+        return x, state, plan
 
     def _note(
         self, trace: Trace, site: Site, reducer: Reducer | None, x: Tensor, plan: Plan | None, state: State

@@ -222,8 +222,26 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     assert isinstance(tower, HFTower)
     assert tower.layout is not None
     module: Any = tower.module
-    layout, prefix = tower.layout, tower.prefix
+    layout = tower.layout
     attentions = [layout.attention_of(layer) for layer in tower.blocks]
+    _check_attentions(tower, layout, attentions)
+    if tower.reader is not None:
+        hf_video.check_head(tower.reader)
+    attach_tower(tower, reducers, undo)
+    _attach_attentions(tower, layout, attentions, undo)
+    undo.pre_hook(module, check_inputs)
+    if layout.found is not None:
+        undo.pre_hook(module, functools.partial(check_biased, biased=layout.found.recipe.biased))
+        attach_found(module, tower.blocks, layout.found, undo)
+    else:
+        _note_grid(tower, reducers, undo)
+        _attach_ends(tower, layout, undo)
+    for reducer in reducers:
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
+            attach_resize(tower, reducer, undo, flag=layout.found is not None or layout.flag)
+
+
+def _check_attentions(tower: Tower, layout: Family, attentions: list[Any]) -> None:
     for attn in attentions:
         refuse_own(attn)
         refuse_patched(type(attn))
@@ -232,9 +250,10 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
                 f"{tower.family}: attention class {type(attn).__name__} is not supported; "
                 f"supported: {layout.attention.__name__}"
             )
-    if tower.reader is not None:
-        hf_video.check_head(tower.reader)
-    attach_tower(tower, reducers, undo)
+
+
+def _attach_attentions(tower: Tower, layout: Family, attentions: list[Any], undo: Undo) -> None:
+    """Let attention modules tell what they see."""
     copies: dict[int, Any] = {}
     for attn in attentions:
         core: Any = getattr(attn, "attention", attn)
@@ -252,17 +271,13 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
                 )
             refuse_patched(kind)
             undo.swap_class(core, layout.core[1])
-    undo.pre_hook(module, check_inputs)
-    if layout.found is not None:
-        undo.pre_hook(module, functools.partial(check_biased, biased=layout.found.recipe.biased))
-        attach_found(module, tower.blocks, layout.found, undo)
-        for reducer in reducers:
-            if reducer.acting_position() == "input" and not reducer.drops_at_input:
-                attach_resize(tower, reducer, undo, flag=True)
-        return
-    _note_grid(tower, reducers, undo)
+
+
+def _attach_ends(tower: HFTower, layout: Family, undo: Undo) -> None:
+    """What stands behind the layers of a known tower: norms, heads, and who reads its tokens."""
+    module: Any = tower.module
     if isinstance(module, BACKBONES):
-        _attach_backbone(module, layout, prefix, undo)
+        _attach_backbone(module, layout, tower.prefix, undo)
     elif layout.norm is not None and getattr(module, layout.norm) is not None:
         undo.hook(getattr(module, layout.norm), carry_state)
     head = getattr(module, "head", None)
@@ -274,10 +289,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
         undo.pre_hook(attention, weigh_keys)
     if tower.reader is not None and tower.how:
         undo.pre_hook(tower.reader, wish)
-        undo.hook(module, functools.partial(regroup, how=tower.how, prefix=prefix))
-    for reducer in reducers:
-        if reducer.acting_position() == "input" and not reducer.drops_at_input:
-            attach_resize(tower, reducer, undo, flag=layout.flag)
+        undo.hook(module, functools.partial(regroup, how=tower.how, prefix=tower.prefix))
 
 
 def _note_grid(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:

@@ -94,6 +94,10 @@ class Call:
         self.values: Tensor | None = None
         self.rotated: tuple[Tensor, Tensor] | None = None
 
+    def note(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """What the attention function was given, (B,H,N,d) each."""
+        self.queries, self.keys, self.values = queries, keys, values
+
 
 @contextmanager
 def calling(call: Call | None) -> Iterator[None]:
@@ -145,7 +149,7 @@ def attend(
             where = call.take[:, None, :, None]
             key, value = (t.gather(2, where.expand(-1, t.shape[1], -1, t.shape[-1])) for t in (key, value))
         if call.record:
-            call.queries, call.keys, call.values = query, key, value
+            call.note(query, key, value)
         if call.only:
             raise Seen
         if call.select is not None:

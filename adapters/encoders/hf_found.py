@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.handing import whole
 from tokenreduce.adapters.encoders.hf_reading import read
 from tokenreduce.adapters.encoders.hf_structure import PLACES, RECIPE, ROTARY, BiasedLayer, Recipe, StructuredLayer
+from tokenreduce.adapters.encoders.packed_layout import keeps, packs
 from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.state import Entry, carry_state, known, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
@@ -100,6 +101,7 @@ def is_tower(module: Any) -> bool:
         and hasattr(getattr(module, "config", None), "patch_size")
         and _pixels(module) is not None
         and layers_in(module) is not None
+        and not packs(module)
     )
 
 
@@ -114,8 +116,6 @@ def odd(module: Any) -> str | None:
         why = "a hierarchical model lays its tokens out on a grid between stages, so single tokens cannot go"
     elif any(hasattr(config, n) for n in ("global_attn_indexes", "window_block_indices")):
         why = "its blocks attend in windows of a map of rows and columns, so single tokens cannot go"
-    elif hasattr(module, "patch_conv") and hasattr(module, "transformer"):
-        why = "it packs the images of a batch into one row, so a plan per image has nowhere to act"
     else:
         return None
     return f"{type(module).__name__} is not supported: {why}"
@@ -164,7 +164,12 @@ def _look(module: Any) -> Found:
         raise TypeError(f"{kind} is not supported: {one.shape[1]} tokens that are not {sides} patches behind a prefix")
     flag = "interpolate_pos_encoding" in inspect.signature(type(module.embeddings).forward).parameters
     free = not {ROTARY, PLACES}.intersection(recipe.arguments) and not recipe.biased
-    return Found(path, recipe, prefix, grid if ordered else None, _tail(module, trial, one), flag and free and ordered)
+    tail = _tail(module, trial, one)
+    if tail == "inside" and (kept := keeps(module, path.rpartition(".")[2])) is not None:
+        raise TypeError(
+            f"{kind} is not supported: between its layers it does '{kept}', of tokens that may be fewer there"
+        )
+    return Found(path, recipe, prefix, grid if ordered else None, tail, flag and free and ordered)
 
 
 # -- trying ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.hf_layers import Context
 from tokenreduce.adapters.encoders.hf_structure import (
     PLACES,
+    QUERIES,
     RECIPE,
     ROTARY,
     SHARED,
@@ -34,21 +35,22 @@ from tokenreduce.adapters.encoders.hf_structure import (
 from tokenreduce.core.mixing import mixed, parts
 from tokenreduce.core.undo import Undo
 
-__all__ = ["read"]
+__all__ = ["TOKENS", "Reading", "UnlikeError", "read"]
 
-_TOKENS = 6
+TOKENS = 6
 
 
-def read(layer: nn.Module, family: str, biased: bool = False) -> Recipe:
-    """The recipe of a stock ``layer``; ``biased`` says that a bias by relative position reaches its attention.
+def read(layer: nn.Module, family: str, biased: bool = False, reading: type[Reading] | None = None) -> Recipe:
+    """The recipe of a stock ``layer``; ``biased`` says that a bias by relative position reaches its attention,
+    ``reading`` how its tokens come.
 
     Raises ``TypeError`` for a layer that computes in another way, with what was different.
     """
     kind = type(layer).__name__
     try:
-        recipe = _Reading(_trial(layer)).recipe()
+        recipe = (reading or Reading)(trial_of(layer)).recipe()
         return replace(recipe, biased=biased)
-    except _UnlikeError as odd:
+    except UnlikeError as odd:
         raise TypeError(f"{family}: {kind} is not supported: {odd}") from None
     except Exception as error:
         raise TypeError(
@@ -57,11 +59,11 @@ def read(layer: nn.Module, family: str, biased: bool = False) -> Recipe:
         ) from error
 
 
-class _UnlikeError(Exception):
+class UnlikeError(Exception):
     """What of a layer is not as layers are."""
 
 
-def _trial(layer: nn.Module) -> nn.Module:
+def trial_of(layer: nn.Module) -> nn.Module:
     """A copy of ``layer`` on the CPU in float32 with random weights, none of them zero or small."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     kept: dict[int, Any] = {}
@@ -90,7 +92,7 @@ def _trial(layer: nn.Module) -> nn.Module:
     return trial
 
 
-class _Reading:
+class Reading:
     """One run of a layer: what each child was called on and gave."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -99,7 +101,7 @@ class _Reading:
         signature = inspect.signature(type(layer).forward)
         names = list(signature.parameters)[1:]
         if names[:1] != ["hidden_states"]:
-            raise _UnlikeError(f"its forward takes {', '.join(names)}")
+            raise UnlikeError(f"its forward takes {', '.join(names)}")
         kinds = inspect.Parameter
         self.open = any(p.kind is kinds.VAR_KEYWORD for p in signature.parameters.values())
         self.arguments = tuple(
@@ -107,24 +109,34 @@ class _Reading:
         )
         attention = [(n, m) for n, m in layer.named_children() if _attends(m)]
         if len(attention) != 1:
-            raise _UnlikeError(f"it has {len(attention)} attention modules whose queries and keys can be seen")
+            raise UnlikeError(f"it has {len(attention)} attention modules whose queries and keys can be seen")
         self.name, self.attn = attention[0]
         self.core: Any = core_of(self.attn)
         self.width = int(_norm_width(layer, self.core))
         generator = torch.Generator().manual_seed(1)
+        self.x = self._tokens(generator)
+        self.given = self._given(generator)
+        needs = (n for n in self.arguments if signature.parameters[n].default is inspect.Parameter.empty)
+        if missing := [n for n in needs if n not in self.given]:
+            raise UnlikeError(f"it needs {', '.join(missing)}")
+
+    def _tokens(self, generator: torch.Generator) -> Tensor:
+        """Tokens to run the layer on."""
         # Laid out as convolutions leave it: a sum is laid out as its first term, and some kernels sum in that order.
-        self.x = torch.randn(2, self.width, _TOKENS, generator=generator).transpose(1, 2)
+        return torch.randn(2, self.width, TOKENS, generator=generator).transpose(1, 2)
+
+    def _given(self, generator: torch.Generator) -> dict[str, Any]:
+        """What the layer is given besides."""
         given: dict[str, Any] = {"attention_mask": None} if "attention_mask" in self.arguments else {}
-        if ROTARY in self.arguments or ROTARY in inspect.signature(type(self.attn).forward).parameters:
-            angle = torch.rand(_TOKENS, _head_dim(self.core) // 2, generator=generator)
+        if ROTARY in self.arguments or ROTARY in self._asks():
+            angle = torch.rand(TOKENS, _head_dim(self.core) // 2, generator=generator)
             angle = torch.cat([angle, angle], -1)
             given[ROTARY] = (angle.cos(), angle.sin())
-        missing = [
-            n for n in self.arguments if n not in given and signature.parameters[n].default is inspect.Parameter.empty
-        ]
-        if missing:
-            raise _UnlikeError(f"it needs {', '.join(missing)}")
-        self.given = given
+        return given
+
+    def _asks(self) -> Any:
+        """What the attention takes, by name."""
+        return inspect.signature(inspect.unwrap(type(self.attn).forward)).parameters
 
     @torch.no_grad()
     def recipe(self) -> Recipe:
@@ -163,7 +175,7 @@ class _Reading:
         """How the attention is called."""
         keyword = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.shape == self.x.shape), None)
         if (keyword is None) == (not args):
-            raise _UnlikeError("its attention is called without its tokens")
+            raise UnlikeError("its attention is called without its tokens")
         mask = "keyword" if "attention_mask" in kwargs else "position" if len(args) > 1 and args[1] is None else None
         if mask == "position" and "attention_mask" not in self.arguments:
             mask = None
@@ -176,54 +188,16 @@ class _Reading:
 
     def _steps(self, want: Tensor) -> tuple[Tensor, list[tuple[str, str]], list[tuple[str, str]]]:
         """The middle of the layer, and the steps of both branches, from what children were called on."""
-        scales = [n for n, p in self.layer.named_parameters(recurse=False) if p.shape[-1:] == self.x.shape[-1:]]
-        found: list[list[tuple[str, str]]] = []
-        start, now = self.x, self.x
-        steps: list[tuple[str, str]] = []
-
-        def settle(wanted: Tensor) -> None:
-            """Steps between children that make ``wanted`` of what was last computed."""
-            nonlocal start, now, steps
-            for chain in ((), *((n,) for n in scales)):
-                y = now
-                for n in chain:
-                    y = getattr(self.layer, n) * y
-                if torch.equal(y, wanted):
-                    steps += [("times", n) for n in chain]
-                    now = wanted
-                    return
-                if not steps or y.shape != start.shape:
-                    continue
-                for kind, made in (("add", y + start), ("onto", start + y)):
-                    if not _alike(made, wanted):
-                        continue
-                    found.append([*steps, *(("times", n) for n in chain), (kind, "")])
-                    steps, start, now = [], wanted, wanted
-                    return
-            raise _UnlikeError("something other than norms, scales, residuals, attention and MLP happens to its tokens")
-
+        walk = _Walk(self.layer, self.x)
         for name, args, kwargs, output in self.events:
-            tensors = [a for a in (*args, *kwargs.values()) if _tokens(a, self.x)]
+            tensors = [a for a in (*args, *kwargs.values()) if _are_tokens(a, self.x)]
             if not tensors:
-                raise _UnlikeError(f"its part {name} is called on something else than its tokens")
-            settle(tensors[0])
-            now = output[0] if isinstance(output, tuple) else output
-            if not _tokens(now, self.x):
-                raise _UnlikeError(f"its part {name} returns something else than as many tokens")
-            if len(tensors) > 1 and name != self.name:
-                if not torch.equal(tensors[1], start):
-                    raise _UnlikeError(f"its part {name} is called on tokens of two kinds")
-                found.append([*steps, ("close", name)])
-                steps, start = [], now
-            else:
-                steps.append(("call", name))
-        if steps:
-            settle(want)
-        elif not torch.equal(now, want):
-            raise _UnlikeError("it changes its tokens behind its MLP")
+                raise UnlikeError(f"its part {name} is called on something else than its tokens")
+            walk.call(name, tensors, output, closes=name != self.name)
+        found = walk.end(want)
         if len(found) != 2 or not any(n == self.name for _, n in found[0]):
-            raise _UnlikeError(f"it has {len(found)} residual branches, not one of attention and one behind it")
-        return start, found[0], found[1]
+            raise UnlikeError(f"it has {len(found)} residual branches, not one of attention and one behind it")
+        return walk.start, found[0], found[1]
 
     # -- checking
     def _checked(self, recipe: Recipe, want: Tensor) -> Recipe:
@@ -234,7 +208,7 @@ class _Reading:
         try:
             context = Context(None, {k: v for k, v in self.given.items() if k != "attention_mask"})
             if not torch.equal(self._both(context, self.x, None), want):
-                raise _UnlikeError("computing by its parts gives something else")
+                raise UnlikeError("computing by its parts gives something else")
             for carries in ("mask", "keyword", "context"):
                 if carries == "mask" and recipe.mask is None:
                     continue
@@ -243,14 +217,14 @@ class _Reading:
                     return done
         finally:
             del layer.__dict__[RECIPE]
-        raise _UnlikeError(
+        raise UnlikeError(
             "its attention does not look its function up in transformers' registry, or takes no mask there"
         )
 
     def _both(self, context: Context, x: Tensor, bias: Tensor | None, needs: tuple[str, ...] = ()) -> Tensor:
         got = self.layer._attention(x, bias, needs, context)
         if needs and (got.keys is None or got.keys.dim() != 4 or got.keys.shape[2] != x.shape[1]):
-            raise _UnlikeError("its attention shows no keys of single tokens")
+            raise UnlikeError("its attention shows no keys of single tokens")
         return self.layer._feed_forward(self.layer._residual(x, got.out))
 
     def _carried(self, recipe: Recipe, context: Context, want: Tensor) -> Recipe | None:
@@ -262,7 +236,7 @@ class _Reading:
         if not torch.equal(seen, want):
             return None
         odd, left = 2, torch.tensor([0, 1, 3, 4, 5])
-        hidden = torch.zeros(1, 1, 1, _TOKENS)
+        hidden = torch.zeros(1, 1, 1, TOKENS)
         hidden[..., odd] = float("-inf")
         tables = context.kwargs.get(ROTARY)
         cut: dict[str, Any] = {} if tables is None else {ROTARY: tuple(t[left] for t in tables)}
@@ -275,9 +249,64 @@ class _Reading:
             masked = self._both(Context(None, {**context.kwargs, **more}, plain=False), self.x, hidden)[:, left]
             if torch.allclose(masked, fewer, rtol=1e-3, atol=1e-4 * float(fewer.abs().max())):
                 return made
-        raise _UnlikeError(
+        raise UnlikeError(
             "hiding a token from its attention is something else than leaving it out (it counts places by itself)"
         )
+
+
+class _Walk:
+    """Follows the tokens of a layer through its parts: the ``start`` of a residual branch, what they are ``now``, the
+    branch's ``steps`` so far, and the branches ``found``."""
+
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        self.layer, self.x, self.start, self.now = layer, x, x, x
+        self.scales = [n for n, p in layer.named_parameters(recurse=False) if p.shape[-1:] == x.shape[-1:]]
+        self.steps: list[tuple[str, str]] = []
+        self.found: list[list[tuple[str, str]]] = []
+
+    def call(self, name: str, tensors: list[Tensor], output: Any, closes: bool) -> None:
+        """The part ``name`` was called on ``tensors``; two of them close a branch, where it may do that."""
+        self._settle(tensors[0])
+        self.now = output[0] if isinstance(output, tuple) else output
+        if not _are_tokens(self.now, self.x):
+            raise UnlikeError(f"its part {name} returns something else than as many tokens")
+        if len(tensors) == 1 or not closes:
+            self.steps.append(("call", name))
+            return
+        if not torch.equal(tensors[1], self.start):
+            raise UnlikeError(f"its part {name} is called on tokens of two kinds")
+        self.found.append([*self.steps, ("close", name)])
+        self.steps, self.start = [], self.now
+
+    def end(self, want: Tensor) -> list[list[tuple[str, str]]]:
+        """The branches of a layer that returns ``want``."""
+        if self.steps:
+            self._settle(want)
+        elif not torch.equal(self.now, want):
+            raise UnlikeError("it changes its tokens behind its MLP")
+        return self.found
+
+    def _settle(self, wanted: Tensor) -> None:
+        """Steps between children that make ``wanted`` of what was last computed."""
+        for chain in ((), *((n,) for n in self.scales)):
+            y = self.now
+            for n in chain:
+                y = getattr(self.layer, n) * y
+            scaled = [("times", n) for n in chain]
+            if torch.equal(y, wanted):
+                self.steps += scaled
+                self.now = wanted
+                return
+            if self.steps and y.shape == self.start.shape and (kind := self._added(y, wanted)) is not None:
+                self.found.append([*self.steps, *scaled, (kind, "")])
+                self.steps, self.start, self.now = [], wanted, wanted
+                return
+        raise UnlikeError("something other than norms, scales, residuals, attention and MLP happens to its tokens")
+
+    def _added(self, y: Tensor, wanted: Tensor) -> str | None:
+        """How the branch ``y`` and its start make ``wanted``."""
+        sums = (("add", y + self.start), ("onto", self.start + y))
+        return next((kind for kind, made in sums if _alike(made, wanted)), None)
 
 
 def _alike(one: Tensor, two: Tensor) -> bool:
@@ -285,8 +314,8 @@ def _alike(one: Tensor, two: Tensor) -> bool:
     return one.stride() == two.stride() and torch.equal(one, two)
 
 
-def _tokens(value: Any, x: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == x.shape[:2]
+def _are_tokens(value: Any, x: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() == x.dim() and value.shape[:-1] == x.shape[:-1]
 
 
 def _attends(module: nn.Module) -> bool:
@@ -294,7 +323,7 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _norm_width(layer: nn.Module, core: Any) -> int:
-    first = next(getattr(core, n) for n in ("q_proj", "query", "qkv") if hasattr(core, n))
+    first = next(getattr(core, n) for n in QUERIES if hasattr(core, n))
     return int(first.in_features)
 
 

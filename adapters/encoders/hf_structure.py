@@ -20,6 +20,7 @@ from tokenreduce.core.undo import Undo
 
 __all__ = [
     "PLACES",
+    "QUERIES",
     "RECIPE",
     "ROTARY",
     "SHARED",
@@ -35,6 +36,8 @@ __all__ = [
 RECIPE = "_tokenreduce_recipe"
 #: Arguments of layers that say where tokens stand: rotary tables, and the places themselves.
 ROTARY, PLACES = "position_embeddings", "position_mask"
+#: Names of what makes queries.
+QUERIES = ("q_proj", "query", "qkv", "q")
 #: The name of biases by relative position, of layers and among their arguments.
 SHARED = "relative_position_bias"
 
@@ -57,6 +60,7 @@ class Recipe:
         several: how many values the layer returns behind its tokens in a tuple, None where it returns the tokens alone.
         turn: how the attention rotates by its tables: "halves" or "pairs", None where it gets none.
         biased: whether a bias by relative position is added to its logits.
+        flat: whether its parts run on rows (P,C) without a batch.
     """
 
     before: tuple[tuple[str, str], ...]
@@ -72,6 +76,7 @@ class Recipe:
     several: int | None = None
     turn: str | None = None
     biased: bool = False
+    flat: bool = False
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------------
@@ -339,4 +344,4 @@ def core_of(attn: Any) -> Any:
 
 
 def projects(module: Any) -> bool:
-    return any(isinstance(getattr(module, n, None), nn.Module) for n in ("q_proj", "query", "qkv"))
+    return any(isinstance(getattr(module, n, None), nn.Module) for n in QUERIES)

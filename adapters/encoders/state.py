@@ -50,7 +50,7 @@ class State:
     ``proportional`` the power of their sizes by which keys count, 0 where they do not.
     """
 
-    __slots__ = ("entry", "grid", "origin", "plans", "proportional", "size", "valid")
+    __slots__ = ("_before", "_origin", "entry", "grid", "plans", "proportional", "size", "valid")
 
     def __init__(
         self,
@@ -65,19 +65,31 @@ class State:
         self.entry = entry
         self.size = size
         self.valid = valid
-        self.origin = origin
+        self._origin = origin
+        self._before: State | None = None  # the state in front of the last plan, until somebody asks for the origin
         self.plans = plans
         self.proportional = proportional
         self.grid = grid
+
+    @property
+    def origin(self) -> Tensor | None:
+        """(B,N) number of the token at the entry in whose place each one is; None where none has left. Few ask."""
+        before = self._before
+        if before is not None:
+            plan, earlier = self.plans[-1], before.origin
+            self._origin = plan.representatives() if earlier is None else plan.gather(earlier)
+            self._before = None
+        return self._origin
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """(B,1,1,N) to add to attention logits: log size where it counts, -inf for slots that are not there."""
         if self.size is None or not (self.proportional or self.valid is not None):
             return None
-        bias = power_of(self.size.float().log(), self.proportional)
+        rows = (-1, 1, 1, self.size.shape[1])
+        bias = power_of(self.size.float().view(rows).log(), self.proportional)
         if self.valid is not None:
-            bias = bias.masked_fill(~self.valid, float("-inf"))
-        return bias.to(dtype)[:, None, None]
+            bias = bias.masked_fill(~self.valid.view(rows), float("-inf"))
+        return bias.to(dtype)
 
     def patches(self, x: Tensor, prefix: int) -> int:
         """How many of the tokens ``x`` (B,N,C) are there and not protected, over all rows."""
@@ -99,9 +111,10 @@ class State:
             valid = size > 0
         if size is None and valid is not None:
             size = valid.float()
-        origin = plan.representatives() if self.origin is None else plan.gather(self.origin)
         proportional = proportional or self.proportional
-        return State(self.entry, size, valid, origin, (*self.plans, plan), proportional, self.grid)
+        state = State(self.entry, size, valid, None, (*self.plans, plan), proportional, self.grid)
+        state._before = self
+        return state
 
 
 # -- on the tensor -----------------------------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def project(attn: nn.Module, x: Tensor, rope: Tensor | None) -> Attended:
 def _heads(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Queries, keys, values (B,H,N,d), with as many heads of each, and queries and keys behind RoPE."""
     q, k, v = _qkv(attn, x)
+    if isinstance(attn, Attention):  # as many heads of each, and no rotation
+        return q, k, v, None
     rotated = None
     if rope is not None:
         turned = _rotate(attn, q, k, v, rope)
@@ -83,6 +85,9 @@ def _heads(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, T
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys (after qk-norm, before RoPE) and values, (B,H,N,d); kv heads as they are."""
     b, n, _ = x.shape
+    if isinstance(attn, Attention):
+        q, k, v = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return attn.q_norm(q), attn.k_norm(k), v
     if getattr(attn, "qkv", None) is not None:
         if getattr(attn, "q_bias", None) is None:
             qkv = attn.qkv(x)
@@ -124,9 +129,10 @@ def scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn: Any) -> T
 
 def _close(attn: Any, heads: Tensor, x: Tensor) -> Tensor:
     """Heads (B,H,N,d) to the attention module's output (B,N,C)."""
-    gate = attn.gate(x).sigmoid() if getattr(attn, "gate", None) is not None else None
+    parts = attn._modules  # what a class does not have costs an exception to ask a module for
+    gate = attn.gate(x).sigmoid() if parts.get("gate") is not None else None
     out = heads.transpose(1, 2).flatten(2)
-    out = attn.norm(out) if hasattr(attn, "norm") else out
+    out = attn.norm(out) if "norm" in parts else out
     if gate is not None:
         out = out * gate
     return attn.proj_drop(attn.proj(out))

@@ -15,29 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.generation import Run, attach_run, run_of
+from tokenreduce.adapters.language.generation import Generation, attach_generation, generation_of
 
-__all__ = ["forget_run", "keep_run"]
+__all__ = ["forget_generation", "keep_generation"]
 
 
-def keep_run(cache: Any, run: Run) -> None:
-    """Let ``cache`` belong to ``run`` from now on."""
-    attach_run(cache, run)
+def keep_generation(cache: Any, generation: Generation) -> None:
+    """Let ``cache`` belong to ``generation`` from now on."""
+    attach_generation(cache, generation)
     for name, asked in _ASKED.items():
         setattr(cache, name, functools.partial(asked, cache))
 
 
-def forget_run(cache: Any) -> None:
-    """Undo :func:`keep_run`, for a cache that was emptied and now takes another prompt."""
-    attach_run(cache, None)
+def forget_generation(cache: Any) -> None:
+    """Undo :func:`keep_generation`, for a cache that was emptied and now takes another prompt."""
+    attach_generation(cache, None)
     for name in _ASKED:
         vars(cache).pop(name, None)
 
 
 def seen(cache: Any, layer_idx: int = 0) -> Any:
     """``cache.get_seq_length``: columns that were given, dropped ones included."""
-    slots, run = type(cache).get_seq_length(cache, layer_idx), run_of(cache)
-    return slots if run is None or not int(slots) else run.columns(slots, _counting(cache, layer_idx))
+    slots, generation = type(cache).get_seq_length(cache, layer_idx), generation_of(cache)
+    if generation is None or not int(slots):
+        return slots
+    return generation.columns.given(slots, _counting(cache, layer_idx))
 
 
 def _counting(cache: Any, layer: int) -> int:
@@ -68,60 +70,47 @@ def crop(cache: Any, number: int) -> None:
     Releases that take a positive ``number`` mean how many columns are left. Raises ``ValueError`` where the rows of a
     batch hold unequal numbers of the columns that go.
     """
-    run = run_of(cache)
-    if run is not None:
-        run.given = min(run.given, int(seen(cache)) + number if number <= 0 else number)
-    if run is None or (number > 0 and "tokens_to_remove" in inspect.signature(type(cache).crop).parameters):
+    generation = generation_of(cache)
+    if generation is not None:
+        positions = generation.positions
+        positions.given = min(positions.given, int(seen(cache)) + number if number <= 0 else number)
+    if generation is None or (number > 0 and "tokens_to_remove" in inspect.signature(type(cache).crop).parameters):
         type(cache).crop(cache, number)
         return
-    past, again = int(seen(cache)), run.again
+    past = int(seen(cache))
     left = max(past + number, 0) if number <= 0 else min(number, past)
-    known = {} if again is None else {i: slots_before(run, i, columns, left) for i, columns in again.slots.items()}
-    gone = []
-    for i in range(len(cache.layers)):
-        since = None if again is None else again.revived_at(i)
-        if again is None or since is None:
-            gone.append(run.slots_behind(i, left, past))
-        else:
-            gone.append(again.slots[since].shape[1] - known[since])
+    gone = [generation.columns.slots_behind(i, left, past) for i in range(len(cache.layers))]
     for layer, n in zip(cache.layers, gone, strict=True):
         layer.crop(-n)
     if left < past:
-        if again is not None:
-            again.crop(left, known)
-        run.crop(left)
+        generation.crop(left)
 
 
 def update(cache: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
     """``cache.update``. Raises ``ValueError`` for a model without our hooks, which would take slots for columns."""
-    run = run_of(cache)
-    if run is not None and run.reduced and layer_idx == 0 and not torch.compiler.is_compiling():
-        held = int(type(cache).get_seq_length(cache, 0))
-        if held and run.columns(held + keys.shape[2]) > run.given:
-            raise ValueError(
-                f"this cache holds a prompt that {run.methods} reduced, and this model is not patched with that (any "
-                f"more); patch it as it was, or give the whole prompt again without the cache"
-            )
+    generation = generation_of(cache)
+    if generation is not None and layer_idx == 0 and not torch.compiler.is_compiling():
+        check_given(cache, generation, keys.shape[2])
     return type(cache).update(cache, keys, values, layer_idx, *args, **kwargs)
+
+
+def check_given(cache: Any, generation: Generation, new: int) -> None:
+    """Raise ``ValueError`` for ``new`` tokens of which no hook of ours knows."""
+    columns = generation.columns
+    held = int(type(cache).get_seq_length(cache, 0)) if columns.reduced else 0
+    if held and columns.given(held + new) > generation.positions.given:
+        raise ValueError(
+            f"this cache holds a prompt that {columns.chosen_by} reduced, and this model is not patched with that (any "
+            f"more); patch it as it was, or give the whole prompt again without the cache"
+        )
 
 
 def reorder_cache(cache: Any, beam_idx: Tensor) -> None:
     """``cache.reorder_cache``: what is remembered follows the beams, too."""
     type(cache).reorder_cache(cache, beam_idx)
-    run = run_of(cache)
-    if run is not None:
-        run.reorder(beam_idx)
-
-
-def slots_before(run: Run, layer: int, columns: Tensor, left: int) -> int:
-    """How many slots of ``layer``, where tokens came back and which has ``columns`` (B,S), were filled when it held the
-    first ``left`` columns. What came back with a later token goes with that, and may come back again."""
-    new = ((columns >= run.length) & (columns < left)).any(0).nonzero()
-    if len(new):
-        return int(new[-1]) + 1
-    cut = run.cut_at(layer)
-    held = run.length if cut is None else cut.index.shape[1]
-    return held - (run.slots_behind(layer, left, run.length) if left < run.length else 0)
+    generation = generation_of(cache)
+    if generation is not None:
+        generation.reorder(beam_idx)
 
 
 _ASKED: dict[str, Callable[..., Any]] = {

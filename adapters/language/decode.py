@@ -1,215 +1,214 @@
-"""Decode steps in which a method chooses again: which cached tokens the new token sees, and tokens that come back.
+"""Decode steps in which a method chooses again: what it is shown, what it chose, and what it remembers.
 
 Before its layer, a method is asked in every decode step with the attention that the new token paid in the layer
-before (``Reducer.decode_mode``). From there to its next layer, attention is over the tokens that it left: their keys
-and values are gathered from the cache, which stays complete. A token whose keys the caches of those layers lack,
-because an earlier choice let it go, comes back where the method says so: its features were set aside when it went, run
-through the layers beside the new token at its own position, and its keys are appended to the caches, so that it passes
-each layer at most once.
-
-Tokens are named by columns: those of the prompt, then one for every token behind it. Caches hold them in the order in
-which they came, so once tokens came back, :class:`Again` knows which column each slot has.
+before (``Reducer.decode_mode``). From there to its next layer, attention is over the tokens that it left
+(:mod:`tokenreduce.adapters.language.steps.show_choice`): their keys and values are gathered from the cache, which stays
+complete. Tokens that an earlier choice let go are left alone
+(:mod:`~tokenreduce.adapters.language.steps.hide`) or come back
+(:mod:`~tokenreduce.adapters.language.steps.revive`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.encoders.hf_attention import CALL, Call, implementation, softcap_of
-from tokenreduce.adapters.language.again import REMEMBERED, Pick, Site, columns_of_slots, real_columns
-from tokenreduce.adapters.language.decoders import needs_ids
-from tokenreduce.adapters.language.generation import KEYWORD, Run, Step, cache_in
-from tokenreduce.adapters.language.later import columns_of_mask
-from tokenreduce.adapters.language.revive import come_back
+from tokenreduce.adapters.encoders.hf_attention import Call, implementation, softcap_of
+from tokenreduce.adapters.language.indices import ColumnIndex
+from tokenreduce.adapters.language.records import Recorded
+from tokenreduce.adapters.language.site import LayerCall
+from tokenreduce.adapters.language.state import Record
 from tokenreduce.core.evidence import Attention, Earlier, LanguageEvidence, Prompt
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import DecodeStep, active
 
-__all__ = ["choose_again", "last_only"]
+__all__ = ["Asker", "Choice", "SeenColumns", "check_decode", "chooses", "note_choice"]
+
+#: Steps that are remembered for when a cache is cropped: more than drafts have tokens.
+REMEMBERED = 32
 
 
-def choose_again(
-    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int, site: Site
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before a decoder layer, in front of what makes masks: in decode, ask the method and show the layer
-    the keys of what it left. The layer then has a :class:`Call`, and needs no other mask."""
-    step: Step | None = kwargs.get(KEYWORD)
-    if step is None or step.prefill or step.run.again is None:
-        return None
-    run, x, cache = step.run, args[0], cache_in(kwargs)
-    run.check_batch(x.shape[0])
-    if step.new > 1:
-        return _turn(layer, args, kwargs, step, index, site)
-    if step.masked:
+@dataclass(frozen=True, eq=False)
+class EarlierStep:
+    """A decode step: the new token's ``column``, its ``attention`` (B,L), mean over heads, and the columns (B,L) of the
+    prompt that it left, ``stay``."""
+
+    column: int
+    attention: Tensor
+    stay: Tensor
+
+
+@dataclass
+class EarlierSteps(Record):
+    """By layer: the decode steps before, the last one last, as many as drafts may take back."""
+
+    steps: list[EarlierStep] = field(default_factory=list)
+
+    def crop(self, left: int) -> None:
+        self.steps = [s for s in self.steps if s.column < left]
+
+    def reorder(self, rows: Tensor) -> None:
+        self.steps = [EarlierStep(s.column, s.attention[rows], s.stay[rows]) for s in self.steps]
+
+
+@dataclass
+class Choice(Record):
+    """By layer: the choice that holds from there on in one decode step, ``live`` (B,C) of all columns. Tokens that came
+    ``back`` (B,R) are in front of the new one, with rotary ``tables`` of all; ``before`` (B,S) is what the cache held
+    then. Both are None where nothing can come back."""
+
+    live: Tensor
+    back: ColumnIndex | None = None
+    tables: tuple[Tensor, ...] | None = None
+    before: ColumnIndex | None = None
+    #: What layers with the same slots show, by their cut.
+    shown: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SeenColumns(Record):
+    """By layer: the ``columns`` (B,K) whose keys the new token saw there."""
+
+    columns: ColumnIndex
+
+
+def chooses(call: LayerCall) -> bool:
+    """Whether this is a decode step in which methods choose. Raises ``ValueError`` for a cache that has other rows now,
+    and for a mask that says by itself what the new token sees."""
+    if call.prefill or not call.columns.revived:
+        return False
+    call.columns.check_batch(call.x.shape[0])
+    if call.forward.phase != "decode":
+        return False
+    if call.forward.masked:
         raise ValueError(
             "attention_mask says by itself what a new token sees, where a method on this model chooses that in every "
             "decode step; give a padding mask (batch, tokens), or leave that method out"
         )
-    if site.method is not None:
-        with torch.no_grad():
-            x = _choose(layer, x, step, index, site, cache, kwargs["position_embeddings"])
-    pick = None if site.since is None else step.picks.get(site.since)
-    if pick is None:
-        return None if x is args[0] else ((x, *args[1:]), kwargs)
-    take, mask, columns = _shown(run, pick, index, cache)
-    if mask is not None:
-        name = implementation(layer.self_attn)
-        if "flash" in name:
-            mask = mask[:, 0, 0]
-        elif name == "eager":
-            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-    call = Call(mask, record=site.reads, take=take)
-    kwargs = {**kwargs, "attention_mask": mask, "position_ids": _ids(layer, kwargs), CALL: call}
-    if pick.tables is not None:
-        kwargs["position_embeddings"] = pick.tables
-    if site.reads:
-        run.calls[index], step.columns[index] = call, columns
-    return (x, *args[1:]), kwargs
+    return True
 
 
-def last_only(step: Step, output: Any) -> Any:
-    """What the last layer returns: what came back is in the caches; the model goes on with the new token alone."""
-    if step.prefill or step.new > 1:
-        return output
-    if isinstance(output, tuple):
-        return (output[0][:, -1:], *output[1:]) if output[0].shape[1] > 1 else output
-    return output[:, -1:] if output.shape[1] > 1 else output
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a method answers in a decode step: ``live`` (B,C) of all columns, and whether that is ``everything`` that it
+    was shown."""
+
+    live: Tensor
+    everything: bool
 
 
-def _choose(
-    layer: Any, x: Tensor, step: Step, index: int, site: Site, cache: Any, tables: tuple[Tensor, ...]
-) -> Tensor:
-    """Ask ``site.method``, note its choice in ``step.picks``, and give what enters the layer: ``x`` (B,Q,C), the new
-    token last, with the tokens that come back instead of those that came back before another layer."""
-    run, method = step.run, site.method
-    assert method is not None
-    assert run.again is not None
-    total = run.columns(int(cache.layers[0].get_seq_length()))
-    call = run.calls.pop(index - 1)
-    filled = int(cache.layers[index - 1].get_seq_length())
-    shown = step.columns.pop(index - 1, None)
-    if shown is None:
-        shown = columns_of_slots(run, index - 1, None, filled)
-    row = _row(layer, call, shown)
-    prompt = (shown >= 0) & (shown < run.length)
-    at = shown.clamp(min=0, max=run.length - 1)
-    known = run.again.earlier.setdefault(index, [])
-    evidence = LanguageEvidence(
-        row.new_zeros(*shown.shape, 0),
-        Attention(given=row, valid=shown >= 0, cls=False),
-        visual=prompt & run.visual.gather(1, at),
-        valid=shown >= 0,
-        layer=index,
-        depth=site.depth,
-        entry=run.length,
-        prompt=Prompt(run.visual_at(-1), run.column_mask(-1)),
-        earlier=Earlier(*(t.gather(1, at) for t in known[-1][1:])) if known else None,
-        held=prompt & (known[-1][2] if known else _left(run, index)).gather(1, at),
-    )
-    plan = method.plan(evidence)
-    stay = plan.sources() >= 0
-    b, device = shown.shape[0], shown.device
-    live = torch.zeros(b, total + 1, dtype=torch.bool, device=device)
-    live.scatter_(1, torch.where((shown >= 0) & stay, shown, total), True)
-    live = live[:, :total]
-    live[:, -1] = True
+@dataclass(frozen=True)
+class Asker:
+    """Puts its question to ``method``, which acts before a layer of ``depth``."""
+
+    method: Reducer
+    depth: int
+
+    def ask(self, call: LayerCall) -> Asked:
+        """Which columns stay, by the attention of the layer before; what is chosen is remembered."""
+        columns, index = call.columns, call.index
+        shown = _columns_before(call)
+        recorded = call.state.pop(Recorded, index - 1)
+        assert recorded is not None
+        row = _row(call.layer, recorded.call, shown)
+        known = call.state.of(EarlierSteps, index)
+        last = known.steps[-1] if known.steps else None
+        plan = self.method.plan(self._evidence(call, shown, row, last))
+        total = columns.given(int(call.cache.layers[0].get_seq_length()))
+        live = row.new_zeros(len(row), total + 1, dtype=torch.bool)
+        stay = shown.only(plan.sources() >= 0).real()
+        live = live.scatter_(1, torch.where(stay, shown.at, total), True)[:, :total]
+        live[:, -1] = True
+        known.steps.append(EarlierStep(total - 1, _of_prompt(row, shown, columns.length), live[:, : columns.length]))
+        del known.steps[:-REMEMBERED]
+        return Asked(live, plan.is_identity)
+
+    def _evidence(self, call: LayerCall, shown: ColumnIndex, row: Tensor, last: EarlierStep | None) -> LanguageEvidence:
+        columns = call.columns
+        prompt, at = _in_prompt(shown, columns.length), shown.at.clamp(max=columns.length - 1)
+        held = columns.slots_at(call.index).real() if last is None else last.stay
+        return LanguageEvidence(
+            row.new_zeros(*shown.at.shape, 0),
+            Attention(given=row, valid=shown.there, cls=False),
+            visual=columns.is_visual(shown),
+            valid=shown.there,
+            layer=call.index,
+            depth=self.depth,
+            entry=columns.length,
+            prompt=Prompt(columns.visual_at(-1), columns.real_at(-1)),
+            earlier=None if last is None else Earlier(last.attention.gather(1, at), last.stay.gather(1, at)),
+            held=prompt & held.gather(1, at),
+        )
+
+
+def _columns_before(call: LayerCall) -> ColumnIndex:
+    """(B,S) the columns whose keys the new token saw in the layer before."""
+    seen = call.forward.state.pop(SeenColumns, call.index - 1)
+    if seen is not None:
+        return seen.columns
+    return call.columns.of_layer(call.index - 1, int(call.cache.layers[call.index - 1].get_seq_length()))
+
+
+def _in_prompt(shown: ColumnIndex, length: int) -> Tensor:
+    return shown.only(shown.at < length).real()
+
+
+def _of_prompt(row: Tensor, shown: ColumnIndex, length: int) -> Tensor:
+    """(B,L) of the ``row`` (B,H,1,S), mean over heads, what was paid to the prompt's columns."""
     means = row[:, :, 0].mean(1)
-    slot = torch.where(prompt, shown, run.length)
-    attention = means.new_zeros(b, run.length + 1).scatter(1, slot, means)
-    known.append((total - 1, attention[:, :-1], live[:, : run.length]))
-    del known[:-REMEMBERED]
-    if method.decode_mode() == "revive":
-        x, pick = come_back(step, x, index, live, cache, tables)
-    else:
-        pick = None if plan.is_identity else Pick(live, shown[:, :0], None, None)
-    if pick is not None:
-        step.picks[index] = pick
-    trace = active()
-    if trace is not None:
-        back = torch.zeros(b, dtype=torch.long, device=device) if pick is None else (pick.back >= 0).sum(1)
-        trace.add_decode(layer, DecodeStep(index, method.spec(), live[:, : run.length] & run.visual, back))
-    return x
+    slot = torch.where(_in_prompt(shown, length), shown.at, length)
+    return means.new_zeros(len(means), length + 1).scatter(1, slot, means)[:, :-1]
 
 
-def _left(run: Run, index: int) -> Tensor:
-    """(B,L) bool: the columns of the prompt that layer ``index`` saw in prefill."""
-    cut = run.cut_at(index)
-    if cut is None:
-        return torch.ones_like(run.visual)
-    there = torch.ones_like(cut.index, dtype=torch.bool) if cut.valid is None else cut.valid
-    out = torch.zeros(run.visual.shape[0], run.length + 1, dtype=torch.bool, device=run.visual.device)
-    return out.scatter(1, torch.where(there, cut.index, run.length), True)[:, :-1]
-
-
-def _row(layer: Any, call: Call, columns: Tensor) -> Tensor:
-    """(B,H,1,S) what the new token, the last query, paid to the keys that have ``columns`` (B,S)."""
-    assert call.queries is not None
-    assert call.keys is not None
-    q, k = call.queries[:, :, -1:], call.keys[:, :, : columns.shape[1]]
-    call.queries, call.keys, call.values = None, None, None
+def _row(layer: Any, seen: Call, shown: ColumnIndex) -> Tensor:
+    """(B,H,1,S) what the new token, the last query, paid to the keys of the columns ``shown`` (B,S)."""
+    assert seen.queries is not None
+    assert seen.keys is not None
+    q, k = seen.queries[:, :, -1:], seen.keys[:, :, : shown.k]
+    seen.queries, seen.keys, seen.values = None, None, None
     scale, softcap = getattr(layer.self_attn, "scaling", None), softcap_of(layer.self_attn)
-    return Attention(q, k, scale=scale, softcap=softcap, valid=columns >= 0)("cls")  # of the one query
+    return Attention(q, k, scale=scale, softcap=softcap, valid=shown.there)("cls")  # of the one query
 
 
-def _shown(run: Run, pick: Pick, index: int, cache: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """``(take, mask, columns)`` for a layer: the slots (B,K) of its cache whose keys it sees, in the order of their
-    columns, a bool mask (B,1,Q,K), and the columns (B,K); no slots and no mask where it sees all of them."""
-    cut = run.cut_at(index)
-    key = id(cut)
-    if key in pick.made:
-        return pick.made[key]
-    total = pick.live.shape[1]
-    before = pick.before
-    if before is None:
-        before = columns_of_slots(run, index, None, int(cache.layers[index].get_seq_length()))
-    new = torch.full_like(before[:, :1], total - 1)
-    columns = torch.cat([before, pick.back, new], 1)
-    seen = (columns >= 0) & pick.live.gather(1, columns.clamp(min=0))
-    width = int(seen.sum(1).max())
-    take = columns.masked_fill(~seen, -1).argsort(dim=1, stable=True)[:, columns.shape[1] - width :]
-    valid = seen.gather(1, take)
-    columns = columns.gather(1, take).masked_fill(~valid, -1)
-    queries = torch.cat([pick.back, new], 1)
-    mask: Tensor | None = None
-    if queries.shape[1] > 1:
-        # Rows that are padding see everything, so that none is empty; nobody sees them.
-        mask = valid[:, None] & ((columns[:, None] <= queries[..., None]) | (queries < 0)[..., None])
-        mask = mask[:, None]
-    elif not bool(valid.all()):
-        mask = valid[:, None, None]
-    every = width == seen.shape[1] and bool((take.diff(dim=1) == 1).all())
-    pick.made[key] = (None if every else take, mask, columns)
-    return pick.made[key]
+def note_choice(call: LayerCall, method: Reducer, live: Tensor, back: ColumnIndex | None = None) -> None:
+    """Tell an active trace what a method chose before the layer."""
+    trace = active()
+    if trace is None:
+        return
+    columns, none = call.columns, torch.zeros(len(live), dtype=torch.long, device=live.device)
+    came = none if back is None else back.real().sum(1)
+    seen = live[:, : columns.length] & columns.visual
+    trace.add_decode(call.layer, DecodeStep(call.index, method.spec(), seen, came))
 
 
-def _turn(
-    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, index: int, site: Site
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Several new tokens, a later turn: no choice is made, and they see all that the caches hold."""
-    run, cache = step.run, cache_in(kwargs)
-    assert run.again is not None
-    if site.since is None or site.since not in run.again.slots:
-        return None
-    x, n = args[0], step.new
-    past = int(cache.layers[index].get_seq_length())
-    total = run.columns(int(cache.layers[0].get_seq_length()))
-    new = torch.arange(total - n, total, device=x.device).expand(len(x), -1)
-    if site.method is not None:
-        run.again.slots[index] = torch.cat([columns_of_slots(run, index, index, past), real_columns(run, new)], 1)
-    columns, stock = run.again.slots[site.since], kwargs.get("attention_mask")
-    if isinstance(stock, Tensor) and stock.dim() == 4:
-        mask = columns_of_mask(stock, columns, columns >= 0, step, cache)
-        return args, {**kwargs, "attention_mask": mask, "position_ids": None, CALL: Call(mask)}
-    mask = ((columns >= 0)[:, None] & (columns[:, None] <= new[..., None]))[:, None]
-    own = torch.arange(columns.shape[1], device=x.device) == past + torch.arange(n, device=x.device)[:, None]
-    mask = mask | (own & ~mask.any(-1, keepdim=True))
-    if implementation(layer.self_attn) == "eager":
-        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-    return args, {**kwargs, "attention_mask": mask, "position_ids": _ids(layer, kwargs), CALL: Call(mask)}
-
-
-def _ids(layer: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Position ids of the new tokens for a layer that needs them; no tokens come back there."""
-    return kwargs.get("position_ids") if needs_ids(layer) else None
+def check_decode(acting: list[list[Reducer]], windows: list[int | None], layers: Any) -> None:
+    """Raise ``ValueError`` for methods whose decode steps do not go together, or not with the model's attention."""
+    every = {id(r): r for here in acting for r in here}
+    stepwise = [r for r in every.values() if r.decode_mode()]
+    if len(stepwise) > 1:
+        raise ValueError(f"{' and '.join(r.spec() for r in stepwise)} both choose again in decode; choose one")
+    if not stepwise:
+        return
+    method = stepwise[0]
+    first = next(i for i, here in enumerate(acting) if method in here)
+    if any(w is not None for w in windows[max(first - 1, 0) :]):
+        raise ValueError(
+            f"{method.spec()} chooses again in decode, which layers with sliding windows are not supported for"
+        )
+    if method.decode_mode() != "revive":
+        return
+    others = [r.spec() for r in every.values() if r is not method]
+    if others:
+        raise ValueError(
+            f"{method.spec()} brings tokens back in decode, which {' and '.join(others)} would drop for good in a "
+            f"layer behind; set revive=false or leave that out"
+        )
+    name = implementation(layers[first].self_attn)
+    if "flash" in name:
+        raise ValueError(
+            f"{method.spec()} brings tokens back in decode, in steps of several tokens at old positions, for which "
+            f"{name} has no mask; set revive=false or call model.set_attn_implementation('sdpa')"
+        )

@@ -63,15 +63,15 @@ def _mixer(layer: Any) -> Any:
 
 # -- checks at patch -------------------------------------------------------------------------------------------------
 def check_layers(
-    layers: Sequence[Any], first: int, acting: Sequence[Reducer | None], again: Sequence[Reducer | None]
+    layers: Sequence[Any], first: int, acting: Sequence[Reducer | None], stepwise: Sequence[Reducer | None]
 ) -> None:
     """Raise ``ValueError`` for a layer from ``first`` on that needs what does not follow the columns, and for methods
-    that read an attention of which we do not see all. ``acting`` and ``again`` are the methods before every layer, in
-    prefill and in decode."""
+    that read an attention of which we do not see all. ``acting`` and ``stepwise`` are the methods before every layer,
+    in prefill and in decode."""
     for i in range(first, len(layers)):
         _check_given(layers[i], i)
     for i, layer in enumerate(layers):
-        nearest = [again[i], acting[i], acting[i + 1] if i + 1 < len(layers) else None]
+        nearest = [stepwise[i], acting[i], acting[i + 1] if i + 1 < len(layers) else None]
         for reducer in (r for r in nearest if r is not None):
             _check_given(layer, i)
             if not attends(layer):

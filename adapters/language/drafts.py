@@ -19,14 +19,14 @@ from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_drafts", "sees_images"]
 
-#: Where a model has the method that chooses again in decode, or None.
-_AGAIN = "_tokenreduce_again"
+#: Where a model has the method that chooses in every decode step, or None.
+_STEPWISE = "_tokenreduce_stepwise"
 
 
-def attach_drafts(generator: Any, again: Reducer | None, undo: Undo) -> None:
-    """Let ``generator`` verify drafts behind the prompt. ``again`` is the method that chooses in every decode step, if
-    there is one."""
-    undo.set(generator, _AGAIN, again)
+def attach_drafts(generator: Any, stepwise: Reducer | None, undo: Undo) -> None:
+    """Let ``generator`` verify drafts behind the prompt. ``stepwise`` is the method that chooses in every decode step,
+    if there is one."""
+    undo.set(generator, _STEPWISE, stepwise)
     undo.mix_in(generator, WaitingDrafts)
 
 
@@ -34,17 +34,17 @@ class WaitingDrafts(nn.Module):
     """Mixin of models that generate."""
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        return wait_for_prompt(vars(self)[_AGAIN], super()._get_candidate_generator, *args, **kwargs)  # type: ignore[misc]
+        return wait_for_prompt(vars(self)[_STEPWISE], super()._get_candidate_generator, *args, **kwargs)  # type: ignore[misc]
 
 
-def wait_for_prompt(again: Reducer | None, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def wait_for_prompt(stepwise: Reducer | None, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``generate``'s choice of who drafts, whose first draft then waits until the prompt is cached.
 
-    Raises ``ValueError`` for a method that chooses ``again`` in every decode step.
+    Raises ``ValueError`` for a method that chooses in every decode step, ``stepwise``.
     """
-    if again is not None:
+    if stepwise is not None:
         raise ValueError(
-            f"{again.spec()} chooses again in every decode step, for one new token; assisted decoding and prompt "
+            f"{stepwise.spec()} chooses again in every decode step, for one new token; assisted decoding and prompt "
             f"lookup verify several in one step. Leave assistant_model and prompt_lookup_num_tokens out, or patch the "
             f"assistant with it instead"
         )

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce.adapters.language.generation import Step
+from tokenreduce.adapters.language.generation import Forward
 
-__all__ = ["Entered", "entered", "step_of"]
+__all__ = ["Entered", "entered", "forward_of"]
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Entered:
 
     site: nn.Module
     cache: Any
-    step: Step | None
+    forward: Forward | None
     answers: dict[str, Any] = field(default_factory=dict)
 
 
@@ -29,7 +29,7 @@ class Entered:
 entered: ContextVar[Entered | None] = ContextVar("tokenreduce_entered", default=None)
 
 
-def step_of(site: nn.Module) -> Step | None:
+def forward_of(site: nn.Module) -> Forward | None:
     """Where in its generation the call of ``site`` that is under way is."""
     call = entered.get()
-    return None if call is None or call.site is not site else call.step
+    return None if call is None or call.site is not site else call.forward

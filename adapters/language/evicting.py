@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.hf_attention import implementation
 from tokenreduce.adapters.language.batching import is_paged
+from tokenreduce.adapters.language.cache_view import Viewer
 from tokenreduce.adapters.language.families import Language
-from tokenreduce.adapters.language.generation import KEYWORD, Step, cache_in, is_known
-from tokenreduce.adapters.language.rotary import turning_of
+from tokenreduce.adapters.language.generation import KEYWORD, Forward, cache_in, is_known
+from tokenreduce.adapters.language.rotary import PromptPositions, turning_of
 from tokenreduce.adapters.language.steps.evict import Evict
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.reducer import Reducer
@@ -43,13 +43,13 @@ def evict_at(methods: Sequence[CacheReducer], found: Language) -> tuple[CacheRed
     return tuple(out)
 
 
-def check_evicting(evict: Sequence[CacheReducer | None], again: Sequence[Reducer | None], layers: Any) -> None:
+def check_evicting(evict: Sequence[CacheReducer | None], stepwise: Sequence[Reducer | None], layers: Any) -> None:
     """Raise ``ValueError`` for methods that read the cache in decode beside one that thins it, and for layers whose
     keys other layers use."""
     first = next((r for r in evict if r is not None), None)
     if first is None:
         return
-    other = next((r for r in again if r is not None), None)
+    other = next((r for r in stepwise if r is not None), None)
     if other is not None:
         raise ValueError(
             f"{other.spec()} chooses among cached tokens in every decode step, and {first.spec()} takes them out of "
@@ -93,7 +93,7 @@ def evict_step(method: CacheReducer, every: Sequence[CacheReducer | None], found
     last = max(i for i, other in enumerate(every) if other == method)
     turning = turning_of(found.text, found.layers[index]) if "rotary" in method.required() else None
     mrope = "mrope_section" in (getattr(found.text.config, "rope_parameters", None) or {})
-    return Evict(method, len(every), last, turning, mrope)
+    return Evict(Viewer(method, len(every), turning, mrope), last)
 
 
 def groups_of(attention: Any) -> int:
@@ -101,14 +101,12 @@ def groups_of(attention: Any) -> int:
     return int(getattr(attention, "num_key_value_groups", 1))
 
 
-def keep_positions(
-    text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def keep_positions(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook on the language model: remember the positions of the prompt's columns."""
-    step: Step | None = kwargs.get(KEYWORD)
-    if step is None or not step.prefill:
-        return None
+    forward: Forward | None = kwargs.get(KEYWORD)
+    if forward is None or not forward.prefill:
+        return
     positions: Tensor | None = kwargs.get("position_ids")
     if positions is None:
-        positions = torch.arange(step.run.length, device=step.run.visual.device)[None]
-    return args, {**kwargs, KEYWORD: replace(step, positions=positions)}
+        positions = torch.arange(forward.columns.length, device=forward.columns.visual.device)[None]
+    forward.state.put(PromptPositions(positions))

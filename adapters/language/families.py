@@ -13,7 +13,7 @@ from torch import nn
 __all__ = ["EVIDENCE", "FAMILIES", "Family", "Language", "TOWER", "Vision"]
 
 EVIDENCE = (
-    "keys", "queries", "values", "attention", "ahead", "plain", "middle", "before", "prompt", "norm", "films",
+    "keys", "queries", "values", "attention", "ahead", "plain", "middle", "before", "prompt", "norm", "frames",
     "history", "places", "unrotated", "rotary",
 )  # fmt: skip
 
@@ -35,7 +35,7 @@ class Vision:
     #: Block whose output enters the projector.
     feature: int
     #: Whether the family takes videos as such, and not as several images.
-    films: bool = False
+    videos: bool = False
     #: Pooling heads of the towers, with a query of their own.
     heads: tuple[nn.Module, ...] = ()
     #: Evidence that there is, where a family was discovered; None where the parts say it.
@@ -127,7 +127,7 @@ class Language:
 
     @property
     def evidence(self) -> tuple[str, ...]:
-        """Evidence inside the language model; what the tower saw comes there as marks."""
+        """Evidence inside the language model; what the tower saw comes there as scores."""
         return (*EVIDENCE, *(e for e in self.projector if e in TOWER))
 
     @property

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from tokenreduce.adapters.language.families import Language
+from tokenreduce.adapters.language.projector.brought import Brought
 from tokenreduce.adapters.language.projector.seen import WATCHING, Encoded, encoded_in
 from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
 
-__all__ = ["Arrived", "Brought", "attach_given", "brought_by", "say_late", "say_strange"]
+__all__ = ["Arrived", "attach_given", "brought_by", "say_late", "say_strange"]
 
 #: Where a model has its :class:`Arrived`.
 _ARRIVED = "_tokenreduce_arrived"
@@ -64,27 +64,6 @@ class Arrived:
         if self.calls:
             with self._lock:
                 self.calls = tuple(c for c in self.calls if c.thread != mine or any(c is k for k in keep))
-
-
-@dataclass
-class Brought:
-    """What a prompt brings: ``kinds`` (B,L) are the columns of images and videos, of every call of the tower that is
-    known by a key of its own; ``encoded`` and ``places`` (B,L) are what the tower saw and the number of a column's
-    feature in that call. ``strange`` is whether columns are neither text nor known."""
-
-    kinds: dict[str, Tensor]
-    encoded: dict[str, Encoded] = field(default_factory=dict)
-    places: dict[str, Tensor] = field(default_factory=dict)
-    strange: bool = False
-
-    @property
-    def visual(self) -> Tensor:
-        return torch.stack(list(self.kinds.values())).any(0)
-
-    def behind(self, front: int) -> Brought:
-        """The same with ``front`` columns of text before."""
-        kinds = {k: pad(t, (front, 0)) for k, t in self.kinds.items()}
-        return replace(self, kinds=kinds, places={k: pad(t, (front, 0), value=-1) for k, t in self.places.items()})
 
 
 def attach_given(found: Language, arrived: Arrived, undo: Undo) -> None:

@@ -24,7 +24,7 @@ import threading
 import warnings
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -32,8 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.language.batching import is_paged
-from tokenreduce.adapters.language.entered import step_of
-from tokenreduce.adapters.language.generation import KEYWORD, Run, cache_in, run_of
+from tokenreduce.adapters.language.columns import Columns, slots_of
+from tokenreduce.adapters.language.entered import forward_of
+from tokenreduce.adapters.language.generation import KEYWORD, Forward, cache_in, generation_of
+from tokenreduce.adapters.language.indices import ColumnIndex, SlotIndex
 from tokenreduce.core.plan import take
 from tokenreduce.core.undo import Undo
 
@@ -44,44 +46,37 @@ _KEPT = "_tokenreduce_kept"
 
 @dataclass(frozen=True)
 class Kept:
-    """Columns of a prompt of ``length`` that came out of the last layer: ``index`` (B,K), None for all of them, and
-    ``valid`` (B,K), None where all are real."""
+    """The ``columns`` (B,K) of a prompt of ``length`` that came out of the last layer, None for all of them."""
 
     batch: int
     length: int
     device: torch.device
-    index: Tensor | None = None
-    valid: Tensor | None = None
+    columns: ColumnIndex | None = None
 
     @staticmethod
-    def of(run: Run, front: int = 0) -> Kept:
+    def of(columns: Columns, front: int = 0) -> Kept:
         """Of the columns behind the first ``front``, which an earlier call put into the cache."""
-        (batch, length), device = run.visual.shape, run.visual.device
-        cut, length = run.cuts[-1] if run.cuts else None, length - front
-        if cut is None:
-            return Kept(batch, length, device)
-        return Kept(
-            batch, length, device, cut.index[:, front:] - front, None if cut.valid is None else cut.valid[:, front:]
-        )
+        (batch, length), device = columns.visual.shape, columns.visual.device
+        kept = Kept(batch, length - front, device)
+        if not columns.cuts:
+            return kept
+        left = columns.cuts[-1].columns.part(slice(front, None))
+        return replace(kept, columns=ColumnIndex(left.at - front, left.there))
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """``(columns, valid)``, (B,K) long and bool."""
-        index = self.index
-        if index is None:
-            index = torch.arange(self.length, device=self.device).expand(self.batch, -1)
-        return index, torch.ones_like(index, dtype=torch.bool) if self.valid is None else self.valid
+    def every(self) -> ColumnIndex:
+        """(B,K) the columns, all of them named."""
+        if self.columns is not None:
+            return self.columns
+        return ColumnIndex(torch.arange(self.length, device=self.device).expand(self.batch, -1))
 
     @functools.cached_property
-    def slots(self) -> Tensor:
+    def slots(self) -> SlotIndex:
         """(B,L) which of the K slots holds a column, -1 where it was dropped."""
-        index, valid = self.pair()
-        slot = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        out = index.new_full((self.batch, self.length + 1), -1)
-        return out.scatter(1, torch.where(valid, index, self.length), slot)[:, : self.length]
+        return slots_of(self.every(), self.length)
 
     def expand(self, hidden: Tensor) -> Tensor:
         """``hidden`` (B,K,C) at all columns, (B,L,C)."""
-        slots = self.slots.to(hidden.device)
+        slots = self.slots.at.to(hidden.device)
         last = slots.cummax(1).values  # slots ascend with columns
         there = slots >= 0
         predicts = torch.cat([there[:, 1:], torch.ones_like(there[:, :1])], 1)
@@ -168,24 +163,25 @@ def _own(generator: Any, labels: Tensor) -> Tensor:
 
 def place(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, always: bool) -> Any:
     """Hook on the inner model: note what is left, and put it at the caller's columns where that is wanted."""
-    step, mine = kwargs.get(KEYWORD) or step_of(inner), _ASK.get()
+    forward: Forward | None = kwargs.get(KEYWORD) or forward_of(inner)
+    mine = _ASK.get()
     _LOSS.set(None)
     hidden: Tensor = output[0]
-    if step is None:
+    if forward is None:
         cache = cache_in(kwargs)
         if cache is not None and is_paged(cache):
             return None  # continuous batching, text alone
         if cache is not None and int(cache.get_seq_length()) > hidden.shape[1]:
-            return None  # a later step of a prompt without visual tokens
+            return None  # a later forward of a prompt without visual tokens
         kept = Kept(hidden.shape[0], hidden.shape[1], hidden.device)
     else:
-        kept = Kept.of(step.run, step.run.front)
+        kept = Kept.of(forward.columns, forward.columns.front)
     _LAST.kept[inner] = kept
     _note(output, kept)
     hooked = mine is not None and mine.inner is inner
     if hooked and mine is not None:
         mine.kept = kept
-    if step is None or not step.prefill or kept.index is None:
+    if forward is None or not forward.prefill or kept.columns is None:
         return None
     mine = mine if hooked else _passed_by(inner, always)
     if mine is None:
@@ -242,9 +238,9 @@ def _note(output: Any, kept: Kept) -> None:
         setattr(output, _KEPT, kept)
 
 
-def note_kept(site: nn.Module, output: Any, run: Run) -> None:
+def note_kept(site: nn.Module, output: Any, columns: Columns) -> None:
     """Let :func:`kept_of` know what the call of ``site`` that gave ``output`` left of its prompt."""
-    _LAST.kept[site] = kept = Kept.of(run, run.front)
+    _LAST.kept[site] = kept = Kept.of(columns, columns.front)
     _note(output, kept)
 
 
@@ -255,7 +251,7 @@ def _ignore_dropped(asked: Ask, labels: Tensor | None, shifted: Tensor | None) -
     """
     kept = asked.kept
     assert kept is not None
-    gone = kept.slots < 0
+    gone = ~kept.slots.real()
     following = torch.cat([gone[:, 1:], torch.zeros_like(gone[:, :1])], 1)
     for given, ignored in ((labels, gone), (shifted, following)):
         if given is None:
@@ -291,17 +287,22 @@ def kept_of(source: Any) -> tuple[Tensor, Tensor]:
         kept = next((_LAST.kept[m] for m in source.modules() if m in _LAST.kept), None)
         if kept is None:
             raise ValueError(f"no forward of this {type(source).__name__} in this thread yet; run it on a prompt first")
-        return kept.pair()
+        return _pair(kept)
     kept = getattr(source, _KEPT, None)
     if kept is None:
         cache = next(
             (c for c in (getattr(source, n, None) for n in ("cache", "past_key_values")) if c is not None), None
         )
-        run = None if cache is None else run_of(cache)
-        if run is None:
+        generation = None if cache is None else generation_of(cache)
+        if generation is None:
             raise ValueError(
                 f"this {type(source).__name__} does not say which columns were kept: give the output object of a "
                 f"patched image/video language model (return_dict=True, uncopied), or the model after its forward"
             )
-        kept = Kept.of(run)
-    return kept.pair()
+        kept = Kept.of(generation.columns)
+    return _pair(kept)
+
+
+def _pair(kept: Kept) -> tuple[Tensor, Tensor]:
+    columns = kept.every()
+    return columns.at, columns.real()

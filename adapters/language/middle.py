@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
-from tokenreduce.adapters.language.generation import KEYWORD, Run, Step
-from tokenreduce.adapters.language.reduce import reduce_before
+from tokenreduce.adapters.language.generation import KEYWORD, Forward, Generation
+from tokenreduce.adapters.language.records import LeftInside, Recorded
+from tokenreduce.adapters.language.reduce import Chooser
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -28,10 +29,10 @@ __all__ = ["attach_middle", "is_middle", "taken"]
 
 @dataclass
 class Open:
-    """A layer that is under way: the run, and what its attention saw. ``x`` (B,N,C) is the stream in front of the MLP
-    and ``left`` (B,K,C) what is left of it, once the plan is made and drops something."""
+    """A layer that is under way: the generation, and what its attention saw. ``x`` (B,N,C) is the stream in front of
+    the MLP and ``left`` (B,K,C) what is left of it, once the plan is made and drops something."""
 
-    run: Run
+    generation: Generation
     call: Call | None
     x: Tensor | None = None
     left: Tensor | None = None
@@ -47,29 +48,29 @@ def is_middle(reducer: Reducer | None, index: int) -> bool:
     return reducer is not None and index > 0 and "middle" in reducer.required()
 
 
-def attach_middle(layer: Any, reducer: Reducer, index: int, depth: int, norm: nn.Module | None, undo: Undo) -> None:
-    """Let ``reducer``, which acts before layer ``index``, do so in the middle of ``layer``, the one before.
+def attach_middle(layer: Any, chooser: Chooser, undo: Undo) -> None:
+    """Let a method, which acts before the next layer, do so in the middle of ``layer``.
 
     Raises ``ValueError`` for a layer without a norm and an MLP of known names, or that does more than add the MLP to
     the stream (a factor, another norm behind).
     """
+    name = chooser.reducer.name
     before = getattr(layer, "pre_feedforward_layernorm", getattr(layer, "post_attention_layernorm", None))
     behind = getattr(layer, "post_feedforward_layernorm", getattr(layer, "mlp", None))
     if not isinstance(before, nn.Module) or not isinstance(behind, nn.Module):
         raise ValueError(
-            f"{reducer.name} acts between attention and MLP, which {type(layer).__name__} does not have under the "
+            f"{name} acts between attention and MLP, which {type(layer).__name__} does not have under the "
             f"names post_attention_layernorm and mlp"
         )
     if not _adds(layer, before, behind):
         raise ValueError(
-            f"{reducer.name} acts between attention and MLP, and {type(layer).__name__} does more behind that than to "
+            f"{name} acts between attention and MLP, and {type(layer).__name__} does more behind that than to "
             f"add the MLP to its stream; choose a method that acts between layers, such as fastv or pyramiddrop"
         )
     undo.pre_hook(layer, _note_gradient)
     undo.pre_hook(layer.self_attn, _open)
-    make = functools.partial(_choose, layer=layer, reducer=reducer, index=index, depth=depth, norm=norm)
-    undo.pre_hook(before, make)
-    undo.hook(behind, functools.partial(_put_by, index=index))
+    undo.pre_hook(before, functools.partial(_choose, layer=layer, chooser=chooser))
+    undo.hook(behind, functools.partial(_put_by, index=chooser.index))
 
 
 class _Stub(nn.Module):
@@ -127,39 +128,33 @@ def _check_gradient(layer: Any, method: str) -> None:
 
 
 def _open(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook on the attention, which gets the step as a keyword, also where the layer runs again for its gradient."""
-    step: Step | None = kwargs.get(KEYWORD)
-    _OPEN.set(None if step is None or not step.prefill else Open(step.run, kwargs.get(CALL)))
+    """Pre-hook on the attention, which gets the keyword also where the layer runs again for its gradient."""
+    forward: Forward | None = kwargs.get(KEYWORD)
+    _OPEN.set(None if forward is None or not forward.prefill else Open(forward.generation, kwargs.get(CALL)))
 
 
-def taken(run: Run, index: int) -> Tensor | None:
+def taken(generation: Generation, index: int) -> Tensor | None:
     """(B,K,C) what enters layer ``index``, where the plan in the middle of the layer before dropped something."""
     # Kept where a layer may run again for its gradient.
-    return run.middles.get(index) if torch.is_grad_enabled() else run.middles.pop(index, None)
+    state = generation.state
+    left = state.get(LeftInside, index) if torch.is_grad_enabled() else state.pop(LeftInside, index)
+    return None if left is None else left.x
 
 
 def _choose(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    layer: Any,
-    reducer: Reducer,
-    index: int,
-    depth: int,
-    norm: nn.Module | None,
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layer: Any, chooser: Chooser
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook on the norm in front of the MLP."""
     now = _OPEN.get()
     if now is None:
         return None
-    now.run.calls.pop(index - 1, None)
+    now.generation.state.pop(Recorded, chooser.index - 1)
     x = args[0]
-    y = reduce_before(x, now.run, index, depth, reducer, layer, now.call, norm, plain=False)
+    y = chooser.reduce(x, now.generation, layer, now.call)
     if y is x:
         _OPEN.set(None)
         return None
-    _check_gradient(layer, reducer.name)
+    _check_gradient(layer, chooser.reducer.name)
     now.x, now.left = x, y
     return (y, *args[1:]), kwargs
 
@@ -170,5 +165,5 @@ def _put_by(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, index: 
     if now is None or now.left is None or now.x is None:
         return None
     _OPEN.set(None)
-    now.run.middles[index] = now.left + output
+    now.generation.state.put(LeftInside(now.left + output), index)
     return torch.zeros_like(now.x)

@@ -100,8 +100,9 @@ class PairedLayer(DynamicLayer):
     offload = prefetch = reset
 
 
-def pair_up(method: CacheCodec, cache: Any, lower: int, upper: int, there: Tensor | None) -> None:
-    """Let two layers of ``cache`` store theirs together; ``there`` (B,N) marks what is no padding."""
+def pair_up(method: CacheCodec, cache: Any, pair: tuple[int, int], there: Tensor | None) -> None:
+    """Let a ``pair`` of layers of ``cache`` store theirs together; ``there`` (B,N) marks what is no padding."""
+    lower, upper = pair
     layers = cache.layers[lower], cache.layers[upper]
     for layer in layers:
         if type(layer) is not DynamicLayer:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.language.families import Language
-from tokenreduce.adapters.language.generation import KEYWORD, Run, Step
+from tokenreduce.adapters.language.generation import KEYWORD, Forward, Generation
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
-__all__ = ["attach_retrieval", "check_owner", "is_served", "limits", "note_run", "owner_of"]
+__all__ = ["attach_retrieval", "check_owner", "is_served", "limits", "note_generation", "owner_of"]
 
 #: Wrappers that are served, and those that cannot be, with the reason.
 _SERVED = ("ColPaliForRetrieval", "ColQwen2ForRetrieval")
@@ -34,21 +34,22 @@ _REFUSED = {
 @dataclass
 class _Page:
     """A call of the wrapper: the tensor by which its language model's call is known, the caller's mask (B,L), and the
-    run of that call."""
+    generation of that call."""
 
     given: Any
     mask: Tensor | None
-    run: Run | None = None
+    generation: Generation | None = None
 
     def left(self) -> Tensor | None:
         """(B,K) the mask of the columns that are left, None for one of ones."""
-        cut = None if self.run is None or not self.run.cuts else self.run.cuts[-1]
+        cuts = [] if self.generation is None else self.generation.columns.cuts
+        cut = cuts[-1] if cuts else None
         if cut is None:
             return self.mask
         if self.mask is None:
-            return None if cut.valid is None else cut.valid.long()
-        left = self.mask.gather(1, cut.index.to(self.mask.device))
-        return left if cut.valid is None else left * cut.valid.to(left.device)
+            return None if cut.columns.there is None else cut.columns.there.long()
+        left = self.mask.gather(1, cut.columns.at.to(self.mask.device))
+        return left if cut.columns.there is None else left * cut.columns.there.to(left.device)
 
 
 _PAGE: ContextVar[_Page | None] = ContextVar("tokenreduce_page", default=None)
@@ -145,11 +146,11 @@ def give_mask(
     return args, {**kwargs, "attention_mask": page.mask}
 
 
-def note_run(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook on the language model, behind the one that makes the run."""
-    page, step = _PAGE.get(), kwargs.get(KEYWORD)
-    if page is not None and isinstance(step, Step):
-        page.run = step.run
+def note_generation(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook on the language model, behind the one that begins the generation."""
+    page, forward = _PAGE.get(), kwargs.get(KEYWORD)
+    if page is not None and isinstance(forward, Forward):
+        page.generation = forward.generation
 
 
 def reduce_mask(wrapper: Any, args: tuple[Any, ...], output: Any) -> Any:

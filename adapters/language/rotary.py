@@ -10,10 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.language.generation import Step
+from tokenreduce.adapters.language.generation import Forward
+from tokenreduce.adapters.language.state import Record
 from tokenreduce.core.evidence import Rotary
+from tokenreduce.core.plan import take
 
-__all__ = ["Turning", "turning_of"]
+__all__ = ["PromptPositions", "Turning", "rows_of", "turning_of"]
+
+
+@dataclass
+class PromptPositions(Record):
+    """Positions ``ids`` (B or 1,L) or (3 or 4,B,L) of the prompt's columns, of a forward whose methods ask for rotary
+    tables."""
+
+    ids: Tensor
+
+
+def rows_of(table: Tensor, where: Tensor) -> Tensor:
+    """Rows of ``table`` (B or 1,L,d) at the columns ``where`` (B,K); (3,B,L,d) where layers mix M-RoPE themselves, as
+    in early releases."""
+    if table.dim() == 4:
+        return torch.stack([rows_of(t, where) for t in table])
+    if table.shape[0] == 1:  # one table for all rows; whole rows are copied much faster than numbers are gathered
+        return table[0].index_select(0, where.flatten()).unflatten(0, where.shape)
+    return take(table, where)
 
 
 @dataclass(frozen=True)
@@ -25,13 +45,13 @@ class Turning:
     #: What else the module wants to know.
     more: dict[str, Any] = field(default_factory=dict)
 
-    def of(self, step: Step, cache: Any, index: int, x: Tensor) -> Rotary | None:
+    def of(self, forward: Forward, index: int, x: Tensor) -> Rotary | None:
         """Tables of the slots of layer ``index`` at the prompt; None behind it."""
-        positions = step.positions
-        if not step.prefill or positions is None or step.run.front:
+        known, columns = forward.state.get(PromptPositions), forward.columns
+        if not forward.prefill or known is None or columns.front:
             return None
-        b = len(step.run.visual)
-        cut = step.run.cut_at(index)
+        positions, b = known.ids, len(columns.visual)
+        cut = columns.cut_at(index)
         if positions.dim() == 3 and positions.shape[0] == 4:  # the first row counts text
             positions = positions[1:]
         here = positions.expand(*positions.shape[:-2], b, -1)

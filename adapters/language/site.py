@@ -1,7 +1,8 @@
 """One decoder layer with the steps that act around it: one object, one pre-hook, one post-hook.
 
 What happens at a layer is the list of its steps, in order; ``tr.describe(model, detail=True)`` prints it. A step is
-frozen data that is made when a model is patched; what it remembers of a generation is kept by the run.
+frozen data that is made when a model is patched; what it remembers of a generation is a record of its own in the
+generation's state.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
-from tokenreduce.adapters.language.generation import KEYWORD, Run, Step, cache_in
+from tokenreduce.adapters.language.columns import Columns
+from tokenreduce.adapters.language.generation import KEYWORD, Forward, Generation, cache_in
+from tokenreduce.adapters.language.state import State
 from tokenreduce.core.undo import Undo
 
 __all__ = ["LayerCall", "LayerSite", "LayerStep", "sites_in"]
@@ -24,7 +27,7 @@ __all__ = ["LayerCall", "LayerSite", "LayerStep", "sites_in"]
 class LayerCall:
     """One call of a decoder layer, which its steps change one after the other.
 
-    ``x`` (B,N,C) are the hidden states that enter it, ``kwargs`` its other arguments, and ``step`` says where in its
+    ``x`` (B,N,C) are the hidden states that enter it, ``kwargs`` its other arguments, and ``forward`` says where in its
     generation the call is: in prefill, or behind it.
     """
 
@@ -32,13 +35,26 @@ class LayerCall:
     index: int
     x: Tensor
     kwargs: dict[str, Any]
-    step: Step
+    forward: Forward
     #: (B,N,C) what a method of this call chose from, once one did.
     whole: Tensor | None = None
 
     @property
-    def run(self) -> Run:
-        return self.step.run
+    def prefill(self) -> bool:
+        return self.forward.prefill
+
+    @property
+    def generation(self) -> Generation:
+        return self.forward.generation
+
+    @property
+    def columns(self) -> Columns:
+        return self.forward.generation.columns
+
+    @property
+    def state(self) -> State:
+        """What steps remember of the generation."""
+        return self.forward.generation.state
 
     @property
     def cache(self) -> Any:
@@ -79,6 +95,11 @@ class LayerStep:
     #: Whether the step has something to do behind the layer.
     ends: ClassVar[bool] = False
 
+    @property
+    def listens(self) -> bool:
+        """Whether the step asks the layer's attention for what it saw."""
+        return False
+
     def before(self, call: LayerCall) -> None:
         """Change what enters the layer."""
 
@@ -116,24 +137,24 @@ def run_before(
     layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, site: LayerSite
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The one pre-hook of a layer."""
-    step: Step | None = kwargs.get(KEYWORD)
-    if step is None:
+    forward: Forward | None = kwargs.get(KEYWORD)
+    if forward is None:
         return None
-    call = LayerCall(layer, site.index, args[0], dict(kwargs), step)
-    for one in site.steps:
-        one.before(call)
+    call = LayerCall(layer, site.index, args[0], dict(kwargs), forward)
+    for step in site.steps:
+        step.before(call)
     return (call.x, *args[1:]), call.kwargs
 
 
 def run_behind(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, site: LayerSite) -> Any:
     """The one hook behind a layer, where a step needs it."""
-    step: Step | None = kwargs.get(KEYWORD)
-    if step is None:
+    forward: Forward | None = kwargs.get(KEYWORD)
+    if forward is None:
         return None
-    call = LayerCall(layer, site.index, args[0], kwargs, step)
-    for one in site.steps:
-        if one.ends:
-            output = one.behind(call, output)
+    call = LayerCall(layer, site.index, args[0], kwargs, forward)
+    for step in site.steps:
+        if step.ends:
+            output = step.behind(call, output)
     return output
 
 

@@ -62,6 +62,16 @@ def test_baselines_come_along_when_methods_are_named(tmp_path: Path) -> None:
     assert [r["method"] for r in run.rows] == ["unreduced", "random", "uniform", "resize", "tome"]
 
 
+def test_what_has_no_budget_is_measured_as_it_is(tmp_path: Path) -> None:
+    rows = sweep(FakeTask(), tmp_path, methods=["tome:keep=0.7", "pitome"], budgets=(0.5,)).rows
+    assert not any(r.get("error") for r in rows)
+    (fixed,) = (r for r in rows if r["method"] == "tome")
+    assert fixed["spec"] == "tome:keep=0.7"
+    assert fixed["budget"] == pytest.approx(fixed["share"], abs=0.001)
+    assert f"random@{fixed['budget']}" in [r["id"] for r in rows]
+    assert [r["budget"] for r in rows if r["method"] == "pitome"] == [0.5]
+
+
 def test_rows_of_one_budget_cost_the_same(tmp_path: Path) -> None:
     run = sweep(FakeTask(), tmp_path, budgets=(0.75, 0.5, 0.35))
     for row in run.rows[1:]:

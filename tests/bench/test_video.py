@@ -35,6 +35,11 @@ from vlms import _text, _wide
 DEPTH, FRAMES, EACH = 4, 8, 49
 
 
+@pytest.fixture(autouse=True)
+def no_frames_of_other_tests(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TOKENREDUCE_CACHE", str(tmp_path_factory.mktemp("frames")))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random LLaVA with the words of the world: 196 patches a frame, 49 tokens, four layers."""

@@ -9,8 +9,11 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from tokenreduce.cli import app
+from tokenreduce.cli.method_pages import NEEDS, method_pages
 from tokenreduce.cli.methods_page import anchor, methods_page, plain_words
 from tokenreduce.core.registry import load_all
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_method_is_on_the_page() -> None:
@@ -46,3 +49,46 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app, ["methods", "to*", "--markdown", str(file)])
     assert wrong.exit_code == 2
     assert "takes no pattern" in wrong.stderr
+
+
+def test_every_method_has_a_page_with_its_stored_results() -> None:
+    pages = method_pages((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    assert set(pages) == {f"{anchor(name)}.md" for name in load_all()}
+    page = pages["visionzip.md"]
+    assert page.startswith("# visionzip\n")
+    assert "https://arxiv.org/abs/2412.04467" in page
+    assert "- `keep`: outputs in all" in page
+    assert "- `tower`: queries and keys of blocks of the vision tower" in page
+    assert re.search(r"^\| `visionzip:keep=0.25` \| 25.0 \| [\d.]+ ±[\d.]+ \|", page, re.M)
+    assert ">random " in page, "the baseline is drawn beside it"
+    assert "stroke-dasharray" in page
+    assert "stroke-dasharray" not in pages["random.md"]
+    assert all(set(kind.needs) <= set(NEEDS) for kind in load_all().values())
+
+
+def test_a_method_without_results_says_so() -> None:
+    assert all("has no row on the [results page]" in page for page in method_pages("").values())
+
+
+def test_a_curve_goes_from_the_unreduced_model_down() -> None:
+    page = "## a\n### 50 %\n| method | GMACs | FLOPs % | accuracy % |\n|---|---|---|---|\n"
+    page += "| `unreduced` | 1 | 100.0 | 90.0 |\n"
+    page += "| `tome:keep=0.5` | 1 | *50.0 | 80.0 ±1.0 |\n| `random:keep=0.5` (baseline) | 1 | 50.0 | 40.0 |\n"
+    page += "\n| method | colour % |\n|---|---|\n| `tome:keep=0.5` | 3 |\n"
+    drawn = method_pages(page)["tome.md"]
+    points = re.findall(r'<polyline points="([^"]+)"', drawn)
+    assert len(points) == 2
+    (first, last), (other, low) = ([tuple(map(float, p.split(","))) for p in line.split()] for line in points)
+    assert first == other
+    assert first[0] < last[0] == low[0]
+    assert first[1] < last[1] < low[1]
+
+
+def test_the_command_writes_all_pages(tmp_path: Path) -> None:
+    words = ["methods", "--pages", str(tmp_path / "m"), "--results", str(ROOT / "docs" / "results.md")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "m").glob("*.md"))) == len(load_all())
+    wrong = CliRunner().invoke(app, [*words, "--stage", "encoder"])
+    assert wrong.exit_code == 2
+    assert "--pages writes pages of all methods" in wrong.stderr

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases h
     ("name", "how", "stages", "reason"),
     [
         ("LlavaForConditionalGeneration", "table", ("language", "projector", "cache", "encoder"), ""),
-        ("Mistral3ForConditionalGeneration", "discovered", ("language", "projector", "cache"), ""),
-        ("Qwen3_5ForConditionalGeneration", "discovered", ("language", "projector", "cache"), ""),
+        ("Mistral3ForConditionalGeneration", "discovered", ("language", "projector", "cache", "encoder"), ""),
+        ("Qwen3_5ForConditionalGeneration", "discovered", ("language", "projector", "cache", "encoder"), ""),
         ("Gemma4ForConditionalGeneration", "discovered", ("projector",), "is given per_layer_input"),
+        ("AriaForConditionalGeneration", "discovered", ("language", "projector", "cache"), "attends to all patches"),
         ("ColPaliForRetrieval", "table", ("language", "projector", "encoder"), ""),
         ("Blip2ForConditionalGeneration", "refused", (), "its own generate calls self.language_model.generate"),
         ("MllamaForConditionalGeneration", "refused", (), "no placeholder tokens"),

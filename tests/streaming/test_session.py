@@ -44,12 +44,13 @@ every = pytest.mark.parametrize("name", SAVE)
 
 @every
 @pytest.mark.parametrize("count", [8, 12])
-def test_without_a_cap_it_is_the_model_on_the_whole_video(name, count, models):
+@pytest.mark.parametrize("fps", [1.0, 3.0])  # at 3 a unit of time is worth no whole number of positions
+def test_without_a_cap_it_is_the_model_on_the_whole_video(name, count, fps, models):
     loaded, frames = models[name], film(count)
-    inputs = frames_question(loaded, frames, ASK).inputs
+    inputs = frames_question(loaded, frames, ASK, times=[i / fps for i in range(count)]).inputs
     with torch.no_grad():
         out = loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    running = Stream(loaded, "knorm:keep=100000", block=4)
+    running = Stream(loaded, "knorm:keep=100000", block=4, fps=fps)
     running.push(frames[:5])
     running.push(frames[5:])
     got = running.ask(ASK, max_new_tokens=6)

@@ -186,3 +186,25 @@ def prompt(name: str, model: Any, rows: tuple[tuple[int, int], ...] = ROWS) -> d
     takes = {n for m in (model, inner_of(model)) for n in inspect.signature(m.forward).parameters}
     out.update({k: (ids == IMAGE).long() for k in ("mm_token_type_ids", "token_type_ids") if k in takes})
     return out
+
+
+def row_of(inputs: dict[str, Any], b: int) -> dict[str, Any]:
+    """The inputs of one row of a batch of :data:`ROWS`: the first image, or the other two, without padding."""
+    images = slice(0, 1) if b == 0 else slice(1, 3)
+    real = inputs["attention_mask"][b].bool()
+    sizes = next((inputs[n] for n in ("image_grid_thw", "target_sizes") if n in inputs), None)
+    out = {}
+    for name, value in inputs.items():
+        if value.shape[:2] == real.expand(2, -1).shape:
+            out[name] = value[b : b + 1, real]
+        elif name != "pixel_values" or sizes is None:
+            out[name] = value[images]
+        else:
+            ends = [0, *sizes.prod(1).cumsum(0).tolist()]
+            mine = slice(ends[images.start], ends[images.stop])
+            if len(value) == ends[-1]:
+                out[name] = value[mine]
+            else:  # a strip of patches side by side
+                side = value.shape[2]
+                out[name] = value[..., mine.start * side : mine.stop * side]
+    return out

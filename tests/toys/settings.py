@@ -8,103 +8,53 @@ from __future__ import annotations
 
 from typing import Any
 
+
+def _mrope(**more: Any) -> dict[str, Any]:
+    """Rotary positions of time, rows and columns, for heads of 8 numbers."""
+    return {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, **more}
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
-    },
+    "qwen2_vl": {"text_config": {"rope_parameters": _mrope()}},
     "qwen2_5_vl": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}},
+        "text_config": {"rope_parameters": _mrope()},
         "vision_config": {"window_size": 16, "fullatt_block_indexes": [1]},
     },
     "qwen2_5_omni": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}},
+        "text_config": {"rope_parameters": _mrope()},
         "top": {"vision_start_token_id": 97, "audio_start_token_id": 92},
     },
-    "glm4v": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
-    },
-    "glm46v": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
-    },
-    "glm4v_moe": {
-        "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 1.0,
-            }
-        }
-    },
-    "glm_ocr": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
-    },
-    "paddleocr_vl": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
-    },
+    "glm4v": {"text_config": {"rope_parameters": _mrope()}},
+    "glm46v": {"text_config": {"rope_parameters": _mrope()}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _mrope(partial_rotary_factor=1.0)}},
+    "glm_ocr": {"text_config": {"rope_parameters": _mrope()}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _mrope()}},
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [16, 16],
             "moe_num_experts": 4,
             "moe_k": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+            "rope_parameters": _mrope(mrope_section=[1, 1, 2]),
         }
     },
     "qwen3_vl": {
-        "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "mrope_interleaved": True,
-            }
-        },
+        "text_config": {"rope_parameters": _mrope(mrope_interleaved=True)},
         "vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]},
     },
     "qwen3_vl_moe": {
-        "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "mrope_interleaved": True,
-            }
-        },
+        "text_config": {"rope_parameters": _mrope(mrope_interleaved=True)},
         "vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]},
     },
     "cosmos3_omni": {
-        "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "mrope_interleaved": True,
-            }
-        },
+        "text_config": {"rope_parameters": _mrope(mrope_interleaved=True)},
         "vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]},
     },
     "qwen3_omni_moe": {
-        "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "mrope_interleaved": True,
-            }
-        },
+        "text_config": {"rope_parameters": _mrope(mrope_interleaved=True)},
         "vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]},
         "top": {"vision_start_token_id": 97, "audio_start_token_id": 92},
     },
-    "cosmos3_edge": {
-        "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "mrope_interleaved": True,
-            }
-        }
-    },
+    "cosmos3_edge": {"text_config": {"rope_parameters": _mrope(mrope_interleaved=True)}},
     "hy_v4_vl": {
         "text_config": {
             "kv_lora_rank": 16,
@@ -116,31 +66,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "index_n_heads": 2,
             "index_topk": 512,
             "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+            "rope_parameters": _mrope(),
         },
         "vision_config": {"max_image_size": 64},
     },
     "qwen3_5": {
         "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "mrope_interleaved": True,
-                "partial_rotary_factor": 1.0,
-            },
+            "rope_parameters": _mrope(mrope_interleaved=True, partial_rotary_factor=1.0),
             "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
         }
     },
     "qwen3_5_moe": {
         "text_config": {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "rope_theta": 10000.0,
-                "mrope_interleaved": True,
-                "partial_rotary_factor": 1.0,
-            },
+            "rope_parameters": _mrope(mrope_interleaved=True, partial_rotary_factor=1.0),
             "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
         }
     },
@@ -412,11 +350,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "mlp_dim": 64,
         }
     },
-    "hunyuan_vl": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
-        }
-    },
+    "hunyuan_vl": {"text_config": {"rope_parameters": _mrope(mrope_section=[1, 1, 1, 1])}},
     "ovis2": {"top": {"visual_indicator_token_ids": [85, 86, 87, 88, 89], "image_token_id": 99, "vocab_size": 120}},
     "kimi_k25": {
         "top": {"projection_hidden_size": 32},
@@ -449,18 +383,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "text_config": {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
             "rope_parameters": {
-                "full_attention": {
-                    "rope_type": "default",
-                    "mrope_section": [2, 1, 1],
-                    "rope_theta": 10000.0,
-                    "mrope_interleaved": True,
-                },
-                "sliding_attention": {
-                    "rope_type": "default",
-                    "mrope_section": [2, 1, 1],
-                    "rope_theta": 10000.0,
-                    "mrope_interleaved": True,
-                },
+                "full_attention": _mrope(mrope_interleaved=True),
+                "sliding_attention": _mrope(mrope_interleaved=True),
             },
         },
         "vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]},

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.projector import share
-from tokenreduce.algorithms.scoring import finite
+from tokenreduce.algorithms.scoring import finite, refuse_nan
 from tokenreduce.algorithms.temporal import frames_of
 from tokenreduce.core.evidence import BaseEvidence, CacheEvidence, ImageEvidence, VisualEvidence
+from tokenreduce.core.host import not_a_number, on_host
 
 __all__ = [
     "cells", "draw", "draws", "evenly", "full_grid", "mixed_seed", "regular", "resampling", "scramble", "spread",
@@ -46,6 +50,8 @@ def draws(
 ) -> Tensor:
     """What :func:`draw` says, for features ``x`` (B,N,C) and slots that are there, ``valid`` (B,N)."""
     start = mixed_seed(seed, evidence.layer + 1)
+    if among is None and on_host(x, valid):
+        return _draws_on_host(x, start, evidence, valid)
     state = torch.full((x.shape[0],), start, dtype=torch.int64, device=x.device)
     for part in _content(x, valid if among is None else among, evidence).unbind(1):
         state = scramble(state ^ (part & _BITS))
@@ -55,21 +61,46 @@ def draws(
 
 def _content(x: Tensor, there: Tensor | None, evidence: BaseEvidence | CacheEvidence) -> Tensor:
     """(B,4) int64: rounded channel means that tell samples apart."""
-    x = x.detach().float()
-    if there is None:
-        mean, power = x.mean(1), x.square().mean((1, 2))
-    else:
-        tokens = there.sum(1, keepdim=True).clamp(min=1)
-        x = torch.where(there.unsqueeze(-1), x, 0.0)
-        mean, power = x.sum(1) / tokens, x.square().sum((1, 2)) / (tokens.squeeze(1) * x.shape[2])
-    share = mean[:, :_CHANNELS] / power.sqrt().clamp(min=1e-12).unsqueeze(1)
+    mean, power = _moments(x, there)
+    share = mean / power.sqrt().clamp(min=1e-12).unsqueeze(1)
     # The power is NaN where any feature is; without this check a NaN elsewhere would go unnoticed.
     share = finite(torch.where(power.isnan().unsqueeze(1), power.unsqueeze(1), share), evidence)
     return (share * _STEPS).round().clamp(-(2**20), 2**20).long()
 
 
-def scramble(h: Tensor) -> Tensor:
-    """A 32-bit integer hash (xor-shift and multiply) in int64, where no product overflows."""
+def _moments(x: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B,4) means of the first channels and (B,) the mean square of all, over the tokens that are there."""
+    x = x.detach().float()
+    if there is None:
+        return x[:, :, :_CHANNELS].mean(1), x.square().mean((1, 2))
+    tokens = there.sum(1, keepdim=True).clamp(min=1)
+    x = torch.where(there.unsqueeze(-1), x, 0.0)
+    return x[:, :, :_CHANNELS].sum(1) / tokens, x.square().sum((1, 2)) / (tokens.squeeze(1) * x.shape[2])
+
+
+def _draws_on_host(x: Tensor, start: int, evidence: BaseEvidence | CacheEvidence, valid: Tensor | None) -> Tensor:
+    """:func:`draws` in numpy, by the same hash."""
+    mean, power = (t.numpy() for t in _moments(x, valid))
+    share = mean / np.maximum(np.sqrt(power), np.float32(1e-12))[:, None]
+    if not_a_number(power) or not_a_number(share):
+        refuse_nan(power + share.sum(1), evidence)
+    content = (share * _STEPS).round().clip(-(2**20), 2**20).astype(np.int64) & _BITS
+    state = np.full(len(content), start, np.int64)
+    for part in content.T:
+        state = scramble(state ^ part)
+    return torch.from_numpy((scramble(state[:, None] ^ _places(x.shape[1])) >> 8).astype(np.float32))
+
+
+@lru_cache(maxsize=512)
+def _places(n: int) -> Any:
+    """(n,) hashes of the places from 1 on."""
+    made = scramble(np.arange(1, n + 1))
+    made.setflags(write=False)
+    return made
+
+
+def scramble(h: Any) -> Any:
+    """A 32-bit integer hash (xor-shift and multiply) in int64, where no product overflows; of a tensor or an array."""
     for _ in range(2):
         h = ((h ^ (h >> 16)) * 0x45D9F3B) & _BITS
     return h ^ (h >> 16)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.scoring import ascending, descending, finite, inner, unit
+from tokenreduce.algorithms.scoring import ascending, descending, finite, inner, refuse_nan, unit
 from tokenreduce.core.constants import positions
 from tokenreduce.core.evidence import BaseEvidence, Evidence
+from tokenreduce.core.host import counted_rows, on_host, values
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.readable import readable
 
@@ -84,6 +86,8 @@ def _behind(m: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: 
     n, p, batch = evidence.n, evidence.prefix, m.shape[0]
     even, odd = p + p % 2, p + 1 - p % 2  # the first of each that may move, and absorb
     best, partner = inner(m[:, even::2], m[:, odd::2]).max(-1)
+    if on_host(best):
+        return _behind_on_host(best, partner, r, evidence, sorted_, settings)
     order = descending(finite(best, evidence))
     source, rest = order[:, :r], order[:, r:]
     if p or sorted_:
@@ -93,6 +97,27 @@ def _behind(m: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: 
     keep = torch.cat([position[:, :p], *parts] if p else parts, 1)
     dst = partner.gather(1, source) + (p + rest.shape[1])
     return Merge(n, keep, 2 * source + even if even else 2 * source, dst, **settings)  # type: ignore[arg-type]
+
+
+def _behind_on_host(
+    similarity: Tensor, partners: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: dict[str, object]
+) -> Plan:
+    """The rest of :func:`_behind` in numpy, from the ``similarity`` (B,E) of even positions to their ``partners``."""
+    n, p, best = evidence.n, evidence.prefix, values(similarity)
+    refuse_nan(best, evidence)
+    batch, even, odd = len(best), p + p % 2, p + 1 - p % 2
+    order = np.argsort(-best, axis=1, kind="stable")
+    source, rest = order[:, :r], order[:, r:]
+    if p or sorted_:
+        rest = np.sort(rest, axis=1)
+    last = p + rest.shape[1]
+    keep = np.empty((batch, n - r), np.int64)
+    keep[:, :p] = np.arange(p)
+    np.multiply(rest, 2, out=keep[:, p:last])
+    keep[:, p:last] += even
+    keep[:, last:] = np.arange(odd, n, 2)
+    dst = values(partners)[counted_rows(batch), source] + last
+    return Merge.of_arrays(n, keep, 2 * source + even, dst, **settings)
 
 
 def best_edges(metric: Tensor, evidence: BaseEvidence) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,9 @@ class Projector(Reducer, stage="projector"):
         """How many of an image's ``present`` tokens stay; at most all where the method finds the number itself."""
         return present if self.keep is None else count(self.keep, present)
 
+    def fixed_count(self, present: int, frames: int = 1) -> int | None:
+        return None if self.keep is None else self.total(present)
+
     def at(self, keep: int) -> Projector:
         """The same method with a count: what one view of an image keeps of the image's budget."""
         return self if self.keep == keep and isinstance(self.keep, int) else replace(self, keep=keep)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenreduce.core.evidence import Attention, BaseEvidence, CacheEvidence, VisualEvidence
+from tokenreduce.core.host import not_a_number, on_host, values
 from tokenreduce.core.readable import readable, to_onnx
 
 __all__ = [
@@ -16,6 +20,8 @@ __all__ = [
 
 #: Rows from which half of a Gram matrix is worth the copies that spare the other half.
 _GRAM = 256
+#: Numbers up to which one core looks at them faster than torch has called several.
+_SMALL = 1 << 15
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -49,7 +55,7 @@ def gram(x: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """L2-normalised along the last axis, float32; an all-zero vector stays zero instead of becoming NaN."""
     x = x.float()
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def distances(x: Tensor) -> Tensor:
@@ -76,13 +82,25 @@ def finite(scores: Tensor, evidence: BaseEvidence | CacheEvidence) -> Tensor:
     output stays NaN.
     """
     if _checked(scores):
-        if bool(scores.isnan().any()):
-            raise ValueError(
-                f"NaN in the tokens at layer {evidence.layer}: the input or the weights hold NaN or overflow; "
-                "check the preprocessing, or run in float32 or bfloat16"
-            )
+        if scores.numel() <= _SMALL and scores.dtype == torch.float32 and on_host(scores):
+            refuse_nan(values(scores), evidence)
+        elif bool(scores.isnan().any()):
+            raise _nan(evidence)
         return scores
     return torch.where(scores.isnan(), float("-inf"), scores)
+
+
+def refuse_nan(scores: Any, evidence: BaseEvidence | CacheEvidence) -> None:
+    """:func:`finite` for an array."""
+    if not_a_number(scores):
+        raise _nan(evidence)
+
+
+def _nan(evidence: BaseEvidence | CacheEvidence) -> ValueError:
+    return ValueError(
+        f"NaN in the tokens at layer {evidence.layer}: the input or the weights hold NaN or overflow; "
+        "check the preprocessing, or run in float32 or bfloat16"
+    )
 
 
 def _checked(values: Tensor) -> bool:
@@ -205,6 +223,8 @@ def select(scores: Tensor, k: int, evidence: BaseEvidence, *, by_score: bool = F
 
     Tokens that are not there (``evidence.valid``) come last. ``scores`` is (B,N); higher stays.
     """
+    if scores.dtype == torch.float32 and on_host(scores, evidence.valid):
+        return _select_on_host(values(scores), k, evidence, by_score)
     scores = finite(scores, evidence).float()
     fixed = evidence.fixed()
     if evidence.valid is not None:
@@ -216,6 +236,22 @@ def select(scores: Tensor, k: int, evidence: BaseEvidence, *, by_score: bool = F
     if not by_score:
         return keep.sort(dim=-1).values
     return keep
+
+
+def _select_on_host(scores: Any, k: int, evidence: BaseEvidence, by_score: bool) -> Tensor:
+    """:func:`select` in numpy, for (B,N) float32."""
+    refuse_nan(scores, evidence)
+    rank = -scores
+    if evidence.valid is not None:
+        rank[~values(evidence.valid)] = np.inf
+    if evidence.masked:
+        fixed = evidence.fixed()
+        if fixed is not None:
+            rank[values(fixed)] = -np.inf
+    elif evidence.prefix:
+        rank[:, : evidence.prefix] = -np.inf
+    keep = np.argsort(rank, axis=1, kind="stable")[:, : k + (evidence.n - evidence.free())]
+    return torch.from_numpy(np.ascontiguousarray(keep) if by_score else np.sort(keep, axis=1))
 
 
 def question(evidence: VisualEvidence) -> tuple[Tensor, Tensor] | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenreduce.bench.clips import ClipItem
+from tokenreduce.bench.frame_cache import FrameCache
 
 __all__ = ["SAMPLINGS", "Sampler", "Shown", "thumbnails"]
 
@@ -23,10 +25,12 @@ THUMBNAIL = 16
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """Frames (T,H,W,3) uint8 of a clip, and the seconds (T,) at which each is shown."""
+    """Frames (T,H,W,3) uint8 of a clip, and the seconds (T,) at which each is shown; ``kept`` says that nothing was
+    decoded for them."""
 
     frames: NDArray[np.uint8]
     times: NDArray[np.float64]
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Sampler:
         sampling: "uniform", spread evenly with the first and the last one; or "diverse": of up to :data:`MOST` evenly
             spread candidates those that differ most by their :func:`thumbnails`
             (:func:`tokenreduce.video.sampling.max_min`), which needs no encoder.
+        cache: where frames of files are kept between runs; without one they are decoded each time.
 
     Raises ``ValueError`` for other values, both or neither of ``frames`` and ``fps``, and "diverse" with ``fps``.
     """
@@ -46,6 +51,7 @@ class Sampler:
     frames: int | None = 8
     fps: float | None = None
     sampling: str = "uniform"
+    cache: FrameCache | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.frames is None) == (self.fps is None):
@@ -65,15 +71,25 @@ class Sampler:
             clip, times = item.image, np.arange(len(item.image), dtype=np.float64)
             at = self._choose(times, float(len(clip)), item.span, lambda some: clip[some])
             return Shown(clip[at], times[at])
-        from tokenreduce.video.reading import open_video
+        path = Path(item.image)
+        rate = (item.rate or self.fps) if path.is_dir() else None
 
-        rate = (item.rate or self.fps) if Path(item.image).is_dir() else None
-        video = open_video(item.image, rate=rate)
-        at = self._choose(
-            video.times, video.duration, item.span, lambda some: video.read(some, size=2 * THUMBNAIL).frames
-        )
-        found = video.read(at)
-        return Shown(found.frames, found.times)
+        def decode() -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+            from tokenreduce.video.reading import open_video
+
+            video = open_video(path, rate=rate)
+            at = self._choose(
+                video.times, video.duration, item.span, lambda some: video.read(some, size=2 * THUMBNAIL).frames
+            )
+            found = video.read(at)
+            return found.frames, found.times
+
+        if self.cache is None:
+            return Shown(*decode())
+        how: dict[str, Any] = {
+            "frames": self.frames, "fps": self.fps, "sampling": self.sampling, "span": item.span, "rate": rate,
+        }  # fmt: skip
+        return Shown(*self.cache.read(path, how, decode))
 
     def _choose(
         self,

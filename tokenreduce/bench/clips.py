@@ -73,6 +73,11 @@ def load_clips(data: str, layout: str = "auto", split: str = "test", limit: int 
         raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, not {layout!r}")
     if data == "world" and layout in ("auto", "world"):
         return Clips(_world(split, WORLD_QUESTIONS if limit is None else limit, seed), {})
+    if data == "world2":
+        raise ValueError(
+            "clips of the second world are not asked: world-llava-2 has learned pictures only so far; use --data world "
+            "with world-llava, or tokenreduce.zoo.world2.clip and ask to write a JSONL file for another model"
+        )
     if layout == "world":
         raise ValueError(f"layout 'world' is for --data world, not {data}")
     path = Path(data).expanduser()

@@ -1,7 +1,8 @@
 """Models by name, with the transform and the class names that belong to them.
 
 ========================================  ==================================================================
-``digits-vit``, ``world-vit``             the embedded ViTs for handwritten digits and for generated scenes
+``digits-vit``, ``world-vit``,            the embedded ViTs for handwritten digits, for generated scenes and for those
+``world-vit-2``                           of the second world
 ``timm:NAME``                             ``timm.create_model``; ``NAME@FILE`` a local checkpoint, ``NAME@FOLDER``
                                           a folder with ``config.json`` and weights
 ``open_clip:NAME/TAG``                    zero-shot classification; TAG as open_clip has it (also a file)
@@ -28,7 +29,7 @@ from tokenreduce.common.model_names import options_of
 __all__ = ["EMBEDDED", "KINDS", "Loaded", "load_model"]
 
 #: Embedded classifiers and the size of their input.
-EMBEDDED = {"digits-vit": (1, 28, 28), "world-vit": (3, 112, 112)}
+EMBEDDED = {"digits-vit": (1, 28, 28), "world-vit": (3, 112, 112), "world-vit-2": (3, 224, 224)}
 #: What a model name may start with, for messages.
 KINDS = (
     *EMBEDDED,

@@ -41,19 +41,21 @@ class Item:
 
 
 def load_questions(data: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Item]:
-    """The questions of ``data``: ``world`` (generated from the seeds of ``split``, types in turn) or a JSONL file with
-    lines ``{"image": path, "question": ..., "answer": ..., "type": ...}``.
+    """The questions of ``data``: ``world`` or ``world2`` (generated from the seeds of ``split``, types in turn) or a
+    JSONL file with lines ``{"image": path, "question": ..., "answer": ..., "type": ...}``.
 
     Paths are relative to the file; ``answer`` may list several that count; ``type`` may be left out. ``limit``
-    questions are drawn by ``seed``; without a limit the file is taken whole, and the world gives 2,400.
+    questions are drawn by ``seed``; without a limit the file is taken whole, and a world gives 2,400.
 
     Raises ``ValueError`` for other data, an unknown split and a line that is no question, ``FileNotFoundError`` for a
     file that is not there.
     """
     if data == "world":
         return _world(split, WORLD_QUESTIONS if limit is None else limit, seed)
+    if data == "world2":
+        return _world2(split, WORLD_QUESTIONS if limit is None else limit, seed)
     if not data.endswith((".jsonl", ".json")):
-        raise ValueError(f"questions are world or a JSONL file (questions.jsonl), not {data!r}")
+        raise ValueError(f"questions are world, world2 or a JSONL file (questions.jsonl), not {data!r}")
     items = _read(Path(data).expanduser())
     if limit is not None and limit < len(items):
         items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
@@ -67,6 +69,15 @@ def _world(split: str, questions: int, seed: int) -> list[Item]:
 
     types = (*KINDS_OF_TYPES["image"], *KINDS_OF_TYPES["two_hop"])
     asked: Sequence[Any] = cases(split, seed, questions, types)
+    return [Item(i, c.text, (c.answer,), c.type, Image.fromarray(c.about.image)) for i, c in enumerate(asked)]
+
+
+def _world2(split: str, questions: int, seed: int) -> list[Item]:
+    from PIL import Image
+
+    from tokenreduce.zoo.evaluation2 import cases
+
+    asked = cases(split, seed, questions)
     return [Item(i, c.text, (c.answer,), c.type, Image.fromarray(c.about.image)) for i, c in enumerate(asked)]
 
 

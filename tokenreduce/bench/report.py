@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tokenreduce.bench.columns import COLUMNS, Column, cell, columns, label, misses, ordered
 from tokenreduce.bench.page import write_html
-from tokenreduce.bench.picture import pareto
+from tokenreduce.bench.picture import curves, pareto
 from tokenreduce.bench.runs import OTHER_OUT, Run, load_run
 from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.bench.times import within_noise
@@ -156,9 +156,9 @@ def rebuild(folders: Sequence[str | Path], out: str | Path | None = None) -> tup
     target = Path(out) if out is not None else runs[0].folder if len(runs) == 1 else runs[0].folder.parent / "report"
     make_folder(target, OTHER_OUT)
     command = shlex.join(["tokenreduce", "report", *(str(f) for f in folders), *(["--out", str(out)] if out else [])])
-    files = {
-        "csv": write_csv(runs, target / "rows.csv"),
-        "png": pareto(runs, target / "pareto.png"),
-        "html": write_html(runs, target / "report.html", command),
-    }
+    files = {"csv": write_csv(runs, target / "rows.csv")}
+    # A server that is asked as it is has no other budget to be drawn against.
+    if any(curves(run) for run in runs) or not any(run.good for run in runs):
+        files["png"] = pareto(runs, target / "pareto.png")
+    files["html"] = write_html(runs, target / "report.html", command)
     return runs, files

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tokenreduce.bench.models import EMBEDDED, KINDS
+from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
 from tokenreduce.bench.vlms import is_vlm
 
 __all__ = ["resolve"]
@@ -23,7 +24,7 @@ def resolve(name: str) -> tuple[Literal["image", "language"], str]:
     >>> resolve("vit_tiny_patch16_224"), resolve("digits-vit")
     (('image', 'timm:vit_tiny_patch16_224'), ('image', 'digits-vit'))
     """
-    if name == "world-llava":
+    if name in LANGUAGE:
         return "language", name
     if name in EMBEDDED or name.startswith(("timm:", "open_clip:")):
         return "image", name

@@ -21,13 +21,15 @@ from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.common.files import append, cannot_write, make_folder, write_text
 from tokenreduce.common.words import plain
 
-__all__ = ["Run", "RunWriter", "hardware", "load_run", "open_run", "read_run", "versions"]
+__all__ = ["ANSWERS", "Run", "RunWriter", "hardware", "load_run", "open_run", "read_lines", "read_run", "versions"]
 
 #: What an error of writing says next.
 OTHER_OUT = "choose another folder with --out"
 INFO, ROWS = "run.json", "rows.jsonl"
+#: Answers to single questions, of points whose row may not be there yet.
+ANSWERS = "answers.jsonl"
 #: What --fresh removes; nothing else in a folder is ever touched.
-OWN_FILES = (INFO, ROWS, "rows.csv", "pareto.png", "report.html")
+OWN_FILES = (INFO, ROWS, ANSWERS, "rows.csv", "pareto.png", "report.html")
 #: Entries of run.json that must agree before rows may stand in one table.
 IDENTITY = ("task", "settings", "versions", "hardware")
 
@@ -67,7 +69,7 @@ class Run:
         return [p for p in self.info.get("points", []) if p not in there]
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int, str]:
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int, str]:
     """Rows, the number of bytes that hold complete rows, and what is wrong with the end ("" when nothing is).
 
     Only the last line can be incomplete, because lines are appended whole. Raises ``ValueError`` for other damage.
@@ -109,7 +111,7 @@ def load_run(folder: str | Path) -> Run:
         hint = f"; run folders in it: {', '.join(found)}" if found else "; `tokenreduce bench ... --out` makes one"
         raise FileNotFoundError(f"{folder} is no run folder: it has no {INFO}{hint}")
     info = _read_info(folder)
-    rows, _, wrong = _read_rows(folder / ROWS)
+    rows, _, wrong = read_lines(folder / ROWS)
     return Run(folder, info, _latest(rows, info.get("points", [])), wrong)
 
 
@@ -130,7 +132,7 @@ def read_run(rows: str | Path, info: str | Path | None = None) -> Run:
     without rows or with others than a benchmark writes, and ``OSError`` for one that cannot be read.
     """
     rows = Path(rows)
-    found, _, wrong = _read_rows(rows)
+    found, _, wrong = read_lines(rows)
     if not found:
         raise ValueError(f"{rows.name} holds no row of a benchmark")
     for number, row in enumerate(found, 1):
@@ -211,14 +213,16 @@ def open_run(folder: str | Path, info: dict[str, Any], *, fresh: bool = False) -
 
 
 def _resume(folder: Path, info: dict[str, Any], handle: FileIO) -> Run:
-    rows, complete, wrong = _read_rows(folder / ROWS)
+    rows, complete, wrong = read_lines(folder / ROWS)
     begun = {"format": 1, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    answered = (folder / ANSWERS).exists() and (folder / ANSWERS).stat().st_size > 0
     if not (folder / INFO).exists():
-        if rows or wrong:
-            raise ValueError(f"{folder} has {ROWS} but no {INFO}; start again with --fresh, or use another --out")
+        if rows or wrong or answered:
+            what = ROWS if rows or wrong else ANSWERS
+            raise ValueError(f"{folder} has {what} but no {INFO}; start again with --fresh, or use another --out")
         return Run(folder, begun)
     there = _read_info(folder)
-    if not rows and not wrong and any(there.get(key) != info[key] for key in IDENTITY if key in info):
+    if not rows and not wrong and not answered and any(there.get(key) != info[key] for key in IDENTITY if key in info):
         return Run(folder, begun)  # of a run that failed before its first row, nothing is worth keeping
     differences: list[str] = []
     for key in IDENTITY:

@@ -22,7 +22,7 @@ from tokenreduce.common.words import are, counted
 
 __all__ = ["EXTENSIONS", "READERS", "Problem", "Read", "Source", "kind_of"]
 
-KINDS = "digits, world, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
+KINDS = "digits, world, world2, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
 #: Other names under which the split that was asked for may lie.
 SPLITS = {
     "test": ("test", "val", "validation", "valid"),
@@ -68,7 +68,7 @@ class Read:
 def kind_of(name: str) -> tuple[str, str]:
     """The reader for a data set's name, and the place behind a prefix. Raises ``ValueError`` for anything else."""
     prefix, colon, place = name.partition(":")
-    if name in ("digits", "world"):
+    if name in ("digits", "world", "world2"):
         return name, ""
     if colon and prefix in ("folder", "hf", "wds"):
         if not place:
@@ -143,6 +143,36 @@ def _read_world(place: str, split: str, loaded: Loaded, classes: Classes) -> Rea
         there = sorted({label[t.kind] for t in scene(seed, objects=WORLD_OBJECTS).objects})
         labels.append((*there, *[-1] * (WORLD_OBJECTS[1] - len(there))))
     return Read(_World(), seeds, labels, names, notes)
+
+
+class _World2(Source):
+    def open(self, item: Any) -> Image.Image:
+        return Image.fromarray(_scene2(item).image)
+
+    def where(self, item: Any) -> str:
+        return f"scene of seed {item} of the second world"
+
+
+def _scene2(seed: int) -> Any:
+    from tokenreduce.zoo.world2 import scene
+
+    return scene(seed, objects=WORLD_OBJECTS, signs=(1, 2), document=0.0)
+
+
+def _read_world2(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    """Scenes with the kinds of their things and the characters of their signs as labels, -1 for none."""
+    from tokenreduce.zoo.world2 import CHARACTERS, KINDS
+    from tokenreduce.zoo.world2 import SPLITS as SEEDS
+
+    found, notes = _find_split(split, list(SEEDS), "world2")
+    known = (*KINDS, *CHARACTERS)
+    index, names = match_names(known, loaded, classes, "world2")
+    label = dict(zip(known, index, strict=True))
+    seeds = list(SEEDS[found][:WORLD_SCENES])
+    there = [{t.kind for t in s.objects} | {c for sign in s.signs for c in sign.text} for s in map(_scene2, seeds)]
+    most = max(map(len, there))
+    labels = [(*(row := sorted(label[k] for k in kinds)), *[-1] * (most - len(row))) for kinds in there]
+    return Read(_World2(), seeds, labels, names, notes)
 
 
 # -- class folders -----------------------------------------------------------------------------------------------------
@@ -377,6 +407,7 @@ def _samples(shard: str, problems: list[Problem]) -> Iterator[tuple[str, dict[st
 READERS: dict[str, Callable[[str, str, Loaded, Classes], Read]] = {
     "digits": _read_digits,
     "world": _read_world,
+    "world2": _read_world2,
     "folder": _read_folder,
     "hf": _read_hf,
     "wds": _read_wds,

@@ -19,6 +19,7 @@ from tokenreduce.bench.task import FLOPS, Task, axis_of, spent
 from tokenreduce.bench.times import consistent
 from tokenreduce.bench.watch import Point, Watch
 from tokenreduce.common.words import counted
+from tokenreduce.core.auto import auto_of, chosen_for, is_auto
 from tokenreduce.core.budget import BudgetError
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer, build, format_spec, parse_spec
@@ -38,6 +39,12 @@ TOLERANCE = 0.03
 def is_baseline(method: str) -> bool:
     """Whether a row's method is a baseline, at whatever stage: ``random`` and ``random@projector``."""
     return method.partition("@")[0] in (*BASELINES, "pool", "pool-frames", "uniform-frames")
+
+
+def solvable(spec: str) -> bool:
+    """Whether a method has a ``keep`` that is not given in its spec."""
+    name, settings = parse_spec(spec)
+    return "keep" in {f.name for f in fields(get_class(name))} and "keep" not in settings
 
 
 class Solver:
@@ -84,7 +91,7 @@ class Solver:
         kind = get_class(name)
         _, settings = parse_spec(spec, kind)
         known = {f.name: f.default for f in fields(kind)}
-        if "keep" not in known or "keep" in settings:
+        if not solvable(spec):
             why = "fixes keep itself" if "keep" in settings else f"{name} has no setting keep to solve for"
             raise ValueError(f"{spec!r} cannot be brought to a budget: {why}; measure it as it is with --reduce")
         seen = self._seen.setdefault(spec, {})
@@ -231,7 +238,8 @@ def points(
     """The rows to measure: the unreduced model, baselines and methods at every budget, explicit specs.
 
     ``methods`` None takes all that the model can serve, unless ``reduce`` names specs: then only those are measured.
-    Every explicit spec is put into the budget that it happens to hit, or gets baselines at its own FLOPs.
+    Every explicit spec is put into the budget that it happens to hit, or gets baselines at its own FLOPs; so is a
+    method that no budget can be asked of.
     """
     baselines, stages = _baselines(task), _stages(task)
     if methods is None:
@@ -239,6 +247,8 @@ def points(
     else:
         chosen = [m for m in check_methods(methods, task.stages, task.methods(), stages) if m not in baselines]
     shares = check_budgets(budgets) if chosen or not reduce else ()
+    reduce = [*reduce, *(m for m in chosen if not solvable(m))]
+    chosen = [m for m in chosen if m not in reduce]
     out = [Point(UNREDUCED, UNREDUCED, "", 1.0)]
     for budget in shares:
         out += [Point.at(spec, budget) for spec in (*baselines, *chosen)]
@@ -319,7 +329,7 @@ def sweep(
     axis = axis_of(task)
     check_budgets(budgets, axis.label)
     for text in reduce:
-        parse(text, stage=task.stages[0])
+        auto_of(text) if is_auto(text) else parse(text, stage=task.stages[0])
     if methods is not None:
         check_methods(methods, task.stages)
     info = {
@@ -337,7 +347,10 @@ def sweep(
         run = writer.run
         if run.repaired:
             watch.say(run.repaired)
+        if (keep_in := getattr(task, "keep_in", None)) is not None:
+            keep_in(run.folder)
         task.prepare()
+        reduce = [_named(task, text, watch) for text in reduce]
         solver = Solver(task)
         todo = points(task, solver, methods, budgets, reduce)
         ids = [p.id for p in todo]
@@ -367,6 +380,18 @@ def sweep(
                 writer.update(problems=task.problems)
             watch.end(point, row)
         return run
+
+
+def _named(task: Task, text: str, watch: Watch) -> str:
+    """``text``, or what ``auto:`` stands for in the task's model. Raises ``ValueError`` where nothing is known."""
+    if not is_auto(text):
+        return text
+    loaded: Any = getattr(task, "loaded", None)
+    if loaded is None:
+        raise ValueError(f"{text}: {task.name} has no model that it could be chosen for; name the methods")
+    found = chosen_for(loaded.model, [text])
+    watch.say(str(found))
+    return found.spec
 
 
 def _check_points(run: Run, ids: list[str]) -> None:

@@ -33,7 +33,8 @@ class Task(Protocol):
     stages the methods are; a name that several have means the first of them in ``--reduce``.
 
     Optional: ``axis`` (:class:`Axis`) and ``spent(reducers)`` where budgets are shares of something else than FLOPs;
-    ``baselines``, full names of the methods that stand in every table, where these are others than the sweep's own.
+    ``baselines``, full names of the methods that stand in every table, where these are others than the sweep's own;
+    ``keep_in(folder)``, called before :meth:`prepare`, where answers are kept in the run folder as they come.
     """
 
     @property

@@ -11,6 +11,7 @@ from tokenreduce.bench.asking.meter import Clock, tower_too
 from tokenreduce.bench.asking.task import QuestionTask
 from tokenreduce.bench.clip_frames import Sampler
 from tokenreduce.bench.clips import LAYOUTS
+from tokenreduce.bench.frame_cache import GIGABYTES, FrameCache
 
 __all__ = ["FRAMES", "VideoTask"]
 
@@ -26,13 +27,14 @@ class VideoTask(QuestionTask):
         data, split, limit, seed, layout: see :func:`~tokenreduce.bench.clips.load_clips`.
         frames, fps, sampling: see :class:`~tokenreduce.bench.clip_frames.Sampler`; 8 frames where neither of the first
             two is given.
+        frame_cache: gigabytes of decoded frames that are kept on the disk between runs; 0 keeps none.
 
     A question with options is asked with a letter before each, and the letter of the answer counts, or its text.
     ``world-llava``, and any model whose tokenizer has every word of the world as one token, gets questions in its own
     form and answers with the likeliest word; a processor that takes videos gets videos with their true times; any other
     model gets one image per frame. A row also has ``frames``, ``tokens_per_frame`` that enter the language model,
-    ``decode_s`` to read the frames (None where they are generated), ``tower_s`` of the vision tower with its projector,
-    and ``tower_speedup`` against the stock one, all of one clip. Bad settings raise ``ValueError``.
+    ``decode_s`` to read the frames (None where they are generated or kept), ``tower_s`` of the vision tower with its
+    projector, and ``tower_speedup`` against the stock one, all of one clip. Bad settings raise ``ValueError``.
     """
 
     limit: int | None = 120
@@ -41,6 +43,7 @@ class VideoTask(QuestionTask):
     frames: int | None = None
     fps: float | None = None
     sampling: str = "uniform"
+    frame_cache: float = GIGABYTES
 
     name: ClassVar[str] = "video"
     films: ClassVar[bool] = True
@@ -58,7 +61,7 @@ class VideoTask(QuestionTask):
             raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, not {self.layout!r}")
         if self.frames is None and self.fps is None:
             self.frames = FRAMES
-        self._sampler = Sampler(self.frames, self.fps, self.sampling)
+        self._sampler = Sampler(self.frames, self.fps, self.sampling, FrameCache.usual(self.frame_cache))
 
     def source(self) -> Films:
         return Films(self.data, self.layout, self.split, self.limit, self.seed, self._sampler)

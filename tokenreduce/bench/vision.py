@@ -33,6 +33,8 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CACHE = 1 << 30
 #: Images over which FLOPs and tokens are averaged where they depend on the image.
 FLOP_IMAGES = 8
+#: Data whose images have several labels each.
+WORLDS = ("world", "world2")
 #: Well-known methods, merging and pruning, for a sweep that takes a minute.
 WELL_KNOWN = ("tome", "pitome", "evit", "tofu")
 
@@ -73,7 +75,7 @@ class VisionTask:
         few: sweep :data:`WELL_KNOWN` methods only, besides the baselines, where no methods are named.
 
     A model without a head is evaluated by the nearest neighbours of its features (:func:`neighbours`). The scenes of
-    ``world`` have several labels each, see :func:`~tokenreduce.bench.hits.scores`. Bad settings raise ``ValueError``.
+    the worlds have several labels each, see :func:`~tokenreduce.bench.hits.scores`. Bad settings raise ``ValueError``.
     """
 
     model: str = "digits-vit"
@@ -139,7 +141,7 @@ class VisionTask:
         images = load_data(self.data, self.split, loaded, self.limit, self.seed, self.classes)
         if loaded.kind == "zero-shot":
             loaded = loaded.with_classes(images.classes)
-        if loaded.kind == "features" and self.data == "world":
+        if loaded.kind == "features" and self.data in WORLDS:
             raise ValueError(f"{self.model} has no head; scenes with several labels need a classifier (world-vit)")
         if loaded.kind == "features" and len(images) < 2:
             raise ValueError(f"{self.model} has no head and is evaluated by nearest neighbours; give at least 2 images")
@@ -156,7 +158,7 @@ class VisionTask:
     @property
     def metric(self) -> str:
         """``accuracy`` where images have several labels, else ``top1``."""
-        return "accuracy" if self.data == "world" else "top1"
+        return "accuracy" if self.data in WORLDS else "top1"
 
     @property
     def _ready(self) -> _Ready:

@@ -21,8 +21,8 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-#: The model that ships with the package.
-EMBEDDED = "world-llava"
+#: The models that ship with the package, the default first, with the data of each.
+EMBEDDED = {"world-llava": "world", "world-llava-2": "world2"}
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class LoadedVlm:
 
 
 def is_vlm(name: str) -> bool:
-    """Whether ``name`` (``world-llava``, a Hub id or a folder, ``hf:`` may stand in front) is a model that answers
+    """Whether ``name`` (an embedded one, a Hub id or a folder, ``hf:`` may stand in front) is a model that answers
     questions about images; False also for what is no transformers model at all."""
-    if name == EMBEDDED:
+    if name in EMBEDDED:
         return True
     if not name.startswith("hf:") and not Path(name).is_dir():
         return False
@@ -62,8 +62,9 @@ def load_vlm(name: str, device: torch.device | str = "auto", dtype: str = "auto"
     """An image language model of transformers with its processor.
 
     Args:
-        name: ``world-llava``, the embedded model; a Hub id; or a folder that ``save_pretrained`` of model and processor
-            wrote (never the network then). ``hf:`` may stand in front of the last two, as in the other commands.
+        name: ``world-llava`` or ``world-llava-2``, the embedded models; a Hub id; or a folder that ``save_pretrained``
+            of model and processor wrote (never the network then). ``hf:`` may stand in front of the last two, as in the
+            other commands.
         device: "auto" is CUDA where there is one and the CPU otherwise.
         dtype: "auto" is what the weights are stored in; or fp32, bf16, fp16.
 
@@ -74,11 +75,11 @@ def load_vlm(name: str, device: torch.device | str = "auto", dtype: str = "auto"
     place, kind = pick_device(device), _dtype(dtype)
     from tokenreduce import zoo
 
-    if name == EMBEDDED:
+    if name in EMBEDDED:
         made = zoo.load(name, device=place)
         return LoadedVlm(name, made.model if kind == "auto" else made.model.to(kind), made.processor)
     if name in zoo.names():
-        raise ValueError(f"{name} classifies images; the embedded model that answers questions is {EMBEDDED}")
+        raise ValueError(f"{name} classifies images; embedded models that answer questions: {', '.join(EMBEDDED)}")
     transformers = library("transformers", "hf")
     source, local = _source(name)
 

@@ -70,9 +70,11 @@ class Extent:
 
 def data_of(model: str, data: str | None, kinds: str) -> str:
     """The data of an image or video language model; the embedded one has its own. Raises ``ValueError`` for others."""
-    if data is None and model != "world-llava":
+    from tokenreduce.bench.vlms import EMBEDDED
+
+    if data is None and model not in EMBEDDED:
         raise ValueError(f"--data is needed for {model}: {kinds} (world for world-llava)")
-    return data or "world"
+    return data or EMBEDDED[model]
 
 
 def run(ctx: typer.Context, jobs: Mapping[Path, Task], *, budgets: tuple[str, str], device: str) -> None:

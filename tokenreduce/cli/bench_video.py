@@ -22,6 +22,7 @@ from tokenreduce.cli.options import (
     RunFolder,
     Split,
     Stage,
+    Workers,
 )
 from tokenreduce.cli.shared import quiet_bars
 
@@ -43,6 +44,10 @@ Layout = Annotated[str, typer.Option(help="jsonl, mvbench, videomme or egoschema
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a clip, spread evenly; 8 by default.")]
 Fps = Annotated[float | None, typer.Option(help="Frames per second, in place of --frames.")]
 Sampling = Annotated[str, typer.Option(help="uniform, or diverse: the --frames that differ most as small pictures.")]
+FrameCacheSize = Annotated[
+    float,
+    typer.Option("--frame-cache", help="Gigabytes of decoded frames kept on the disk between runs; 0 keeps none."),
+]
 Budgets = Annotated[
     str | None,
     typer.Option(
@@ -63,6 +68,7 @@ def command(
     frames: Frames = None,
     fps: Fps = None,
     sampling: Sampling = "uniform",
+    frame_cache: FrameCacheSize = 4.0,
     stage: Stage = "projector,language,encoder",
     methods: Methods = None,
     budgets: Budgets = None,
@@ -70,6 +76,7 @@ def command(
     limit: Limit = None,
     batch: Batch = 8,
     max_new_tokens: Answer = 16,
+    workers: Workers = 1,
     device: LlmDevice = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = None,
@@ -93,8 +100,9 @@ def command(
     place = str(pick_device(device))
     task = VideoTask(
         model=model, data=data, layout=layout, split=split, frames=frames, fps=fps, sampling=sampling,
-        limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype, repeats=extent.repeats,
-        max_new_tokens=max_new_tokens, stages=tuple(s.strip() for s in stage.split(",") if s.strip()), few=extent.few,
+        frame_cache=frame_cache, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
+        repeats=extent.repeats, max_new_tokens=max_new_tokens, few=extent.few, workers=workers,
+        stages=tuple(s.strip() for s in stage.split(",") if s.strip()),
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
     quiet_bars()

@@ -28,25 +28,26 @@ __all__ = ["command"]
 #: Budgets where --budgets says nothing, without and with --full.
 BUDGETS = ("0.5,0.35", "0.75,0.5,0.35")
 #: Images per forward where --batch says nothing.
-BATCH, BATCHES = 64, {"world": 32}
-#: Embedded classifiers and their data; both are measured when no model is named.
-EMBEDDED = {"digits-vit": "digits", "world-vit": "world"}
+BATCH, BATCHES = 64, {"world": 32, "world2": 8}
+#: Embedded classifiers and their data, and those that are measured when no model is named.
+EMBEDDED = {"digits-vit": "digits", "world-vit": "world", "world-vit-2": "world2"}
+DEFAULT = ("digits-vit", "world-vit")
 #: Images per row where --limit and --full say nothing: the embedded digits whole, other data in part.
-QUICK = {"digits": None, "world": 200}
+QUICK = {"digits": None, "world": 200, "world2": 200}
 QUICK_ELSEWHERE = 1000
 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER; both embedded ones by default, "
-        "each in a folder of its own."
+        help="digits-vit, world-vit, world-vit-2, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER; the first two by "
+        "default, each in a folder of its own."
     ),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
-        help="digits, world, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or webdataset shards "
-        "(*.tar); an embedded model has its own."
+        help="digits, world, world2, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or webdataset "
+        "shards (*.tar); an embedded model has its own."
     ),
 ]
 Split = Annotated[str, typer.Option(help="Part of the data to evaluate.")]
@@ -106,7 +107,7 @@ def command(
 def _models(model: str | None, data: str | None) -> dict[str, str]:
     """Models to measure, and the data of each."""
     if model is None and data is None:
-        return dict(EMBEDDED)
+        return {name: EMBEDDED[name] for name in DEFAULT}
     if model is None:
         own = [name for name, source in EMBEDDED.items() if source == data]
         if not own:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tokenreduce.cli.bench import Extent, data_of, run
+from tokenreduce.cli.bench_server import Concurrency, Keep, Prompt, Server, Timeout, ask_server, check_local
 from tokenreduce.cli.options import (
     Answer,
     BenchJson,
@@ -21,6 +22,7 @@ from tokenreduce.cli.options import (
     Repeats,
     RunFolder,
     Split,
+    Workers,
 )
 from tokenreduce.cli.shared import quiet_bars
 
@@ -30,10 +32,12 @@ __all__ = ["command"]
 BUDGETS = ("0.25,0.1", "0.5,0.25,0.1")
 #: Questions where --limit and --full say nothing.
 QUICK = 180
+#: Words of the longest answer in the second world, in place of the default.
+LONGEST = 64
 
 Data = Annotated[
     str | None,
-    typer.Option(help='world, or a JSONL file: {"image": path, "question": ..., "answer": ..., "type": ...}.'),
+    typer.Option(help='world, world2, or a JSONL file: {"image": path, "question": ..., "answer": ..., "type": ...}.'),
 ]
 Budgets = Annotated[
     str | None,
@@ -67,6 +71,7 @@ def command(
     limit: Limit = None,
     batch: Batch = 32,
     max_new_tokens: Answer = 16,
+    workers: Workers = 1,
     device: LlmDevice = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = None,
@@ -74,14 +79,23 @@ def command(
     fresh: Fresh = False,
     full: Full = False,
     axis: Against = "tokens",
+    server: Server = None,
+    concurrency: Concurrency = 32,
+    keep: Keep = None,
+    prompt: Prompt = None,
+    timeout: Timeout = 120.0,
     as_json: BenchJson = False,
 ) -> None:
     """Image language models: accuracy by question type, visual tokens, FLOPs, time to first token and KV cache.
 
     Budgets are shares of the visual tokens, averaged over the language model's layers. With --axis kv, methods of the
-    cache stage are measured: budgets are shares of the bytes of keys and values, and answers are long. A killed run
+    cache stage are measured: budgets are shares of the bytes of keys and values, and answers are long. With --server
+    the questions go to an OpenAI-compatible server: accuracy, prompt tokens, latency and throughput. A killed run
     continues where it stopped when the same command is given again.
     """
+    if server is not None:
+        return ask_server(ctx, QUICK)
+    check_local(ctx)
     if axis not in AXES:
         raise ValueError(f"--axis is {' or '.join(AXES)}, not {axis!r}")
     stages = tuple(s.strip() for s in (stage or AXES[axis]).split(",") if s.strip())
@@ -96,12 +110,16 @@ def command(
     from tokenreduce.bench.vlm import VlmTask
     from tokenreduce.bench.vlms import pick_device
 
+    if data == "world2" and max_new_tokens == 16:
+        max_new_tokens = LONGEST
     place = str(pick_device(device))
+    if axis == "kv" and workers > 1:
+        raise ValueError("--workers shares questions; with --axis kv a few long answers are measured, by one process")
     kind = CacheTask if axis == "kv" else VlmTask
     task = kind(
         model=model, data=data, split=split, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
         repeats=extent.repeats, max_new_tokens=max_new_tokens,
-        stages=stages, few=extent.few,
+        stages=stages, few=extent.few, workers=workers,
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
     quiet_bars()

@@ -19,7 +19,10 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder.")
+        str,
+        typer.Argument(
+            help="digits-vit, world-vit, world-vit-2, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder."
+        ),
     ],
     reduce: Annotated[str | None, typer.Option(help="Methods to try, for example 'tome:r=13'.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -28,6 +31,7 @@ def command(
     import tokenreduce as tr
     from tokenreduce.bench.models import load_model
     from tokenreduce.bench.vlms import is_vlm, load_vlm
+    from tokenreduce.patching import reducers_for
 
     if is_vlm(model):
         answering = load_vlm(model, "cpu").model
@@ -42,8 +46,8 @@ def command(
         if reduce:
             out.say("  tokens   tokenreduce generate shows them for your image, with time and cache")
         return
-    chosen = tr.parse(reduce) if reduce else ()
     loaded = load_model(model)
+    chosen, _ = reducers_for(loaded.model, reduce) if reduce else ((), "")
     found = tr.describe(loaded.model)
     tried = _tried(loaded, chosen) if chosen else None
     if as_json:

@@ -15,7 +15,9 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[str, typer.Argument(help="timm:NAME, an embedded model, a Hub id or a folder with a config.")],
-    reduce: Annotated[str | None, typer.Option(help="Methods, for example 'visionzip:keep=64'; none: stock.")] = None,
+    reduce: Annotated[
+        str | None, typer.Option(help="Methods, 'visionzip:keep=64', or a target, auto:flops=0.5; none: stock.")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="h100, a100, l4, rtx4090, jetson-orin, cpu, or measured (see calibrate).")
     ] = "h100",

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-Model = Annotated[str, typer.Argument(help="world-llava, a Hub id, or a folder with model and processor.")]
+Model = Annotated[
+    str, typer.Argument(help="world-llava, world-llava-2, a Hub id, or a folder with model and processor.")
+]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the images or the video.")]
-Reduce = Annotated[str, typer.Option(help="Methods, for example 'divprune:keep=0.3+fastv:layer=2,keep=0.5'.")]
+Reduce = Annotated[
+    str,
+    typer.Option(help="Methods, 'divprune:keep=0.3+fastv:layer=2,keep=0.5'; a tuned.json; a target, auto:flops=0.5."),
+]
 Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")]
 Video = Annotated[
     Path | None, typer.Option("--video", "-v", help="A video file, an animated picture or a folder of frames.")
@@ -89,9 +94,13 @@ def command(
 
 
 def _check(prompt: str, reduce: str, show: Path | None) -> None:
+    from tokenreduce.core.auto import auto_of, is_auto
     from tokenreduce.core.registry import parse
+    from tokenreduce.core.tuned import is_tuned
 
-    if not parse(reduce, stage="projector"):
+    if is_auto(reduce):
+        auto_of(reduce)
+    elif not is_tuned(reduce) and not parse(reduce, stage="projector"):
         raise ValueError("--reduce names no method; tokenreduce methods lists them")
     if not prompt.strip():
         raise ValueError("--prompt is empty; ask something about the image")
@@ -182,6 +191,18 @@ def _agreement(result: Comparison) -> str:
     return f"token ids differ from token {result.common + 1} on, of {a} without and {b} with reduction"
 
 
+def _key_rows(result: Comparison) -> list[tuple[str, str, str, str]]:
+    """Keys that methods of the cache stage left; of those that came there, which methods in front of it left, and not
+    of what the stock model holds."""
+    rows = []
+    for one in result.cached:
+        what = f"keys of a head behind the prompt, mean over {counted(one.layers, 'layer')} ({one.method})"
+        rows.append((what, "", f"{one.kept:,.1f} of {one.before:,.1f}", ""))
+        if one.last is not None:
+            rows.append((f"keys of a head behind the answer ({one.method})", "", f"{one.last:,.1f}", ""))
+    return rows
+
+
 def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
     from tokenreduce.bench.columns import in_bytes, seconds
 
@@ -221,12 +242,7 @@ def _rows(result: Comparison) -> list[tuple[str, str, str, str]]:
         rows.append(("time to first token", seconds(first[0]), seconds(first[1]), times("first_token_s")))
     if (step := clock["step_s"]) is not None:
         rows.append(("decoding", *(f"{1 / s:,.1f} tokens/s" for s in step), times("tokens_per_s")))  # type: ignore[arg-type]
-    for one in result.cached:
-        # What came there is what methods in front of it left, not what the stock model holds.
-        what = f"keys of a head behind the prompt, mean over {counted(one.layers, 'layer')} ({one.method})"
-        rows.append((what, "", f"{one.kept:,.1f} of {one.before:,.1f}", ""))
-        if one.last is not None:
-            rows.append((f"keys of a head behind the answer ({one.method})", "", f"{one.last:,.1f}", ""))
+    rows += _key_rows(result)
     rows.append(("KV cache after prefill", in_bytes(a.cache), in_bytes(b.cache), times("cache_bytes")))
     if result.cached:
         rows.append(("KV cache at the prefill's peak", *both("cache_peak"), times("cache_peak_bytes")))

@@ -25,9 +25,20 @@ def command(
     markdown: Annotated[
         Path | None, typer.Option(help="Write the page of all methods, with what their docstrings say, and list none.")
     ] = None,
+    pages: Annotated[
+        Path | None, typer.Option(help="Write a page for every method, with its stored results, and list none.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="The results page that --pages reads.")] = Path("docs/results.md"),
     as_json: AsJson = False,
 ) -> None:
     """List the methods with their stage, settings and paper."""
+    if pages is not None:
+        if pattern != "*" or stage is not None or as_json or markdown is not None:
+            raise ValueError("--pages writes pages of all methods; it takes no pattern, --stage, --markdown or --json")
+        from tokenreduce.cli.method_pages import write_pages
+
+        console().say(f"wrote {counted(write_pages(pages, results), 'page')} into {pages}")
+        return
     if markdown is not None:
         if pattern != "*" or stage is not None or as_json:
             raise ValueError("--markdown writes a page of all methods; it takes no pattern, --stage or --json")

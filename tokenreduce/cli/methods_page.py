@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenreduce.core.reducer import Reducer
 
-__all__ = ["methods_page", "plain_words"]
+__all__ = ["STAGES", "anchor", "methods_page", "plain_words", "section"]
 
 STAGES = {
     "encoder": "Inside a vision encoder",
@@ -42,7 +42,7 @@ def methods_page(command: str = "tokenreduce methods --markdown FILE") -> str:
         parts[-1] += "".join(
             f"\n| [`{name}`](#{anchor(name)}) | {kind.title} | {_paper(kind)} |" for name, kind in kinds.items()
         )
-        parts += [_section(name, kind) for name, kind in kinds.items()]
+        parts += [section(name, kind) for name, kind in kinds.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -55,14 +55,16 @@ def _paper(kind: type[Reducer]) -> str:
     return f"[{kind.paper}](https://arxiv.org/abs/{kind.paper})" if kind.paper[:1].isdigit() else kind.paper or "-"
 
 
-def _section(name: str, kind: type[Reducer]) -> str:
+def section(name: str, kind: type[Reducer], heading: bool = True) -> str:
+    """What there is to say of a method, under a heading or without one."""
     from tokenreduce.cli.catalogue import defaults_of
     from tokenreduce.core.reducer import format_spec
 
     given = defaults_of(kind)
     spec = f"`{kind.__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})`"
     text = format_spec(name, given).partition(":")[2].replace(",", ", ")
-    lines = [f"### `{name}` {{ #{anchor(name)} }}", f"**{kind.title}**, {_source(kind)}: {spec}"]
+    lines = [f"### `{name}` {{ #{anchor(name)} }}"] if heading else []
+    lines.append(f"**{kind.title}**, {_source(kind)}: {spec}")
     if text:
         lines.append(f"As text: `{text}`")
     lines += _told(inspect.getdoc(kind) or "")

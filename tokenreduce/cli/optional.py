@@ -9,7 +9,7 @@ EXTRAS = {
     "timm": "timm", "torchvision": "timm", "open_clip": "open_clip", "transformers": "hf", "tokenizers": "hf",
     "huggingface_hub": "hf", "datasets": "data", "webdataset": "data", "braceexpand": "data", "pyarrow": "data",
     "av": "video", "decord": "video", "mlxtend": "bench", "pandas": "bench", "matplotlib": "bench", "plotly": "bench",
-    "gradio": "demo",
+    "gradio": "demo", "httpx": "server", "onnxscript": "export", "onnxruntime": "export",
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="digits-vit, world-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER.")
+        str,
+        typer.Argument(help="digits-vit, world-vit, world-vit-2, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER."),
     ],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     reduce: Annotated[str, typer.Option(help="Methods, for example 'tome:r=13' or 'evit:keep=0.5'.")],
@@ -28,16 +29,20 @@ def command(
 ) -> None:
     """Draw the region of each final token over an image, beside the image as the model saw it."""
     from tokenreduce.bench.models import load_model
+    from tokenreduce.core.auto import is_auto
     from tokenreduce.core.registry import parse
     from tokenreduce.measure.picture import check_layer, look
+    from tokenreduce.patching import reducers_for
 
-    chosen = parse(reduce)
+    if not is_auto(reduce):
+        parse(reduce)  # a mistake shows here, before the model is loaded
     picture_format(out, "--out")
     if out.exists() and image.exists() and out.samefile(image):
         raise ValueError(f"--out {out} is the image itself, which would be lost; write to another file")
     picture = open_image(image)
     loaded = load_model(model)
     check_layer(loaded, layer)
+    chosen, _ = reducers_for(loaded.model, reduce)
     seen = look(loaded, picture, chosen)
     save_picture(seen.draw(layer, side=size), out, "--out")
     if as_json:

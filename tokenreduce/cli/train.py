@@ -16,15 +16,28 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-Name = Annotated[str, typer.Argument(help="The model to train: digits-vit, world-vit or world-llava.")]
+Name = Annotated[
+    str, typer.Argument(help="The model to train: digits-vit, world-vit, world-llava, world-vit-2 or world-llava-2.")
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for checkpoint and weights; runs/train-NAME.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Minutes = Annotated[float | None, typer.Option(help="Stop after this many minutes in total; run again to go on.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that make training data (world-*); default 1.")]
 Compiled = Annotated[bool, typer.Option("--compile", help="Use torch.compile (world-*); needs a C++ compiler on CPU.")]
 Encoder = Annotated[
-    Path | None, typer.Option(help="Folder of an exported world-vit (world-llava); default is the embedded one.")
+    Path | None,
+    typer.Option(help="Folder of an exported world-vit (world-llava) or world-vit-2; default is the embedded one."),
 ]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Go on from these weights of the same model (world-*-2): embedded, or a folder that --export wrote; by "
+        "default they start from the first world's.",
+    ),
+]
+#: Options whose names are not those of the arguments.
+SPELT = {"compiled": "compile", "start": "from"}
 Export = Annotated[bool, typer.Option("--export", help="Write weights and card into --out when training has ended.")]
 
 
@@ -36,19 +49,22 @@ def command(
     workers: Workers = None,
     compiled: Compiled = False,
     encoder: Encoder = None,
+    start: From = None,
     export: Export = False,
 ) -> None:
     """Train an embedded model from scratch, or continue where an earlier call stopped."""
+    from tokenreduce.zoo import weights
     from tokenreduce.zoo.trainable import trainable
 
     lesson = trainable(name)
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes is a positive number, not {minutes:g}")
     more: dict[str, Any] = {"workers": workers, "compiled": compiled or None, "encoder": encoder}
+    more["start"] = weights.FOLDER if start == "embedded" else None if start is None else Path(start)
     more = {k: v for k, v in more.items() if v is not None}
     for option in more:
         if option not in lesson.takes:
-            raise ValueError(f"--{'compile' if option == 'compiled' else option} is not for {name}")
+            raise ValueError(f"--{SPELT.get(option, option)} is not for {name}")
     folder = out or Path("runs") / f"train-{name}"
     make_folder(folder, "choose another folder with --out")
     screen = console()
@@ -58,6 +74,8 @@ def command(
     if export:
         given = {"device": device, "minutes": minutes, **more, "compile": more.get("compiled", False)}
         given.pop("compiled", None)
+        if given.pop("start", None) is not None:
+            given["from"] = start
         _export(model, name, folder, screen, again(["train", name], given, {"device": "cpu", "compile": False}))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
-__all__ = ["PINNED", "faults", "is_pinned", "load_of_machine", "pin"]
+__all__ = ["PINNED", "Others", "faults", "is_pinned", "load_of_machine", "pin"]
 
 #: What glibc reads when a process starts.
 PINNED = {
@@ -46,3 +47,31 @@ def load_of_machine() -> float | None:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except (AttributeError, OSError):
         return None
+
+
+class Others:
+    """How busy other processes keep the machine, from the moment that this is made: the load also counts this process,
+    and last minute's work."""
+
+    def __init__(self) -> None:
+        self._began = _used()
+
+    def cores(self) -> float | None:
+        """Cores that other processes used on average since then; None where the system does not say."""
+        now = _used()
+        if self._began is None or now is None:
+            return None
+        (all_then, own_then, then), (all_now, own_now, at) = self._began, now
+        return max(0.0, (all_now - all_then) - (own_now - own_then)) / max(at - then, 1e-3)
+
+
+def _used() -> tuple[float, float, float] | None:
+    """Seconds of CPU time that all processes and this one have used, and the time of asking."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _, _, *interrupts = map(int, file.readline().split()[1:8])
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return None
+    own = os.times()
+    return (user + nice + system + sum(interrupts)) / ticks, own.user + own.system, time.monotonic()

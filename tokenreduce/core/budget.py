@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 __all__ = [
-    "BudgetError", "check_count", "check_keep", "check_share", "count", "describe_keep", "geometric", "layer_schedule",
-    "linear", "proportional", "quarters",
+    "BudgetError", "check_count", "check_either", "check_keep", "check_share", "count", "describe_keep", "geometric",
+    "layer_schedule", "linear", "proportional", "quarters", "removed_in",
 ]  # fmt: skip
 
 Keep = int | float
@@ -24,6 +24,18 @@ def check_keep(keep: Keep | None, name: str = "keep") -> None:
     wrong = isinstance(keep, bool) or not isinstance(keep, int | float)
     if wrong or (isinstance(keep, int) and keep < 1) or (isinstance(keep, float) and not 0 < keep <= 1):
         raise ValueError(f"{name} is a number of tokens (int >= 1) or a ratio (float in (0, 1]), not {keep!r}")
+
+
+def check_either(keep: Keep | None, other: bool, name: str = "r") -> None:
+    """Raise ``ValueError`` for a bad ``keep``, and where it is given beside the ``other`` way to say how many tokens
+    stay, whose setting is ``name``.
+
+    >>> check_either(0.5, False), check_either(None, True)
+    (None, None)
+    """
+    check_keep(keep)
+    if keep is not None and other:
+        raise ValueError(f"give {name} or keep, not both")
 
 
 def check_count(value: int, name: str, least: int = 0) -> None:
@@ -81,9 +93,13 @@ def layer_schedule(r: int | Sequence[int], depth: int, inflect: float = 0.0) -> 
     check_count(r, "r")
     if not -1 <= inflect <= 1:
         raise ValueError(f"inflect is in [-1, 1], not {inflect!r}")
+    return tuple(removed_in(r, i, depth, inflect) for i in range(depth))
+
+
+def removed_in(r: int, layer: int, depth: int, inflect: float = 0.0) -> int:
+    """One number of :func:`layer_schedule`, unchecked, for a number ``r``."""
     low = int(r * (1 - inflect))
-    high = 2 * r - low
-    return tuple(int(low + i * (high - low) / max(1, depth - 1)) for i in range(depth))
+    return int(low + layer * 2 * (r - low) / max(1, depth - 1))
 
 
 def describe_keep(keep: Keep) -> str:

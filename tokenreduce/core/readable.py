@@ -28,4 +28,5 @@ def to_onnx() -> bool:
 
 def length(x: Tensor) -> int:
     """Number of tokens N of ``x`` (B,N,...); ``torch.jit.trace`` would answer with a tensor."""
-    return int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
+    n = x.shape[1]
+    return n if type(n) is int or not torch.jit.is_tracing() else int(n)

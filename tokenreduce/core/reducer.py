@@ -30,7 +30,7 @@ POSITIONS = ("input", "before", "middle", "after")
 #: layer that the method acts before instead of the one before it, and ``plain`` then those before their rotation where
 #: positions have several axes (M-RoPE), while ``unrotated`` then has queries and keys before their rotation in every
 #: model, with those behind it beside them (``attention.used``); ``middle`` lets it act between attention and MLP of the
-#: layer before; ``prompt`` are the features at the model's entry, ``norm`` its final norm, ``films`` says which frames
+#: layer before; ``prompt`` are the features at the model's entry, ``norm`` its final norm, ``frames`` says which frames
 #: of a video the tokens come from, ``places`` where in an image they are, ``history`` how many visual tokens there
 #: were.
 #: At an encoder's input, ``pixels`` are those of every patch, in 8-bit levels, in the place of features.
@@ -39,10 +39,10 @@ POSITIONS = ("input", "before", "middle", "after")
 #: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and
 #: the projector as a function.
 #: At the cache stage, ``rotary`` are the tables that turned the keys.
-#: A method inside a language model that needs ``tower`` gets marks, see :meth:`Reducer.tower_scores`.
+#: A method inside a language model that needs ``tower`` gets its scores, see :meth:`Reducer.tower_scores`.
 EVIDENCE = (
     "keys", "queries", "values", "attention", "before", "text", "times", "ahead", "plain", "middle", "prompt", "norm",
-    "tower", "cls", "clip", "crops", "films", "history", "head", "pixels",
+    "tower", "cls", "clip", "crops", "frames", "history", "head", "pixels",
     "places", "unrotated", "through", "rotary",
 )  # fmt: skip
 
@@ -73,6 +73,25 @@ RENAMED = {
     "acts": "acts_at", "gathers": "required", "wishes": "optional", "looks": "tower_blocks", "site": "acting_position",
     "later": "decode_mode", "mark": "tower_scores",
 }  # fmt: skip
+
+
+#: Words of :data:`EVIDENCE` that were others before.
+RENAMED_NEEDS = {"films": "frames"}
+
+
+def _words(method: str, needs: tuple[str, ...]) -> tuple[str, ...]:
+    """What a ``method`` needs, in today's words."""
+    for old in RENAMED_NEEDS.keys() & {*needs}:
+        warnings.warn(f"{method} needs {RENAMED_NEEDS[old]!r} now, not {old!r}", DeprecationWarning, stacklevel=4)
+    return tuple(RENAMED_NEEDS.get(need, need) for need in needs)
+
+
+def _in_todays_words(required: Callable[[Any], tuple[str, ...]]) -> Any:
+    @functools.wraps(required)
+    def ask(self: Any) -> tuple[str, ...]:
+        return _words(type(self).__name__, required(self))
+
+    return ask
 
 
 #: Every method by its name; class statements write here.
@@ -145,8 +164,10 @@ class Reducer:
         cls.name = name
         if stage is not None:
             cls.stage = stage
+        if cls.stage in ("language", "cache") and "required" in vars(cls):
+            cls.required = _in_todays_words(cls.required)  # type: ignore[method-assign]
         if needs is not None:
-            cls.needs = needs
+            cls.needs = _words(cls.__name__, needs)
         if position is not None:
             cls.position = position
         if paper is not None:
@@ -170,6 +191,12 @@ class Reducer:
     def plan(self, evidence: Any) -> Plan:
         """Which of the N tokens become which of K; a pure function of the evidence."""
         raise NotImplementedError("abstract")
+
+    def fixed_count(self, present: int, frames: int = 1) -> int | None:
+        """How many of the ``present`` tokens of an image, or of a video of so many ``frames``, stay where size and
+        settings alone say it; None where it depends on what is seen, or the method does not say. Engines that make a
+        prompt before its images are encoded need it."""
+        return None
 
     def acts_at(self, layer: int, depth: int) -> bool:
         """Whether the method does something in 0-based ``layer`` of ``depth``. Raises ``ValueError`` if it cannot."""

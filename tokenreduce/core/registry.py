@@ -23,6 +23,7 @@ import traceback
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from tokenreduce.core.auto import is_auto
 from tokenreduce.core.reducer import FIND, METHODS, STAGES, Reducer, build, parse_spec, split_specs
 
 __all__ = ["get_class", "get_method", "list_methods", "load_all", "parse"]
@@ -152,6 +153,11 @@ def parse(*reducers: Reducer | str, stage: str | None = None) -> tuple[Reducer, 
         if isinstance(item, Reducer):
             out.append(item)
         elif isinstance(item, str):
+            if is_auto(item):
+                raise ValueError(
+                    f"{item!r} is chosen for a model: tr.patch(model, {item!r}) does it, and --reduce of generate, "
+                    "describe, estimate and bench"
+                )
             out.extend(get_method(part, stage) for part in split_specs(item))
         else:
             raise TypeError(f"expected a reducer or text such as 'tome:r=13', not {type(item).__name__}")

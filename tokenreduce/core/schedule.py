@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from tokenreduce.core.budget import Keep, check_count, check_keep, geometric, layer_schedule, linear, quarters
+from tokenreduce.core.budget import (
+    Keep,
+    check_count,
+    check_either,
+    geometric,
+    layer_schedule,
+    linear,
+    quarters,
+    removed_in,
+)
 from tokenreduce.core.evidence import BaseEvidence
 from tokenreduce.core.reducer import Reducer
 
@@ -31,10 +40,8 @@ class Scheduled(Reducer):
         if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
             object.__setattr__(self, "inflect", r[1])
             object.__setattr__(self, "r", r[0])
-        check_keep(self.keep)
         self._removed(len(self.r) if isinstance(self.r, tuple) else 1)
-        if self.keep is not None and self.r != 0:
-            raise ValueError("give r or keep, not both")
+        check_either(self.keep, self.r != 0)
 
     def acts_at(self, layer: int, depth: int) -> bool:
         return self.keep is not None or self._removed(depth)[layer] > 0
@@ -48,8 +55,9 @@ class Scheduled(Reducer):
             protected = evidence.n - evidence.free()
             left = linear(self.keep, evidence.entry - protected, evidence.layer, evidence.depth)
             return max(0, evidence.free() - left)
-        depth = max(evidence.depth, len(self.r) if isinstance(self.r, tuple) else 1)
-        return self._removed(depth)[evidence.layer]
+        if isinstance(self.r, int):
+            return removed_in(self.r, evidence.layer, evidence.depth, self.inflect)
+        return self._removed(max(evidence.depth, len(self.r)))[evidence.layer]
 
 
 def check_layers(layers: tuple[int, ...] | None, name: str) -> None:

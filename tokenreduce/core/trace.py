@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -60,13 +61,19 @@ class Step:
     #: ``plan`` then says which columns of the prompt stay.
     parts: tuple[tuple[Tensor, Tensor, Plan], ...] = field(default=(), repr=False)
     #: For each of ``parts``: (P,K) the column that each output of its plan takes, -1 where there is none.
-    hosts: tuple[Tensor, ...] = field(default=(), repr=False)
+    slots: tuple[Tensor, ...] = field(default=(), repr=False)
     #: Encoder stage: patches of all views together that leave it, where views of one size come as one step of several
     #: (Qwen's towers); ``tokens`` is then of one view.
     patches: int | None = None
     #: Encoder stage: (rows, columns) of patches at the tower's entry in this forward, or (frames, rows, columns) of a
     #: clip; None where they fill no grid.
     grid: tuple[int, ...] | None = None
+
+    @property
+    def hosts(self) -> tuple[Tensor, ...]:
+        """The old name of :attr:`slots`."""
+        warnings.warn("step.hosts is step.slots now", DeprecationWarning, stacklevel=2)
+        return self.slots
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from tokenreduce.core.mixing import assembled, mixed, parts
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["MARK", "Undo", "reducers_of"]
+__all__ = ["MARK", "Undo", "note_of", "reducers_of"]
 
 MARK = "_tokenreduce"
 
@@ -30,6 +30,8 @@ class Undo:
     actions: list[tuple[str, nn.Module, str, Any]] = field(default_factory=list)
     #: Whether logits stand at the caller's columns always, see :func:`patch`.
     logits: str = "auto"
+    #: What text stood for methods that were chosen here, and why.
+    note: str = ""
 
     def swap_class(self, module: nn.Module, kind: type[nn.Module]) -> None:
         """Give ``module`` another class (a subclass of its own, defined at module level)."""
@@ -102,6 +104,11 @@ def _patches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Undo]]:
     for name, module in model.named_modules():
         if MARK in module.__dict__:
             yield name, module, module.__dict__[MARK]
+
+
+def note_of(model: nn.Module) -> str:
+    """What text stood for the methods in ``model``, and why; "" where they were given themselves."""
+    return "; ".join(undo.note for _, _, undo in _patches(model) if undo.note)
 
 
 def reducers_of(model: nn.Module) -> tuple[Reducer, ...]:

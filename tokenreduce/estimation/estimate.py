@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenreduce.core.auto import auto_of, is_auto
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import parse
+from tokenreduce.estimation.auto import chosen_on
 from tokenreduce.estimation.devices import Device
 from tokenreduce.estimation.limits import first_acting, first_token, limit, seconds_by, worth_from
 from tokenreduce.estimation.lookup import device_named
@@ -64,7 +66,7 @@ def estimate(
             raise ValueError(f"{key} is an int >= {least}, not {value!r}")
     on = device_named(device, dtype)
     subject = subject_of(str(model), Ask(image, frames, prompt))
-    chosen = parse(*reducers, stage=None if subject.answers else "encoder") if reducers else ()
+    chosen, why = _chosen(subject, reducers)
     stock = recorded(subject)
     made = recorded(subject, chosen) if chosen else None
 
@@ -78,7 +80,7 @@ def estimate(
     seconds = seconds_by(on, batch, dtype)
     first_layer = 1 if made is None else first_acting(stock, made)
     noise = [f"{label_of(r)}: what it keeps may depend on the image, which is noise here" for r in chosen if r.ragged]
-    notes = tuple(dict.fromkeys([*subject.notes, *noise, *(() if made is None else made.notes)]))
+    notes = tuple(dict.fromkeys([*why, *subject.notes, *noise, *(() if made is None else made.notes)]))
     limits = {s: limit(subject, stock, s, first_layer, seconds) for s in _stages(subject, chosen)}
     worth = None if made is None else worth_from(subject, stock, made, seconds)
     return Estimate(
@@ -86,6 +88,17 @@ def estimate(
         answer if subject.answers else 0, subject.visual, subject.parameters, "+".join(label_of(r) for r in chosen),
         side(stock), None if made is None else side(made), limits, worth, notes,
     )  # fmt: skip
+
+
+def _chosen(subject: Subject, given: Sequence[Reducer | str]) -> tuple[tuple[Reducer, ...], list[str]]:
+    """Methods as :func:`tokenreduce.patch` takes them, and what ``auto:`` stood for."""
+    texts = [r for r in given if is_auto(r)]
+    if not texts:
+        return parse(*given, stage=None if subject.answers else "encoder") if given else (), []
+    if len(given) > 1:
+        raise ValueError("auto stands for all methods of a patch; give it alone")
+    found = chosen_on(subject, auto_of(str(texts[0])))
+    return found.reducers, [str(found)]
 
 
 def compared(

@@ -20,7 +20,7 @@ from tokenreduce.estimation.subject import Ask, Subject
 from tokenreduce.estimation.timm_subjects import encoder_sites, no_frames
 from tokenreduce.patching import describe
 
-__all__ = ["LONGEST", "from_config", "language_subject"]
+__all__ = ["LONGEST", "from_config", "language_subject", "of_config"]
 
 #: Visual tokens of a clip that the narrow model is given at most; a longer clip is tried on fewer frames.
 LONGEST = 8192
@@ -43,6 +43,13 @@ def from_config(name: str, source: str, ask: Ask) -> Subject:
             f"cannot read the config of {name}: {first} Fix: give a folder with a config.json, or a Hub id where there "
             "is a network (or the hub's cache)"
         ) from error
+    return of_config(name, config, ask)
+
+
+def of_config(name: str, config: Any, ask: Ask) -> Subject:
+    """By a config that was read, which may be changed; errors are those of :func:`from_config`."""
+    import transformers
+
     if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
         kind: Any = transformers.AutoModelForImageTextToText
         true, narrow = _pair(kind, config)

@@ -12,10 +12,13 @@ from tokenreduce.estimation.scale import Scale
 from tokenreduce.estimation.subject import Ask, Subject
 from tokenreduce.estimation.timm_subjects import encoder_sites, no_frames
 
-__all__ = ["embedded", "open_clip"]
+__all__ = ["as_it_is", "embedded", "open_clip"]
 
 #: Inputs of the embedded models.
-SIZES = {"digits-vit": (1, 28, 28), "world-vit": (3, 112, 112), "world-llava": (3, 112, 112)}
+SIZES = {
+    "digits-vit": (1, 28, 28), "world-vit": (3, 112, 112), "world-llava": (3, 112, 112), "world-vit-2": (3, 224, 224),
+    "world-llava-2": (3, 224, 224),
+}  # fmt: skip
 
 
 def embedded(name: str, ask: Ask) -> Subject:
@@ -28,9 +31,9 @@ def embedded(name: str, ask: Ask) -> Subject:
     if ask.image not in (None, (size[2], size[1])):
         raise ValueError(f"{name} takes images of {size[2]}x{size[1]}, not {'x'.join(map(str, ask.image or ()))}")
     model = zoo.load(name).model
-    if name == "world-llava":
+    if name.startswith("world-llava"):
         return language_subject(name, model, model, Scale.between(model, model, {}), ask, lambda: model)
-    return _as_it_is(name, name, model, size)
+    return as_it_is(name, name, model, size)
 
 
 def open_clip(name: str, body: str, ask: Ask) -> Subject:
@@ -50,11 +53,13 @@ def open_clip(name: str, body: str, ask: Ask) -> Subject:
         made: Any = library.create_model(model_name, pretrained=None, force_image_size=size)
     visual = made.visual.eval()
     side = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-    return _as_it_is(name, model_name, visual, (3, *side))
+    return as_it_is(name, model_name, visual, (3, *side))
 
 
-def _as_it_is(name: str, title: str, model: nn.Module, size: tuple[int, ...]) -> Subject:
-    x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+def as_it_is(name: str, title: str, model: nn.Module, size: tuple[int, ...]) -> Subject:
+    """An encoder of images of ``size`` (C,H,W) that runs itself, on its device and in its dtype."""
+    weights = next(model.parameters())
+    x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weights.device, weights.dtype)
     return Subject(
         name, title, model, Scale.between(model, model, {}), sum(p.numel() for p in model.parameters()),
         {"x": x}, lambda m, inputs: m(**inputs), lambda: model, encoder_sites, f"one image of {size[2]}x{size[1]}",

@@ -73,39 +73,42 @@ class Recorder:
             yield
 
     def _hooks(self, sites: Sites) -> Iterator[Any]:
-        def part(module: nn.Module | None, name: Callable[[], str]) -> Iterator[Any]:
-            before: list[str] = []
+        if sites.text is not None:
+            for tower in sites.towers:
+                yield from self._in_part(tower, lambda: TOWER)
+            yield from self._in_part(sites.projector, lambda: PROJECTOR)
+        for module in (sites.text, sites.head):
+            yield from self._in_part(module, lambda: self.prefill)
+        for group in (sites.blocks, sites.layers):
+            for i, block in enumerate(group):
+                yield from self._in_layer(block, i)
 
-            def enter(*_: Any) -> None:
-                before.append(self.part)
-                self.part = name()
+    def _in_part(self, module: nn.Module | None, name: Callable[[], str]) -> Iterator[Any]:
+        """What runs in ``module`` belongs to the part that ``name`` says."""
+        before: list[str] = []
 
-            def leave(*_: Any) -> None:
-                self.part = before.pop()
+        def enter(*_: Any) -> None:
+            before.append(self.part)
+            self.part = name()
 
-            if module is not None:
-                yield module.register_forward_pre_hook(enter)
-                yield module.register_forward_hook(leave, always_call=True)
+        def leave(*_: Any) -> None:
+            self.part = before.pop()
 
-        def layer(module: nn.Module, i: int) -> Iterator[Any]:
-            def enter(*_: Any) -> None:
-                self.layer = i
-
-            def leave(*_: Any) -> None:
-                self.layer = -1
-
+        if module is not None:
             yield module.register_forward_pre_hook(enter)
             yield module.register_forward_hook(leave, always_call=True)
 
-        if sites.text is not None:
-            for tower in sites.towers:
-                yield from part(tower, lambda: TOWER)
-            yield from part(sites.projector, lambda: PROJECTOR)
-        for module in (sites.text, sites.head):
-            yield from part(module, lambda: self.prefill)
-        for group in (sites.blocks, sites.layers):
-            for i, block in enumerate(group):
-                yield from layer(block, i)
+    def _in_layer(self, module: nn.Module, i: int) -> Iterator[Any]:
+        """What runs in ``module`` belongs to layer ``i``."""
+
+        def enter(*_: Any) -> None:
+            self.layer = i
+
+        def leave(*_: Any) -> None:
+            self.layer = -1
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave, always_call=True)
 
     def add(self, kind: str, **more: Any) -> None:
         if not self.paused:

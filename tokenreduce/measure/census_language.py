@@ -73,7 +73,7 @@ def _chosen(own: list[Any], chats: set[str]) -> list[Any]:
 
 def _row(kind: Any) -> Row | None:
     """None for a class that has no visual tokens in a language model."""
-    from tokenreduce.adapters import describe
+    from tokenreduce.adapters import describe, encoder_refusal
     from tokenreduce.adapters.language.find import find
 
     name = kind.__name__
@@ -92,9 +92,10 @@ def _row(kind: Any) -> Row | None:
         return _without(name, model)
     if not found.served:
         return Row("transformers", name, "refused", (), "; ".join(found.limits))
-    stages = describe(model).stages if found.how == "table" else found.stages
-    why = "" if not found.why_not_inside else f"not inside the language model: {found.why_not_inside}"
-    return Row("transformers", name, found.how, stages, why)
+    reasons = [f"not inside the language model: {found.why_not_inside}"] if found.why_not_inside else []
+    if found.how == "discovered" and (why := encoder_refusal(model, found)):
+        reasons.append(f"not inside the vision tower: {_short(why)}")
+    return Row("transformers", name, found.how, describe(model).stages, "; ".join(reasons))
 
 
 def _named(config: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.language.generation import cache_of, columns_order
+from tokenreduce.adapters.language.cuts import columns_order
+from tokenreduce.adapters.language.generation import cache_of
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.reducer import Reducer, split_specs
 from tokenreduce.core.trace import Step, Trace, record
@@ -196,10 +197,10 @@ def _moved(step: Step, n: int) -> Tensor:
         source = step.plan.sources()[0].cpu()
         moved = torch.where(source >= 0, place[source.clamp(min=0)], -1)
     columns_kept = moved.clone()
-    for (_, columns, plan), hosts in zip(step.parts, step.hosts, strict=True):
-        for mine, source, host in zip(columns.cpu(), plan.sources().cpu(), hosts.cpu(), strict=True):
+    for (_, columns, plan), slots in zip(step.parts, step.slots, strict=True):
+        for mine, source, slot in zip(columns.cpu(), plan.sources().cpu(), slots.cpu(), strict=True):
             source = source[-len(mine) :]  # behind a class token
-            taken = host[source.clamp(min=0)].where(source >= 0, -1)
+            taken = slot[source.clamp(min=0)].where(source >= 0, -1)
             moved[mine] = columns_kept[taken.clamp(min=0)].where(taken >= 0, -1)
     return moved
 
@@ -226,14 +227,20 @@ def layers_of(steps: Sequence[Step], visual: Tensor, depth: int) -> tuple[tuple[
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a transformers cache shows, over all layers."""
+    """Bytes that a transformers cache holds in keys and values, over all layers."""
     return sum(layer_bytes(cache))
 
 
 def layer_bytes(cache: Any) -> list[int]:
-    """The same, for each layer."""
-    parts = ([getattr(layer, part, None) for part in ("keys", "values")] for layer in cache.layers)
-    return [sum(t.numel() * t.element_size() for t in some if isinstance(t, Tensor)) for some in parts]
+    """The same, for each layer. One that stores its states otherwise than it shows them says how much it holds."""
+    return [_held(layer) for layer in cache.layers]
+
+
+def _held(layer: Any) -> int:
+    if isinstance(said := getattr(layer, "nbytes", None), int):
+        return said
+    some = (getattr(layer, part, None) for part in ("keys", "values"))
+    return sum(t.numel() * t.element_size() for t in some if isinstance(t, Tensor))
 
 
 def _views(question: Question) -> Tensor | None:

@@ -89,16 +89,25 @@ class Entry:
         return torch.arange(count, device=self.device)[None]
 
 
+#: Units of the short videos that show how a model places time.
+_SHOWN = 16
+
+
 class PackedEntry(Entry):
-    """Positions of Qwen2-VL and Qwen2.5-VL: time, height and width, two frames to a unit of time."""
+    """Positions of Qwen2-VL and Qwen2.5-VL: time, height and width, two frames to a unit of time.
+
+    How the model counts is asked for short videos and then known for every later unit: the positions of the whole video
+    so far, which grow with it, are never made.
+    """
 
     joined = 2
 
     def __init__(self, loaded: Any, found: Any, fps: float) -> None:
         super().__init__(loaded, found, fps)
         self.grid: tuple[int, int] | None = None
-        self.seconds: Any = None
-        self.shift = 0
+        #: Of what one unit of time is worth in positions, as the model multiplies it.
+        self.interval: Any = 1
+        self.by_size = True
 
     def more(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"video_grid_thw": inputs["video_grid_thw"].to(self.device)}
@@ -109,39 +118,75 @@ class PackedEntry(Entry):
     def block(self, question: Any, frames: int) -> Block:
         x, inputs = self.features(question.inputs), question.inputs
         units, high, wide = (int(v) for v in inputs["video_grid_thw"][0])
+        side = self.found.inner.config.vision_config.spatial_merge_size
+        grid = high // side, wide // side
         if self.grid is None:
-            self.grid, self.seconds = (high, wide), inputs.get("second_per_grid_ts")
-            two = self._index(2, 0)[0, 0]
-            self.step = int(two[-1] - two[0])
-        if self.grid != (high, wide):
+            self._learn(grid, inputs.get("second_per_grid_ts"))
+            self.grid = grid
+        if self.grid != grid:
             raise ValueError(
-                f"frames of {high} x {wide} patches in a stream of {self.grid[0]} x {self.grid[1]}; every frame of a "
-                f"stream has the same size"
+                f"frames of {grid[0]} x {grid[1]} tokens in a stream of {self.grid[0]} x {self.grid[1]}; every frame "
+                f"of a stream has the same size"
             )
-        positions = self._index(units, 0)
-        positions[0] += self.step * self.units
-        made = Block(x, positions, units)
+        made = Block(x, self._places(self.units, units, grid), units)
         self._count(made)
         return made
 
-    def _index(self, units: int, words: int) -> Tensor:
-        """(3,1,N+W) positions of a video of so many units, at 0, and of ``words`` behind it."""
-        assert self.grid is not None
-        inner, device = self.found.inner, self.device
-        each = self.grid[0] * self.grid[1] // inner.config.vision_config.spatial_merge_size**2
-        kinds = torch.tensor([[2] * (each * units) + [0] * words], device=device)
-        ids = torch.where(kinds == 2, self.found.ids[-1], 0)
-        grid = torch.tensor([[units, *self.grid]], device=device)
-        seconds = None if self.seconds is None else torch.as_tensor(self.seconds)[:1]
-        more = {} if seconds is None else {"second_per_grid_ts": seconds}
-        positions: Tensor = inner.get_rope_index(ids, mm_token_type_ids=kinds, video_grid_thw=grid, **more)[0]
-        return positions
-
     def words_at(self, start: int, count: int) -> Tensor:
-        return self._index(self.units, count)[..., -count:] + start
+        assert self.grid is not None
+        first = start + self._after(self.units, self.grid)
+        return torch.arange(first, first + count, device=self.device).expand(3, 1, -1)
 
     def prompt_at(self, count: int) -> Tensor:
         return super().prompt_at(count).expand(3, 1, -1)
+
+    # -- how the model counts --------------------------------------------------------------------------------------
+    def _learn(self, grid: tuple[int, int], seconds: Any) -> None:
+        """Raises ``TypeError`` for a model that places a video otherwise than is known here."""
+        rate = getattr(self.found.inner.config.vision_config, "tokens_per_second", None)
+        if rate is not None and seconds is not None:
+            self.interval = rate * torch.as_tensor(seconds)[0].to(self.device)
+        # Long and thin, and short and broad: which axis the words behind it go on from differs between releases.
+        videos = [(_SHOWN, (1, 1)), (2, grid), (_SHOWN, grid)]
+        asked = [self._asked(units, size, seconds) for units, size in videos]
+        for by_size in (True, False):
+            self.by_size = by_size
+            if all(self._is(units, size, got) for (units, size), got in zip(videos, asked, strict=True)):
+                return
+        raise TypeError(
+            f"{type(self.found.inner).__name__} of this transformers release places the time of a video otherwise than "
+            f"is known here, so that it cannot take a stream; ask about the whole video with tokenreduce generate"
+        )
+
+    def _is(self, units: int, grid: tuple[int, int], got: Tensor) -> bool:
+        return bool(
+            (got[..., :-1] == self._places(0, units, grid)).all() and (got[..., -1] == self._after(units, grid)).all()
+        )
+
+    def _asked(self, units: int, grid: tuple[int, int], seconds: Any) -> Tensor:
+        """(3,1,N+1) positions that the model gives ``units`` x ``grid`` tokens of a video at 0, and a word behind."""
+        inner, device = self.found.inner, self.device
+        side = inner.config.vision_config.spatial_merge_size
+        kinds = torch.tensor([[2] * (units * grid[0] * grid[1]) + [0]], device=device)
+        ids = torch.where(kinds == 2, self.found.ids[-1], 0)
+        thw = torch.tensor([[units, grid[0] * side, grid[1] * side]], device=device)
+        more = {} if seconds is None else {"second_per_grid_ts": torch.as_tensor(seconds)[:1]}
+        positions: Tensor = inner.get_rope_index(ids, mm_token_type_ids=kinds, video_grid_thw=thw, **more)[0]
+        return positions
+
+    def _time(self, first: int, units: int) -> Tensor:
+        # As the model rounds: a step times a number of units drifts where a unit is worth no whole number of positions.
+        return (torch.arange(first, first + units, device=self.device) * self.interval).long()
+
+    def _places(self, first: int, units: int, grid: tuple[int, int]) -> Tensor:
+        """(3,1,N) positions of ``units`` of time from number ``first`` on, of ``grid`` (H,W) tokens each."""
+        high, wide = (torch.arange(n, device=self.device) for n in grid)
+        axes = torch.meshgrid(self._time(first, units), high, wide, indexing="ij")
+        return torch.stack(axes).reshape(3, 1, -1)
+
+    def _after(self, units: int, grid: tuple[int, int]) -> int:
+        """Position of the first word behind ``units`` of time."""
+        return max(grid) if self.by_size else max(int(self._time(units - 1, 1)), *(n - 1 for n in grid)) + 1
 
 
 ENTRIES: dict[str, type[Entry]] = {

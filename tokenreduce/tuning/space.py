@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from tokenreduce.core.draft import Draft
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.core.registry import get_method
 
 __all__ = ["SPLIT", "Draft", "combinations", "drafts_of", "fitted", "suggested"]
 
-#: The share that a stage keeps before all are brought to the budget together, and the least that any keeps.
-SPLIT, LEAST = (0.3, 0.95), 0.02
+#: The share that a stage keeps before all are brought to the budget together.
+SPLIT = (0.3, 0.95)
 #: Halvings of the common exponent, whose largest value takes nearly everything.
 STEPS, MOST = 11, 80.0
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Full names of methods, and the share that each keeps before the budget is known."""
-
-    names: tuple[str, ...]
-    splits: tuple[float, ...]
-
-    def at(self, exponent: float) -> tuple[Reducer, ...]:
-        """Every share to the power of ``exponent``: 0 keeps everything, and more keeps less."""
-        keeps = (max(LEAST, round(split**exponent, 4)) for split in self.splits)
-        return tuple(get_method(f"{name}:keep={keep}") for name, keep in zip(self.names, keeps, strict=True))
 
 
 def fitted(draft: Draft, cost: Callable[[tuple[Reducer, ...]], float], budget: float) -> tuple[Reducer, ...]:

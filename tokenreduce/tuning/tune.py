@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.resolve import resolve
+from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
 from tokenreduce.bench.vlms import pick_device
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import parse
@@ -145,7 +146,7 @@ def _scored(
 ) -> Scored:
     kind, name = resolve(model)
     if data is None:
-        own = {"world-vit": "world", "world-llava": "world", "digits-vit": "digits"}
+        own = {"world-vit": "world", "world-vit-2": "world2", "digits-vit": "digits", **LANGUAGE}
         if name not in own:
             raise ValueError(f"data is needed for {model}: what tokenreduce bench takes, images or questions")
         data = own[name]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,10 +76,27 @@ def _world_llava() -> _Entry:
     )  # fmt: skip
 
 
+def _world_vit2() -> _Entry:
+    from tokenreduce.zoo import world_vit2
+
+    return _Entry(world_vit2.build, world_vit2.facts, world_vit2.World2Transform, world_vit2.LABELS, "timm")
+
+
+def _world_llava2() -> _Entry:
+    from tokenreduce.zoo import world2_words, world_llava2, world_vit2
+
+    return _Entry(
+        world_llava2.build, world_llava2.facts, world_vit2.World2Transform, tuple(world2_words.IDS), "hf",
+        world2_words.processor,
+    )  # fmt: skip
+
+
 _ENTRIES: dict[str, Callable[[], _Entry]] = {
     "digits-vit": _digits,
     "world-vit": _world_vit,
     "world-llava": _world_llava,
+    "world-vit-2": _world_vit2,
+    "world-llava-2": _world_llava2,
 }
 
 
@@ -103,7 +121,8 @@ def _build(name: str, entry: _Entry) -> nn.Module:
 def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weights.FOLDER) -> ZooModel:
     """A trained model by name, in eval mode and float32.
 
-    Raises ``ValueError`` for an unknown name, ``OSError`` for missing or damaged weights (checked by sha256) and
+    A model that has not learned what it is for (its card's ``accuracy``) says so by a warning. Raises ``ValueError``
+    for an unknown name, ``OSError`` for missing or damaged weights (checked by sha256) and
     ``ImportError`` naming the extra when its library is missing.
     """
     entry = _entry(name)
@@ -117,13 +136,23 @@ def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weight
     with torch.random.fork_rng(devices=[]):
         model = _build(name, entry)
     card = weights.load(model, name, folder)
+    if card.get("accuracy", 1.0) < weights.LEARNED:
+        warnings.warn(
+            f"{name} is still learning (accuracy {card['accuracy']:.2f}, see its card): figures on it tell little; "
+            f"tokenreduce train {name} --from embedded goes on",
+            stacklevel=2,
+        )
     return ZooModel(model.eval().to(device), entry.transform(), entry.labels, card, entry.processor())
 
 
 def evaluate(vlm: Any, *reducers: Any, split: str = "test", seed: int = 0, questions: int = 400, **more: Any) -> dict:
-    """Accuracy of ``world-llava`` with ``reducers`` by question type; see :func:`.evaluation.evaluate`."""
-    from tokenreduce.zoo.evaluation import evaluate as run
+    """Accuracy of ``world-llava`` or ``world-llava-2`` with ``reducers`` by question type on questions of its own
+    world; see :func:`.evaluation.evaluate` and :func:`.evaluation2.evaluate`."""
+    from tokenreduce.zoo import evaluation, evaluation2, world2_words
 
+    model = vlm if isinstance(vlm, nn.Module) else vlm.model
+    second = model.config.text_config.vocab_size == world2_words.SIZE
+    run = evaluation2.evaluate if second else evaluation.evaluate
     return run(vlm, *reducers, split=split, seed=seed, questions=questions, **more)
 
 

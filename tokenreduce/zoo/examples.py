@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-__all__ = ["Example", "clip_examples", "digit_examples", "scene_examples"]
+__all__ = ["Example", "clip_examples", "digit_examples", "scene2_examples", "scene_examples"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,23 @@ def scene_examples(n: int = 8, objects: tuple[int, int] = (3, 6), questions: int
         seen = scene(seed, objects=objects)
         truth = ", ".join(f"{t.colour} {t.kind}" for t in seen.objects)
         made.append(Example(truth, Image.fromarray(seen.image), (), _questions(seen, seed, questions)))
+    return tuple(made)
+
+
+@functools.cache
+def scene2_examples(n: int = 6, questions: int = 6) -> tuple[Example, ...]:
+    """The first scenes of the test split of the second world with what is there and questions (224x224)."""
+    from tokenreduce.zoo.world2 import SPLITS, ask, scene
+
+    first = SPLITS["test"].start
+    made = []
+    for seed in range(first, first + n):
+        seen = scene(seed, objects=(3, 6))
+        truth = ", ".join(
+            [f"{t.colour} {t.kind}" for t in seen.objects] + [f"sign {s.text.upper()}" for s in seen.signs]
+        )
+        asked = {q.text: q.answer for q in [*ask(seen, seed, 1, "read"), *ask(seen, seed, questions - 1)]}
+        made.append(Example(truth, Image.fromarray(seen.image), (), tuple(asked.items())))
     return tuple(made)
 
 

@@ -6,6 +6,8 @@ same result as one pass per question, at a fraction of the cost.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +18,14 @@ __all__ = ["packed"]
 
 
 def packed(
-    language: Any, prefix: Tensor, positions: Tensor, questions: Tensor, places: Tensor, *, tap: int | None = None
-) -> tuple[Tensor, Tensor | None]:
+    language: Any, prefix: Tensor, positions: Tensor, questions: Tensor, places: Tensor, *, tap: int | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Final hidden states (B,Q,T,D), normalised, of ``questions`` (B,Q,T,D) behind ``prefix`` (B,P,D), embeddings both.
 
-    ``language`` is a ``LlamaModel`` with as many key heads as query heads; ``positions`` (B,P) and ``places`` (B,Q,T)
-    are position ids. Also returns what the prefix is behind layer ``tap``, (B,P,D).
+    ``language`` is a ``LlamaModel``; ``positions`` (B,P) and ``places`` (B,Q,T) are position ids. Also returns what the
+    prefix is behind layer ``tap``, (B,P,D). ``watch(layer, weights)`` sees how the questions attend to the prefix in
+    every layer, (B,H,Q,T,P).
     """
     q, t, d = questions.shape[1:]
     b, p = positions.shape
@@ -38,7 +42,9 @@ def packed(
         )  # fmt: skip
         # Nothing reads the prefix behind the last layer.
         skip = i == len(language.layers) - 1
-        x = _layer(x, cos, sin, weights, p, q, t, attn.head_dim, module.input_layernorm.variance_epsilon, skip)
+        see = None if watch is None else functools.partial(watch, i)
+        eps = module.input_layernorm.variance_epsilon
+        x = _layer(x, cos, sin, weights, p, q, t, attn.head_dim, eps, skip, see)
         if i == tap:
             tapped = x[:, :p]
     return language.norm(x).view(b, q, t, d), tapped
@@ -46,17 +52,21 @@ def packed(
 
 def _layer(
     x: Tensor, cos: Tensor, sin: Tensor, weights: tuple[Tensor, ...], p: int, q: int, t: int, d: int, eps: float,
-    skip: bool,
+    skip: bool, see: Callable[[Tensor], None] | None,
 ) -> Tensor:  # fmt: skip
     """One Llama layer over a prefix of ``p`` tokens and ``q`` questions of ``t`` tokens, (B,p+q*t,D); with ``skip``
     only the questions come out."""
     norm1, qkv, out, norm2, gate_up, down = weights
     b, n, width = x.shape
-    heads = F.linear(F.rms_norm(x, (width,), norm1, eps), qkv).view(b, n, 3, -1, d)
+    heads = F.linear(F.rms_norm(x, (width,), norm1, eps), qkv).view(b, n, -1, d)
+    many = out.shape[1] // d  # query heads
+    few = (heads.shape[2] - many) // 2  # key heads, each for a group of query heads
     with torch.autocast(x.device.type, enabled=False):  # softmax in the precision of the products, and fewer copies
-        query, key = (_rotate(heads[:, :, i], cos.to(heads.dtype), sin.to(heads.dtype)).transpose(1, 2) for i in (0, 1))
-        query, value = query * d**-0.5, heads[:, :, 2].transpose(1, 2)
-        seen = _question_rows(query[:, :, p:], key, value, p, q, t)
+        turned = _rotate(heads[:, :, : many + few], cos.to(heads.dtype), sin.to(heads.dtype)).transpose(1, 2)
+        query, key, value = turned[:, :many] * d**-0.5, turned[:, many:], heads[:, :, many + few :].transpose(1, 2)
+        if few < many:
+            key, value = (a.repeat_interleave(many // few, 1) for a in (key, value))
+        seen = _question_rows(query[:, :, p:], key, value, p, q, t, see)
         if not skip:
             scores = query[:, :, :p] @ key[:, :, :p].transpose(-2, -1)
             scores = scores + _future(p, scores)
@@ -75,12 +85,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def _question_rows(query: Tensor, key: Tensor, value: Tensor, p: int, q: int, t: int) -> Tensor:
+def _question_rows(
+    query: Tensor, key: Tensor, value: Tensor, p: int, q: int, t: int, see: Callable[[Tensor], None] | None
+) -> Tensor:
     """Attention output (B,H,Q*T,d) of the question tokens: one softmax over the prefix and the question itself."""
     b, h, _, d = query.shape
     own = (b, h, q, t, d)
     to_prefix = (query @ key[:, :, :p].transpose(-2, -1)).view(b, h, q, t, p)
     to_self = query.reshape(own) @ key[:, :, p:].reshape(own).transpose(-2, -1)
     weights = torch.cat([to_prefix, to_self + _future(t, to_self)], -1).softmax(-1)
+    if see is not None:
+        see(weights[..., :p])
     out = (weights[..., :p].reshape(b, h, q * t, p) @ value[:, :, :p]).view(own)
     return (out + weights[..., p:] @ value[:, :, p:].reshape(own)).flatten(2, 3)

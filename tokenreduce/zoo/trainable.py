@@ -20,14 +20,20 @@ TRAINABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "digits-vit": ("tokenreduce.zoo.digits", ()),
     "world-vit": ("tokenreduce.zoo.world_vit", ("workers", "compiled")),
     "world-llava": ("tokenreduce.zoo.world_llava", ("workers", "compiled", "encoder")),
+    "world-vit-2": ("tokenreduce.zoo.world_vit2", ("workers", "compiled", "start")),
+    "world-llava-2": ("tokenreduce.zoo.world_llava2", ("workers", "encoder", "start")),
 }
+#: Whose encoder a model looks with, and whose weights it starts from where none are given.
+ENCODERS = {"world-llava": "world-vit", "world-llava-2": "world-vit-2"}
+STARTS = {"world-vit-2": "world-vit", "world-llava-2": "world-llava"}
 
 
 @dataclass(frozen=True)
 class Trainable:
     """A model that can be trained again. ``takes`` are the words besides ``device`` and ``minutes`` that :meth:`train`
     takes for it: ``workers`` (processes that make training data), ``compiled`` (through ``torch.compile``), ``encoder``
-    (folder of an exported world-vit)."""
+    (folder of an exported world-vit or world-vit-2), ``start`` (folder of exported weights of this model to go on
+    from, :data:`.weights.FOLDER` for the embedded ones)."""
 
     name: str
     module: str
@@ -62,9 +68,11 @@ class Trainable:
         strange = [word for word in more if word not in self.takes]
         if strange:
             raise ValueError(f"{self.name} takes no {strange[0]}; it takes: {', '.join(self.takes) or 'nothing more'}")
-        if "encoder" in self.takes:
-            given = more.get("encoder")
-            more["encoder"] = (zoo.load("world-vit") if given is None else zoo.load("world-vit", folder=given)).model
+        for word, name in (("encoder", ENCODERS.get(self.name)), ("start", STARTS.get(self.name))):
+            if word in self.takes:
+                given = more.get(word)
+                other = name if given is None or word == "encoder" else self.name
+                more[word] = zoo.load(other, folder=given or weights.FOLDER).model
         module = importlib.import_module(self.module)
         model: nn.Module = module.train(folder, device=device, stop_after=minutes, report=report, **more)
         return model

@@ -14,10 +14,17 @@ from torch import nn
 
 from tokenreduce.common.files import make_folder, write_bytes, write_text
 
-__all__ = ["FOLDER", "load", "read_card", "save", "stored"]
+__all__ = ["FOLDER", "LEARNED", "learned", "load", "read_card", "save", "stored"]
 
 FOLDER = Path(__file__).parent / "weights"
+#: From this accuracy on a model is shown to visitors, and loaded without a warning.
+LEARNED = 0.8
 _FIX = "reinstall the package: pip install --force-reinstall --no-deps tokenreduce"
+
+
+def learned(folder: Path = FOLDER) -> list[str]:
+    """Of :func:`stored`, the models whose card gives an accuracy that figures can be made with (:data:`LEARNED`)."""
+    return [name for name in stored(folder) if read_card(name, folder).get("accuracy", 0) >= LEARNED]
 
 
 def stored(folder: Path = FOLDER) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from tokenreduce.zoo.world.vocabulary import WORDS
+from tokenreduce.zoo.world.vocabulary import CANVAS, WORDS
 
 __all__ = [
     "BOS",
@@ -40,12 +41,13 @@ def encode(text: str) -> list[int]:
     return [IDS[word] for word in text.split()]
 
 
-def tokenizer() -> Any:
-    """A ``PreTrainedTokenizerFast``: lower case, one token per word, "?" ignored, ``<bos>`` put in front."""
+def tokenizer(ids: Mapping[str, int] = IDS) -> Any:
+    """A ``PreTrainedTokenizerFast`` of the words ``ids``: lower case, one token per word, "?" ignored, ``<bos>`` put in
+    front."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel(dict(IDS), unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(dict(ids), unk_token="<unk>"))
     words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", " ")])
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
@@ -56,14 +58,15 @@ def tokenizer() -> Any:
     )  # fmt: skip
 
 
-def image_processor() -> Any:
-    """A ``CLIPImageProcessor`` that does what :class:`~tokenreduce.zoo.world_vit.WorldTransform` does."""
+def image_processor(side: int = CANVAS) -> Any:
+    """A ``CLIPImageProcessor`` that does what :class:`~tokenreduce.zoo.world_vit.WorldTransform` does, for pictures of
+    ``side`` x ``side``."""
     from transformers import CLIPImageProcessor
 
-    from tokenreduce.zoo.world_vit import MEAN, SIDE, STD
+    from tokenreduce.zoo.world_vit import MEAN, STD
 
     return CLIPImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=[MEAN] * 3,
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=[MEAN] * 3,
         image_std=[STD] * 3, do_convert_rgb=True,
     )  # fmt: skip
 

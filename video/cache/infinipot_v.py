@@ -20,7 +20,7 @@ __all__ = ["InfiniPotV"]
 
 
 @dataclass(frozen=True)
-class InfiniPotV(CacheReducer, name="infinipot-v", needs=("films",), paper="2506.15745", title="InfiniPot-V"):
+class InfiniPotV(CacheReducer, name="infinipot-v", needs=("frames",), paper="2506.15745", title="InfiniPot-V"):
     """InfiniPot-V: a memory of video frames, compressed after every block without knowing the question.
 
     A sample's visual slots are f frames of p slots; K of them stay in every KV head. A share of them (TaR) is the last

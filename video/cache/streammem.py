@@ -19,7 +19,7 @@ __all__ = ["StreamMem"]
 
 
 @dataclass(frozen=True)
-class StreamMem(CacheReducer, name="streammem", needs=("attention", "films"), paper="2508.15717", title="StreamMem"):
+class StreamMem(CacheReducer, name="streammem", needs=("attention", "frames"), paper="2508.15717", title="StreamMem"):
     """StreamMem: after every clip, keep the visual slots that proxy queries attend to, and a mean of every new frame.
 
     The proxy are the tokens behind a clip that open an answer in the chat template; the question is not known yet. A

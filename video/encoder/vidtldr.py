@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.matching import bipartite, clamp_r
 from tokenreduce.algorithms.scoring import excluded, finite
-from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.budget import check_count, check_either
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer, check_size_bias
@@ -73,11 +73,9 @@ class VidTLDR(
             if not whole and not (isinstance(value, float) and 0 <= value < 1):
                 raise ValueError(f"r lists numbers of tokens (int >= 0) or shares (float in [0, 1)), not {value!r}")
         object.__setattr__(self, "r", tuple(self.r))
-        check_keep(self.keep)
+        check_either(self.keep, bool(self.r))
         check_count(self.blocks, "blocks", 1)
         check_count(self.frames, "frames", 1)
-        if self.keep is not None and self.r:
-            raise ValueError("give r or keep, not both")
 
     def acts_at(self, layer: int, depth: int) -> bool:
         if self.keep is not None:

@@ -20,7 +20,7 @@ __all__ = ["FrameFusion"]
 
 @dataclass(frozen=True)
 class FrameFusion(
-    Reducer, name="framefusion", stage="language", needs=("attention", "films", "history", "middle"),
+    Reducer, name="framefusion", stage="language", needs=("attention", "frames", "history", "middle"),
     paper="2501.01986", title="FrameFusion",
 ):  # fmt: skip
     """FrameFusion: from layer 0 on, merge along time while tokens are alike; then one prune reaches the budget.

@@ -20,7 +20,7 @@ __all__ = ["PruneVidPrune"]
 
 @dataclass(frozen=True)
 class PruneVidPrune(
-    Reducer, name="prunevid-prune", stage="language", needs=("attention", "films"), paper="2412.16117",
+    Reducer, name="prunevid-prune", stage="language", needs=("attention", "frames"), paper="2412.16117",
     title="PruneVid, pruning",
 ):  # fmt: skip
     """PruneVid's question-guided pruning: before one layer, the visual tokens that the question attends to most stay.

@@ -20,7 +20,7 @@ __all__ = ["STTMLLM"]
 
 @dataclass(frozen=True)
 class STTMLLM(
-    Reducer, name="sttm-llm", stage="language", needs=("films", "places"), paper="2507.07990", title="STTM (LLM)"
+    Reducer, name="sttm-llm", stage="language", needs=("frames", "places"), paper="2507.07990", title="STTM (LLM)"
 ):
     """STTM before a layer of the language model, where the official code merges; the steps are those of ``sttm``.
 

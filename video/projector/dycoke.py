@@ -56,13 +56,23 @@ class DyCoke(Temporal, name="dycoke", paper="2411.15024", title="DyCoke, tempora
         if wrong or not 0 <= self.dycoke_k <= 1:
             raise ValueError(f"dycoke_k is a number in [0, 1], not {self.dycoke_k!r}")
 
+    def fixed_count(self, present: int, frames: int = 1) -> int:
+        if self.keep is not None:
+            return self.total(present)
+        thinned = sum(bool(step) for step in _steps(frames))
+        return present - thinned * (present // frames - self._thin(present // frames))
+
+    def _thin(self, n: int) -> int:
+        """What a thinned frame of ``n`` tokens keeps by ``dycoke_k``."""
+        return int((1 - self.dycoke_k) * n + 1e-9)
+
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         t, n = frames_of(evidence)
-        step = [1 if i % 2 else 2 if i % 4 == 2 and i + 1 < t else 0 for i in range(t)]
+        step = _steps(t)
         whole, thinned = ([i for i in range(t) if bool(step[i]) is thin] for thin in (False, True))
         quota = [0 if s else n for s in step]
         if self.keep is None:
-            given = [int((1 - self.dycoke_k) * n + 1e-9)] * len(thinned)
+            given = [self._thin(n)] * len(thinned)
         else:
             given = share(max(keep - n * len(whole), 0), [n] * len(thinned))
             for i, some in zip(whole, share(keep, [n] * len(whole)), strict=True):
@@ -79,3 +89,8 @@ class DyCoke(Temporal, name="dycoke", paper="2411.15024", title="DyCoke, tempora
         score[:, 0] = regular(n, quota[0], frame_grid(evidence), x.device).float()
         stay = best_of_frames(score, torch.tensor(quota, device=x.device))
         return kept(marked(stay.flatten(1), sum(quota)), evidence)
+
+
+def _steps(t: int) -> list[int]:
+    """How many frames before each of ``t`` the one stands that it is compared with; 0 for those that stay whole."""
+    return [1 if i % 2 else 2 if i % 4 == 2 and i + 1 < t else 0 for i in range(t)]

@@ -60,11 +60,18 @@ class VCAST(Temporal, name="vcast", paper="2603.27650", title="V-CAST"):
     def total(self, present: int) -> int:
         return count(self.keep, present, "even")
 
+    def fixed_count(self, present: int, frames: int = 1) -> int:
+        keep = self.total(present)
+        return self._official(keep, present, frames) if self.official_totals else keep
+
+    def _official(self, keep: int, present: int, frames: int) -> int:
+        return present if frames == 1 else max(keep, min(frames * self.min_k, present))
+
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         x = by_frame(evidence)
         t, n = x.shape[1:3]
         if self.official_totals:
-            keep = t * n if t == 1 else max(keep, min(t * self.min_k, t * n))
+            keep = self._official(keep, t * n, t)
             if keep == t * n:
                 return Identity.like(evidence.x)
         middle = unit(x.mean(2))

@@ -206,7 +206,12 @@ class DiffRate(Reducer, name="diffrate", stage="encoder", needs=("attention",), 
             return Prune(evidence.n, keep)
         metric = unit(evidence.x.detach())
         similarity = finite(inner(take(metric, source), take(metric, keep)), evidence)
-        barred, there = evidence.fixed(), evidence.valid
+        there = evidence.valid
+        if there is None and not evidence.masked:  # the prefix leads and does not absorb
+            best, target = similarity[:, :, fixed:].max(-1)
+            scale = best.clamp(min=0.0)
+            return Merge(evidence.n, keep, source, target + fixed, size_scale=scale, by_size=False)
+        barred = evidence.fixed()
         if there is not None:
             barred = ~there if barred is None else barred | ~there
         if barred is not None:

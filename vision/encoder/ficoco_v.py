@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.scoring import ascending, descending, finite, importance
-from tokenreduce.core.budget import check_count, check_keep, linear
+from tokenreduce.core.budget import check_count, check_either, linear
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Pool
 from tokenreduce.core.reducer import Reducer
@@ -57,11 +57,9 @@ class FiCoCoV(
     windows: bool = True
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
         if self.r is not None:
             check_count(self.r, "r", 1)
-            if self.keep is not None:
-                raise ValueError("give r or keep, not both")
+        check_either(self.keep, self.r is not None)
         if self.start is not None:
             check_count(self.start, "start")
         for name in ("beta", "quantile"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite, inner, received_attention, unit
-from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.budget import check_count, check_either
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer, check_size_bias
@@ -80,9 +80,7 @@ class MCTF(
         check_size_bias(self.size_bias)
         if isinstance(self.r, bool) or not ((isinstance(self.r, int) and self.r >= 0) or 0 <= self.r < 1):
             raise ValueError(f"r is a number of tokens (int >= 0) or a share (float in [0, 1)), not {self.r!r}")
-        check_keep(self.keep)
-        if self.keep is not None and self.r != _DEFAULT_R:
-            raise ValueError("give r or keep, not both")
+        check_either(self.keep, self.r != _DEFAULT_R)
         check_layers(self.layers, "layers")
         for name in ("tau_sim", "tau_info", "tau_size"):
             if not getattr(self, name) >= 0:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +15,7 @@ from tokenreduce.algorithms.matching import bipartite
 from tokenreduce.algorithms.scoring import descending, excluded, finite, inner, key_metric, unit
 from tokenreduce.core.budget import check_keep, geometric
 from tokenreduce.core.evidence import EncoderEvidence
+from tokenreduce.core.host import counted_rows, on_host, values
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.reducer import Reducer, check_size_bias
 
@@ -164,6 +166,8 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
         n, p = evidence.n, evidence.prefix
         m, out = unit(metric[:, p:]), excluded(evidence)
         cosine = inner(m, m)
+        if out is None and on_host(cosine):
+            return self._merge_on_host(cosine, r, evidence, split, by_size)
         order = descending(self._energy(cosine, out, evidence))
         if out is not None:
             cosine = cosine.masked_fill(out[:, :, None] | out[:, None], float("-inf"))
@@ -181,6 +185,23 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
         lead = torch.arange(p, device=m.device).expand(m.shape[0], -1)
         keep = torch.cat([lead, p + rest, p + b], 1)
         return Merge(n, keep, p + a, p + rest.shape[1] + partner, weights=_real(evidence), by_size=by_size)
+
+    def _merge_on_host(self, cosine: Tensor, r: int, evidence: EncoderEvidence, split: bool, by_size: bool) -> Plan:
+        """The rest of :meth:`_merge` with indices in numpy, where every token behind the prefix takes part."""
+        n, p, batch = evidence.n, evidence.prefix, len(cosine)
+        sample = counted_rows(batch)
+        order = np.argsort(-values(self._energy(cosine, None, evidence)), axis=1, kind="stable")
+        pool = order if split else order[:, : 2 * r]
+        a, b, rest = pool[:, ::2], pool[:, 1::2], order[:, pool.shape[1] :]
+        pairs = (sample[:, :, None].copy(), a[:, :, None], b[:, None])
+        similarity, partners = cosine[tuple(map(torch.from_numpy, pairs))].max(-1)
+        best, partner = values(similarity), values(partners)
+        if split:
+            rank = np.argsort(-best, axis=1, kind="stable")
+            ranked = a[sample, rank]
+            rest, a, partner = ranked[:, r:], ranked[:, :r], partner[sample, rank[:, :r]]
+        keep = np.concatenate([np.broadcast_to(np.arange(p), (batch, p)), p + rest, p + b], 1)
+        return Merge.of_arrays(n, keep, p + a, p + rest.shape[1] + partner, by_size=by_size)
 
     def _energy(self, cosine: Tensor, out: Tensor | None, evidence: EncoderEvidence) -> Tensor:
         """(B,T); tokens that take no part neither contribute nor rank."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenreduce.algorithms.scoring import descending, finite
 from tokenreduce.algorithms.sequence import keep_mixed, packed, question, rows_of, visual_counts, visual_of
-from tokenreduce.core.budget import check_count, check_keep
+from tokenreduce.core.budget import check_count, check_either
 from tokenreduce.core.evidence import Evidence, LanguageEvidence
 from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
@@ -67,11 +67,9 @@ class FiCoCoL(
     protect_first: bool = True
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
         if self.r is not None:
             check_count(self.r, "r", 1)
-            if self.keep is not None:
-                raise ValueError("give r or keep, not both")
+        check_either(self.keep, self.r is not None)
         if self.start is not None:
             check_count(self.start, "start")
         for name in ("g", "a", "quantile"):

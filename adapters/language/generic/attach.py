@@ -10,12 +10,14 @@ from tokenreduce.adapters.language.drafts import attach_drafts
 from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.generic.calls import enter, guard, leave
 from tokenreduce.adapters.language.generic.discover import parameters_of, placeholders
+from tokenreduce.adapters.language.generic.encoder import check_looks, reduced_in
 from tokenreduce.adapters.language.generic.entry import Setting
 from tokenreduce.adapters.language.generic.observe import attach_looks
 from tokenreduce.adapters.language.generic.towers import has_axes
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.projector.choose import check_projector
 from tokenreduce.adapters.language.prompt import WholePrefill
+from tokenreduce.adapters.language.towers import Everything, attach_encoder
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
@@ -23,18 +25,27 @@ from tokenreduce.core.undo import Undo
 __all__ = ["attach"]
 
 
-def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo) -> None:
-    """Put ``reducers``, one of stage projector, into the model.
+def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: Any = ()) -> None:
+    """Put ``reducers``, one of stage projector, into the model, and those of stage encoder into its ``towers``,
+    (adapter, tower) each.
 
     Raises ``ValueError`` for evidence that is not there, positions that cannot be had, methods that act in one place,
     and a model whose forward was replaced.
     """
-    if len(reducers) > 1:
-        raise ValueError(f"{' and '.join(r.spec() for r in reducers)} both act before the language model; choose one")
-    _attach_before(found, reducers[0], undo)
+    inside = tuple(r for r in reducers if r.stage == "encoder")
+    before = tuple(r for r in reducers if r.stage != "encoder")
+    if len(before) > 1:
+        raise ValueError(f"{' and '.join(r.spec() for r in before)} both act before the language model; choose one")
+    check_looks(reducers)
+    if inside:
+        attach_encoder(towers, inside, undo)
+    methods = " + ".join(r.spec() for r in reducers)
+    _attach_before(found, before[0] if before else Everything(), methods, undo, reduced_in(towers) if inside else None)
 
 
-def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
+def _attach_before(
+    found: Language, reducer: Reducer, methods: str, undo: Undo, reduced: tuple[int, int] | None
+) -> None:
     assert isinstance(reducer, Projector)
     assert found.site is not None
     check_projector(found, reducer)
@@ -46,7 +57,7 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
             )
     takes = parameters_of(type(site).forward)
     setting = Setting(
-        reducer, _compact(found, reducer, "position_ids" in takes), placeholders(inner.config), reducer.spec(),
+        reducer, _compact(found, reducer, "position_ids" in takes), placeholders(inner.config), methods,
         "position_ids" in takes, "mm_encoder_outputs" in takes, _blank(inner),
     )  # fmt: skip
     if found.generator is not None and found.generator is not inner and site is inner:
@@ -56,7 +67,7 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
             f"logits='caller' needs a model with a language head around an inner model, which {type(site).__name__} is "
             f"not; leave logits out: logits then stand at the columns that are left"
         )
-    attach_looks(found, reducer.tower_blocks(), undo)
+    attach_looks(found, reducer.tower_blocks(), undo, reduced)
     undo.pre_hook(site, functools.partial(enter, inner=inner, setting=setting))
     undo.hook(site, leave, with_kwargs=True, always=True)
     if found.text is not inner:
@@ -65,7 +76,8 @@ def _attach_before(found: Language, reducer: Reducer, undo: Undo) -> None:
         undo.mix_in(found.generator, WholePrefill)
         attach_batching(found.generator, found.ids, undo)
         attach_drafts(found.generator, None, undo)
-    undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
+    if reducer.spec():
+        undo.set(found.text, "_get_name", functools.partial(_name, type(found.text).__name__, reducer))
 
 
 def _name(kind: str, reducer: Reducer) -> str:

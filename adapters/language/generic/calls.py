@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.language.batching import is_paged
-from tokenreduce.adapters.language.cache import forget_run, keep_run
+from tokenreduce.adapters.language.cache import forget_generation, keep_generation
 from tokenreduce.adapters.language.entered import Entered, entered
-from tokenreduce.adapters.language.generation import Run, Step, attach_run, cache_in, run_of
-from tokenreduce.adapters.language.generic.entry import Setting, begin, positions_of
-from tokenreduce.adapters.language.generic.masks import later_mask
+from tokenreduce.adapters.language.generation import Forward, Generation, attach_generation, cache_in, generation_of
+from tokenreduce.adapters.language.generic.entry import Begun, Setting, begin, positions_of
+from tokenreduce.adapters.language.generic.masks import turn_mask
 from tokenreduce.adapters.language.given import say_late
 from tokenreduce.adapters.language.labels import note_kept
-from tokenreduce.adapters.language.prompt import _check_methods, _check_turn
+from tokenreduce.adapters.language.prompt import check_methods, check_turn
 
 __all__ = ["enter", "guard", "leave"]
 
@@ -37,31 +37,33 @@ def enter(
     if cache is not None and is_paged(cache):
         entered.set(Entered(site, None, None))
         return None
-    past = 0 if cache is None else int(cache.get_seq_length())
-    run = None if cache is None else run_of(cache)
-    ids = given.get("input_ids")
-    step: Step | None = None
-    answers: dict[str, Any] = {}
-    if past:
-        images = ids is not None and any(bool((ids == i).any()) for i in setting.ids.values()) and _brings(inner, given)
-        if images:
-            say_late(setting.methods, run is not None)
-        if run is not None:
-            _check_methods(run, setting.methods)
-            given, step = _later(inner, given, run, cache, past, setting)
-            forget_run(cache)
-            attach_run(cache, run)
+    if cache is not None and int(cache.get_seq_length()):
+        begun = _on_cache(inner, given, cache, setting)
     else:
         if cache is not None:
-            forget_run(cache)
-        if ids is None:
+            forget_generation(cache)
+        if given.get("input_ids") is None:
             raise ValueError(
                 f"{type(site).__name__} was given inputs_embeds without input_ids, by which visual tokens are known in "
                 f"a discovered model; pass input_ids with pixels, or with mm_encoder_outputs of get_image_features"
             )
-        given, step, answers = begin(inner, given, setting)
-    entered.set(Entered(site, cache, step, answers))
-    return (), given
+        begun = begin(inner, given, setting)
+    entered.set(Entered(site, cache, begun.forward, begun.answers))
+    return (), begun.given
+
+
+def _on_cache(inner: Any, given: dict[str, Any], cache: Any, setting: Setting) -> Begun:
+    """A call on a cache that holds something."""
+    generation, ids = generation_of(cache), given.get("input_ids")
+    if ids is not None and any(bool((ids == i).any()) for i in setting.ids.values()) and _brings(inner, given):
+        say_late(setting.methods, generation is not None)
+    if generation is None:
+        return Begun(given)
+    check_methods(generation, setting.methods)
+    begun = _later(inner, given, generation, cache, setting)
+    forget_generation(cache)
+    attach_generation(cache, generation)
+    return begun
 
 
 def _brings(inner: Any, given: dict[str, Any]) -> bool:
@@ -72,43 +74,41 @@ def _brings(inner: Any, given: dict[str, Any]) -> bool:
     )
 
 
-def _later(
-    inner: Any, given: dict[str, Any], run: Run, cache: Any, past: int, setting: Setting
-) -> tuple[dict[str, Any], Step]:
-    """The arguments of a call on a cache that holds the prompt, whose columns are the caller's."""
-    cut = run.cut_at(-1)
+def _later(inner: Any, given: dict[str, Any], generation: Generation, cache: Any, setting: Setting) -> Begun:
+    """A call on a cache that holds the prompt, whose columns are the caller's."""
+    columns, shift, past = generation.columns, generation.positions.shift, int(cache.get_seq_length())
     tokens: Any = given.get("inputs_embeds")
     tokens = given.get("input_ids") if tokens is None else tokens
     new, mask = tokens.shape[1], given.get("attention_mask")
-    run.given = past + new
-    step = Step(run, prefill=False, new=new, past=past)
-    if cut is None:
-        return given, step
-    run.check_batch(tokens.shape[0])
+    generation.positions.given = past + new
+    forward = Forward.behind(generation, new, past)
+    if columns.cut_at(-1) is None:
+        return Begun(given, forward)
+    columns.check_batch(tokens.shape[0])
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        _check_turn(mask, past + new, new)
+        check_turn(mask, past + new, new)
     static = any(hasattr(layer, "max_cache_len") for layer in cache.layers)
-    out = {**given, "attention_mask": later_mask(mask, run, cut, new, past, static)}
+    out = {**given, "attention_mask": turn_mask(mask, columns, new, past, static)}
     if setting.positions:
         ids = positions_of(inner, given, torch.arange(past, past + new, device=tokens.device))
-        out["position_ids"] = ids if run.shift is None else ids - run.shift.to(ids.device)
-    return out, step
+        out["position_ids"] = ids if shift is None else ids - shift.to(ids.device)
+    return Begun(out, forward)
 
 
 def leave(site: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Hook behind the call, and behind errors in it: the cache belongs to its run and counts columns again."""
+    """Hook behind the call, and behind errors in it: the cache belongs to its generation and counts columns again."""
     call = entered.get()
     entered.set(None)
-    if call is None or call.site is not site or call.step is None:
+    if call is None or call.site is not site or call.forward is None:
         return
-    if call.step.prefill and output is not None:
-        note_kept(site, output, call.step.run)
+    if call.forward.prefill and output is not None:
+        note_kept(site, output, call.forward.columns)
     cache = call.cache
     if cache is None and output is not None and hasattr(output, "items"):
         found = [output[n] for n in ("cache", "past_key_values") if n in output]
         cache = found[0] if found else None
-    if cache is not None and call.step.run.cuts and hasattr(cache, "get_seq_length"):
-        keep_run(cache, call.step.run)
+    if cache is not None and call.forward.columns.cuts and hasattr(cache, "get_seq_length"):
+        keep_generation(cache, call.forward.generation)
 
 
 def guard(text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, site: Any) -> None:

@@ -8,24 +8,27 @@ everything that a model makes of ids and positions is made of what is left, by t
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.language.generation import Cut, Run, Step, cache_in
+from tokenreduce.adapters.language.columns import Columns
+from tokenreduce.adapters.language.cuts import Cut
+from tokenreduce.adapters.language.generation import Forward, Generation, Positions, cache_in
 from tokenreduce.adapters.language.generic.discover import KINDS, parameters_of
 from tokenreduce.adapters.language.generic.features import Features, read
 from tokenreduce.adapters.language.generic.masks import prompt_mask
-from tokenreduce.adapters.language.projector.choose import Part, place_group
-from tokenreduce.adapters.language.projector.images import groups
+from tokenreduce.adapters.language.indices import ColumnIndex
+from tokenreduce.adapters.language.projector.brought import Brought
+from tokenreduce.adapters.language.projector.images import found_in
+from tokenreduce.adapters.language.projector.placing import Part, place_group
 from tokenreduce.adapters.language.projector.seen import encoded_in
-from tokenreduce.adapters.language.prompt import _padding
+from tokenreduce.adapters.language.prompt import padding_in
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.plan import Prune
-from tokenreduce.core.trace import Step as TraceStep
-from tokenreduce.core.trace import active
+from tokenreduce.core.trace import Step, active
 
 __all__ = ["Setting", "begin", "positions_of"]
 
@@ -45,22 +48,26 @@ class Setting:
     blank: int
 
 
-def begin(inner: Any, given: dict[str, Any], setting: Setting) -> tuple[dict[str, Any], Step | None, dict[str, Any]]:
-    """The arguments of a call that brings a prompt, with what is left of it; where it is in its generation (None
-    without features), and the features for a call that makes them itself."""
+@dataclass(frozen=True)
+class Begun:
+    """A call that brings a prompt: its arguments ``given``, with what is left of it; the ``forward`` that it is, None
+    without features; and the features that a call is answered with which makes them itself."""
+
+    given: dict[str, Any]
+    forward: Forward | None = None
+    answers: dict[str, Any] = field(default_factory=dict)
+
+
+def begin(inner: Any, given: dict[str, Any], setting: Setting) -> Begun:
+    """What is left of the prompt that a call brings."""
     ids: Tensor = given["input_ids"]
     found = _features(inner, given, setting.ids, ids)
     if not found:
-        return given, None, {}
-    kinds = {f.kind: here for f, here in found}
-    visual = torch.stack(list(kinds.values())).any(0)
-    batch, length = ids.shape
-    padding = _padding(given.get("attention_mask"), batch, length, slides=False)
-    run = Run(length, visual, padding, methods=setting.methods, given=length)
-    encoded = {f.kind: e for f, _ in found if (e := encoded_in(f.output)) is not None and e.entries}
-    step = Step(run, prefill=True, newline=getattr(inner, "image_newline", None), encoded=encoded, ids=ids, kinds=kinds)
+        return Begun(given)
+    forward = _forward(inner, given, found, setting.methods)
+    generation = forward.generation
     x = _entry(inner, ids, found, "text" in setting.reducer.required())
-    stay, made = _choose(inner, step, x, setting)
+    stay, made = _choose(inner, forward, x, setting)
     for part in made:
         x = part.write(x, None)
     left = [(f, here, stay & here) for f, here in found]
@@ -68,12 +75,24 @@ def begin(inner: Any, given: dict[str, Any], setting: Setting) -> tuple[dict[str
     if not bool(stay.all()):
         outputs = {f.kind: f.cut(mine[here].nonzero().flatten(), x[mine]) for f, here, mine in left}
     if not bool(stay.all()):
-        cut = run.cut(-1, Prune.from_mask(stay))
+        cut = generation.columns.cut(-1, Prune.from_mask(stay))
         if setting.compact:
-            run.shift = (~stay).long().sum(1, keepdim=True)
+            generation.positions.shift = (~stay).long().sum(1, keepdim=True)
         given = _left(inner, given, cut, stay, setting)  # needs the grids, which go below
-    given, answers = _handed(inner, given, outputs, setting)
-    return given, step, answers
+    return _handed(inner, given, outputs, setting, forward)
+
+
+def _forward(inner: Any, given: dict[str, Any], found: list[tuple[Features, Tensor]], methods: str) -> Forward:
+    """The forward of a call with the features ``found``; it begins a generation."""
+    ids: Tensor = given["input_ids"]
+    encoded = {f.kind: e for f, _ in found if (e := encoded_in(f.output)) is not None and e.entries}
+    newline = getattr(inner, "image_newline", None)
+    brought = Brought({f.kind: here for f, here in found}, encoded, ids=ids, newline=newline)
+    padding = padding_in(given.get("attention_mask"), ids.shape[0], ids.shape[1], slides=False)
+    columns = Columns(brought.visual, padding, chosen_by=methods)
+    forward = Forward(Generation(columns, Positions(ids.shape[1])), "prefill")
+    forward.state.put(brought)
+    return forward
 
 
 def _features(inner: Any, given: dict[str, Any], tokens: dict[str, int], ids: Tensor) -> list[tuple[Features, Tensor]]:
@@ -131,36 +150,33 @@ def _entry(inner: Any, ids: Tensor, found: list[tuple[Features, Tensor]], text: 
     return x
 
 
-def _choose(inner: Any, step: Step, x: Tensor, setting: Setting) -> tuple[Tensor, list[Part]]:
+def _choose(inner: Any, forward: Forward, x: Tensor, setting: Setting) -> tuple[Tensor, list[Part]]:
     """(B,L) the columns that stay, and the plans."""
-    run, trace, made = step.run, active(), []
-    stay = torch.ones_like(run.visual)
+    trace, made = active(), []
+    stay = torch.ones_like(forward.columns.visual)
     with nullcontext() if trace is None else trace.clock():
         with torch.no_grad():
-            found = groups(step, x.detach(), setting.reducer)
-        for group in found:
+            images = found_in(forward, x.detach(), setting.reducer)
+        for group in images.groups:
             made += place_group(stay, group, setting.reducer, setting.compact)
-        for rows, columns in step.dropped:
-            stay[rows, columns] = False
+        images.keep_out(stay)
     if trace is not None:
         plan = None if bool(stay.all()) else Prune.from_mask(stay)
         left = x.shape[1] if plan is None else plan.k
-        parts = tuple((p.rows, p.columns, p.plan) for p in made)
-        hosts = tuple(p.host.where(p.there, -1) for p in made)
-        trace.add(inner, TraceStep("projector", 0, left, plan, setting.reducer.spec(), parts, hosts))
+        parts = tuple((p.views.rows, p.views.columns, p.plan) for p in made)
+        slots = tuple(p.slots.at.where(p.slots.real(), -1) for p in made)
+        trace.add(inner, Step("projector", 0, left, plan, setting.reducer.spec(), parts, slots))
     return stay, made
 
 
-def _handed(
-    inner: Any, given: dict[str, Any], outputs: dict[str, Any], setting: Setting
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _handed(inner: Any, given: dict[str, Any], outputs: dict[str, Any], setting: Setting, forward: Forward) -> Begun:
     """The arguments with ready features in place of pixels, or the pixels and what is made of them."""
     if not setting.ready:
-        return given, outputs
+        return Begun(given, forward, outputs)
     ready = given.get("mm_encoder_outputs") or {}
     used = {n for kind in outputs if ready.get(kind) is None for n in _pixels(inner, kind)}
     kept = {n: v for n, v in given.items() if n not in used}
-    return {**kept, "mm_encoder_outputs": {**ready, **outputs}}, {}
+    return Begun({**kept, "mm_encoder_outputs": {**ready, **outputs}}, forward)
 
 
 def _pixels(inner: Any, kind: str) -> tuple[str, ...]:
@@ -188,15 +204,15 @@ def positions_of(inner: Any, given: dict[str, Any], columns: Tensor) -> Tensor:
 
 def _left(inner: Any, given: dict[str, Any], cut: Cut, stay: Tensor, setting: Setting) -> dict[str, Any]:
     """The arguments of the columns that ``cut`` left."""
-    (batch, length), index, valid = stay.shape, cut.index, cut.valid
+    (batch, length), left = stay.shape, cut.columns
     out = dict(given)
     if setting.positions:
-        ids = positions_of(inner, given, torch.arange(length, device=index.device))
+        ids = positions_of(inner, given, torch.arange(length, device=left.at.device))
         if setting.compact:
             if ids.dim() > 2:
                 raise ValueError(f"positions='compact' is not possible with positions on {ids.shape[0]} axes")
             ids = ids - (~stay).long().cumsum(1).to(ids.device)
-        out["position_ids"] = _columns(ids, index, valid, 0)
+        out["position_ids"] = _columns(ids, left, 0)
     own = {n for kind in KINDS if hasattr(inner, f"get_{kind}_features") for n in _pixels(inner, kind)}
     for name, value in given.items():
         if name in ("attention_mask", "position_ids") or name in own or not isinstance(value, Tensor):
@@ -204,23 +220,23 @@ def _left(inner: Any, given: dict[str, Any], cut: Cut, stay: Tensor, setting: Se
         along = value.dim() > 1 and value.shape[1] == length and value.shape[0] in (1, batch)
         if along and value.dim() == 2 and not value.is_floating_point():
             blank = setting.blank if name == "input_ids" else -100 if name == "labels" else 0
-            out[name] = _columns(value, index, valid, blank)
+            out[name] = _columns(value, left, blank)
         elif along or (value.dim() == 1 and len(value) == length):
             raise ValueError(
                 f"{name} {tuple(value.shape)} runs along the columns of the prompt in a way that is not known; leave "
                 f"it out, so that {type(inner).__name__} makes it of the tokens that are left"
             )
     if isinstance(out.get("labels"), Tensor):  # nothing in front of a row's first token predicts it
-        real = torch.ones_like(index, dtype=torch.bool) if cut.seen is None else cut.seen
+        real = torch.ones_like(left.at, dtype=torch.bool) if cut.seen is None else cut.seen
         first = real.long().argmax(1, keepdim=True)
         out["labels"] = out["labels"].scatter(1, first, -100)
     out["attention_mask"] = prompt_mask(given.get("attention_mask"), cut, batch, length)
     return out
 
 
-def _columns(t: Tensor, index: Tensor, valid: Tensor | None, blank: int) -> Tensor:
-    """``t`` (...,B or 1,L) at the columns ``index`` (B,K), ``blank`` where there is none."""
-    index = index.to(t.device)
+def _columns(t: Tensor, left: ColumnIndex, blank: int) -> Tensor:
+    """``t`` (...,B or 1,L) at the columns ``left`` (B,K), ``blank`` where there is none."""
+    index, valid = left.at.to(t.device), left.there
     shape = (*t.shape[:-2], *index.shape)
     out = t.expand(*t.shape[:-2], len(index), -1).gather(-1, index.expand(shape))
     return out if valid is None else out.masked_fill(~valid.to(t.device), blank)

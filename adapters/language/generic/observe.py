@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders.block import collect_states
 from tokenreduce.adapters.encoders.hf_attention import WATCH, listen
+from tokenreduce.adapters.encoders.plain import plainly
 from tokenreduce.adapters.language.entered import entered
 from tokenreduce.adapters.language.families import Language, Vision
+from tokenreduce.adapters.language.generic.encoder import left_of
 from tokenreduce.adapters.language.generic.features import FIELDS, lengths_of
 from tokenreduce.adapters.language.generic.grids import Shape, origin_of, shapes
 from tokenreduce.adapters.language.generic.patches import tokens_of_slots
@@ -43,6 +47,8 @@ class Looks:
     vision: Vision
     blocks: dict[Any, int]
     known: dict[Any, Tensor | None] = field(default_factory=dict)
+    #: Depth and leading tokens of a tower in which methods act, None where none do.
+    reduced: tuple[int, int] | None = None
 
 
 @dataclass
@@ -55,8 +61,9 @@ class Seen:
     scale: float | None
 
 
-def attach_looks(found: Language, looks: tuple[Look, ...], undo: Undo) -> None:
-    """Let the model's features tell what is known of them, and of the tower the blocks that a method ``looks`` at."""
+def attach_looks(found: Language, looks: tuple[Look, ...], undo: Undo, reduced: tuple[int, int] | None = None) -> None:
+    """Let the model's features tell what is known of them, and of the tower the blocks that a method ``looks`` at;
+    ``reduced`` are depth and leading tokens of a tower in which methods act."""
     inner, vision = found.inner, found.vision
     assert vision is not None
     wanted = {resolve(look, vision.depth, vision.feature) for look in looks}
@@ -66,7 +73,7 @@ def attach_looks(found: Language, looks: tuple[Look, ...], undo: Undo) -> None:
         attention = attention_in(vision.blocks[0][b])
         listen(attention, undo, copies)
         blocks[attention] = b
-    undo.set(inner, LOOKS, Looks(vision, blocks))
+    undo.set(inner, LOOKS, Looks(vision, blocks, reduced=reduced))
     for kind, mixin in (("image", ObservedImages), ("video", ObservedVideos)):
         if hasattr(inner, f"get_{kind}_features"):
             undo.mix_in(inner, mixin)
@@ -102,7 +109,8 @@ def observe(inner: Any, kind: str, stock: Callable[..., Any], args: tuple[Any, .
 
     token, inside = WATCH.set(watch if seen else None), _INSIDE.set(True)
     try:
-        output = stock(*args, **kwargs)
+        with collect_states() if looks.reduced is not None else nullcontext([]) as states:
+            output = stock(*args, **kwargs)
         value = next((v for n in FIELDS if (v := getattr(output, n, None)) is not None), None)
         if value is None or not hasattr(output, "items"):
             return output
@@ -110,7 +118,10 @@ def observe(inner: Any, kind: str, stock: Callable[..., Any], args: tuple[Any, .
         given = {**given.pop("kwargs", {}), **given}
         again = lambda: _value(stock(*args, **{**kwargs, "return_dict": True}))
         WATCH.set(None)
-        found = _encoded(looks, given, lengths_of(value), seen, again)
+        with plainly():
+            found = _encoded(looks, given, lengths_of(value), seen, again)
+        if looks.reduced is not None:
+            note_left(inner, looks, found, states)
         put_on(output, found)
         if (arriving := ARRIVING.get()) is not None:
             arriving[kind] = found
@@ -145,6 +156,9 @@ class Found(Encoded):
     slots: list[tuple[int, Tensor]] = field(default_factory=list)
     #: Why no method can look at the tower, where that is so.
     blind: str = ""
+    #: (slots,) where a method acted in the tower: the places of tokens that are left, and the size of every slot's.
+    stays: Tensor | None = None
+    counts: Tensor | None = None
 
     def evidence(self, block: int, views: Tensor) -> BaseEvidence:
         if self.blind:
@@ -172,16 +186,46 @@ class Found(Encoded):
     def plan_at(self, block: int, views: Tensor) -> Plan | None:
         return None
 
+    def left(self, views: Tensor) -> Tensor | None:
+        return self._of_views(self.stays, views)
+
+    def sizes(self, views: Tensor) -> Tensor | None:
+        return self._of_views(self.counts, views)
+
+    def _of_views(self, each: Tensor | None, views: Tensor) -> Tensor | None:
+        if each is None:
+            return None
+        return torch.stack([each[self.slots[v][1].to(each.device)] for v in views.tolist()]).to(views.device)
+
+
+def note_left(inner: Any, looks: Looks, found: Found, states: list[Any]) -> None:
+    """Note which slots a method in the tower left. Raises ``ValueError`` where nobody knows what tokens are made of."""
+    assert looks.reduced is not None
+    depth, prefix = looks.reduced
+    if found.blind:
+        raise ValueError(
+            f"{type(inner).__name__}: {found.blind}, so that nobody can say which go when a method in the vision tower "
+            f"merges patches; choose one before the language model (divprune), or in the tower alone: "
+            f"tr.patch(model's tower, ...)"
+        )
+    if len(states) != depth:
+        raise ValueError(
+            f"the vision tower of {type(inner).__name__} ran {len(states) / depth:g} times for one call of its "
+            f"features, so that nobody can say which patches tokens are made of; choose a method before the language "
+            f"model"
+        )
+    found.stays, found.counts = left_of(states, depth, min(looks.vision.feature, depth - 1), prefix)
+
 
 def _encoded(
     looks: Looks, given: dict[str, Any], lengths: list[int], seen: dict[int, list[Seen]],
     again: Callable[[], Any],
-) -> Encoded:  # fmt: skip
+) -> Found:  # fmt: skip
     """What is known of the images of a call."""
     device = next(v.device for v in given.values() if isinstance(v, Tensor))
     own, known = shapes(given, lengths)
     blind = ""
-    if looks.vision.depth and (looks.blocks or None in known):
+    if looks.vision.depth and (looks.blocks or looks.reduced is not None or None in known):
         tokens = _tokens(looks, given, own, seen, again)
         sequences = next(iter(seen.values()), [])
         if tokens is None:
@@ -190,6 +234,8 @@ def _encoded(
             blind = "the blocks that are looked at see another number of patches than enter the projector"
         elif looks.blocks:
             return _looked(looks, own, known, seen, tokens, device)
+        elif looks.reduced is not None:
+            return _inside(looks, own, known, tokens.to(device), device)
         else:
             found = Found(looks.vision, (), entries=_entries(own, known, tokens, device))
             return found
@@ -241,9 +287,22 @@ def _without(origin: Origin, gone: Tensor) -> Origin:
     )  # fmt: skip
 
 
+def _inside(looks: Looks, own: list[int], known: list[Shape | None], tokens: Tensor, device: Any) -> Found:
+    """Images of a tower in which methods act: each is one view, of the slots that its tokens are made of."""
+    entries: list[Entry] = []
+    slots: list[tuple[int, Tensor]] = []
+    start = 0
+    for n, shape in zip(own, known, strict=True):
+        mine = ((tokens >= start) & (tokens < start + n)).nonzero().flatten()
+        entries.append(Entry(_origin(tokens, [(0, mine)], [0], start, n, shape, device), len(slots)))
+        slots.append((0, mine))
+        start += n
+    return Found(looks.vision, (), entries=entries, slots=slots)
+
+
 def _looked(
     looks: Looks, own: list[int], known: list[Shape | None], seen: dict[int, list[Seen]], tokens: Tensor, device: Any
-) -> Encoded:
+) -> Found:
     """Images whose tokens are made of slots that the tower's attention saw."""
     sequences = next(iter(seen.values()))
     starts = torch.tensor([0, *[s.keys.shape[1] for s in sequences]]).cumsum(0).tolist()

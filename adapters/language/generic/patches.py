@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenreduce.adapters.encoders.state import Entry, note_entry
 from tokenreduce.adapters.language.generic.features import rows_in
 
 __all__ = ["tokens_of_slots"]
@@ -30,7 +31,7 @@ def tokens_of_slots(blocks: Sequence[Any], run: Callable[[], Any]) -> Tensor | N
 
     def free(block: Any, args: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
-        leaf = x.detach().requires_grad_(True)
+        leaf = note_entry(x.detach().requires_grad_(True), Entry())  # nothing that a patched tower would have lost
         leaves.append(leaf)
         torch.set_grad_enabled(True)
         return (leaf, *output[1:]) if isinstance(output, tuple) else leaf

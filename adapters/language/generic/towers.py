@@ -13,25 +13,25 @@ from tokenreduce.adapters.encoders.hf_attention import implementation
 from tokenreduce.adapters.language.families import Vision
 from tokenreduce.adapters.language.projector.tower import _feature_block
 
-__all__ = ["attention_in", "has_axes", "vision_in"]
+__all__ = ["attention_in", "has_axes", "stacks_in", "vision_in"]
 
 
 def vision_in(inner: Any, text: Any) -> Vision | None:
     """What is known of the way from pixels to features: the blocks of the tower, where there are any whose attention
     is seen, and whether videos come as such."""
-    films = hasattr(inner, "get_video_features")
-    found = None if text is None else next(_stacks(inner, text), None)
+    videos = hasattr(inner, "get_video_features")
+    found = None if text is None else next(stacks_in(inner, text), None)
     if found is None:
-        return Vision((), ((),), None, "discovered", False, 0, films, given=("text",))
+        return Vision((), ((),), None, "discovered", False, 0, videos, given=("text",))
     blocks = tuple(found.children())
     packed = any(
         "flash" in implementation(attention_in(b)) or "flex" in implementation(attention_in(b)) for b in blocks
     )
     given = ("text",) if packed else ("tower", "text")
-    return Vision((), (blocks,), None, "discovered", False, _feature(inner.config, len(blocks)), films, given=given)
+    return Vision((), (blocks,), None, "discovered", False, _feature(inner.config, len(blocks)), videos, given=given)
 
 
-def _stacks(inner: Any, text: Any) -> Iterator[nn.ModuleList]:
+def stacks_in(inner: Any, text: Any) -> Iterator[nn.ModuleList]:
     """Stacks of blocks with attention outside of the language model, in their order."""
     skip = {id(m) for m in text.modules()}
     for name, module in inner.named_modules():

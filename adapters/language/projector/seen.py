@@ -90,8 +90,8 @@ class Encoded:
         state = self.reduced
         if isinstance(state, Packed):
             return state.left(views)
-        marks = remaining(state, int(self.vision.cls))
-        return None if marks is None else marks[views]
+        left = remaining(state, int(self.vision.cls))
+        return None if left is None else left[views]
 
     def sizes(self, views: Tensor) -> Tensor | None:
         """(V,patches) how many tokens of the tower's entry are in the one that every patch of ``views`` (V,) is in;

@@ -66,6 +66,8 @@ _WITH_CLASS = ("CLIPVisionModel", "InternVLVisionModel", "ViTModel", "Dinov2Mode
 
 def vision_of(inner: Any) -> Vision | None:
     """The vision part of ``inner``, None for a tower whose blocks are not known (evidence of it cannot be gathered)."""
+    if type(inner).__name__ not in PARTS:
+        return None
     names, path, projector, kind = PARTS[type(inner).__name__]
     towers = tuple(inner.get_submodule(n) for n in names)
     blocks = []

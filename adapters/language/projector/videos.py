@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.adapters.language.families import Vision
 from tokenreduce.core.evidence import Origin
 
-__all__ = ["Image", "films"]
+__all__ = ["Image", "videos"]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Image:
     start: int = 0
 
 
-def films(found: Iterator[Image], kind: str, vision: Vision | None) -> Iterator[Image]:
+def videos(found: Iterator[Image], kind: str, vision: Vision | None) -> Iterator[Image]:
     """The videos among images ``found`` in order of their places: one image each, frame by frame.
 
     Frames with text between them (timestamps) are joined again. Where a family has no videos of its own, or nobody
@@ -43,15 +43,15 @@ def films(found: Iterator[Image], kind: str, vision: Vision | None) -> Iterator[
     a picture, and is left out as all pictures are. So are the tiles of a picture, which stand side by side where
     pixels are shuffled (InternVL). Raises ``ValueError`` for a video in one piece of which nobody knows the frames.
     """
-    if kind != "video" and vision is not None and vision.films:
+    if kind != "video" and vision is not None and vision.videos:
         return
     row: list[Image] = []
     for image in _without_tiles(list(found)) if vision is not None and vision.kind == "shuffled" else found:
         if row and (image.row != row[0].row or not _goes_on(row, image, kind)):
-            yield from _film(row, kind)
+            yield from _video(row, kind)
             row = []
         row.append(image)
-    yield from _film(row, kind)
+    yield from _video(row, kind)
 
 
 def _without_tiles(found: list[Image]) -> list[Image]:
@@ -69,7 +69,7 @@ def _goes_on(row: list[Image], image: Image, kind: str) -> bool:
     return first.origin.same(image.origin) and first.origin.views == image.origin.views == 1
 
 
-def _film(row: list[Image], kind: str) -> Iterator[Image]:
+def _video(row: list[Image], kind: str) -> Iterator[Image]:
     if not row:
         return
     first = row[0]
@@ -85,7 +85,7 @@ def _film(row: list[Image], kind: str) -> Iterator[Image]:
     origin = _joined([i.origin for i in row])
     rows = None if first.rows is None else torch.cat([i.rows for i in row if i.rows is not None])
     views = tuple(v for i in row for v in i.views)
-    key = ("film", kind, len(row), *first.key[:2])
+    key = ("video", kind, len(row), *first.key[:2])
     columns = torch.cat([i.columns for i in row])
     # What a method in the tower merged is there in full: frames have one size only then.
     yield Image(first.row, columns, origin, views, first.kind, rows, key, entry=first.entry)

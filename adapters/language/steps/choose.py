@@ -1,74 +1,53 @@
-"""A language-stage method before its layer, and in prefill what it lets go, where that may come back."""
+"""A language-stage method before its layer, in prefill."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from tokenreduce.adapters.encoders.hf_attention import Call
 from tokenreduce.adapters.language.ahead import look_ahead
 from tokenreduce.adapters.language.decoders import check_implementation
-from tokenreduce.adapters.language.reduce import reduce_before
-from tokenreduce.adapters.language.revive import set_aside
+from tokenreduce.adapters.language.records import Decided, Recorded
+from tokenreduce.adapters.language.reduce import Chooser
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
-from tokenreduce.core.reducer import Reducer
 
-__all__ = ["Choose", "SetAside"]
+__all__ = ["Choose"]
 
 
 @dataclass(frozen=True)
 class Choose(LayerStep):
-    """In prefill: the plan of ``reducer`` before this layer of ``depth``, from the attention of the layer before or,
-    where it looks ahead, of this one (``plain``: before the rotation). ``norm`` is the model's last one."""
+    """In prefill: the plan of a method before this layer, from the attention of the layer before or, where it looks
+    ahead, of this one. ``window`` is the width of the layer's sliding window, if it has one."""
 
-    reducer: Reducer
-    depth: int
+    chooser: Chooser
     window: int | None = None
-    norm: nn.Module | None = None
-    plain: bool = False
-    #: The attention that is looked at, where this layer has none.
-    seen: nn.Module | None = None
 
     @property
-    def ahead(self) -> bool:
+    def listens(self) -> bool:
         """Whether the method looks at the attention of this layer itself."""
-        return "ahead" in self.reducer.required()
-
-    @property
-    def looks(self) -> bool:
-        """Whether it asks the attention of this layer."""
-        return self.ahead
+        return "ahead" in self.chooser.reducer.required()
 
     def before(self, call: LayerCall) -> None:
-        if not call.step.prefill:
+        if not call.prefill:
             return
-        run, index = call.run, call.index
-        ahead = self.ahead and index not in run.decided
         with torch.no_grad():
-            flash = "flash" in check_implementation(call.layer, index, self.window)
-            if ahead:
-                seen = look_ahead(call.layer, call.x, run, index, call.kwargs, flash, self.plain)
-                if "unrotated" in self.reducer.required():
-                    bare = look_ahead(call.layer, call.x, run, index, call.kwargs, flash, plain=True)
-                    seen.rotated, seen.queries, seen.keys = (seen.queries, seen.keys), bare.queries, bare.keys  # type: ignore[assignment]
-            else:
-                seen = run.calls.pop(index - 1, None)  # type: ignore[assignment]
+            seen = self._seen(call)
         call.whole = call.x
-        call.x = reduce_before(
-            call.x, run, index, self.depth, self.reducer, call.layer, seen, self.norm, self.plain, self.seen
-        )  # fmt: skip
+        call.x = self.chooser.reduce(call.x, call.generation, call.layer, seen)
+
+    def _seen(self, call: LayerCall) -> Call | None:
+        """What is seen of an attention."""
+        flash = "flash" in check_implementation(call.layer, call.index, self.window)
+        if not self.listens or call.index in call.state.of(Decided).layers:
+            recorded = call.state.pop(Recorded, call.index - 1)
+            return None if recorded is None else recorded.call
+        seen = look_ahead(call, flash, self.chooser.plain)
+        if "unrotated" in self.chooser.reducer.required():
+            bare = look_ahead(call, flash, plain=True)
+            seen.rotated, seen.queries, seen.keys = (seen.queries, seen.keys), bare.queries, bare.keys  # type: ignore[assignment]
+        return seen
 
     def __str__(self) -> str:
-        return f"choose ({self.reducer.spec()})"
-
-
-@dataclass(frozen=True)
-class SetAside(LayerStep):
-    """In prefill, behind :class:`Choose`: keep the features of what went, for decode steps that bring it back."""
-
-    def before(self, call: LayerCall) -> None:
-        cut = call.run.cut_at(call.index)
-        if call.step.prefill and call.cache is not None and cut is not None and cut.layer == call.index:
-            assert call.whole is not None
-            set_aside(call.run, call.index, call.whole, call.tables, call.cache)
+        return f"choose ({self.chooser.reducer.spec()})"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenreduce.adapters.language.cache import keep_run
-from tokenreduce.adapters.language.generation import rows_of, run_of
+from tokenreduce.adapters.language.cache import keep_generation
+from tokenreduce.adapters.language.generation import generation_of
+from tokenreduce.adapters.language.rotary import rows_of
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 
 __all__ = ["OwnCache", "TakeEntry"]
@@ -13,11 +14,11 @@ __all__ = ["OwnCache", "TakeEntry"]
 
 @dataclass(frozen=True)
 class OwnCache(LayerStep):
-    """At the first layer with steps: the cache belongs to this run from now on."""
+    """At the first layer with steps: the cache belongs to this generation from now on."""
 
     def before(self, call: LayerCall) -> None:
-        if call.step.prefill and call.cache is not None and run_of(call.cache) is not call.run:
-            keep_run(call.cache, call.run)
+        if call.prefill and call.cache is not None and generation_of(call.cache) is not call.generation:
+            keep_generation(call.cache, call.generation)
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,6 @@ class TakeEntry(LayerStep):
     """At layer 0: the hidden states of the columns that a method before the language model left."""
 
     def before(self, call: LayerCall) -> None:
-        cut = call.run.cut_at(-1)
-        if call.step.prefill and cut is not None:
-            call.x = rows_of(call.x, cut.local)
+        cut = call.columns.cut_at(-1)
+        if call.prefill and cut is not None:
+            call.x = rows_of(call.x, cut.local.at)

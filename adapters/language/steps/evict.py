@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.encoders.hf_attention import Call
+from tokenreduce.adapters.language.cache_view import CacheView, Running, Viewer
 from tokenreduce.adapters.language.decoders import check_implementation
-from tokenreduce.adapters.language.generation import Step
-from tokenreduce.adapters.language.held_mask import held_mask
-from tokenreduce.adapters.language.rotary import Turning
+from tokenreduce.adapters.language.generation import Forward
+from tokenreduce.adapters.language.held_masks import held_mask
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
-from tokenreduce.adapters.language.thin import Running, check_layer, evidence_of, shown, thin
+from tokenreduce.adapters.language.state import Record
+from tokenreduce.adapters.language.thin import check_layer, shown, thin
 from tokenreduce.core.cache_reducer import CacheReducer
-from tokenreduce.core.evidence import CacheEvidence
 from tokenreduce.core.plan import Plan, take
 from tokenreduce.core.trace import active
 
@@ -33,60 +33,64 @@ class ShowHeld(LayerStep):
     groups: int = 1
 
     def before(self, call: LayerCall) -> None:
-        held = call.run.held.get(call.index)
-        if call.step.prefill or held is None or call.cache is None:
+        held = call.columns.held.get(call.index)
+        if call.prefill or held is None or call.cache is None:
             return
-        call.run.check_batch(call.x.shape[0])
+        call.columns.check_batch(call.x.shape[0])
         name = check_implementation(call.layer, call.index, self.window)
-        call.mask = held_mask(
-            held, call.mask, call.x, call.step, call.index, call.cache, self.window, name, self.groups
-        )  # fmt: skip
+        call.mask = held_mask(call, held, self.window, name, self.groups)
 
     def __str__(self) -> str:
         return "show what is held"
 
 
+@dataclass
+class Summary(Record):
+    """By layer: what its method kept of it, its ``value``, until all layers are decided together; ``layer`` is the
+    decoder layer."""
+
+    value: Any
+    layer: Any
+
+
 @dataclass(frozen=True)
 class Evict(LayerStep):
-    """``method`` on the cache of this layer of ``depth``; ``last`` is the last one where it acts, behind which it
-    decides where it shares a budget over layers."""
+    """A method on the cache of this layer, with the evidence of ``viewer``; ``last`` is the last layer where it acts,
+    behind which it decides where it shares a budget over layers."""
 
-    method: CacheReducer
-    depth: int
+    viewer: Viewer
     last: int
-    turning: Turning | None = None
-    mrope: bool = False
     ends = True
 
     @property
-    def looks(self) -> bool:
+    def method(self) -> CacheReducer:
+        return self.viewer.method
+
+    @property
+    def listens(self) -> bool:
         """Whether the method looks at attention."""
         return "attention" in self.method.required()
 
     def before(self, call: LayerCall) -> None:
         if call.cache is None:
-            if call.step.prefill:
+            if call.prefill:
                 _say_uncached(self.method)
             return
-        if call.step.prefill:
-            check_layer_of(call, self.method)
-            wanted = self.looks and self.method.moment() != "never"
-            wanted = wanted or (self.looks and self.method.every() > 0)
-        elif self.method.temporary() and call.step.new == 1:
+        if call.prefill:
+            _check_layer_of(call, self.method)
+        elif self.method.temporary() and call.forward.phase == "decode":
             made = Call(call.mask, record=True)
             made.select = functools.partial(self._select, call, made)
             call.attention = made
             return
-        else:
-            wanted = self.looks and self.method.every() > 0
-        if not wanted:
-            return
-        made = call.attention or Call(call.mask)
-        made.record = True
-        call.attention = made
+        often = self.method.every() > 0
+        if self.listens and (often or (call.prefill and self.method.moment() != "never")):
+            made = call.attention or Call(call.mask)
+            made.record = True
+            call.attention = made
 
     def behind(self, call: LayerCall, output: Any) -> Any:
-        if call.cache is None or (not call.step.prefill and (not self.method.every() or self.method.temporary())):
+        if call.cache is None or (not call.prefill and (not self.method.every() or self.method.temporary())):
             return output
         with torch.no_grad():
             trace = active()
@@ -97,72 +101,69 @@ class Evict(LayerStep):
                     self._decide(call)
         return output
 
-    def _evidence(self, call: LayerCall, queries: Tensor | None) -> tuple[CacheEvidence, Tensor, Tensor | None]:
-        rotary = None if self.turning is None else self.turning.of(call.step, call.cache, call.index, call.x)
-        return evidence_of(
-            self.method, call.step, call.index, self.depth, call.cache, call.layer.self_attn, queries, call.mask,
-            rotary, self.mrope,
-        )  # fmt: skip
-
     def _decide(self, call: LayerCall) -> None:
-        method, run, step, index = self.method, call.run, call.step, call.index
-        if step.prefill:  # a cache may make its layers when they are first used
-            check_layer(call.cache.layers[index], method)
-        queries = call.attention.queries if self.looks and call.attention is not None else None
-        if step.prefill and index in run.running:  # a checkpointed layer runs again
-            return
-        state = run.running.setdefault(index, Running())
-        if not step.prefill:
-            queries = _recent(state, queries, method.recent_queries())
-        evidence, columns, order = self._evidence(call, queries)
-        if step.prefill and queries is not None and (recent := method.recent_queries()) > 1:
+        queries = call.attention.queries if self.listens and call.attention is not None else None
+        if call.prefill:
+            check_layer(call.cache.layers[call.index], self.method)  # a cache may make its layers when first used
+            if call.state.get(Running, call.index) is None:  # else a checkpointed layer runs again
+                self._decide_prompt(call, queries)
+        else:
+            self._decide_step(call, queries)
+
+    def _decide_prompt(self, call: LayerCall, queries: Tensor | None) -> None:
+        method, state = self.method, call.state.of(Running, call.index)
+        view = self.viewer.view(call, queries)
+        evidence = view.evidence
+        if queries is not None and (recent := method.recent_queries()) > 1:
             state.queries = evidence.queries[:, :, -recent:].unflatten(0, (evidence.batch, -1)).flatten(1, 2)
         score, memory = method.score(evidence), method.remember(evidence)
-        if step.prefill and method.moment() == "prompt":
+        if method.moment() == "prompt":
             state.scores, state.memory = score, memory
-            run.summaries[index] = (method.summary(evidence), columns, call.layer)
-            if index == self.last:
-                self._together(call)
+            call.state.put(Summary(method.summary(evidence), call.layer), call.index)
+            if call.index == self.last:
+                self._decide_together(call)
             return
-        plan = None
-        if method.moment() == "layer" if step.prefill else _due(method, step):
-            plan = method.plan(evidence)
+        plan = method.plan(evidence) if method.moment() == "layer" else None
         state.scores, state.memory = score, memory
         if plan is not None:
-            thin(method, plan, evidence, columns, step, call.cache, call.layer)
-        if step.prefill:
-            _note(state, plan, evidence, order)
+            thin(method, plan, view, call)
+        _note(state, plan, view)
 
-    def _together(self, call: LayerCall) -> None:
+    def _decide_step(self, call: LayerCall, queries: Tensor | None) -> None:
+        method, state = self.method, call.state.of(Running, call.index)
+        view = self.viewer.view(call, _recent(state, queries, method.recent_queries()))
+        score, memory = method.score(view.evidence), method.remember(view.evidence)
+        plan = method.plan(view.evidence) if _due(method, call.forward) else None
+        state.scores, state.memory = score, memory
+        if plan is not None:
+            thin(method, plan, view, call)
+
+    def _decide_together(self, call: LayerCall) -> None:
         """Plans of all layers at once, behind the last."""
-        run = call.run
-        kept, run.summaries = run.summaries, {}
-        plans = self.method.decide([kept[i][0] for i in sorted(kept)])
-        for i, plan in zip(sorted(kept), plans, strict=True):
-            _, columns, layer = kept[i]
-            here = LayerCall(layer, i, call.x, {**call.kwargs, "attention_mask": None}, call.step)
-            evidence, columns, order = self._evidence(here, None)
-            thin(self.method, plan, evidence, columns, call.step, call.cache, layer)
-            _note(run.running[i], plan, evidence, order)
+        layers = call.state.layers(Summary)
+        kept = [made for i in layers if (made := call.state.pop(Summary, i)) is not None]
+        plans = self.method.decide([made.value for made in kept])
+        for i, made, plan in zip(layers, kept, plans, strict=True):
+            here = LayerCall(made.layer, i, call.x, {**call.kwargs, "attention_mask": None}, call.forward)
+            view = self.viewer.view(here, None)
+            thin(self.method, plan, view, here)
+            _note(call.state.of(Running, i), plan, view)
 
     def _select(self, call: LayerCall, made: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Inside the attention of a decode step, the cache updated: what this step sees."""
         with torch.no_grad():
-            run = call.run
-            state = run.running.setdefault(call.index, Running())
-            evidence, _, _ = self._evidence(call, made.queries)
+            state = call.state.of(Running, call.index)
+            evidence = self.viewer.view(call, made.queries).evidence
             score, memory = self.method.score(evidence), self.method.remember(evidence)
             plan = self.method.plan(evidence)
             state.scores, state.memory = score, memory
-        if plan.is_identity:
-            return keys, values, made.mask
-        return shown(made, plan, keys, values, made.mask)
+        return (keys, values, made.mask) if plan.is_identity else shown(made, plan, keys, values)
 
     def __str__(self) -> str:
         return f"evict ({self.method.spec()})"
 
 
-def check_layer_of(call: LayerCall, method: CacheReducer) -> None:
+def _check_layer_of(call: LayerCall, method: CacheReducer) -> None:
     layers = call.cache.layers
     if call.index < len(layers):
         check_layer(layers[call.index], method)
@@ -177,10 +178,10 @@ def _say_uncached(method: CacheReducer) -> None:
         warnings.warn(said, stacklevel=2)
 
 
-def _due(method: CacheReducer, step: Step) -> bool:
+def _due(method: CacheReducer, forward: Forward) -> bool:
     """Whether an interval ends in this call, which may bring several tokens."""
-    number = step.past + step.new - step.run.length
-    return number // method.every() > (number - step.new) // method.every()
+    number = forward.past + forward.new - forward.columns.length
+    return number // method.every() > (number - forward.new) // method.every()
 
 
 def _recent(state: Running, queries: Tensor | None, wanted: int) -> Tensor | None:
@@ -192,13 +193,13 @@ def _recent(state: Running, queries: Tensor | None, wanted: int) -> Tensor | Non
     return state.queries
 
 
-def _note(state: Running, plan: Plan | None, evidence: CacheEvidence, order: Tensor | None) -> None:
+def _note(state: Running, plan: Plan | None, view: CacheView) -> None:
     """What the prompt left; scores in the order that the cache has, where it was not touched."""
-    untouched = plan is None or plan.is_identity
+    evidence, untouched = view.evidence, plan is None or plan.is_identity
     if plan is None or untouched:
         state.prompt_slots = evidence.counts
     else:
         state.prompt_slots = (plan.places() & evidence.there).sum(1, keepdim=True)
-    if untouched and order is not None and state.scores is not None:
-        back = evidence.fold(order.argsort(1))
+    if untouched and view.order is not None and state.scores is not None:
+        back = evidence.fold(view.order.argsort(1))
         state.scores = take(state.scores, back)

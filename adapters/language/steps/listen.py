@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenreduce.adapters.encoders.hf_attention import Call
+from tokenreduce.adapters.language.records import Decided, Recorded
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 
 __all__ = ["Listen"]
@@ -17,12 +18,13 @@ class Listen(LayerStep):
 
     prefill: bool
     decode: bool
+    listens = True
 
     def before(self, call: LayerCall) -> None:
-        run, index = call.run, call.index
-        if call.step.prefill:
-            wanted = self.prefill and index + 1 not in run.decided
+        if call.prefill:
+            wanted = self.prefill and call.index + 1 not in call.state.of(Decided).layers
         else:  # a step that chooses in decode has a call of the attention of its own
-            wanted = self.decode and call.step.new == 1 and call.attention is None
+            wanted = self.decode and call.forward.phase == "decode" and call.attention is None
         if wanted:
-            call.attention = run.calls[index] = Call(call.mask, record=True)
+            seen = call.attention = Call(call.mask, record=True)
+            call.state.put(Recorded(seen), call.index)

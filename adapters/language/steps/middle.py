@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from tokenreduce.adapters.language.middle import attach_middle, taken
+from tokenreduce.adapters.language.reduce import Chooser
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
-from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
 __all__ = ["ChooseInside", "TakeInside"]
@@ -17,18 +15,15 @@ __all__ = ["ChooseInside", "TakeInside"]
 
 @dataclass(frozen=True)
 class ChooseInside(LayerStep):
-    """The plan of ``reducer``, which acts before layer ``index`` of ``depth``, inside the layer before that."""
+    """The plan of a method that acts before the next layer, inside this one."""
 
-    reducer: Reducer
-    index: int
-    depth: int
-    norm: nn.Module | None = None
+    chooser: Chooser
 
     def attach(self, layer: Any, undo: Undo) -> None:
-        attach_middle(layer, self.reducer, self.index, self.depth, self.norm, undo)
+        attach_middle(layer, self.chooser, undo)
 
     def __str__(self) -> str:
-        return f"choose inside ({self.reducer.spec()})"
+        return f"choose inside ({self.chooser.reducer.spec()})"
 
 
 @dataclass(frozen=True)
@@ -36,5 +31,5 @@ class TakeInside(LayerStep):
     """In prefill: what the method inside the layer before left."""
 
     def before(self, call: LayerCall) -> None:
-        if call.step.prefill and (left := taken(call.run, call.index)) is not None:
+        if call.prefill and (left := taken(call.generation, call.index)) is not None:
             call.x = left

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from tokenreduce.adapters.language.held_mask import slots_of
 from tokenreduce.adapters.language.paired import PairedLayer, pair_up
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 from tokenreduce.core.cache_codec import CacheCodec
@@ -26,13 +25,14 @@ class Pack(LayerStep):
 
     def behind(self, call: LayerCall, output: Any) -> Any:
         cache, index = call.cache, call.index
-        if not call.step.prefill or cache is None or isinstance(cache.layers[index], PairedLayer):
+        if not call.prefill or cache is None or isinstance(cache.layers[index], PairedLayer):
             return output
         keys = cache.layers[index].keys
         before = 2 * keys.numel() * keys.element_size()
-        there = slots_of(call.run, index, keys.shape[2])[1][:, 0]
+        held = call.columns.of_cache(index, keys.shape[2])
+        there = held.real()[:, 0]
         with torch.no_grad():
-            pair_up(self.method, cache, self.lower, index, None if bool(there.all()) else there)
+            pair_up(self.method, cache, (self.lower, index), None if bool(there.all()) else there)
         trace = active()
         if trace is not None:
             counts = there.sum(1, keepdim=True).expand(-1, keys.shape[1])

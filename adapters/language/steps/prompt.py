@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenreduce.adapters.language.records import Decided, LayerInput, PromptFeatures
 from tokenreduce.adapters.language.site import LayerCall, LayerStep
 
 __all__ = ["ForgetPrompt", "KeepInput", "KeepPrompt"]
@@ -14,8 +15,8 @@ class KeepPrompt(LayerStep):
     """At layer 0: remember what enters it."""
 
     def before(self, call: LayerCall) -> None:
-        if call.step.prefill:
-            call.run.entered = call.x.detach()
+        if call.prefill:
+            call.state.put(PromptFeatures(call.x.detach()))
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class KeepInput(LayerStep):
     """Remember what enters this layer, for the method that acts before the next one."""
 
     def before(self, call: LayerCall) -> None:
-        if call.step.prefill and call.index + 1 not in call.run.decided:
-            call.run.inputs[call.index + 1] = call.x.detach()
+        if call.prefill and call.index + 1 not in call.state.of(Decided).layers:
+            call.state.put(LayerInput(call.x.detach()), call.index)
 
 
 @dataclass(frozen=True)
 class ForgetPrompt(LayerStep):
-    """At the last layer that asks for it: a cache lives long, and holds the run."""
+    """At the last layer that asks for it: a cache lives long, and holds the generation."""
 
     def before(self, call: LayerCall) -> None:
-        if call.step.prefill:
-            call.run.entered = None
+        if call.prefill:
+            call.state.pop(PromptFeatures)

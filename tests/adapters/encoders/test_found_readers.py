@@ -126,7 +126,6 @@ def test_merging_equal_tokens_changes_nothing(name: str) -> None:
     [
         (lambda: T.SamVisionModel(T.SamVisionConfig(**SMALL, global_attn_indexes=[0], output_channels=16)), "windows"),
         (lambda: T.VitDetModel(T.VitDetConfig(**{k: v for k, v in SMALL.items() if k[0] != "in"})), "windows"),
-        (lambda: T.PixtralVisionModel(T.PixtralVisionConfig(**SMALL, head_dim=12)), "one row"),
         (lambda: T.TimesformerModel(T.TimesformerConfig(**SMALL, num_frames=4)), "over time and over space in turn"),
         (
             lambda: T.SwinModel(T.SwinConfig(image_size=64, embed_dim=16, depths=[1, 1], num_heads=[2, 2])),

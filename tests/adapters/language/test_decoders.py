@@ -11,7 +11,7 @@ from vlms import IMAGE, Vlm, _plain, _run, _text, _tower, _wide, prompts
 from vlms_masked import CASES, close, generate, hidden
 
 import tokenreduce as tr
-from tokenreduce.adapters.language.generation import columns_kept
+from tokenreduce.adapters.language.cuts import slots_kept
 
 EXPERTS = dict(num_experts=2, num_local_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)
 SCALED = {
@@ -56,8 +56,8 @@ def dropped_from(trace, length):
     for step in (s for s in trace.steps if s.plan is not None):
         if columns is None:
             columns = torch.arange(length).expand(step.plan.batch, -1)
-        index, valid = columns_kept(step.plan)
-        columns = columns.gather(1, index)
+        kept = slots_kept(step.plan)
+        columns, valid = columns.gather(1, kept.at), kept.there
         gone = torch.ones(len(columns), length, dtype=torch.bool)
         for row, here in enumerate(columns if valid is None else [c[v] for c, v in zip(columns, valid, strict=True)]):
             gone[row, here] = False

@@ -9,11 +9,14 @@ import functools
 import pytest
 import torch
 import torch.utils.checkpoint
+from toys.build import inner_of
+from toys.checks import plain
 from vlms import VLMS, encodes_before, prompts, skip_static_windows
 from vlms_masked import CASES, FILMS, close, dropped_by, flash, generate, hidden, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.language.families import FAMILIES
+from tokenreduce.adapters.language.families import FAMILIES, Family
+from tokenreduce.adapters.language.find import find
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -296,3 +299,25 @@ def test_bad_calls():
             with pytest.raises(ValueError, match="made for a batch of 1 and is used for 2"):
                 vlm.model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
     assert "_prefill" not in vars(vlm.model)
+
+
+@pytest.mark.skipif(not encodes_before(), reason="earlier releases have no discovered families")
+def test_a_family_that_needs_nothing_special_is_one_line(monkeypatch):
+    """The row does what discovery does, to the bit."""
+    model, inputs = plain("vipllava")
+    inner = type(inner_of(model)).__name__
+    assert inner not in FAMILIES
+    spec = ("divprune:keep=0.5,positions=original", "fastv:layer=1,keep=2")
+
+    def answer():
+        with torch.no_grad(), tr.patched(model, *spec), tr.record(model, flops=False) as trace:
+            logits = model(**inputs).logits
+            return find(model).how, trace.tokens, logits
+
+    found = answer()
+    monkeypatch.setitem(FAMILIES, inner, Family())  # the one line
+    known = answer()
+    assert (found[0], known[0]) == ("discovered", "table")
+    assert found[1] == known[1]
+    assert min(known[1]) < inputs["input_ids"].shape[1]
+    assert torch.equal(found[2], known[2])

@@ -13,7 +13,8 @@ from vlms import VLMS, prompts, skip_beams_of_several
 from vlms_masked import close, generate, layers_of
 
 import tokenreduce as tr
-from tokenreduce.adapters.language.generation import cache_in
+from tokenreduce.adapters.language.generation import cache_in, generation_of
+from tokenreduce.adapters.language.records import PromptFeatures, Recorded
 from tokenreduce.core.plan import Identity
 from tokenreduce.core.reducer import Reducer
 
@@ -259,8 +260,9 @@ def test_copies_are_independent_and_the_prompt_is_not_kept():
         assert torch.equal(generate(tr.unpatch(other), inputs)[1], stock)
     with torch.no_grad(), tr.patched(model, "sparsevlm:keep=0.2"):
         cache = model(**inputs, use_cache=True).past_key_values
-    assert cache._tokenreduce_run.entered is None
-    assert not cache._tokenreduce_run.calls
+    state = generation_of(cache).state
+    assert state.get(PromptFeatures) is None
+    assert not state.layers(Recorded)
 
 
 # -- the evidence itself ---------------------------------------------------------------------------------------------

@@ -63,24 +63,39 @@ def lfm2_vl() -> Any:
 
 
 def mistral3() -> Any:
-    """Its tower has no adapter either."""
     vision = hf.PixtralVisionConfig(**VISION)
     return hf.Mistral3ForConditionalGeneration(hf.Mistral3Config(vision_config=vision, text_config=_llama()))
 
 
 @pytest.mark.parametrize("build", [vip_llava, aya_vision, deepseek_vl, lfm2_vl, mistral3])
 @pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
-def test_found_by_structure_and_no_method_acts_in_the_tower(
-    build: Callable[[], Any], around: Callable[[Any], nn.Module]
-) -> None:
+def test_found_by_structure_with_the_tower(build: Callable[[], Any], around: Callable[[Any], nn.Module]) -> None:
     model = around(build())
     about = tr.describe(model)
     assert about.language.how == "discovered"
-    assert about.stages == ("language", "projector", "cache")
-    assert not about.towers
-    with pytest.raises(ValueError, match="tome acts at stage encoder, which is not available"):
-        tr.patch(model, "tome@encoder:r=1")
+    assert about.stages == ("language", "projector", "cache", "encoder")
+    assert len(about.towers) == 1
+    tr.unpatch(tr.patch(model, "tome@encoder:r=1"))
     assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
+
+
+class Peeking(hf.AyaVisionModel):
+    """A model of a user's own that looks at tokens between the blocks of its tower."""
+
+    def get_image_features(self, pixel_values: Any, **kwargs: Any) -> Any:
+        x = self.vision_tower.embeddings(pixel_values)
+        for layer in self.vision_tower.encoder.layers:
+            x = layer(x, None)
+            self.seen = x.mean(1)
+        return x
+
+
+def test_code_that_looks_into_the_tower_is_named() -> None:
+    model = aya_vision()
+    model.model.__class__ = Peeking
+    assert "encoder" not in tr.describe(model).stages
+    with pytest.raises(ValueError, match=r"Peeking.get_image_features reads tokens of its tower between the blocks"):
+        tr.patch(model, "tome@encoder:r=1")
 
 
 @pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
@@ -95,15 +110,13 @@ def test_refused_by_name(around: Callable[[Any], nn.Module]) -> None:
 
 def test_the_inner_model_alone_is_found_too() -> None:
     inner = vip_llava().model
-    assert tr.describe(inner).stages == ("projector",)
-    with pytest.raises(ValueError, match="stage encoder, which is not available on VipLlavaModel"):
-        tr.patch(inner, "tome:r=1")
+    assert tr.describe(inner).stages == ("projector", "encoder")
 
 
 def test_a_tower_beside_one_is_no_part_of_it() -> None:
     tower = hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION))
     both = nn.ModuleDict({"tower": tower, "other": mistral3()})
-    assert [t.name for t in tr.describe(both).towers] == ["tower"]
+    assert [t.name for t in tr.describe(both).towers] == ["other.model.vision_tower", "tower"]
     tr.patch(both, "tome@encoder:r=1", "divprune:keep=0.5")
     assert [type(r).__name__ for r in tr.describe(both).active] == ["ToMe", "DivPrune"]
     tr.unpatch(both)

@@ -15,6 +15,7 @@ from vlms import VLMS, prompts
 import tokenreduce as tr
 from tokenreduce.adapters.language.generation import cache_as
 from tokenreduce.adapters.language.paired import PairedLayer
+from tokenreduce.measure.generation import layer_bytes
 from tokenreduce.vision.cache.minicache import MiniCache
 
 STEPS = 12
@@ -118,6 +119,11 @@ def test_generation_beams_and_bytes():
         assert [step.layer for step in trace.cache] == [2, 3]
         assert all(step.bytes_held < step.bytes_before for step in trace.cache)
         assert torch.equal(*(step.kept for step in trace.cache))
+        with torch.no_grad():
+            cache = model(**given, use_cache=True).past_key_values
+        held = layer_bytes(cache)
+        assert held[2:] == [layer.nbytes for layer in cache.layers[2:]] == [step.bytes_held for step in trace.cache]
+        assert held[2] < 0.8 * held[0]
         one = model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=3)
         again = model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=3)
         assert torch.equal(one, again)

@@ -10,7 +10,8 @@ import torch
 from vlms import VLMS, prompts
 
 import tokenreduce as tr
-from tokenreduce.adapters.language import attach
+from tokenreduce.adapters.language import order
+from tokenreduce.adapters.language.acting import acting_in
 from tokenreduce.adapters.language.find import find
 from tokenreduce.adapters.language.site import LayerCall, LayerStep, run_before, sites_in
 from tokenreduce.core.undo import Undo
@@ -23,18 +24,18 @@ class CountTokens(LayerStep):
     """A step of a file of its own: how many tokens enter every layer in prefill."""
 
     def before(self, call: LayerCall) -> None:
-        if call.step.prefill:
+        if call.prefill:
             COUNTS.append((call.index, call.x.shape[1]))
 
 
 def test_a_step_is_one_class_and_one_line(monkeypatch):
-    stock = attach._steps
+    stock = order.steps_at
 
     def steps(found, acting, i):
         yield from stock(found, acting, i)
         yield CountTokens()  # the one line
 
-    monkeypatch.setattr(attach, "_steps", steps)
+    monkeypatch.setattr(order, "steps_at", steps)
     vlm = VLMS["llava"]
     inputs = prompts(vlm, ((9, "i"),))
     COUNTS.clear()
@@ -78,8 +79,8 @@ def test_order_is_that_of_the_list_whatever_is_registered_when():
     """The prompt is kept behind what takes its entry, and keywords are handed on last."""
     vlm = VLMS["llava"]
     found = find(copy.deepcopy(vlm.model))
-    acting = attach._acting(found, tr.parse("divprune:keep=6+sparsevlm", stage="projector"))
-    names = [str(step).split(" (")[0] for step in attach.layer_sites(found, acting)[0].steps]
+    acting = acting_in(found, tr.parse("divprune:keep=6+sparsevlm", stage="projector"))
+    names = [str(step).split(" (")[0] for step in order.layer_sites(found, acting)[0].steps]
     assert names.index("take entry") < names.index("gather columns") < names.index("keep prompt")
     assert replace(acting, entry=None).behind == acting.first
     assert isinstance(Undo().actions, list)

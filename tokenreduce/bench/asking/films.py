@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,24 @@ class Films:
         found = load_clips(data, layout, split, limit, seed)
         self.items: list[Item] = list(found.items)
         self.problems = dict(found.problems)
-        self.notes = tuple(found.notes)
+        self._notes = tuple(found.notes)
         self._decoded: list[float] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the questions, and of frames that were kept."""
+        cache, said = self.sampler.cache, list(self._notes)
+        if cache is not None and cache.hits and not self._decoded:
+            said.append("all frames came from the frame cache; nothing was decoded")
+        elif cache is not None and cache.trouble:
+            said.append(f"frames are not kept: {cache.trouble} ({cache.folder})")
+        return tuple(said)
 
     def open(self, item: Item) -> Shown:
         assert isinstance(item, ClipItem)
         began = time.perf_counter()
         shown = self.sampler.read(item)
-        if isinstance(item.image, Path):
+        if isinstance(item.image, Path) and not shown.kept:
             self._decoded.append(time.perf_counter() - began)
         return shown
 
@@ -54,12 +64,15 @@ class Films:
         said = text if at is None else LETTERS[at]
         return said, at is not None and said in item.answers
 
+    def graded(self, said: Mapping[int, str]) -> dict[str, float]:
+        return {}
+
     def asker(self, loaded: LoadedVlm) -> FilmAsker:
         return FilmAsker(loaded, self.data == "world", len(self.items) <= SHARED)
 
     def columns(self, probes: Sequence[Question], row: dict[str, Any]) -> dict[str, Any]:
         """``frames`` of a clip, ``tokens_per_frame`` that enter the language model, ``decode_s`` to read the frames
-        (None where they are generated)."""
+        (None where they are generated, or were kept from an earlier run)."""
         shown = statistics.fmean(len(q.images) for q in probes)
         return {
             "frames": whole(shown),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenreduce.bench.asking.source import Batch, Opened, knows_the_world, processed, runs
@@ -30,6 +30,18 @@ class Pictures:
 
     def read(self, item: Item, text: str) -> tuple[str, bool]:
         return text, matches(text, item.answers)
+
+    def graded(self, said: Mapping[int, str]) -> dict[str, float]:
+        """Of the second world: ``elements``, the share of what long answers should tell that they tell, by type."""
+        if self.data != "world2":
+            return {}
+        from tokenreduce.zoo.world2 import LONG, READING, score
+
+        found: dict[str, list[float]] = {}
+        for item in self.items:
+            if item.id in said and item.type in (*LONG, *READING):
+                found.setdefault(item.type, []).append(score(said[item.id], item.answers[0], item.type).elements)
+        return {f"elements_{name}": sum(shares) / len(shares) for name, shares in found.items()}
 
     def asker(self, loaded: LoadedVlm) -> PictureAsker:
         return PictureAsker(loaded, self.data == "world")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenreduce.adapters.language.generation import cache_of
+from tokenreduce.bench.asking.log import Part
 from tokenreduce.bench.asking.source import Batch, Opened, Source, reason_of
 from tokenreduce.bench.questions import Item
 from tokenreduce.bench.vlms import LoadedVlm
@@ -51,7 +53,7 @@ class Runner:
     """``batch`` questions of ``source`` per forward of ``loaded``; answers that are texts have ``max_new_tokens``.
 
     ``alone`` says that the processor cannot make batches, ``notes`` what a report should say about that; ``kept`` are
-    the batches where they fit into memory. ``stock`` shares the weights and is never patched.
+    batches by the group they are of, as many as fit into memory. ``stock`` shares the weights and is never patched.
     """
 
     loaded: LoadedVlm
@@ -60,7 +62,8 @@ class Runner:
     max_new_tokens: int
     alone: bool = False
     notes: list[str] = field(default_factory=list)
-    kept: list[Batch] | None = field(default=None, repr=False)
+    kept: dict[int, list[Batch]] = field(default_factory=dict, repr=False)
+    _size: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.asker = self.source.asker(self.loaded)
@@ -73,15 +76,37 @@ class Runner:
     def items(self) -> list[Item]:
         return self.source.items
 
+    @cached_property
+    def groups(self) -> list[list[Item]]:
+        """Questions that go through the model together; a part of the work is one of these."""
+        return list(self.asker.groups(self.items, self.batch))
+
     def answer(self) -> Answers:
         """Answers of the model as it is now, patched or not. Raises ``ValueError`` where no question can be used."""
-        out = Answers({}, {}, 0)
+        return self.merged(self.part(unit) for unit in range(len(self.groups)))
+
+    def part(self, unit: int) -> Part:
+        """Answers to the questions of one group."""
+        out = Part({}, {}, 0, {}, [])
         broken = 0
-        for batch in self.batches():
+        for batch in self.batches(unit):
             said, finite = self._said(batch)
             for item, text, good in zip(batch.items, said, finite, strict=True):
                 broken += not good
                 out.said[item.id], out.right[item.id] = self.source.read(item, text) if good else ("", False)
+        problems = self.source.problems
+        found = {item.id: problems[item.id] for item in self.groups[unit] if item.id in problems}
+        return out._replace(broken=broken, problems=found)
+
+    def merged(self, parts: Iterable[Part]) -> Answers:
+        """All answers, in the order of ``parts``. Raises ``ValueError`` where no question could be used."""
+        out = Answers({}, {}, 0)
+        broken = 0
+        for part in parts:
+            out.said.update(part.said)
+            out.right.update(part.right)
+            self.source.problems.update(part.problems)
+            broken += part.broken
         if not out.said:
             problems, data = self.source.problems, self.source.data
             listed = [problems[key] for key in sorted(problems)][:5]
@@ -100,19 +125,19 @@ class Runner:
             inputs = question.inputs if question.remake is None else question.remake(model)
             return cache_of(model(**inputs, use_cache=True, logits_to_keep=1))
 
-    def batches(self) -> Iterator[Batch]:
-        """All questions that can be asked; the others become problems of the source."""
-        if self.kept is not None:
-            yield from self.kept
+    def batches(self, unit: int) -> Iterator[Batch]:
+        """The questions of a group that can be asked; the others become problems of the source."""
+        if unit in self.kept:
+            yield from self.kept[unit]
             return
-        kept: list[Batch] | None = []
-        size = 0
-        for group in self.asker.groups(self.items, self.batch):
-            for made in self._made(group):
-                size += sum(v.numel() * v.element_size() for v in made.inputs.values() if isinstance(v, Tensor))
-                kept = None if kept is None or size > CACHE else [*kept, made]
-                yield made
-        self.kept = kept
+        made: list[Batch] = []
+        for batch in self._made(self.groups[unit]):
+            made.append(batch)
+            yield batch
+        size = sum(_bytes(batch) for batch in made)
+        if self._size + size <= CACHE:
+            self._size += size
+            self.kept[unit] = made
 
     def _said(self, batch: Batch) -> tuple[list[str], list[bool]]:
         """What the model says to each question of a batch, and whether its outputs are finite."""
@@ -166,6 +191,10 @@ class Runner:
         if reason and len(self.source.problems) == broken:  # no single question is to blame
             self.alone = True
             self.notes.append(f"questions are asked one at a time: the processor makes no batches of them ({reason})")
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(v.numel() * v.element_size() for v in batch.inputs.values() if isinstance(v, Tensor))
 
 
 class quiet(warnings.catch_warnings):  # noqa: N801 - used like a function

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenreduce.adapters.language.projector.marks import TOWER
+from tokenreduce.adapters.language.families import TOWER
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import reducers_of
 from tokenreduce.patching import describe
@@ -34,7 +34,7 @@ def _sees(model: Any, reducers: Sequence[Reducer]) -> Any:
     """What these methods make of a tower's outputs and look at in it; None where they act inside it."""
     if any(r.stage == "encoder" for r in reducers):
         return None
-    watched = any(r.stage == "projector" or r.tower_blocks() or {"films", *TOWER} & {*r.required()} for r in reducers)
+    watched = any(r.stage == "projector" or r.tower_blocks() or {"frames", *TOWER} & {*r.required()} for r in reducers)
     more = {"head", "pixels"} & {need for r in reducers for need in r.required()}
     if any("head" in r.optional() for r in reducers) and "head" in describe(model).language.projector:
         more.add("head")

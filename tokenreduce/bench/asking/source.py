@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,10 @@ class Source(Protocol):
 
     def read(self, item: Item, text: str) -> tuple[str, bool]:
         """An answer as answers are compared with each other, and whether it is right."""
+        ...
+
+    def graded(self, said: Mapping[int, str]) -> dict[str, float]:
+        """What answers, by the id of their question, are worth besides being right or wrong."""
         ...
 
     def asker(self, loaded: LoadedVlm) -> Asker:

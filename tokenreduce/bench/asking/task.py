@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from tokenreduce.bench.asking.log import AnswerLog, Part
 from tokenreduce.bench.asking.meter import Clock, Meter, clock
 from tokenreduce.bench.asking.runner import Answers, Runner
 from tokenreduce.bench.asking.served import STAGES, Served, served
 from tokenreduce.bench.asking.source import Source
 from tokenreduce.bench.task import Axis
 from tokenreduce.bench.vlms import DTYPES, LoadedVlm, load_vlm, pick_device
+from tokenreduce.bench.workers import Workers, devices_for
 from tokenreduce.common.words import counted
 from tokenreduce.core.flops import gmacs
 from tokenreduce.core.reducer import Reducer
@@ -27,11 +32,13 @@ __all__ = ["QuestionTask"]
 
 @dataclass
 class _Ready:
-    """What :meth:`QuestionTask.prepare` made; ``baseline`` are the unreduced model's answers."""
+    """What :meth:`QuestionTask.prepare` made; ``baseline`` are the unreduced model's answers, with what there was to
+    say about them."""
 
     runner: Runner
     meter: Meter
     baseline: Answers
+    said: list[str]
     served: Served | None = None
 
 
@@ -48,6 +55,7 @@ class QuestionTask(ABC):
         repeats: timed rounds; 0 leaves out the time to the first token and the reduction's share.
         max_new_tokens: longest answer where answers are texts.
         stages: which methods the sweep tries; with ``few`` only :attr:`well_known` ones, besides the baselines.
+        workers: processes that share the questions, each with the model; what is counted and clocked is this one's.
 
     Budgets are shares of the visual tokens, averaged over the layers of the language model: a method before it and one
     inside it cost the same there, while the vision encoder's FLOPs are fixed. Bad settings raise ``ValueError``.
@@ -65,6 +73,7 @@ class QuestionTask(ABC):
     seed: int = 0
     stages: tuple[str, ...] = STAGES[:3]
     few: bool = False
+    workers: int = 1
 
     name: ClassVar[str]
     baselines: ClassVar[tuple[str, ...]]
@@ -84,9 +93,12 @@ class QuestionTask(ABC):
     )
 
     _state: _Ready | None = field(default=None, init=False, repr=False)
+    _loaded: Runner | None = field(default=None, init=False, repr=False)
+    _pool: Workers | None = field(default=None, init=False, repr=False)
+    _log: AnswerLog | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for key, least in (("batch", 1), ("repeats", 0), ("max_new_tokens", 1), ("limit", 1)):
+        for key, least in (("batch", 1), ("repeats", 0), ("max_new_tokens", 1), ("limit", 1), ("workers", 1)):
             value = getattr(self, key)
             if key == "limit" and value is None:
                 continue
@@ -105,7 +117,7 @@ class QuestionTask(ABC):
 
     # -- the task ------------------------------------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
-        """Everything that makes two rows comparable."""
+        """Everything that makes two rows comparable (``workers`` only changes how fast answers come)."""
         keys = ("model", "data", "split", "limit", "batch", "device", "dtype", "repeats", "max_new_tokens", "seed")
         return {key: getattr(self, key) for key in keys}
 
@@ -117,14 +129,71 @@ class QuestionTask(ABC):
         """
         if self._state is not None:
             return
+        self.load()
+        runner = self._loaded
+        assert runner is not None
+        baseline, said = self._answers(())
+        good = [item for item in runner.items if item.id in baseline.said]
+        self._state = _Ready(runner, Meter(runner, good[: self.probed]), baseline, said)
+
+    # -- answers, here and in other processes --------------------------------------------------------------------------
+    def keep_in(self, folder: Path) -> None:
+        """Keep answers in a run folder as they come, and take those that are there. Raises ``ValueError`` for a damaged
+        file."""
+        self._log = AnswerLog(folder)
+
+    def load(self) -> None:
+        """Load questions and model; raises as :meth:`prepare`."""
+        if self._loaded is not None:
+            return
         source = self.source()
         loaded = load_vlm(self.model, self.device, self.dtype)
         if describe(loaded.model).language is None:
             raise TypeError(f"{self.model} has no language model with visual tokens that an adapter knows")
-        runner = Runner(loaded, source, self.batch, self.max_new_tokens)
-        baseline = runner.answer()
-        good = [item for item in source.items if item.id in baseline.said]
-        self._state = _Ready(runner, Meter(runner, good[: self.probed]), baseline)
+        self._loaded = Runner(loaded, source, self.batch, self.max_new_tokens)
+
+    def part(self, reducers: tuple[Reducer, ...], unit: int) -> Part:
+        """Answers to the ``unit``-th group of questions. The model is as before afterwards."""
+        runner = self._loaded
+        assert runner is not None
+        # A trace of no module takes the notes of all batches and no steps.
+        with (
+            patched(runner.loaded.model, *reducers) if reducers else nullcontext(),
+            record(nn.Identity(), flops=False) as trace,
+        ):
+            made = runner.part(unit)
+        return made._replace(notes=list(dict.fromkeys([*([] if reducers else runner.notes), *trace.notes])))
+
+    def close(self) -> None:
+        """End the other processes; the next answers start them again."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _answers(self, reducers: tuple[Reducer, ...]) -> tuple[Answers, list[str]]:
+        """Answers with ``reducers``, by this process or by :attr:`workers`, and what there is to say about them."""
+        runner, key = self._loaded, json.dumps([r.to_json() for r in reducers])
+        assert runner is not None
+        there = dict(self._log.of(key)) if self._log is not None else {}
+        todo = [unit for unit in range(len(runner.groups)) if unit not in there]
+        died = 0 if self._pool is None else self._pool.died
+        for unit, part in self._parts(reducers, todo):
+            there[unit] = part
+            if self._log is not None:
+                self._log.add(key, unit, part)
+        notes = [note for unit in sorted(there) for note in there[unit].notes]
+        if self._pool is not None and self._pool.died > died:
+            notes.append(f"{counted(self._pool.died - died, 'worker')} died; the questions were asked again")
+        return runner.merged(there[unit] for unit in sorted(there)), list(dict.fromkeys(notes))
+
+    def _parts(self, reducers: tuple[Reducer, ...], todo: list[int]) -> Iterator[tuple[int, Part]]:
+        if self.workers == 1:
+            yield from ((unit, self.part(reducers, unit)) for unit in todo)
+            return
+        if self._pool is None:
+            devices = devices_for(self.device, self.workers)
+            tasks = [replace(self, workers=1, device=device) for device in devices]
+            self._pool = Workers(tasks, max(1, torch.get_num_threads() // self.workers))
+        yield from self._pool.run(reducers, todo)
 
     def methods(self) -> list[str]:
         """Full names of the methods that the model can serve, stage by stage."""
@@ -186,10 +255,8 @@ class QuestionTask(ABC):
         ready, reducers = self._ready, tuple(reducers)
         runner, meter, baseline = ready.runner, ready.meter, ready.baseline
         cost, dense = meter.cost(reducers), meter.cost(())
+        answers, said = self._answers(reducers) if reducers else (baseline, ready.said)
         with patched(runner.loaded.model, *reducers) if reducers else nullcontext():
-            # A trace of no module takes the notes of all batches and no steps.
-            with record(nn.Identity(), flops=False) as trace:
-                answers = runner.answer() if reducers else baseline
             times = type(self).clock(meter, bool(reducers), self.repeats) if self.repeats else {}
         same = [answers.said[i] == said for i, said in baseline.said.items() if i in answers.said]
         row: dict[str, Any] = {
@@ -201,6 +268,7 @@ class QuestionTask(ABC):
             "flops": cost.flops,
             "gmacs": gmacs(cost.flops),
             **answers.accuracies(runner.items),
+            **runner.source.graded(answers.said),
             "agreement": sum(same) / len(same),
             "questions": len(answers.right),
             "problems": len(runner.source.problems),
@@ -208,7 +276,7 @@ class QuestionTask(ABC):
             **times,
         }
         row.update(runner.source.columns(meter.probes, row))
-        return {**row, "notes": self._notes(reducers, answers, [*cost.notes, *trace.notes])}
+        return {**row, "notes": self._notes(reducers, answers, [*cost.notes, *said])}
 
     def _notes(self, reducers: tuple[Reducer, ...], answers: Answers, said: list[str]) -> list[str]:
         notes = list(dict.fromkeys(said))
@@ -217,4 +285,5 @@ class QuestionTask(ABC):
             notes.append(f"{counted(answers.broken, 'question')} gave NaN or infinite outputs; {they} as wrong")
         if reducers:
             return notes
-        return [*self.runner.source.notes, *self.runner.notes, *notes, *self._served.refused]
+        said = [*self.runner.source.notes, *self.runner.notes, *notes, *self._served.refused]
+        return list(dict.fromkeys(said))

@@ -47,13 +47,7 @@ def load(name: str, source: str, options: dict[str, Any], device: torch.device) 
         if "pretrained tag" in str(error):
             tags = ", ".join(timm.list_pretrained(model_name.partition(".")[0] + ".*")) or "none"
             raise ValueError(f"{name}: {first_lines(error)} Names with weights: {tags}") from error
-        if checkpoint:
-            fix = "give a checkpoint of this architecture; ?num_classes=N when its head has N classes"
-        elif "No pretrained weights" in str(error):
-            fix = f"timm:{model_name}@FILE, or timm:{model_name}?pretrained=false for random weights"
-        else:
-            fix = f"{NETWORK}, give a local file (timm:{model_name}@FILE), or ?pretrained=false for random weights"
-        raise unavailable(name, error, fix) from error
+        raise unavailable(name, error, _fix(model_name, error, bool(checkpoint))) from error
     classes = int(getattr(model, "num_classes", 0))
     subset = timm.data.infer_imagenet_subset(model) if classes else None
     wnids = tuple(timm.data.ImageNetInfo(subset).label_names()) if subset else None
@@ -69,6 +63,15 @@ def load(name: str, source: str, options: dict[str, Any], device: torch.device) 
         model.eval().to(device), name, "classifier" if classes else "features", transform, size, classes, labels, wnids,
         notes=(f"random weights (seed {seed})",) if random else (),
     )  # fmt: skip
+
+
+def _fix(model_name: str, error: Exception, checkpoint: bool) -> str:
+    """What to do about ``error`` of a model with a ``checkpoint`` given or not."""
+    if checkpoint:
+        return "give a checkpoint of this architecture; ?num_classes=N when its head has N classes"
+    if "No pretrained weights" in str(error):
+        return f"timm:{model_name}@FILE, or timm:{model_name}?pretrained=false for random weights"
+    return f"{NETWORK}, give a local file (timm:{model_name}@FILE), or ?pretrained=false for random weights"
 
 
 def _timm_folder(name: str, model_name: str, path: Path) -> str:

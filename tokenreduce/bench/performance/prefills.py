@@ -16,6 +16,7 @@ import tokenreduce as tr
 from tokenreduce.adapters.language.generation import cache_as, cache_of
 from tokenreduce.bench.performance.own_work import own_share
 from tokenreduce.bench.performance.shapes import Shape, build, prompt
+from tokenreduce.measure.generation import cache_bytes
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import Speedup, interleaved
 
@@ -221,12 +222,11 @@ def _cost(model: Any, given: dict[str, Tensor], how: Settings) -> Cost:
         cache = _prefill(model, given)
     ids = given["input_ids"]
     text = _text(model, ids)
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    kv = sum(t.numel() * t.element_size() for pair in layers for t in pair)
-    visual = tuple(keys.shape[-2] - text for keys, _ in layers)
+    kv = cache_bytes(cache)
+    visual = tuple(layer.keys.shape[-2] - text for layer in cache.layers)
     if how.decode:  # so that an error belongs to this budget
         _step(model, ids[:, -1:], cache)
-    del cache, layers
+    del cache
     cuda = torch.device(how.device).type == "cuda"
     peak = peak_bytes(lambda: _prefill(model, given), how.device) if cuda else None
     return Cost(visual, trace.flops, kv, peak)

@@ -104,32 +104,41 @@ class Attention:
         q, k = self.used
         if isinstance(rows, str) and rows == "all" and self._map is not None:
             return self._map
-        n = k.shape[2]
-        where = torch.arange(n, device=q.device).unsqueeze(0)
         if isinstance(rows, Tensor):
             where = rows if rows.dim() == 2 else rows.unsqueeze(0)
             q = q.gather(2, where[:, None, :, None].expand(q.shape[0], q.shape[1], -1, q.shape[-1]))
         elif rows == "cls":
             if not self.cls:
                 raise ValueError("the model has no class token to take attention from")
-            where, q = where[:, :1], q[:, :, :1]
+            q = q[:, :, :1]
         elif rows != "all":
             raise ValueError(f"rows is 'cls', 'all' or token indices, not {rows!r}")
         logits = self._logits(q, k)
         if self.softcap is not None:
             logits = (logits / self.softcap).tanh() * self.softcap
-        if self.mask is not None:
-            seen = self.mask.expand(q.shape[0], -1, -1, -1)
-            if isinstance(rows, Tensor) or rows != "all":
-                seen = seen.gather(2, where[:, None, :, None].expand(q.shape[0], seen.shape[1], -1, n))
-            logits = logits.masked_fill_(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
-        elif self.causal:
-            later = torch.arange(n, device=q.device) > where.unsqueeze(-1)
-            logits = logits.masked_fill_(later.unsqueeze(1), float("-inf"))
-        out = self._softmax(logits)
+        out = self._softmax(self._seen(logits, rows))
         if isinstance(rows, str) and rows == "all":
             self._map = out  # an adapter that reduces the map itself must not compute it twice
         return out
+
+    def _seen(self, logits: Tensor, rows: Rows) -> Tensor:
+        """``logits`` (B,H,R,N) of the queries ``rows`` where these see, and what the mask adds to them."""
+        if self.mask is None and not self.causal:
+            return logits
+        b, n = logits.shape[0], logits.shape[3]
+        where: Tensor | None = None
+        if isinstance(rows, Tensor):
+            where = rows if rows.dim() == 2 else rows.unsqueeze(0)
+        elif rows == "cls" or self.mask is None:
+            where = torch.arange(n if rows == "all" else 1, device=logits.device).unsqueeze(0)
+        if self.mask is not None:
+            seen = self.mask.expand(b, -1, -1, -1)
+            if where is not None:
+                seen = seen.gather(2, where[:, None, :, None].expand(b, seen.shape[1], -1, n))
+            return logits.masked_fill_(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
+        assert where is not None
+        later = torch.arange(n, device=logits.device) > where.unsqueeze(-1)
+        return logits.masked_fill_(later.unsqueeze(1), float("-inf"))
 
     def between(self, start: int, end: int) -> Tensor:
         """Rows (B,H,end-start,N) of queries that stand side by side, which need not be gathered where all keys are

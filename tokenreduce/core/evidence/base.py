@@ -79,7 +79,8 @@ class BaseEvidence:
     @property
     def n(self) -> int:
         """Number of tokens N."""
-        return length(self.x)
+        n = self.x.shape[1]
+        return n if type(n) is int else length(self.x)
 
     @property
     def prefix(self) -> int:

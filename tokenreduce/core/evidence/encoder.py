@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,14 +19,28 @@ class EncoderEvidence(BaseEvidence):
     Args:
         before: (B,N,C) what went into the sub-layer whose output is ``x``.
         origin: (B,N) number of the token at the entry that every one of ``x`` is in the place of; None where none has
-            left.
+            left. Or a function that answers with it, when it is asked for.
     """
 
     def __init__(
-        self, x: Tensor, *args: Any, before: Tensor | None = None, origin: Tensor | None = None, **core: Any
+        self,
+        x: Tensor,
+        *args: Any,
+        before: Tensor | None = None,
+        origin: Tensor | Callable[[], Tensor | None] | None = None,
+        **core: Any,
     ) -> None:
         super().__init__(x, *args, **core)
-        self._before, self.origin = before, origin
+        self._before, self._origin = before, origin
+
+    @property
+    def origin(self) -> Tensor | None:
+        """(B,N) places at the entry, see above."""
+        return self._origin() if callable(self._origin) else self._origin
+
+    @origin.setter
+    def origin(self, places: Tensor | None) -> None:
+        self._origin = places
 
     @property
     def before(self) -> Tensor:
@@ -51,7 +66,7 @@ class EncoderEvidence(BaseEvidence):
             self.x.new_ones(1, *self.x.shape[1:]), rows, size=one(self.size), protected=protected, grid=self.grid,
             valid=one(self.valid), cls=self.cls, layer=self.layer, depth=self.depth, entry=self.entry,
             before=one(self._before),
-            origin=None if self.origin is None else self.origin.new_zeros(1, *self.origin.shape[1:]),
+            origin=None if (origin := self.origin) is None else origin.new_zeros(1, *origin.shape[1:]),
         )  # fmt: skip
 
     @property

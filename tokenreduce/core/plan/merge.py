@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tokenreduce.core.host import Groups, on_host, values
 from tokenreduce.core.plan.base import Plan
 from tokenreduce.core.plan.rows import add_rows, take
 
@@ -39,6 +41,8 @@ class Merge(Plan):
     mode: str = "mean"
     by_size: bool = True
     norm: str = "none"
+    #: The three index tensors as arrays, where they were made of these.
+    _arrays: ClassVar[tuple[Any, Any, Any] | None] = None
 
     @classmethod
     def from_assignment(cls, assign: Tensor, k: int, keep: Tensor | None = None, **settings: Any) -> Merge:
@@ -61,6 +65,13 @@ class Merge(Plan):
             raise ValueError("samples merge different numbers of tokens; give one plan per sample")
         src = position[is_source].view(b, -1)
         return cls(n, keep, src, assign.gather(1, src), **settings)
+
+    @classmethod
+    def of_arrays(cls, n: int, keep: Any, src: Any, dst: Any, **settings: Any) -> Merge:
+        """From index arrays of numpy, with which it then works on the CPU."""
+        plan = cls(n, torch.from_numpy(keep), torch.from_numpy(src), torch.from_numpy(dst), **settings)
+        object.__setattr__(plan, "_arrays", (keep, src, dst))
+        return plan
 
     def representatives(self) -> Tensor:
         return self.keep
@@ -90,6 +101,8 @@ class Merge(Plan):
         return size if self.weights is None else size * self.weights
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        if self.mode == "mean" and self.src.shape[1] > 0 and self._on_host(x, size):
+            return self._host_mean(x, size, self._groups())[0]
         out, rows = take(x, self.keep), take(x, self.src)
         if self.src.shape[1] == 0 and self.mode != "sum":
             return out
@@ -118,7 +131,55 @@ class Merge(Plan):
         change = (rows - take(out, self.dst)) * share.unsqueeze(-1).to(x.dtype)
         return add_rows(out, self.dst, change)
 
+    # -- on the host ---------------------------------------------------------------------------------------------
+    def _on_host(self, x: Tensor, size: Tensor | None) -> bool:
+        """Whether indices and weights are worked out by numpy; gradients want operators that know their backward."""
+        if x.dim() != 3 or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        for t in (size, self.weights, self.size_scale):
+            if t is not None and t.dtype != torch.float32:
+                return False
+        return on_host(x, size, self.keep, self.src, self.dst, self.weights, self.size_scale, self.valid)
+
+    def _groups(self) -> Groups:
+        arrays = self._arrays or (values(self.keep), values(self.src), values(self.dst))
+        return Groups.of(self.n, *arrays)
+
+    def _host_mean(self, x: Tensor, size: Tensor | None, groups: Groups) -> tuple[Tensor, Any]:
+        """Mode mean on the host: features (B,K,C) and what the members of an output weigh (B*K,)."""
+        weights = None if self.weights is None else values(self.weights)
+        w = weights if not self.by_size or size is None else values(size)
+        if w is not weights and weights is not None:
+            w = w * weights
+        brought, total = groups.summed(w)
+        out = groups.mean(x, brought, total)
+        if self.norm != "none":
+            out = self._host_norm(x, out, groups, weights)
+        return out.view(*self.keep.shape, x.shape[2]), total
+
+    def _host_norm(self, x: Tensor, merged: Tensor, groups: Groups, weights: Any) -> Tensor:
+        """:meth:`_restore_norm` for rows (B*K,C)."""
+        norms, own = values(x.float().norm(dim=-1)), values(merged.float().norm(dim=-1))
+        largest = groups.largest(norms if weights is None else norms * (weights > 0))
+        scale = np.ones_like(own)
+        to = groups.dst[own[groups.dst] > 0]
+        scale[to] = largest[to] / np.maximum(own[to], np.finfo(np.float32).tiny)
+        return merged.mul_(torch.from_numpy(scale[:, None]).to(merged.dtype))
+
+    def _host_size(self, size: Tensor | None, groups: Groups) -> Tensor:
+        scale = None if self.size_scale is None else values(self.size_scale)
+        total = groups.summed(None if size is None else values(size), scale)[1].reshape(self.keep.shape)
+        if self.valid is not None:
+            total[~values(self.valid)] = 0.0
+        return torch.from_numpy(total)
+
     def reduce_both(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.mode == "mean" and self.src.shape[1] > 0 and self._on_host(x, size):
+            groups = self._groups()
+            out, total = self._host_mean(x, size, groups)
+            if self.by_size and self.weights is None and self.size_scale is None and self.valid is None:
+                return out, torch.from_numpy(total.reshape(self.keep.shape))  # what members weigh is the new size
+            return out, self._host_size(size, groups)
         plain = self.mode == "mean" and self.norm == "none" and self.valid is None and self.src.shape[1] > 0
         alike = self.by_size and self.weights is None and self.size_scale is None
         if not (plain and alike and (size is None or size.dtype == torch.float32)):

@@ -16,7 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tokenreduce.zoo.world.vocabulary import COLOURS, KINDS, PATCH, TEXTURES
 
-__all__ = ["ANGLES", "BOX", "SIZES", "Draw", "background", "compose", "labels", "mask", "reach", "tint"]
+__all__ = [
+    "ANGLES", "BOX", "SIZES", "Draw", "background", "compose", "labels", "mask", "reach", "share", "texture_pattern",
+    "tint",
+]  # fmt: skip
 
 #: Sizes in pixels, rotations in degrees, and the side of the box that holds every mask.
 SIZES, ANGLES, BOX = (14, 16, 18), (0, -8, 8), 20
@@ -96,6 +99,11 @@ _SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "heart": lambda u, v: (
         ((1.15 * u) ** 2 + (0.12 - 1.12 * v) ** 2 - 1) ** 3 <= (1.15 * u) ** 2 * (0.12 - 1.12 * v) ** 3
     ),
+    # Of the second world only.
+    "moon": lambda u, v: (u**2 + v**2 <= 1) & ((u - 0.55) ** 2 + v**2 > 0.6),
+    "arrow": lambda u, v: ((v <= 0) & (abs(u) <= v + 1)) | ((v >= 0) & (v <= 0.95) & (abs(u) <= 0.33)),
+    "bar": lambda u, v: (abs(u) <= 0.97) & (abs(v) <= 0.36),
+    "hourglass": lambda u, v: (abs(v) <= 0.95) & (abs(u) <= abs(v) * 0.85 + 0.08),
 }
 
 
@@ -155,7 +163,7 @@ def _wave(phase: np.ndarray, period: int) -> np.ndarray:
     return np.abs(phase % period * 1024 // period - 512) - 256
 
 
-def _pattern(texture: str, draw: Draw, canvas: int) -> np.ndarray:
+def texture_pattern(texture: str, draw: Draw, canvas: int) -> np.ndarray:
     """(canvas,canvas) int32 in -256..256."""
     x, y = _grid(canvas)
     if texture == "plain":
@@ -187,7 +195,7 @@ def background(texture: str, draw: Draw, canvas: int) -> np.ndarray:
         raise ValueError(f"unknown texture {texture!r}; choose from {', '.join(TEXTURES)}")
     mean, amplitude = draw.between(25, 75), draw.between(8, 18)
     base = np.array([mean + draw.between(-8, 8) for _ in range(3)], dtype=np.int16)
-    return (_pattern(texture, draw, canvas) * amplitude >> 8).astype(np.int16)[..., None] + base
+    return (texture_pattern(texture, draw, canvas) * amplitude >> 8).astype(np.int16)[..., None] + base
 
 
 def tint(colour: str, draw: Draw) -> np.ndarray:
@@ -209,7 +217,7 @@ def compose(base: np.ndarray, things: Sequence[tuple[Placed, int, int, np.ndarra
 
 
 @functools.cache
-def _share(kind: str, size: int, angle: int, dx: int, dy: int) -> np.ndarray:
+def share(kind: str, size: int, angle: int, dx: int, dy: int) -> np.ndarray:
     """Sum of coverage per patch (4,4) when the box starts (dx, dy) pixels inside a patch."""
     wide = np.zeros((4 * PATCH, 4 * PATCH), np.int32)
     wide[dy : dy + BOX, dx : dx + BOX] = mask(kind, size, angle)
@@ -226,10 +234,10 @@ def labels(things: Sequence[tuple[Placed, int, int]], canvas: int) -> tuple[np.n
     kinds, colours = (np.full((cells + 3, cells + 3), -1, np.int8) for _ in range(2))
     for thing, x, y in things:
         left, top = x - BOX // 2, y - BOX // 2
-        share = _share(thing.kind, thing.size, thing.angle, left % PATCH, top % PATCH)
+        part = share(thing.kind, thing.size, thing.angle, left % PATCH, top % PATCH)
         window = (slice(top // PATCH, top // PATCH + 4), slice(left // PATCH, left // PATCH + 4))
-        won = share > best[window]
-        best[window][won] = share[won]
+        won = part > best[window]
+        best[window][won] = part[won]
         kinds[window][won] = KINDS.index(thing.kind)
         colours[window][won] = COLOURS.index(thing.colour)
     return kinds[:cells, :cells].copy(), colours[:cells, :cells].copy()

@@ -9,15 +9,19 @@ a type that has run out of one of them waits until the other types are used up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenreduce.zoo.world.clips import Clip
 from tokenreduce.zoo.world.drawing import Draw
 from tokenreduce.zoo.world.scenes import Scene
 from tokenreduce.zoo.world.vocabulary import COLOURS, KINDS, NUMBERS
 
-__all__ = ["IMAGE_TYPES", "MIX", "TWO_HOP", "TYPES", "VIDEO_TYPES", "Question", "ask"]
+__all__ = [
+    "IMAGE_TYPES", "MIX", "TWO_HOP", "TYPES", "VIDEO_TYPES", "Groups", "Pairs", "Question", "ask",
+    "draw_questions", "scene_types",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def _kind_of(what: Scene | Clip) -> Groups:
     return [(1, [(f"what thing is {t.colour}", t.kind) for t in what.objects if seen[t.colour] == 1])]
 
 
-def _presence(text: str) -> Callable[[Scene | Clip], Groups]:
+def _presence(text: str, known: Sequence[str] = KINDS) -> Callable[[Scene | Clip], Groups]:
     """60 % of the no's name a kind and a colour that are there, but not together."""
 
     def groups(what: Scene | Clip) -> Groups:
@@ -60,7 +64,7 @@ def _presence(text: str) -> Callable[[Scene | Clip], Groups]:
         colours, kinds = {c for c, _ in there}, {k for _, k in there}
         lists: dict[str, Pairs] = {"yes": [], "mixed": [], "no": []}
         for c in COLOURS:
-            for k in KINDS:
+            for k in known:
                 group = "yes" if (c, k) in there else "mixed" if c in colours and k in kinds else "no"
                 lists[group].append((f"{text} {c} {k}", "yes" if group == "yes" else "no"))
         return [(1, lists["yes"]), (0.6, lists["mixed"]), (0.4, lists["no"])]
@@ -68,21 +72,17 @@ def _presence(text: str) -> Callable[[Scene | Clip], Groups]:
     return groups
 
 
-def _number(n: int) -> str | None:
-    return NUMBERS[n] if n < len(NUMBERS) else None
-
-
-def _counts(pairs: list[tuple[str, int]], rare: dict[int, float]) -> Groups:
+def _counts(pairs: list[tuple[str, int]], rare: dict[int, float], numbers: Sequence[str] = NUMBERS) -> Groups:
     """One group per count, so that the frequent small counts do not crowd out the others."""
     groups: dict[int, Pairs] = {}
     for text, n in pairs:
-        if (word := _number(n)) is not None:
-            groups.setdefault(n, []).append((text, word))
+        if n < len(numbers):
+            groups.setdefault(n, []).append((text, numbers[n]))
     return [(rare.get(n, 1.0), group) for n, group in sorted(groups.items())]
 
 
-def _count_all(what: Scene) -> Groups:
-    return _counts([("how many things are there", len(what.objects))], {})
+def _count_all(numbers: Sequence[str]) -> Callable[[Scene], Groups]:
+    return lambda what: _counts([("how many things are there", len(what.objects))], {}, numbers)
 
 
 def _count_colour(what: Scene) -> Groups:
@@ -169,19 +169,26 @@ def _entry(word: str) -> Callable[[Clip], Groups]:
 
 
 _EITHER: dict[str, Callable] = {"colour_of": _colour_of, "kind_of": _kind_of}
-_OF_SCENE: dict[str, Callable] = {
-    **_EITHER,
-    "exist": _presence("is there a"),
-    "count_all": _count_all,
-    "count_colour": _count_colour,
-    "side": _side,
-    "relation": _relation,
-    "at_kind": _quadrant("what thing", "kind"),
-    "at_colour": _quadrant("what color", "colour"),
-    "background": _background,
-    "other_kind": _other_kind,
-    "other_count": _other_count,
-}
+
+
+def scene_types(kinds: Sequence[str] = KINDS, numbers: Sequence[str] = NUMBERS) -> dict[str, Callable]:
+    """What lists the questions of each type about a picture with things of ``kinds``, counted in ``numbers``."""
+    return {
+        **_EITHER,
+        "exist": _presence("is there a", kinds),
+        "count_all": _count_all(numbers),
+        "count_colour": _count_colour,
+        "side": _side,
+        "relation": _relation,
+        "at_kind": _quadrant("what thing", "kind"),
+        "at_colour": _quadrant("what color", "colour"),
+        "background": _background,
+        "other_kind": _other_kind,
+        "other_count": _other_count,
+    }
+
+
+_OF_SCENE = scene_types()
 _OF_CLIP: dict[str, Callable] = {
     "direction": _direction,
     "first": _entry("first"),
@@ -214,14 +221,26 @@ def ask(
     of a scene or of a clip); types without a question for ``what`` are passed over. Raises ``ValueError`` for an
     unknown type and when there are fewer than ``n`` different questions, so also for a single type without any.
     """
-    known = _OF_SCENE if isinstance(what, Scene) else _OF_CLIP
+    return draw_questions(what, _OF_SCENE if isinstance(what, Scene) else _OF_CLIP, seed, n, types, MIX)
+
+
+def draw_questions(
+    what: Any,
+    known: Mapping[str, Callable],
+    seed: int,
+    n: int,
+    types: str | Collection[str] | Mapping[str, float] | None,
+    mix: Mapping[str, float],
+    stream: int = 2,
+) -> list[Question]:
+    """:func:`ask` for a world whose types are those of ``mix``; ``known`` lists the questions about ``what``."""
     wanted = tuple(known) if types is None else (types,) if isinstance(types, str) else tuple(types)
-    if unknown := [t for t in wanted if t not in TYPES]:
-        raise ValueError(f"unknown question type {', '.join(map(repr, unknown))}; choose from {', '.join(TYPES)}")
-    weights = types if isinstance(types, Mapping) else MIX
+    if unknown := [t for t in wanted if t not in mix]:
+        raise ValueError(f"unknown question type {', '.join(map(repr, unknown))}; choose from {', '.join(mix)}")
+    weights = types if isinstance(types, Mapping) else mix
     if any(weights[t] < 0 for t in wanted):
         raise ValueError(f"weights of question types must not be negative: {dict(weights)}")
-    draw = Draw(2, seed)
+    draw = Draw(stream, seed)
     pools: dict[str, Groups] = {}
     left = {t: float(weights[t]) for t in dict.fromkeys(wanted) if t in known and weights[t] > 0}
     waiting: dict[str, float] = {}
@@ -230,7 +249,7 @@ def ask(
         if not left:
             left, waiting = waiting, {}
         if not left:
-            kind = "scene" if isinstance(what, Scene) else "clip"
+            kind = "clip" if hasattr(what, "frames") else "scene"
             raise ValueError(
                 f"the {kind} of seed {what.seed} has only {len(out)} of {n} different questions of type "
                 + ", ".join(wanted)

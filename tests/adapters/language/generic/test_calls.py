@@ -118,7 +118,7 @@ def test_a_class_written_here_is_found():
     model.model.__class__ = type("MyModel", (type(model.model),), {})
     about = tr.describe(model)
     assert about.language.how == "discovered"
-    assert about.stages == ("language", "projector", "cache")
+    assert about.stages == ("language", "projector", "cache", "encoder")
     assert "discovered by its structure" in str(about)
     want = stock(model, inputs)
     with tr.patched(model, SPEC):
@@ -163,7 +163,7 @@ def test_methods_that_ask_for_what_is_not_known():
         ("visionzip:keep=4,score=cls", "the class token of the vision tower"),
         ("divprune:keep=0.5,positions=compact", "positions='compact' is not possible"),
         ("fastv:layer=1,keep=0.5", "would look at layer 0"),
-        ("tome:r=2", "stage encoder, which is not available"),
+        ("tome:r=2,frames=2", "frames is for"),
     ):
         with pytest.raises(ValueError, match=message):
             tr.patch(model, spec)

@@ -1,4 +1,4 @@
-"""Marks: what language-stage methods make of the vision tower's evidence, which the language model does not see."""
+"""Scores that language-stage methods make of the vision tower's evidence, which the language model does not see."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.language.families import TOWER
-from tokenreduce.adapters.language.generation import Step
-from tokenreduce.adapters.language.projector.images import groups
+from tokenreduce.adapters.language.generation import Forward
+from tokenreduce.adapters.language.projector.images import found_in
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.evidence import Look
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["marks_of", "needs_marks"]
+__all__ = ["needs_scores", "scores_of"]
 
 
-def needs_marks(reducer: Reducer) -> bool:
+def needs_scores(reducer: Reducer) -> bool:
     """Whether a language-stage method looks at the vision tower."""
     return any(need in TOWER for need in reducer.required())
 
@@ -38,17 +38,15 @@ class _Looking(Projector):
         return looks
 
 
-def marks_of(step: Step, x: Tensor, reducer: Reducer) -> Tensor:
-    """(B,L) float32: what ``reducer`` marks in the images of a prompt with embeddings ``x`` (B,L,D), each view alone;
-    0 for text, row ends, and copies of what a method in the tower merged.
+def scores_of(forward: Forward, x: Tensor, reducer: Reducer) -> Tensor:
+    """(B,L) float32: the scores of ``reducer`` in the images of a prompt with embeddings ``x`` (B,L,D), each view
+    alone; 0 for text, row ends, and copies of what a method in the tower merged.
 
     Raises ``ValueError`` for image features that were made elsewhere, so that nobody knows what the tower saw.
     """
     out = torch.zeros(x.shape[:2], device=x.device)
-    already = len(step.dropped)
-    for group in groups(step, x, _Looking(method=reducer)):
+    for group in found_in(forward, x, _Looking(method=reducer)).groups:
         for where, part in group.evidence.parts():
-            columns = group.columns[:, where].flatten(0, 1)
-            out[group.rows.repeat_interleave(len(where), 0), columns] = reducer.tower_scores(part).float()
-    del step.dropped[already:]  # looking drops nothing
+            columns = group.views.columns[:, where].flatten(0, 1)
+            out[group.views.rows.repeat_interleave(len(where), 0), columns] = reducer.tower_scores(part).float()
     return out

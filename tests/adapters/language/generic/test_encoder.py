@@ -1,0 +1,129 @@
+"""Encoder-stage methods inside the towers of discovered models, through plain ``generate``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys.build import IMAGE, TABLE, families
+from toys.checks import FORWARD, REFUSED, STOCK_FAILS, plain, toy
+from toys.inputs import row_of
+from toys.oracles import generate, relative
+from toys.towers import dropped_inside
+from vlms import encodes_before
+
+import tokenreduce as tr
+from tokenreduce.adapters import encoder_refusal
+from tokenreduce.adapters.language.find import find
+
+pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases have no discovered families")
+
+#: Rows packed in units, rows of single patches, batches, and a tower that makes other tokens between its layers.
+FAST = ("qwen3_5", "glm4v", "mistral3", "aya_vision", "ovis2", "minicpmv4_6")
+#: Families in whose tower nothing acts, and a word of why.
+WITHOUT = {
+    "aria": "cross_attn.multihead_attn attends to all patches",
+    "chameleon": "not built as one",
+    "emu3": "not built as one",
+    "deepseek_ocr2": "windows of a map",
+    "deepseek_vl_hybrid": "SamVisionModel sees the same pixels",
+    "gemma3n": "hierarchical",
+    "gemma4": "not built as one",
+    "gemma4_unified": "not built as one",
+    "granite_docling": "deepstack_hidden_states.append(hidden_states)",
+    "got_ocr2": "windows of a map",
+    "idefics2": "patch_attention_mask",
+    "lfm3_vl": "not built as one",
+    "llama4": "not built as one",
+    "molmo2": "not built as one",
+    "perception_lm": "cannot be told",
+    "step3p7": "that others are made of",
+    "unlimited_ocr": "windows of a map",
+}
+EVERY = [n for n in families() if n not in (*TABLE, *REFUSED, *FORWARD, *STOCK_FAILS)]
+NAMES = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EVERY if n not in WITHOUT]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropped_patches_are_hidden_from_the_stock_tower(name):
+    far, changed = dropped_inside(toy(name))
+    assert far < (3e-5 if name == "glm5_next" else 1e-5)  # whose floor is 5e-6
+    assert changed > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keep_all_and_unpatch_are_bit_identical(name):
+    here = toy(name)
+    model, inputs = here.model, here.inputs
+    with tr.patched(model, "tome:keep=1.0"):
+        same = generate(model, inputs)
+    with tr.patched(model, "tome:keep=0.6"):
+        generate(model, inputs, 1)
+    for got in (same, generate(model, inputs)):
+        assert torch.equal(got[0], here.sequences)
+        assert torch.equal(got[1], here.logits)
+    assert not [k for m in model.modules() for k in vars(m) if "tokenreduce" in k]
+
+
+@pytest.mark.parametrize("spec", ["tofu:keep=0.6", "evit:keep=0.6", "tome:keep=0.6+divprune:keep=0.5+fastv:keep=0.6"])
+@pytest.mark.parametrize("name", ["qwen3_5", "glm4v", "mistral3", "minicpmv4_6"])
+def test_a_padded_batch_is_its_rows(name, spec):
+    here = toy(name)
+    spec += ",layer=2" if "fastv" in spec else ""
+    with tr.patched(here.model, spec), tr.record(here.model, flops=False) as trace:
+        sequences, logits = generate(here.model, here.inputs)
+        for b in range(2):
+            alone, want = generate(here.model, row_of(here.inputs, b))
+            assert torch.equal(sequences[b, -3:], alone[0, -3:])
+            assert relative(logits[b], want[0]) < 1e-5
+    # In the last each token of 2x2 patches has one that is left: only the tower is cheaper.
+    acted = {s.stage for s in trace.steps if s.plan is not None}
+    assert acted >= ({"encoder"} if name == "minicpmv4_6" else {"encoder", "projector"})
+    assert relative(logits, here.logits) > 1e-3
+
+
+def test_what_a_budget_leaves_of_units_is_what_the_language_model_sees():
+    here = toy("glm4v")
+    with tr.patched(here.model, "tome:keep=0.5"), tr.record(here.model, flops=False) as trace:
+        generate(here.model, here.inputs, 1)
+    visual = here.inputs["input_ids"] == IMAGE
+    inside = [s.tokens for s in trace.steps if s.stage == "encoder"]
+    assert inside[-2:] == [8, 4]  # of 4x4 and 4x2 units
+    (step,) = (s for s in trace.steps if s.stage == "projector")
+    assert ((step.plan.sources() >= 0) & visual).sum(1).tolist() == [8, 4 + 8]
+
+
+def test_methods_that_look_at_a_reduced_tower_are_refused_and_others_not():
+    model = toy("qwen3_5").model
+    with pytest.raises(ValueError, match=r"visionzip.* looks at what the vision tower saw .* choose one on embeddings"):
+        tr.patch(model, "tome:keep=0.5+visionzip:keep=4,score=received")
+    with pytest.raises(ValueError, match="frames is for"):
+        tr.patch(model, "tome:keep=0.5,frames=2")
+    with pytest.raises(ValueError, match="use resize@projector"):
+        tr.patch(model, "resize@encoder:keep=0.5")
+    assert "tome" in tr.describe(model).methods("encoder")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("aria", "step3p7") else pytest.mark.slow) for n in WITHOUT]
+)
+def test_what_cannot_be_reduced_says_why(name):
+    if name not in families():
+        pytest.skip("not in this release")
+    model, _ = plain(name)
+    assert WITHOUT[name] in encoder_refusal(model, find(model))
+    with pytest.raises(ValueError, match=r"acts at stage encoder, which is not available .*: .*\(stages there:"):
+        tr.patch(model, "tome:keep=0.5")
+
+
+def test_the_tower_alone():
+    model, inputs = plain("qwen3_5")
+    tower = model.model.visual
+    (found,) = tr.describe(tower).towers
+    assert (found.family, found.hands) == ("transformers Qwen3_5VisionModel", "own")
+    given = dict(hidden_states=inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    with torch.no_grad():
+        stock = tower(**given).pooler_output
+        with tr.patched(tower, "tome:keep=0.5"):
+            got = tower(**given).pooler_output
+    assert got.shape == stock.shape
+    assert len(got.unique(dim=0)) <= 20 < len(stock.unique(dim=0))

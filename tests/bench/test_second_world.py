@@ -1,0 +1,59 @@
+"""The second world as data of the benchmarks: several labels per picture, long answers scored by element."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenreduce.bench.asking.pictures import Pictures
+from tokenreduce.bench.clips import load_clips
+from tokenreduce.bench.data import load_data
+from tokenreduce.bench.models import load_model
+from tokenreduce.bench.resolve import resolve
+from tokenreduce.bench.vlms import is_vlm, load_vlm
+from tokenreduce.cli.bench import data_of
+from tokenreduce.zoo import weights
+from tokenreduce.zoo.world2 import IMAGE_TYPES, LONG, READING, SPLITS, scene
+
+
+def test_questions_are_of_every_type_and_long_answers_are_graded() -> None:
+    source = Pictures("world2", "test", 2 * len(IMAGE_TYPES), 0)
+    assert [item.type for item in source.items] == 2 * list(IMAGE_TYPES)
+    assert source.items[0].open().size == (224, 224)
+    said = {item.id: item.answers[0] for item in source.items}
+    assert source.graded(said) == dict.fromkeys((f"elements_{t}" for t in (*LONG, *READING)), 1.0)
+    for item in source.items:  # case, signs and blanks do not count
+        assert source.read(item, f"{item.answers[0].upper()} .")[1]
+    listed = next(item for item in source.items if item.type == "list")
+    said[listed.id] = " ".join(listed.answers[0].split()[:2])
+    assert 0 < source.graded(said)["elements_list"] < 1
+    assert not source.read(listed, said[listed.id])[1]
+
+
+def test_questions_of_the_first_world_are_graded_as_before() -> None:
+    source = Pictures("world", "test", 2, 0)
+    assert source.graded({item.id: item.answers[0] for item in source.items}) == {}
+
+
+def test_names_lead_to_their_own_data_and_what_is_not_learned_is_refused() -> None:
+    assert data_of("world-llava-2", None, "") == "world2"
+    assert data_of("world-llava", None, "") == "world"
+    assert resolve("world-llava-2") == ("language", "world-llava-2")
+    assert resolve("world-vit-2") == ("image", "world-vit-2")
+    assert is_vlm("world-llava-2")
+    with pytest.raises(ValueError, match="classifies images; embedded models that answer questions: world-llava, "):
+        load_vlm("world-vit-2")
+    with pytest.raises(ValueError, match="world-llava-2 has learned pictures only"):
+        load_clips("world2")
+
+
+def test_labels_are_what_is_in_the_picture() -> None:
+    if "world-vit-2" not in weights.stored():
+        pytest.skip("the weights of world-vit-2 are not in the package yet")
+    loaded = load_model("world-vit-2")
+    images = load_data("world2", "test", loaded, 5)
+    assert images[0][1].shape == (3, 224, 224)
+    for seed, labels in zip(images.items, images.labels, strict=True):
+        assert seed in SPLITS["test"]
+        made = scene(seed, objects=(3, 6), signs=(1, 2), document=0.0)
+        there = {t.kind for t in made.objects} | {c for s in made.signs for c in s.text}
+        assert {images.classes[i] for i in labels if i >= 0} == there

@@ -1,0 +1,96 @@
+"""Tiny models in folders that vLLM loads, and questions about pictures and films for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from vlm_folders import QWEN_SPECIAL, QWEN_TEMPLATE, _tokenizer
+from vlms import IMAGE, VIDEO, _text, _wide
+
+Cases = list[dict[str, Any]]
+
+
+def save_world(folder: Path) -> Path:
+    from tokenreduce.integrations.vllm.source import save_embedded
+
+    save_embedded(folder)
+    return folder
+
+
+def save_qwen(folder: Path) -> Path:
+    """Qwen2.5-VL of width 128 with heads of 32, which vLLM's attention takes. Videos keep their frame rate in vLLM only
+    with ``do_sample_frames`` in the processor."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    vision = dict(
+        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=8, window_size=32, out_hidden_size=128,
+        fullatt_block_indexes=[1], tokens_per_second=2,
+    )  # fmt: skip
+    text = _text(
+        hidden_size=128, intermediate_size=256, num_key_value_heads=2, max_position_embeddings=2048,
+        architectures=["Qwen2ForCausalLM"],
+        rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+    )  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_start_token_id=QWEN_SPECIAL["<|vision_start|>"], vision_end_token_id=QWEN_SPECIAL["<|vision_end|>"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _wide(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
+    sizes: dict[str, Any] = dict(
+        patch_size=8, merge_size=2, size={"shortest_edge": 16 * 256, "longest_edge": 256 * 256}
+    )
+    Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**sizes), _tokenizer(QWEN_SPECIAL),
+        Qwen2VLVideoProcessor(**sizes, do_sample_frames=True), chat_template=QWEN_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def questions(folder: Path, *, single: int = 10) -> Cases:
+    """Questions about pictures of the world: one picture each, then two at once, then other budgets."""
+    from tokenreduce.zoo.world import SPLITS, ask, scene
+
+    folder.mkdir(parents=True, exist_ok=True)
+    span, files, words = SPLITS["test"], [], []
+    for i in range(single):
+        made = scene(span[i])
+        files.append(str(folder / f"{i}.png"))
+        Image.fromarray(made.image).save(files[-1])
+        words.append(ask(made, span[i], 1)[0].text)
+    out: Cases = [{"prompt": f"<image> {w}", "images": [f]} for f, w in zip(files, words, strict=True)]
+    out += [{"prompt": f"<image> <image> {words[i]}", "images": [files[i], files[i + 1]]} for i in range(2)]
+    return out + [{"prompt": f"<image> {words[0]}", "images": [files[0]], "keep": k} for k in (16, 98, 0.25, 196)]
+
+
+def qwen_cases(folder: Path) -> Cases:
+    """Pictures of several sizes, with text before and behind, and films of several lengths and frame rates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    see, film = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+    files = []
+    for i, (h, w) in enumerate([(128, 128), (128, 256), (256, 128), (192, 224)]):
+        noise = rng.integers(0, 255, (h // 16, w // 16, 3), dtype=np.uint8)
+        files.append(str(folder / f"{i}.png"))
+        Image.fromarray(noise).resize((w, h)).save(files[-1])
+    out: Cases = [{"prompt": f"{see} what is in this image", "images": [f]} for f in files]
+    out += [{"prompt": f"the cat sits near {see} what colour is the {words}", "images": [files[1]]}
+            for words in ("cat", "dog , red and small")]  # fmt: skip
+    out += [{"prompt": f"{see} and {see} what is there", "images": files[2:]}]
+    out += [{"prompt": f"{see} what is on the table", "images": [files[0]], "keep": k} for k in (8, 0.5, 64)]
+    for t, fps, keep in ((4, 1.0, None), (6, 2.0, None), (8, 0.5, 12)):
+        name = str(folder / f"film{t}.npy")
+        np.save(name, rng.integers(0, 255, (t, 96, 128, 3), dtype=np.uint8))
+        case: dict[str, Any] = {"prompt": f"the {film} what is in this", "video": name, "fps": fps}
+        out.append(case if keep is None else {**case, "keep": keep})
+    return out

@@ -1,0 +1,115 @@
+"""vLLM with the plug-in answers as transformers with a patched model: ``make test-vllm``.
+
+vLLM has an environment of its own, whose Python ``TOKENREDUCE_VLLM_PYTHON`` names; without it these tests are skipped.
+One engine at a time, each in a process of its own, for all cases of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PYTHON = os.environ.get("TOKENREDUCE_VLLM_PYTHON")
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="vLLM has an environment of its own: make test-vllm"),
+]
+#: Chunks that cut images, a cache of prefixes, and everything asked again from it.
+CACHED = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True, "enable_prefix_caching": True, "block_size": 32}
+PLAIN = {"enable_prefix_caching": False}
+MROPE = {"video_pruning_rate": 1e-17}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An engine, and what it is asked."""
+
+    model: str
+    spec: str
+    engine: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.spec}-{'cached' if self.rounds > 1 else 'plain'}"
+
+
+ROWS = [
+    Row("llava", "divprune:keep=49", PLAIN),
+    Row("llava", "fastervlm:keep=49", CACHED, rounds=2),
+    Row("llava", "visionzip:keep=49", PLAIN),
+    Row("qwen", "divprune:keep=24", {**PLAIN, **MROPE}),
+    Row("qwen", "visionzip:keep=24", {**CACHED, **MROPE}, rounds=2),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    from integrations.vllm.engine.models import questions, qwen_cases, save_qwen, save_world
+
+    place = tmp_path_factory.mktemp("vllm")
+    return {
+        "llava": (save_world(place / "llava"), questions(place / "pictures")),
+        "qwen": (save_qwen(place / "qwen"), qwen_cases(place / "films")),
+    }
+
+
+def asked(place: Path, model: Path, spec: str | None, engine: dict, cases: list, **more: Any) -> list[dict[str, Any]]:
+    job = dict(model=str(model), spec=spec, engine=engine, cases=cases, out=str(place / "out.json"), new=8, **more)
+    (place / "job.json").write_text(json.dumps(job))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    done = subprocess.run(
+        [str(Path(str(PYTHON)).absolute()), str(HERE / "run_engine.py"), str(place / "job.json")], env=env,
+        capture_output=True, text=True,
+        check=False, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, f"the engine ended:\n{done.stderr[-6000:]}"
+    answers: list[dict[str, Any]] = json.loads((place / "out.json").read_text())
+    return answers
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_the_engine_answers_as_a_patched_model(row, models, tmp_path):
+    from integrations.vllm.engine.reference import answers
+
+    folder, cases = models[row.model]
+    got = asked(tmp_path, folder, row.spec, row.engine, cases, rounds=row.rounds)
+    positions = "original" if row.model == "qwen" else "compact"
+    want = list(answers(str(folder), row.spec, positions, cases, 8))
+    for case, mine, theirs in zip(cases, got, want, strict=True):
+        assert mine["prompt"] == theirs["prompt"], case
+        assert mine["ids"] == theirs["ids"], case
+        assert mine["best"] == pytest.approx(theirs["best"], abs=1e-3), case
+    cached = sum(one["cached"] for one in got)
+    assert (cached > 0) == (row.rounds > 1)
+
+
+def test_a_bad_request_is_refused_and_the_engine_goes_on(models, tmp_path):
+    folder, cases = models["llava"]
+    bad = [{**cases[0], "keep": k} for k in (0, 1.5, True, "many", -3)] + [
+        {**cases[0], "keep": 4, "key": "tokenreduce_kep"}
+    ]
+    got = asked(tmp_path, folder, "divprune:keep=49", PLAIN, [*bad, cases[0]], bad=True)
+    for one in got[:5]:
+        assert "tokenreduce_keep is a number of tokens (int >= 1) or a ratio" in one["error"]
+    assert "unknown key 'tokenreduce_kep'" in got[5]["error"]
+    assert len(got[6]["ids"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "engine", "said"),
+    [
+        ("llava", "cdpruner:keep=49", {}, "looks at the question"),
+        ("qwen", "divprune:keep=24", {}, "needs the engine argument video_pruning_rate"),
+    ],
+)
+def test_an_engine_that_cannot_be_right_does_not_start(model, spec, engine, said, models, tmp_path):
+    folder, _ = models[model]
+    with pytest.raises(AssertionError, match=said):
+        asked(tmp_path, folder, spec, engine, [])

@@ -1,0 +1,239 @@
+"""The models of the second world: one encoder with three faces, lessons, packed questions and their scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenreduce as tr
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+from tokenreduce.zoo import (
+    evaluation2,
+    world2_batches,
+    world2_lessons,
+    world2_words,
+    world_llava,
+    world_llava2,
+    world_vit,
+    world_vit2,
+)
+from tokenreduce.zoo.clip_twin import clip_state, timm_state
+from tokenreduce.zoo.training import Schedule
+from tokenreduce.zoo.world2 import IMAGE_TYPES, scene
+from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF
+from tokenreduce.zoo.world_words import EOS
+
+TINY = world2_lessons.Course(seen=40, keep=(24,), renumber=0.3, shift=0.3, long=0.5, scenes=2, questions=3)
+WHOLE = replace(TINY, seen=784, keep=(784,), renumber=0.0, shift=0.0)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return world_vit2.grown(world_vit.build()).eval()
+
+
+@pytest.fixture(scope="module")
+def llava(vit):
+    torch.manual_seed(1)
+    model = world_llava2.grown(world_llava.build())
+    model.model.vision_tower.load_state_dict(clip_state(vit.state_dict()))
+    return model.eval()
+
+
+# -- encoder -----------------------------------------------------------------------------------------------------------
+def test_one_encoder_is_timm_clip_and_tower_bit_for_bit(vit, llava) -> None:
+    x = world_vit.pixels(world2_batches.sights(1, batch=2, seed=0).pixels)
+    clip_model = world_vit2.as_clip(vit)
+    with torch.no_grad():
+        pooled = vit.forward_head(vit.forward_features(x), pre_logits=True)
+        assert torch.equal(clip_model(x).pooler_output, pooled)
+        layer = clip_model(x, output_hidden_states=True).hidden_states[-2][:, 1:]
+        tower = llava.model.vision_tower(x, output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert torch.equal(layer, tower)
+        trained, whole = world_vit2.look(vit, x)
+    torch.testing.assert_close(layer, trained[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole, pooled, atol=1e-5, rtol=1e-5)
+    back = timm_state(clip_state(vit.state_dict()))
+    assert all(torch.equal(v, back[k]) for k, v in vit.state_dict().items() if not k.startswith("head."))
+
+
+def test_it_starts_as_the_first_encoder_with_positions_between_its_own() -> None:
+    torch.manual_seed(3)
+    old = world_vit.build()
+    new = world_vit2.grown(old)
+    assert torch.equal(new.blocks[2].attn.qkv.weight, old.blocks[2].attn.qkv.weight)
+    assert torch.equal(new.pos_embed[:, 0], old.pos_embed[:, 0])
+    with torch.no_grad():  # a table that rises from left to right still does, and half as steeply
+        ramp = torch.arange(14.0).expand(14, 14).reshape(1, 196, 1).expand(-1, -1, 96)
+        old.pos_embed[:, 1:] = ramp
+    row = world_vit2.grown(old).pos_embed[0, 1:, 0].view(28, 28)[13]
+    steps = row.diff()[4:-4]
+    torch.testing.assert_close(steps, torch.full_like(steps, 0.5), atol=0.05, rtol=0)
+
+
+def test_some_patches_are_seen_as_they_would_be_alone(vit) -> None:
+    x = world_vit.pixels(world2_batches.sights(2, batch=2, seed=0).pixels)
+    keep = torch.tensor([[3, 200, 783], [0, 5, 6]])
+    with torch.no_grad():
+        some, every = world_vit2.embed(vit, x, keep), world_vit2.embed(vit, x)
+    assert torch.equal(some[:, 0], every[:, 0])
+    assert torch.equal(some[:, 1:], every[:, 1:].gather(1, keep[..., None].expand(-1, -1, 96)))
+
+
+def test_targets_say_what_is_in_the_picture() -> None:
+    made = world2_batches.sights(0, batch=4, seed=5)
+    keep = np.broadcast_to(np.arange(784), (4, 784)).copy()
+    want = world_vit2.targets(made, keep, "cpu")
+    rng = np.random.default_rng((22, 5, 0))
+    for i, seed in enumerate(world2_batches.seeds("train", 4, rng)):
+        s = scene(seed, **(world2_batches.SPARSE if i % 4 == 0 else world2_batches.FULL))
+        assert np.array_equal(s.image, made.pixels[i])
+        there = {world_vit2.LABELS[j] for j in want["labels"][i].nonzero().flatten().tolist()}
+        digits = set("".join(s.document.rows)) if s.document else set()
+        assert there == {t.kind for t in s.objects} | {c for sign in s.signs for c in sign.text} | digits
+        ranks = want["rank"][i]
+        assert ranks.max() == len(s.objects) - 1
+        assert int(want["count"][i]) == len(s.objects)
+        assert torch.equal(want["owned"][i], torch.from_numpy(s.labels.owners.ravel() >= 0))
+    loss = world_vit2.losses(world_vit2.Pretraining(world_vit2.build())(world_vit.pixels(made.pixels)), want)
+    assert loss.isfinite()
+
+
+# -- lessons -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_lessons_show_everything_and_point_at_what_is_said(long: float) -> None:
+    made = world2_lessons.lesson(3, course=replace(TINY, seen=160, keep=(96,), long=long, renumber=0, shift=0), seed=4)
+    words = {i: w for w, i in world2_words.IDS.items()}
+    rng = np.random.default_rng((24, 4, 3))
+    rng.random()
+    for i, seed in enumerate(world2_batches.seeds("train", 2, rng)):
+        s = scene(seed)
+        assert np.array_equal(made.pixels[i], s.image)
+        flat = made.seen[i][made.keep[i]]
+        assert np.array_equal(made.positions[i], [0, *(1 + flat)])
+        assert set(range(len(s.objects))) <= set(made.owners[i].tolist())
+        for owner, shows in zip(made.owners[i], made.shows[i], strict=True):
+            shown = [words[w] for w in shows if w >= 0]
+            if 0 <= owner < CHARACTER_OF:
+                assert shown[:2] == [s.objects[owner].kind, s.objects[owner].colour]
+            elif owner >= CELL_OF:
+                assert len(shown) == 3
+        for asked, after, points in zip(made.words[i], made.next[i], made.points[i], strict=True):
+            said = np.flatnonzero(after >= 0)
+            assert after[said[-1]] == EOS
+            assert np.array_equal(asked[said[1:]], after[said[:-1]])
+            for place in np.flatnonzero((points >= 0) & (points < CHARACTER_OF)):
+                thing = s.objects[points[place]]
+                assert words[after[place]] in (thing.kind, thing.colour, "left", "right", "top", "bottom", "yes")
+
+
+def test_a_lesson_is_a_function_of_its_step() -> None:
+    a, b, c = (world2_lessons.lesson(n, course=TINY, seed=0) for n in (7, 7, 8))
+    assert np.array_equal(a.words, b.words)
+    assert np.array_equal(a.keep, b.keep)
+    assert not np.array_equal(a.pixels, c.pixels)
+
+
+# -- packed questions --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_packed_questions_equal_single_ones_with_fewer_key_heads(vit, llava, long: float) -> None:
+    """With all tokens at their own places a lesson is what a user's prompts are, one by one."""
+    made = world2_lessons.lesson(0, course=replace(WHOLE, long=long, scenes=1, questions=2), seed=0)
+    tuning = world_llava2.Tuning(llava, vit).eval()
+    tensors = world_llava2._tensors(made, "cpu")
+    with torch.no_grad():
+        features = tuning.see(world_vit.pixels(made.pixels), tensors["seen"])
+        hidden, _, attended = tuning.read(features, tensors)
+        logits = torch.nn.functional.linear(hidden, llava.lm_head.weight)
+    processor = world2_words.processor()
+    words = {i: w for w, i in world2_words.IDS.items()}
+    llava.set_attn_implementation({"text_config": "eager"})
+    for j in range(made.words.shape[1]):
+        ids = made.words[0, j][made.words[0, j] > 0]
+        text = " ".join(words[int(t)] for t in ids)
+        inputs = processor(images=Image.fromarray(made.pixels[0]), text=f"<image> {text}", return_tensors="pt")
+        with torch.no_grad():
+            out = llava(**inputs, output_attentions=True)
+        torch.testing.assert_close(logits[0, j, : len(ids)], out.logits[0, -len(ids) :], atol=5e-3, rtol=1e-3)
+        own = out.attentions[world_llava2.POINT][0, : world_llava2.POINTERS, -len(ids) :, 1:785].mean(0)
+        torch.testing.assert_close(attended[0, j, : len(ids)], own, atol=1e-4, rtol=1e-2)
+    llava.set_attn_implementation({"text_config": "sdpa"})
+
+
+def test_pointing_is_the_share_of_attention_at_the_right_tokens() -> None:
+    made = {"owners": torch.tensor([[0, 0, 1, -1]]), "points": torch.tensor([[[0, 1, -1, 9]]])}
+    attended = torch.tensor([[[0.25, 0.25, 0.3, 0.2], [0.0, 0.0, 0.5, 0.0], [1, 0, 0, 0], [1, 0, 0, 0]]])[:, None]
+    assert float(world_llava2.pointing(attended, made)) == pytest.approx(-np.log(0.5 + 1e-4), rel=1e-3)
+    none = {"owners": made["owners"], "points": torch.full((1, 1, 4), -1)}
+    assert float(world_llava2.pointing(attended, none)) == 0
+
+
+def test_the_language_model_starts_as_the_first_one() -> None:
+    torch.manual_seed(2)
+    old = world_llava.build()
+    new = world_llava2.grown(old)
+    mine, theirs = (m.model.language_model for m in (new, old))
+    assert torch.equal(mine.layers[3].self_attn.q_proj.weight, theirs.layers[3].self_attn.q_proj.weight)
+    key = theirs.layers[3].self_attn.k_proj.weight
+    assert mine.config.num_key_value_heads == 2 < mine.config.num_attention_heads
+    torch.testing.assert_close(mine.layers[3].self_attn.k_proj.weight[:32], (key[:32] + key[32:64]) / 2)
+    rows = len(theirs.embed_tokens.weight)
+    assert torch.equal(mine.embed_tokens.weight[:rows], theirs.embed_tokens.weight)
+    assert new.lm_head.weight is mine.embed_tokens.weight
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_checkpoint_and_from_weights(tmp_path, vit, llava) -> None:
+    course = replace(TINY, long=0.5)
+    stages = [world_llava2.Stage("a", Schedule(4, batch=2, lr=1e-3), course)]
+    rows = []
+    train = dict(encoder=vit, start=world_llava.build(), workers=0, stages=stages, save_every=2, report=rows.append)
+    world_llava2.train(tmp_path / "one", **train, stop_after=0.0)
+    one = world_llava2.train(tmp_path / "one", **train)
+    two = world_llava2.train(tmp_path / "two", **train)
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert rows[-1]["step"] == 4
+    further = world_llava2.train(tmp_path / "three", **{**train, "start": one})
+    assert not torch.equal(further.lm_head.weight, two.lm_head.weight)
+
+
+# -- questions and their scores ----------------------------------------------------------------------------------------
+def test_cases_are_the_same_every_time_and_of_every_type() -> None:
+    a, b = (evaluation2.cases("test", 3, 36) for _ in range(2))
+    assert [(c.text, c.answer) for c in a] == [(c.text, c.answer) for c in b]
+    assert [c.type for c in a] == [*IMAGE_TYPES, *IMAGE_TYPES]
+    assert {evaluation2.size_of(c) for c in a if c.type == "read"} <= {6, 8, 10, 12, 16}
+    for bad in (dict(split="tset"), dict(types=["order"]), dict(questions=0), dict(types=[])):
+        with pytest.raises(ValueError, match=r"unknown|questions is"):
+            evaluation2.cases(**bad)
+
+
+def test_evaluate_scores_words_and_elements_and_unpatches(llava, monkeypatch) -> None:
+    """A model that always says the right thing but for the last word."""
+    right = {c.text: c.answer for c in evaluation2.cases("test", 0, 36)}
+
+    def answers(model, reading, some, tokens):
+        return [" ".join(right[c.text].split()[:-1]) if c.type == "list" else c.answer for c in some]
+
+    monkeypatch.setattr(evaluation2, "_answers", answers)
+    out = tr.zoo.evaluate(llava, "divprune:keep=16", questions=36)
+    assert out["accuracy"] == pytest.approx(34 / 36)
+    assert out["list"] == 0
+    assert 0.3 < out["list_elements"] < out["list_words"] < 1
+    assert out["read"] == out["read_elements"] == 1
+
+
+def test_answers_come_from_generate(llava) -> None:
+    case = evaluation2.cases("test", 0, 1, ["read"])
+    said = evaluation2._answers(llava, world2_words.processor(), case, 3)
+    assert len(said) == 1
+    assert set(said[0].split()) <= set(world2_words.IDS)

@@ -1,0 +1,1 @@
+"""Questions to a server that speaks OpenAI's protocol, in place of a model in this process."""

@@ -1,0 +1,1 @@
+"""Entry points of other engines: each subpackage or module needs its engine, and nothing else imports them."""

@@ -1,0 +1,93 @@
+"""Which models vLLM serves with fewer tokens, read off a config alone, so that the others are refused at the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenreduce.algorithms.projector import Projector
+
+__all__ = ["Family", "family_of"]
+
+#: Every tile of an image is an image to a method, as in a patched model.
+_TILED = ("internvl", "idefics3", "smolvlm")
+_ENDS = "its images have row ends, whose number vLLM's plug-in does not know before they are encoded"
+_PREFIX = "its visual tokens see each other both ways, which vLLM does by their places in the whole prompt"
+_REFUSED = {
+    "llava_next": _ENDS, "llava_next_video": _ENDS, "llava_onevision": _ENDS, "gemma3": _PREFIX, "paligemma": _PREFIX,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a model: its ``name`` (``model_type``), whether positions are places in the image (M-RoPE),
+    whether images come in tiles, and whether videos come as such."""
+
+    name: str
+    axes: bool
+    tiled: bool
+    videos: bool
+
+    def check(self, reducer: Projector) -> None:
+        """Raise ``ValueError`` for settings of ``reducer`` that this model cannot have in vLLM."""
+        if reducer.positions == "compact" and self.axes:
+            raise ValueError(
+                f"{reducer.name}: positions='compact' is not possible on {self.name}, whose positions are places in "
+                f"the image; set positions='original' or leave it out"
+            )
+        if reducer.positions == "original" and not self.axes:
+            raise ValueError(
+                f"{reducer.name}: positions='original' is not possible in vLLM on {self.name}, where the tokens of a "
+                f"prompt are counted one by one; set positions='compact' or leave it out"
+            )
+        if reducer.temporal and not self.videos:
+            raise ValueError(
+                f"{reducer.name} looks across the frames of a video, and {self.name} takes a video as single images, "
+                f"of which vLLM encodes each alone; choose a method for images"
+            )
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model's ``config`` (of transformers).
+
+    Raises ``ValueError`` for a model of text alone, and for one that cannot be right, with the reason.
+    """
+    name = str(getattr(config, "model_type", "") or type(config).__name__)
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        raise ValueError(
+            f"{name} has no vision_config: it is no image/video language model whose tokens can be reduced"
+        )
+    if getattr(vision, "deepstack_visual_indexes", None):
+        raise ValueError(
+            f"{name} cannot be served: its language model takes features of several tower blocks (DeepStack), which "
+            f"vLLM's Transformers backend leaves out, so that even the whole model answers otherwise there; serve it "
+            f"with vLLM's own class and no method, or use tr.patch with transformers"
+        )
+    if (why := _REFUSED.get(name)) is not None:
+        raise ValueError(f"{name} cannot be served with fewer tokens: {why}; use tr.patch with transformers")
+    text = config.get_text_config()
+    if _windows(text):
+        raise ValueError(
+            f"{name} cannot be served with fewer tokens: its sliding windows count the tokens of the whole prompt, and "
+            f"in vLLM those that are left; use tr.patch with transformers"
+        )
+    videos = getattr(config, "video_token_id", getattr(config, "video_token_index", None)) is not None
+    return Family(name, _axes(text), name in _TILED, videos)
+
+
+def _axes(text: Any) -> bool:
+    """Whether positions are places in time and image."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = getattr(text, name, None) or {}
+        if any("mrope_section" in part for part in (given, *(v for v in given.values() if isinstance(v, dict)))):
+            return True
+    return False
+
+
+def _windows(text: Any) -> bool:
+    """Whether a layer sees a window alone."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return any(kind == "sliding_attention" for kind in kinds)
+    return getattr(text, "sliding_window", None) is not None and bool(getattr(text, "use_sliding_window", True))

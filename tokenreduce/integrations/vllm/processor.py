@@ -1,0 +1,102 @@
+"""The processor of the plug-in: it says how many tokens of every image stay, before any is encoded.
+
+It runs in the server's own process, where an error is the answer 400 to one request; in a worker it would end the
+engine. So everything that a request can get wrong is looked at here. Parameters are named as in vLLM, which gives some
+of them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.models.transformers.multimodal import (
+    MultiModalDummyInputsBuilder,
+    MultiModalProcessingInfo,
+    MultiModalProcessor,
+    _get_embed_token_id,
+)
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+
+from tokenreduce.integrations.vllm.counts import check_runs, kept, method_of, requested, shortened
+from tokenreduce.integrations.vllm.families import family_of
+from tokenreduce.integrations.vllm.names import FIELD, KEEP, MODALITIES, SETTING
+
+__all__ = ["DummyInputs", "Info", "Processor"]
+
+Info = MultiModalProcessingInfo
+DummyInputs = MultiModalDummyInputsBuilder
+
+
+class Processor(MultiModalProcessor):
+    """Shortens the placeholders of every image and video to the tokens that will stay."""
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        keep = requested(hf_kwargs)
+        _check_given(mm_items)
+        out = super()._apply_hf_processor_main(mm_items, {k: v for k, v in hf_kwargs.items() if k != KEEP})
+        for modality in MODALITIES:
+            if out.get(f"{modality}_replacement_ids") is not None:
+                out[f"{modality}_{FIELD}"] = torch.tensor(self._counts(modality, out, keep))
+        return out
+
+    def _counts(self, modality: str, out: Any, keep: int | float | None) -> list[int]:
+        """How many tokens of every item of ``out``, the library's outputs, stay."""
+        config = self.info.get_hf_config()
+        reducer, family = method_of(getattr(config, SETTING, None)), family_of(config)
+        grids, tiles = out.get(f"{modality}_grid_thw"), out.get("num_image_patches")
+        counts = []
+        for i, ids in enumerate(
+            out[f"{modality}_replacement_ids"].split(out[f"{modality}_replacement_sizes"].tolist())
+        ):
+            token = _get_embed_token_id(ids)
+            whole = int((ids == token).sum())
+            frames = int(grids[i][0]) if modality == "video" and grids is not None else 1
+            parts = int(tiles[i]) if modality == "image" and family.tiled and tiles is not None else 1
+            check_runs(ids.tolist(), token, parts)
+            counts.append(kept(reducer, whole, keep, modality=modality, frames=frames, tiles=parts))
+        return counts
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
+        own = {name: hf_inputs.pop(name) for m in MODALITIES if (name := f"{m}_{FIELD}") in hf_inputs}
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        for name, values in own.items():
+            hf_inputs[name] = values
+            fields[name] = MultiModalFieldConfig.batched(name.removesuffix(f"_{FIELD}"), keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        kwargs = {k: v for k, v in hf_processor_mm_kwargs.items() if k != KEEP}
+        tiled = family_of(self.info.get_hf_config()).tiled
+        updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)
+        return [_shorter(update, out_mm_kwargs[update.modality], tiled) for update in updates]
+
+
+def _shorter(update: Any, items: Any, tiled: bool) -> Any:
+    """``update``, whose replacement of an item has the placeholders of what stays."""
+    modality = update.modality
+
+    def replacement(item: int) -> Any:
+        whole = list(update.replacement(item).full)
+        token = _get_embed_token_id(torch.tensor(whole))
+        keep = int(items[item][f"{modality}_{FIELD}"].data)
+        tiles = int(items[item]["num_image_patches"].data) if tiled and modality == "image" else 1
+        return PromptUpdateDetails.select_token_id(shortened(whole, token, keep, tiles), token)
+
+    return PromptReplacement(modality=modality, target=update.target, replacement=replacement)
+
+
+def _check_given(mm_items: Any) -> None:
+    """Raise ``ValueError`` for images that come as embeddings: their tower was not seen by us, and a request's numbers
+    would be laid into the prompt as they are."""
+    from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+
+    for modality, items in mm_items.items():
+        if isinstance(items, EmbeddingItems | DictEmbeddingItems):
+            raise ValueError(
+                f"this server takes {modality}s, not embeddings of them, since it chooses among their tokens"
+            )

@@ -1,0 +1,318 @@
+"""``world-llava-2``: a tiny language model that answers questions about the second world, also by reading.
+
+A real ``LlavaForConditionalGeneration``: the tower is ``world-vit-2``, frozen; a Llama of six layers with four query
+and two key heads reads 784 tokens per picture. It starts from ``world-llava`` (:func:`grown`: key heads averaged in
+pairs, rows of known words kept) and is taught as that was, with two more losses: every visual token is compared with
+the words for what it shows, and in one layer the first heads are told at which token the next word is read
+(:func:`pointing`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenreduce.common.files import append_line
+from tokenreduce.zoo import packing, world_vit2
+from tokenreduce.zoo.ahead import Ahead
+from tokenreduce.zoo.clip_twin import clip_state, timm_state
+from tokenreduce.zoo.training import Schedule, fit, half
+from tokenreduce.zoo.world2.questions import LONG
+from tokenreduce.zoo.world2.vocabulary import GRID
+from tokenreduce.zoo.world2_batches import sights
+from tokenreduce.zoo.world2_lessons import Course, Lesson, lesson
+from tokenreduce.zoo.world2_words import IDS, SIZE
+from tokenreduce.zoo.world_llava import prepare
+from tokenreduce.zoo.world_vit import pixels
+from tokenreduce.zoo.world_vit2 import CLIP, embed
+from tokenreduce.zoo.world_words import BOS, EOS, IMAGE, PAD
+
+__all__ = ["STAGES", "Stage", "Tuning", "build", "facts", "grown", "held_out", "train"]
+
+TEXT = dict(
+    vocab_size=SIZE, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+    tie_word_embeddings=True,
+)  # fmt: skip
+#: From this accuracy on a type of question counts as learned.
+LEARNED = 0.9
+#: The layer and the number of its query heads that are told where to look.
+POINT, POINTERS = 2, 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: it starts from the weights before it with an optimiser of its own."""
+
+    name: str
+    schedule: Schedule
+    course: Course
+
+
+_READ = dict(read=3.0, letter=3.0, where_read=1.0, cell=3.0)
+_SEE = dict(
+    colour_of=1.5, kind_of=1.5, exist=1.0, count_all=0.6, count_colour=1.0, side=0.7, relation=1.0, at_kind=1.0,
+    at_colour=1.0, background=0.5, other_kind=1.0, other_count=0.7,
+)  # fmt: skip
+STAGES = (
+    Stage(
+        "words", Schedule(2_000, batch=16, lr=1.5e-3, warmup=100, weight_decay=0.02, final=0.5, seed=30),
+        Course(types={**_SEE, **_READ}, scene=dict(document=0.6)),
+    ),
+    Stage(
+        "long", Schedule(3_000, batch=16, lr=1.2e-3, warmup=50, weight_decay=0.02, final=0.1, seed=31),
+        Course(
+            keep=(48, 64, 96), seen=160, renumber=0.3, shift=0.2, types={**_SEE, **_READ}, long=0.35, copy_colour=0.4,
+            scene=dict(document=0.6),
+        ),
+    ),
+    Stage(
+        "whole", Schedule(200, batch=8, lr=3e-4, warmup=20, weight_decay=0.02, seed=32),
+        Course(
+            keep=(64, 196, GRID * GRID), seen=GRID * GRID, renumber=0.3, types={**_SEE, **_READ}, long=0.3,
+            copy_colour=0.4, blind=0.1, scenes=8, scene=dict(document=0.6),
+        ),
+    ),
+)  # fmt: skip
+
+
+def build() -> Any:
+    """The untrained architecture, a ``LlavaForConditionalGeneration``, initialised for a width of 128."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE,  # type: ignore[arg-type]
+        image_seq_length=GRID * GRID, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():  # the usual 0.02 is for widths of thousands; here it would never leave chance
+        for name, p in model.named_parameters():
+            if p.dim() > 1 and "vision_tower" not in name:
+                p.normal_(std=0.035 if "o_proj" in name or "down_proj" in name else 0.07)
+    model.generation_config.max_new_tokens = 64  # a description has up to 61 words
+    model.generation_config.max_length = None
+    return model
+
+
+@torch.no_grad()
+def grown(old: Any) -> Any:
+    """A ``world-llava-2`` whose language model starts as that of the ``world-llava`` ``old``."""
+    new = build()
+    mine, theirs = new.model.language_model, old.model.language_model
+    state = mine.state_dict()
+    for name, value in theirs.state_dict().items():
+        if name == "embed_tokens.weight":
+            state[name][: len(value)] = value
+        elif "k_proj" in name or "v_proj" in name:  # two heads become one
+            state[name] = value.unflatten(0, (TEXT["num_key_value_heads"], 2, -1)).mean(1).flatten(0, 1)
+        else:
+            state[name] = value
+    mine.load_state_dict(state)
+    return new
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+class Tuning(nn.Module):
+    """The model, and the encoder as timm has it, which can look at some of the patches only."""
+
+    def __init__(self, llava: Any, vit: nn.Module) -> None:
+        super().__init__()
+        self.llava = llava
+        llava.model.vision_tower.requires_grad_(False)
+        self._vit = [vit.requires_grad_(False)]  # not a part: its weights are the tower's
+
+    @torch.no_grad()
+    def see(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """What enters the projector, (B,S,C), of the patches ``seen``."""
+        vit: Any = self._vit[0]
+        x = embed(vit, x, seen)
+        for block in vit.blocks[:-1]:
+            x = block(x)
+        return x[:, 1:]
+
+    def read(self, features: Tensor, made: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Final hidden states (B,Q,T,D) of every question word, logits (B,K,V) of words that the visual tokens show,
+        and how the pointing heads attend to these tokens (B,Q,T,K)."""
+        inner = self.llava.model
+        language, table = inner.language_model, inner.language_model.embed_tokens
+        words = made["words"]
+        kept = features.gather(1, made["keep"][..., None].expand(-1, -1, features.shape[-1]))
+        visual = inner.multi_modal_projector(kept)
+        first = table.weight[BOS].expand(len(words), 1, -1)
+        places = made["text"][:, None, None] + torch.arange(words.shape[2], device=words.device)
+        found: list[Tensor] = []
+
+        def watch(layer: int, weights: Tensor) -> None:
+            if layer == POINT:
+                found.append(weights[:, :POINTERS, ..., 1:].float().mean(1))
+
+        hidden, _ = packing.packed(
+            language, torch.cat([first, visual.float()], 1), made["positions"], table(words),
+            places.expand_as(words), watch=watch,
+        )  # fmt: skip
+        unit = F.rms_norm(visual.float(), visual.shape[-1:])
+        return hidden, F.linear(unit, table.weight), found[0]
+
+
+def pointing(attended: Tensor, made: dict[str, Tensor]) -> Tensor:
+    """Mean of -log of the attention that each word of an answer pays to the tokens at which it can be read.
+
+    ``attended`` (B,Q,T,K). A word without such a token, or whose token is not kept, does not count.
+    """
+    at = made["points"] >= 0
+    right = made["owners"][:, None, None] == made["points"][..., None]
+    at = at & right.any(-1)
+    paid = (attended * right).sum(-1)[at]
+    return -(paid + 1e-4).log().mean() if paid.numel() else attended.sum() * 0
+
+
+def losses(model: Tuning, made: dict[str, Tensor], out: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Words of answers, ``<eos>`` behind them (0.15), words that tokens show (0.5), where to look (0.3)."""
+    hidden, shown, attended = out
+    after = made["next"]
+    here = after >= 0
+    logits = F.linear(hidden[here].float(), model.llava.lm_head.weight)
+    each = F.cross_entropy(logits, after[here], reduction="none")
+    weight = torch.where(after[here] == EOS, 0.15, 1.0)
+    said = (each * weight).sum() / weight.sum()
+    shows = made["shows"]
+    weight = (shows >= 0) * torch.tensor([1.0, 1.0, 0.3, 0.3, 0.7, 0.7], device=shows.device)
+    weight = torch.where((made["owners"] < 0)[..., None], weight * 0.3, weight)  # background
+    named = -shown.float().log_softmax(-1).gather(-1, shows.clamp(min=0))
+    return said + 0.5 * (named * weight).sum() / weight.sum() + 0.3 * pointing(attended, made)
+
+
+_FIELDS = ("seen", "keep", "positions", "text", "words", "next", "points", "shows", "owners")
+
+
+def _tensors(made: Lesson, device: str) -> dict[str, Tensor]:
+    return {k: torch.from_numpy(np.ascontiguousarray(getattr(made, k))).long().to(device) for k in _FIELDS}
+
+
+@torch.no_grad()
+def held_out(
+    model: Tuning, *, device: str = "cpu", batches: int = 3, long: int = 1, split: str = "validation",
+    course: Course | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Accuracy on scenes of ``split`` by question type, each word given the right ones before it, so that a whole
+    answer is right exactly when greedy decoding finds it: of whole answers, of the words of those with several
+    (``list_words``), and attention that goes where it should (``(pointing)``).
+
+    ``batches`` of 8 scenes with 12 questions each, and ``long`` ones that ask for long answers.
+    """
+    was = model.training
+    model.eval()
+    wide = dict(seen=GRID * GRID, keep=(GRID * GRID,), scenes=8)
+    right: dict[str, list[float]] = {}
+    for i in range(batches + long):
+        more: dict[str, Any] = dict(long=1.0) if i >= batches else dict(types=_EVEN)
+        used = course or Course(**wide, scene=dict(document=0.6), copy_colour=0.35, **more)  # type: ignore[arg-type]
+        made = lesson(i, course=used, seed=99, split=split)
+        tensors = _tensors(made, device)
+        with half(device):
+            features = model.see(pixels(made.pixels).to(device), tensors["seen"])
+            hidden, _, attended = model.read(features, tensors)
+            guess = F.linear(hidden.float(), model.llava.lm_head.weight).argmax(-1)
+        right.setdefault("(pointing)", []).append(float((-pointing(attended, tensors)).exp()))
+        asked = tensors["next"] >= 0
+        good = (guess == tensors["next"]) & asked
+        for b, names in enumerate(made.types):
+            for q, name in enumerate(names):
+                whole = float(good[b, q].sum() == asked[b, q].sum())
+                right.setdefault(name, []).append(whole)
+                if int(asked[b, q].sum()) > 2:
+                    right.setdefault(f"{name}_words", []).append(float(good[b, q].sum() / asked[b, q].sum()))
+    model.train(was)
+    out = {k: sum(v) / len(v) for k, v in sorted(right.items())}
+    every = [out[k] for k in (*_EVEN, *LONG) if k in out]
+    return {"all": sum(every) / len(every), **out}
+
+
+_EVEN = dict.fromkeys((*_SEE, *_READ), 1.0)
+
+
+def train(
+    out: Path,
+    *,
+    encoder: nn.Module,
+    start: Any,
+    device: str = "cpu",
+    stop_after: float | None = None,
+    workers: int = 1,
+    stages: Sequence[Stage] = STAGES,
+    save_every: int = 200,
+    report: Callable[[dict[str, Any]], None] = print,
+) -> Any:
+    """Train all ``stages`` (or go on from ``out``'s checkpoints, one per stage) and return the model.
+
+    ``encoder`` is a trained ``world-vit-2``; ``start`` a ``world-llava``, which is :func:`grown`, or a
+    ``world-llava-2`` to go on from. Rows of ``out/curve.jsonl`` hold held-out accuracy by question type.
+    """
+    torch.manual_seed(30)
+    fresh = start.config.text_config.num_key_value_heads != TEXT["num_key_value_heads"]
+    model = Tuning(grown(start) if fresh else start, encoder)
+    model.llava.model.vision_tower.load_state_dict(clip_state(encoder.state_dict()))
+    if fresh:
+        x = pixels(sights(0, batch=16, seed=0).pixels)
+        features = model.see(x, torch.from_numpy(sights(0, batch=16, seed=0).labels[:, 4]).argsort(1)[:, -128:])
+        prepare(model, features)  # type: ignore[arg-type]
+    encoder.to(device)
+    before, minutes = 0, 0.0
+    for number, stage in enumerate(stages, 1):
+        checkpoint = out / f"checkpoint-{number}-{stage.name}.pt"
+        make = functools.partial(lesson, course=stage.course, seed=stage.schedule.seed)
+        with Ahead(make, stage.schedule.steps, workers) as batches:
+
+            def loss(_: nn.Module, step: int, generator: torch.Generator, batches: Any = batches) -> Tensor:
+                made = batches(step)
+                tensors = _tensors(made, device)
+                features = model.see(pixels(made.pixels).to(device), tensors["seen"])
+                return losses(model, tensors, model.read(features, tensors))
+
+            left = None if stop_after is None else stop_after - minutes
+            spent = 0.0
+            for row in fit(
+                model, loss, stage.schedule, checkpoint, save_every=save_every, device=device, stop_after=left
+            ):
+                spent = row["minutes"]
+                row = {**row, "stage": stage.name, "step": before + row["step"], "minutes": minutes + spent}
+                found = held_out(model, device=device)
+                row.update(accuracy=found["all"], image=found)
+                line = json.dumps(row, default=float)
+                append_line(out / "curve.jsonl", line, "choose another folder with --out")
+                report(row)
+        spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
+        minutes, before = minutes + spent, before + stage.schedule.steps
+        if stop_after is not None and minutes >= stop_after:
+            break
+    return model.llava.requires_grad_(True).eval()
+
+
+def facts(model: Any) -> dict[str, Any]:
+    """What the card says about ``model``: accuracy by question type on 1,920 short and 128 long held-out questions
+    (``accuracy`` is the mean over types), data and limits."""
+    vit = world_vit2.build()
+    vit.load_state_dict(timm_state(model.model.vision_tower.state_dict()), strict=False)
+    found = held_out(Tuning(model, vit.eval()), batches=20, long=8, split="test")
+    model.requires_grad_(True)
+    return {
+        "accuracy": round(found.pop("all"), 4),
+        "not_learned": ", ".join(t for t in (*_EVEN, *LONG) if found[t] < LEARNED) or "nothing of what it is asked",
+        **{k: round(v, 4) for k, v in found.items() if not k.startswith("(")},
+        "encoder": "world-vit-2, frozen",
+        "data": "questions about scenes of the second world (tokenreduce.zoo.world2), seeds of the train split",
+        "limits": "the question forms of tokenreduce.zoo.world2.questions about pictures; clips are not learned",
+    }
+
+
+assert len(IDS) <= SIZE

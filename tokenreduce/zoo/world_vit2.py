@@ -1,0 +1,334 @@
+"""``world-vit-2``: the encoder of the second world (:mod:`tokenreduce.zoo.world2`), 224 px in 784 patches.
+
+It starts from ``world-vit`` (:func:`grown`: the position table interpolated) and learns what every patch shows (kind,
+colour, character, its place on the sign or in the document, rank from the left, texture, row and column; read where
+LLaVA reads, at layer -2) and what the whole shows (on the class token). Most steps see 128 of the 784 patches, those
+that show something first: a seventh of the time, and it carries over to all of them. As for ``world-vit``, one set of
+weights is a timm classifier, a ``CLIPVisionModel`` (:func:`as_clip`) and a tower, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenreduce.common.files import append_line
+from tokenreduce.common.images import as_rgb
+from tokenreduce.zoo.ahead import Ahead
+from tokenreduce.zoo.clip_twin import clip_state
+from tokenreduce.zoo.training import Schedule, fit, half
+from tokenreduce.zoo.world2.scenes import SIZES, scene
+from tokenreduce.zoo.world2.signs import LETTERS
+from tokenreduce.zoo.world2.vocabulary import CANVAS, CHARACTERS, COLOURS, GRID, KINDS, PATCH, SPLITS, TEXTURES
+from tokenreduce.zoo.world2_batches import Sights, choose, sights
+from tokenreduce.zoo.world_vit import CLIP as OLD
+from tokenreduce.zoo.world_vit import DEPTH, HEADS, WIDTH, _class_row, pixels
+
+__all__ = [
+    "CLIP", "LABELS", "STAGES", "Stage", "World2Transform", "accuracy", "as_clip", "build", "facts",
+    "grown", "train",
+]  # fmt: skip
+
+SIDE = CANVAS
+#: What the classifier names: the kinds of the things that are there, and the characters on signs and in documents.
+LABELS = (*KINDS, *CHARACTERS)
+#: The same architecture for transformers.
+CLIP = {**OLD, "image_size": SIDE}
+SLOTS, MOST_RIGHT = 4 + 9, 10
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: it starts from the weights before it with an optimiser of its own and sees ``keep`` of
+    the 784 patches."""
+
+    name: str
+    schedule: Schedule
+    keep: int
+
+
+STAGES = (
+    Stage("subset", Schedule(4_000, batch=16, lr=2e-3, warmup=150, seed=20), 128),
+    Stage("whole", Schedule(120, batch=16, lr=3e-4, warmup=20, seed=21), GRID * GRID),
+)
+
+
+def build() -> nn.Module:
+    """The untrained architecture, a ``timm.models.VisionTransformer`` with 0.77 M parameters."""
+    from timm.layers import QuickGELU
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=4.0,
+        num_classes=len(LABELS), pre_norm=True, act_layer=QuickGELU,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-5), global_pool="token",
+    )  # fmt: skip
+
+
+def grown(old: nn.Module) -> nn.Module:
+    """A ``world-vit-2`` that starts as the ``world-vit`` ``old``: positions interpolated, a new classifier."""
+    from timm.layers import resample_abs_pos_embed
+
+    new = build()
+    state = {k: v for k, v in old.state_dict().items() if not k.startswith("head.")}
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [GRID, GRID])
+    new.load_state_dict(state, strict=False)
+    return new
+
+
+def as_clip(model: nn.Module) -> Any:
+    """``model`` as a transformers ``CLIPVisionModel`` with copies of its weights, in eval mode."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with torch.random.fork_rng(devices=[]):
+        clip: Any = CLIPVisionModel(CLIPVisionConfig(**CLIP))  # type: ignore[arg-type]
+    clip.load_state_dict(clip_state(model.state_dict()))
+    return clip.to(next(model.parameters()).dtype).eval()
+
+
+class World2Transform:
+    """PIL image to a (3,224,224) float tensor, normalised as the model was trained."""
+
+    def __call__(self, image: Any) -> Tensor:
+        image = as_rgb(image)
+        if image.size != (SIDE, SIDE):
+            image = image.resize((SIDE, SIDE))
+        return pixels(np.asarray(image)[None].copy())[0]
+
+    def __repr__(self) -> str:
+        return f"World2Transform({SIDE}x{SIDE})"
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+def embed(vit: Any, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """What enters the first block (B,1+K,C): the class token and the patches ``keep`` (B,K), or all."""
+    x = vit.patch_embed(x) + vit.pos_embed[:, 1:]
+    if keep is not None:
+        x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+    first = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
+    return vit.norm_pre(torch.cat([first.to(x.dtype), x], 1))  # type: ignore[no-any-return]
+
+
+def look(vit: Any, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What layer -2 gives (B,1+K,C), and the pooled class token (B,C)."""
+    x = embed(vit, x, keep)
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    return x, vit.norm(_class_row(vit.blocks[-1], x))[:, 0]
+
+
+class Pretraining(nn.Module):
+    """The encoder and the heads that teach it. ``forward`` gives logits by name: dense ones (B,K,n) and those of the
+    class token (B,n), whose ``labels`` are the encoder's own classifier."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit: Any = vit
+        dense = dict(
+            kind=len(KINDS) + 1, colour=len(COLOURS) + 1, character=len(CHARACTERS) + 1, slot=SLOTS + 1,
+            rank=MOST_RIGHT, texture=len(TEXTURES), row=GRID, column=GRID,
+        )  # fmt: skip
+        whole = dict(colours=len(COLOURS), pairs=len(KINDS) * len(COLOURS), background=len(TEXTURES), count=16)
+        self.sizes = {"dense": tuple(dense.items()), "whole": tuple(whole.items())}
+        self.norm = nn.LayerNorm(WIDTH)
+        self.dense = nn.Linear(WIDTH, sum(dense.values()))
+        self.whole = nn.Linear(WIDTH, sum(whole.values()))
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> dict[str, Tensor]:
+        tokens, pooled = look(self.vit, x, keep)
+        out = {"labels": self.vit.head(pooled)}
+        for part, logits in (("dense", self.dense(self.norm(tokens[:, 1:]))), ("whole", self.whole(pooled))):
+            names, sizes = zip(*self.sizes[part], strict=True)
+            out.update(zip(names, logits.split(sizes, -1), strict=True))
+        return out
+
+
+def targets(made: Sights, keep: np.ndarray, device: str) -> dict[str, Tensor]:
+    """What :class:`Pretraining` should say of the patches ``keep`` (B,K)."""
+    all_ = torch.from_numpy(made.labels)
+    at = all_.gather(2, torch.from_numpy(keep)[:, None].expand(-1, 6, -1))
+    kind, colour, character, slot, owner, rank = at.unbind(1)
+    where, b = torch.from_numpy(keep), len(keep)
+    background = torch.from_numpy(made.background)
+
+    def several(index: Tensor, n: int) -> Tensor:
+        return torch.zeros(b, n + 1).scatter_(1, torch.where(index >= 0, index, n), 1.0)[:, :-1]
+
+    kinds, colours, characters = (all_[:, i] for i in range(3))
+    pairs = several(torch.where(kinds >= 0, kinds * len(COLOURS) + colours, -1), len(KINDS) * len(COLOURS))
+    table = pairs.view(b, len(KINDS), len(COLOURS))
+    found = dict(
+        kind=torch.where(kind >= 0, kind, len(KINDS)), colour=torch.where(colour >= 0, colour, len(COLOURS)),
+        character=torch.where(character >= 0, character, len(CHARACTERS)), slot=torch.where(slot >= 0, slot, SLOTS),
+        rank=rank, owned=owner >= 0, texture=background[:, None].expand_as(kind), row=where // GRID,
+        column=where % GRID, labels=torch.cat([table.amax(2), several(characters, len(CHARACTERS))], 1),
+        colours=table.amax(1), pairs=pairs, background=background, count=torch.from_numpy(made.count),
+    )  # fmt: skip
+    return {k: v.to(device) for k, v in found.items()}
+
+
+def losses(out: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
+    """The sum of all losses. Most patches show nothing, and count a tenth."""
+    owned = want["owned"].float()
+    weight = owned + 0.1 * (1 - owned)
+
+    def dense(name: str, weight: Tensor) -> Tensor:
+        each = F.cross_entropy(out[name].float().flatten(0, 1), want[name].flatten(), ignore_index=-1, reduction="none")
+        return (each * weight.flatten()).sum() / weight.sum().clamp(min=1)
+
+    def several(name: str, positive: float) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            out[name].float(), want[name], pos_weight=torch.tensor(positive, device=weight.device)
+        )
+
+    shows = dense("kind", weight) + dense("colour", weight)
+    shows = shows + 3 * dense("character", weight) + 1.5 * dense("slot", weight)
+    ranked = (want["rank"] >= 0).float()
+    shows = shows + 0.3 * dense("rank", ranked) + 0.3 * dense("texture", 1 - owned)
+    places = dense("row", weight) + dense("column", weight)
+    whole = several("labels", 3.0) + several("colours", 1.0) + several("pairs", 10.0)
+    ones = F.cross_entropy(out["background"].float(), want["background"])
+    ones = ones + F.cross_entropy(out["count"].float(), want["count"])
+    return shows + 0.5 * places + 0.7 * (whole + 0.3 * ones)
+
+
+@torch.no_grad()
+def held_out(model: Pretraining, *, device: str = "cpu", scenes: int = 32) -> dict[str, float]:
+    """Shares of right answers on validation pictures, all 784 patches seen: patches that show something by kind,
+    colour, character (of each size: ``read_12``) and so on."""
+    was = model.training
+    model.eval()
+    hits: dict[str, list[float]] = {}
+    for i in range(scenes // 16):
+        made = sights(i, batch=16, seed=90, split="validation")
+        every = np.broadcast_to(np.arange(GRID * GRID), (16, GRID * GRID)).copy()
+        want = targets(made, every, device)
+        with half(device):
+            out = model(pixels(made.pixels).to(device))
+        shown = dict(
+            kind=want["kind"] < len(KINDS), colour=want["colour"] < len(COLOURS),
+            character=want["character"] < len(CHARACTERS), slot=want["slot"] < SLOTS, rank=want["rank"] >= 0,
+            texture=~want["owned"], row=want["owned"], column=want["owned"],
+        )  # fmt: skip
+        for name, where in shown.items():
+            right = (out[name].argmax(-1) == want[name])[where]
+            hits.setdefault(name, []).append(float(right.float().mean()))
+        found = ((out["kind"].argmax(-1) < len(KINDS)) | (out["character"].argmax(-1) < len(CHARACTERS))).float()
+        shows = shown["kind"] | shown["character"]
+        hits.setdefault("found", []).append(float((found == shows.float()).float().mean()))
+        for name in ("background", "count"):
+            hits.setdefault(f"({name})", []).append(float((out[name].argmax(-1) == want[name]).float().mean()))
+        guess, true = out["labels"] > 0, want["labels"] > 0
+        for name, part in (("kinds", slice(None, len(KINDS))), ("characters", slice(len(KINDS), None))):
+            both = (guess & true)[:, part].sum() / (guess | true)[:, part].sum().clamp(min=1)
+            hits.setdefault(f"({name})", []).append(float(both))
+    model.train(was)
+    return {k: sum(v) / len(v) for k, v in hits.items()}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: str = "test", *, scenes: int = 400) -> dict[str, float]:
+    """How much of what is in ``scenes`` scenes (3 to 6 things, 1 or 2 signs, no document) is among as many best labels:
+    ``kinds`` of the kinds alone, ``characters`` of the characters alone, ``accuracy`` of both together.
+
+    Raises ``ValueError`` for a split that is not in ``SPLITS``.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    device = next(model.parameters()).device
+    was = model.training
+    model.eval()
+    parts = {"accuracy": slice(None), "kinds": slice(len(KINDS)), "characters": slice(len(KINDS), None)}
+    found: dict[str, list[float]] = {name: [] for name in parts}
+    first = SPLITS[split].start
+    for start in range(0, scenes, 20):
+        made = [
+            scene(first + s, objects=(3, 6), signs=(1, 2), document=0.0) for s in range(start, min(start + 20, scenes))
+        ]
+        logits = model(pixels(np.stack([m.image for m in made])).to(device)).cpu()
+        there = torch.zeros(len(made), len(LABELS))
+        for row, m in zip(there, made, strict=True):
+            row[[LABELS.index(t.kind) for t in m.objects]] = 1
+            row[[LABELS.index(c) for s in m.signs for c in s.text]] = 1
+        for name, part in parts.items():
+            for guess, true in zip(logits[:, part], there[:, part], strict=True):
+                n = int(true.sum())
+                found[name].append(float(true[guess.topk(n).indices].sum()) / n)
+    model.train(was)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """What the card says about ``model``: what it finds on held-out scenes, data and limits."""
+    found = accuracy(model)
+    few = ", ".join(k for k in ("kinds", "characters") if found[k] < 0.9)
+    return {
+        **{k: round(v, 4) for k, v in found.items()},
+        "not_learned": f"{few} by the class token" if few else "nothing of what it is asked",
+        "data": "generated scenes of the second world (tokenreduce.zoo.world2), seeds of the train split",
+        "limits": f"{len(KINDS)} drawn kinds and {len(CHARACTERS)} characters of one font, {min(LETTERS)} px and more, "
+        f"on a lattice of 4 px; things of {min(SIZES)} px and more; {SIDE}x{SIDE} pixels; no photographs",
+    }
+
+
+def train(
+    out: Path,
+    *,
+    start: nn.Module,
+    device: str = "cpu",
+    stop_after: float | None = None,
+    workers: int = 1,
+    compiled: bool = False,
+    stages: Sequence[Stage] = STAGES,
+    save_every: int = 200,
+    report: Callable[[dict[str, Any]], None] = print,
+) -> nn.Module:
+    """Train from ``start`` (a ``world-vit``, which is :func:`grown`, or a ``world-vit-2`` to go on from), or from
+    ``out``'s checkpoints, and return the timm model; see :func:`.world_vit.train`."""
+    torch.manual_seed(20)
+    model = Pretraining(start if start.pos_embed.shape[1] == 1 + GRID * GRID else grown(start))
+    for block in model.vit.blocks:  # explicit attention has the faster backward pass on CPU
+        block.attn.fused_attn = device != "cpu"
+    forward = torch.compile(model.forward) if compiled else model.forward
+    before, minutes = 0, 0.0
+    for number, stage in enumerate(stages, 1):
+        checkpoint = out / f"checkpoint-{number}-{stage.name}.pt"
+        make = functools.partial(sights, batch=stage.schedule.batch, seed=stage.schedule.seed)
+        with Ahead(make, stage.schedule.steps, workers) as batches:
+
+            def loss(
+                _: nn.Module, step: int, generator: torch.Generator, batches: Any = batches, stage: Stage = stage
+            ) -> Tensor:
+                made = batches(step)
+                keep = choose(made.labels[:, 4] >= 0, stage.keep, np.random.default_rng((23, step)))
+                want = targets(made, keep, device)
+                return losses(forward(pixels(made.pixels).to(device), torch.from_numpy(keep).to(device)), want)
+
+            left = None if stop_after is None else stop_after - minutes
+            spent = 0.0
+            for row in fit(
+                model, loss, stage.schedule, checkpoint, save_every=save_every, device=device, stop_after=left
+            ):
+                spent = row["minutes"]
+                row = {**row, "stage": stage.name, "step": before + row["step"], "minutes": minutes + spent}
+                row.update(held_out(model, device=device))
+                row["accuracy"] = row["character"]
+                line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+                append_line(out / "curve.jsonl", line, "choose another folder with --out")
+                report(row)
+        spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
+        minutes, before = minutes + spent, before + stage.schedule.steps
+        if stop_after is not None and minutes >= stop_after:
+            break
+    for block in model.vit.blocks:
+        block.attn.fused_attn = True
+    return model.vit.eval()  # type: ignore[no-any-return]
