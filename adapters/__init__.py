@@ -18,6 +18,7 @@ from torch import nn
 
 from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.handing import attach_hands
+from tokenreduce.adapters.encoders.pixels import deviations_of
 from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code, strictest
 from tokenreduce.core.reducer import Reducer
 
@@ -82,7 +83,7 @@ def _towers(model: nn.Module, language: Any = None) -> list[tuple[ModuleType, To
 
     Raises ``TypeError`` for a tower whose tokens are read in a way that nobody checked, and for one without layers.
     """
-    outer = _outer(model)
+    outer = [(a, replace(t, std=deviations_of(model, t.module))) for a, t in _outer(model)]
     if language is not None and language.how == "table":
         return [(a, t) for a, t in outer if _served(language.inner, t)]
     inside = _inside(language, outer)
@@ -178,7 +179,8 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     elif undo.logits == "caller":
         raise ValueError(f"logits='caller' is for image/video language models, not for {type(model).__name__}")
     for adapter, tower in towers:
-        if own_code(tower.module) and not tower.resizes and any(r.acting_position() == "input" for r in reducers):
+        resizing = any(r.acting_position() == "input" and not r.drops_at_input for r in reducers)
+        if own_code(tower.module) and not tower.resizes and resizing:
             raise ValueError(
                 f"{type(tower.module).__name__} lays its patches out in code of its own, so it cannot be resized here; "
                 "give the model smaller images instead"
@@ -290,7 +292,7 @@ class Description:
             name
             for name in list_methods(stage=stage)
             if all(need in evidence for evidence in given for need in get_class(name, stage).needs)
-            and (get_class(name, stage).position != "input" or all(t.resizes for t in self.towers))
+            and (stage != "encoder" or _fits_input(get_class(name, stage), self.towers))
         ]
 
     def __str__(self) -> str:
@@ -330,6 +332,11 @@ class Description:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _fits_input(method: type[Reducer], towers: tuple[Tower, ...]) -> bool:
+    """Whether towers take the images of a method that makes them smaller, if it is one."""
+    return method.position != "input" or "pixels" in method.needs or all(t.resizes for t in towers)
 
 
 def describe(model: nn.Module, *, detail: bool = False) -> Description:

@@ -20,7 +20,7 @@ from tokenreduce.core.registry import get_class
 
 METHODS = tr.list_methods(stage="projector")
 #: What they keep depends on places alone.
-BLIND = ("pool", "resize", "uniform", "uniform-frames", "token-shuffle", "pool-frames")
+BLIND = ("adaptvision", "pool", "resize", "uniform", "uniform-frames", "token-shuffle", "pool-frames")
 TEMPORAL = [n for n in METHODS if get_class(n, "projector").temporal]
 CASES = [
     (name, origin)

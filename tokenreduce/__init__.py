@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.video.cache.dycoke_cache import DyCokeCache
     from tokenreduce.video.cache.infinipot_v import InfiniPotV
     from tokenreduce.video.cache.streammem import StreamMem
+    from tokenreduce.video.encoder.pixel_diff import PixelDiff
     from tokenreduce.video.encoder.vidtldr import VidTLDR
     from tokenreduce.video.language.flashvid_llm import FlashVIDLLM
     from tokenreduce.video.language.framefusion import FrameFusion
@@ -87,9 +88,12 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.encoder.mctf import MCTF
     from tokenreduce.vision.encoder.mustdrop_merge import MustDropMerge
     from tokenreduce.vision.encoder.pitome import PiToMe
+    from tokenreduce.vision.encoder.pixelprune import PixelPrune
     from tokenreduce.vision.encoder.random_drop import Random
     from tokenreduce.vision.encoder.repshift import RepresentationShift
     from tokenreduce.vision.encoder.resize import Resize
+    from tokenreduce.vision.encoder.soft_slim import SoftSlim
+    from tokenreduce.vision.encoder.t2t_pool import T2TPool
     from tokenreduce.vision.encoder.tofu import ToFu
     from tokenreduce.vision.encoder.tome import ToMe, ToMeKth
     from tokenreduce.vision.encoder.uniform import Uniform
@@ -111,6 +115,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.language.v2drop import V2Drop
     from tokenreduce.vision.language.vscan_prune import VScanLLM
     from tokenreduce.vision.language.vtw import VTW
+    from tokenreduce.vision.projector.adaptvision import AdaptVision
     from tokenreduce.vision.projector.aim_merge import AIMMerge
     from tokenreduce.vision.projector.apet import ApET
     from tokenreduce.vision.projector.cdpruner import CDPruner
@@ -144,21 +149,22 @@ __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 
 __version__ = "0.2.0"
 __all__ = [
-    "A2SF", "AIM", "AIMMerge", "ATS", "AdaKV", "AirCache", "ApET", "ApETLLM", "CDPruner", "CacheEvidence",
-    "CacheReducer", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate", "DivPrune", "DuoAttention", "DyCoke",
-    "DyCokeCache", "DyMU", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID", "FasterVLM",
-    "FiCoCoL", "FiCoCoV", "FitPrune", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune",
-    "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids", "KeyDiff",
-    "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "MiniCache", "Mix",
-    "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe", "Plan", "Pool",
-    "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneSID", "PruneVid",
-    "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual",
-    "RazorAttention", "Recent", "Recycled", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "STTM",
-    "STTMLLM", "SnapKV", "SparseVLM", "SpatialAugmented", "StreamMem", "StreamingLLM", "TGVKV", "TOVA", "TRIM", "ToFu",
-    "ToMe", "ToMeKth", "TokenCorr", "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens",
-    "V2Drop", "VCAST", "VLCache", "VScan", "VScanLLM", "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip",
-    "ZOOPrune", "ZeroTPrune", "describe", "estimate", "get_method", "kept_columns", "list_methods", "parse", "patch",
-    "patched", "record", "reduce_tokens", "stream", "tune", "unpatch", "zoo",
+    "A2SF", "AIM", "AIMMerge", "ATS", "AdaKV", "AdaptVision", "AirCache", "ApET", "ApETLLM", "CDPruner",
+    "CacheEvidence", "CacheReducer", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate", "DivPrune", "DuoAttention",
+    "DyCoke", "DyCokeCache", "DyMU", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID",
+    "FasterVLM", "FiCoCoL", "FiCoCoV", "FitPrune", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge",
+    "GPrune", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids",
+    "KeyDiff", "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge",
+    "MiniCache", "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe",
+    "PixelDiff", "PixelPrune", "Plan", "Pool", "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus",
+    "Prune", "PruneSID", "PruneVid", "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys",
+    "RandomTokens", "RandomVisual", "RazorAttention", "Recent", "Recycled", "Reducer", "RepresentationShift",
+    "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SnapKV", "SoftSlim", "SparseVLM", "SpatialAugmented",
+    "StreamMem", "StreamingLLM", "T2TPool", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr",
+    "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "V2Drop", "VCAST", "VLCache", "VScan",
+    "VScanLLM", "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZOOPrune", "ZeroTPrune", "describe",
+    "estimate", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
+    "stream", "tune", "unpatch", "zoo",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders.pixels import AtEntry, at_entry, entry_plan
 from tokenreduce.adapters.encoders.state import (
     State,
     carry_state,
@@ -95,7 +96,8 @@ def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """One block's place: its layer and the reducer that acts there, if any. Frozen and picklable."""
+    """One block's place: its layer and the reducer that acts there, if any; ``entry`` is the method on pixels in front
+    of the first. Frozen and picklable."""
 
     layer: int
     depth: int
@@ -104,6 +106,7 @@ class Site:
     reducer: Reducer | None = None
     rope: str | None = None
     label: str = ""
+    entry: AtEntry | None = None
 
 
 class View(NamedTuple):
@@ -156,6 +159,8 @@ class Reduced:
         site: Site = self.__dict__[_ON_BLOCK]
         x = x if site.layer else _counted(x)
         state = self._enter(site, x)
+        if site.entry is not None:
+            x, state = self._drop_by_pixels(site, site.entry, x, state)
         reducer = None if site.reducer is None else settled(site.reducer)
         where = None if reducer is None else reducer.acting_position()
         given = None
@@ -181,7 +186,7 @@ class Reduced:
             assert reducer is not None
             assert seen is not None
             x, state = self._reduce(site, reducer, x, state, seen, middle)
-        if where in (None, "input") and (trace := active()) is not None:
+        if where is None and site.entry is None and (trace := active()) is not None:
             self._note(trace, site, None, x, None, state)
         collected = _collected()
         if collected is not None:
@@ -204,6 +209,18 @@ class Reduced:
             entry = entry_of(x)
             state = State(length(x), grid=None if entry is None else entry.grid)
         return state
+
+    def _drop_by_pixels(self, site: Site, entry: AtEntry, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """What a method at the input leaves for the first block."""
+        trace = active()
+        with nullcontext() if trace is None else trace.clock():
+            plan = entry_plan(entry, x, state, site.prefix, site.depth)
+            if not plan.is_identity:
+                x, size = plan.reduce_both(x, state.size)
+                state = state.after(plan, False, size)
+        if trace is not None:
+            self._note(trace, site, entry.reducer, x, plan, state)
+        return x, state
 
     def _evidence(
         self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None, view: View | None = None
@@ -325,7 +342,8 @@ def may_reduce(blocks: Iterable[nn.Module]) -> bool:
 
 
 def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
-    reducers = [block.__dict__[_ON_BLOCK].reducer for block in blocks]
+    sites: list[Site] = [block.__dict__[_ON_BLOCK] for block in blocks]
+    reducers = [*(site.reducer for site in sites), *(site.entry.reducer for site in sites if site.entry is not None)]
     return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
 
 
@@ -351,6 +369,8 @@ class Tower:
     rope: str | None = None
     resizes: bool = True  # whether the model takes smaller images, for methods that act on the input
     hands: str = "own"  # who reads the tokens behind it, see tokenreduce.adapters.encoders.readers
+    std: tuple[float, ...] | None = None  # by what channels are divided in front of it, where that is known
+    cell: int = 1  # patches along a side of what becomes one token behind it, for methods on pixels
 
     @property
     def tokens(self) -> int | None:
@@ -380,6 +400,7 @@ def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
                 f"(it gives {', '.join(tower.evidence)}); choose another method, "
                 "tr.describe(model) lists those that fit"
             )
+    sites[0] = replace(sites[0], entry=at_entry(reducers, tower.std, tower.family, tower.cell))
     return sites
 
 

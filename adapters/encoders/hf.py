@@ -177,8 +177,13 @@ def towers(model: nn.Module) -> Iterator[Tower]:
         layers = tuple(module.get_submodule(family.layers).children())
         yield HFTower(
             name, module, f"transformers {family.title}", layers, {family.layer: family.patched},
-            family.prefix(config), family.cls, grid, EVIDENCE, rope, resizes, layout=family, reader=reader, how=how,
+            family.prefix(config), family.cls, grid, _shown(grid), rope, resizes, layout=family, reader=reader, how=how,
         )  # fmt: skip
+
+
+def _shown(grid: tuple[int, ...] | None) -> tuple[str, ...]:
+    """Evidence of a tower: patches that fill no grid are not shown their pixels."""
+    return EVIDENCE if grid is None else (*EVIDENCE, "pixels")
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -203,7 +208,8 @@ def _discovered(name: str, module: Any) -> HFTower:
     roped = "post" if {ROTARY, PLACES}.intersection(found.recipe.arguments) else None
     return HFTower(
         name, module, f"transformers {kind}", layers, {family.layer: patched}, found.prefix, found.prefix > 0,
-        found.grid, EVIDENCE, roped, found.resizes, "inside" if found.tail == "inside" else "own", layout=family,
+        found.grid, _shown(found.grid), roped, found.resizes, "inside" if found.tail == "inside" else "own",
+        layout=family,
     )  # fmt: skip
 
 
@@ -231,7 +237,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
         _note_grid(tower, reducers, undo)
         _attach_ends(tower, layout, undo)
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             attach_resize(tower, reducer, undo, flag=layout.found is not None or layout.flag)
 
 

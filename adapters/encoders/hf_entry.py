@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.state import Entry, note_entry
 
 __all__ = ["note_patches", "note_shapes"]
@@ -19,7 +20,8 @@ def note_patches(
     (rows, columns) or (frames, rows, columns) of pixels."""
     pixels: Tensor = args[0] if args else kwargs["pixel_values"]
     sides = pixels.shape[-2:] if len(patch) == 2 else (pixels.shape[1], *pixels.shape[-2:])
-    note_entry(output, Entry(tuple(side // each for side, each in zip(sides, patch, strict=True))))
+    grid = tuple(side // each for side, each in zip(sides, patch, strict=True))
+    note_entry(output, Entry(grid, Pixels(pixels, patch)))
 
 
 def note_shapes(

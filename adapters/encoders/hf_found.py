@@ -23,6 +23,7 @@ from tokenreduce.adapters.encoders.handing import whole
 from tokenreduce.adapters.encoders.hf_reading import read
 from tokenreduce.adapters.encoders.hf_structure import PLACES, RECIPE, ROTARY, BiasedLayer, Recipe, StructuredLayer
 from tokenreduce.adapters.encoders.packed_layout import keeps, packs
+from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.state import Entry, carry_state, known, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.mixing import parts
@@ -346,7 +347,7 @@ def note_found(
     """Forward hook on embeddings: the grid of this image goes with its tokens, where patches are in order."""
     pixels: Tensor = args[0] if args else next(kwargs[n] for n in _PIXELS if n in kwargs)
     grid = tuple(side // each for side, each in zip(_sides(pixels.shape), patch, strict=True))
-    note_entry(embedded(output), Entry(grid if ordered else None))
+    note_entry(embedded(output), Entry(grid, Pixels(pixels, patch)) if ordered else Entry())
 
 
 def give_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, prefix: int) -> Any:

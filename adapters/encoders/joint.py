@@ -14,7 +14,6 @@ back, the merged ones as copies.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Attended, Site, View
-from tokenreduce.adapters.encoders.state import State, entry_of, power_of, set_state, state_of
+from tokenreduce.adapters.encoders.state import FRAMES, State, entry_of, power_of, set_state, state_of
 from tokenreduce.core.plan import Plan
 
 __all__ = ["FRAMES", "JointState", "Windows", "check_frames", "join_frames"]
-
-#: Number of frames of each video that is on its way through a tower; 1 outside of videos.
-FRAMES: ContextVar[int] = ContextVar("tokenreduce_frames", default=1)
 
 
 class Windows:

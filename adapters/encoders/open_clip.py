@@ -107,7 +107,15 @@ def towers(model: nn.Module) -> Iterator[Tower]:
         if isinstance(module, VisionTransformer):
             blocks = tuple(module.transformer.resblocks)
             yield Tower(
-                name, module, "open_clip VisionTransformer", blocks, BLOCKS, PREFIX, True, module.grid_size, EVIDENCE
+                name,
+                module,
+                "open_clip VisionTransformer",
+                blocks,
+                BLOCKS,
+                PREFIX,
+                True,
+                module.grid_size,
+                (*EVIDENCE, "pixels"),
             )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Tower, collect_states, may_be_reduced
 from tokenreduce.adapters.encoders.handing import raw_of
+from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.state import (
     Entry,
     State,
@@ -59,7 +60,7 @@ class ReducedModel(nn.Module):
             out = super()._embeds(x)  # type: ignore[misc]
         else:
             out = _resized(model, x, grid)
-        return note_entry(out, Entry(tuple(grid)))
+        return note_entry(out, Entry(tuple(grid), Pixels(x, tuple(model.patch_size)) if resize is None else None))
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """open_clip's ``_pool`` for reduced tokens (B,K,C): the pooled features and the tokens, see the module's page.
@@ -213,5 +214,5 @@ def attach_model(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> Non
     refuse_own(model, *_METHODS)
     undo.mix_in(model, ReducedModel)
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             undo.set(model, _RESIZE, reducer)

@@ -288,7 +288,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     assert isinstance(tower, RowTower)
     module: Any = tower.module
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             raise ValueError(
                 f"{reducer.name} cannot act on {tower.family}, whose processor cuts images into patches: give the "
                 f"processor a smaller max_pixels instead"

@@ -35,7 +35,10 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, Tower, View, _collected, attach_tower
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.encoders.packed import Layout, Packed, Part
-from tokenreduce.adapters.encoders.state import lost, set_state, state_of
+from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens
+from tokenreduce.adapters.encoders.packed_pixels import PackedPixels, packed_plans
+from tokenreduce.adapters.encoders.pixels import AtEntry
+from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
@@ -50,6 +53,8 @@ EVIDENCE = ("keys", "queries", "values", "attention", "before")
 _SEEN = frozenset(("keys", "queries", "values", "attention"))
 #: Keyword under which the layout of a call travels from the tower to its blocks.
 LAYOUT = "tokenreduce_layout"
+#: Keyword under which the pixels of a call travel there, where a method looks at them.
+PIXELS = "tokenreduce_pixels"
 
 
 class PackedAsk(Call):
@@ -170,9 +175,11 @@ class _Block(Reduced):
     def forward(
         self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any
     ) -> Tensor:
-        site, layout = self._tokenreduce_site, kwargs.pop(LAYOUT, None)
+        site, layout, pixels = self._tokenreduce_site, kwargs.pop(LAYOUT, None), kwargs.pop(PIXELS, None)
         context, x = Context(cu_seqlens, position_embeddings, kwargs), hidden_states
         packed = self._begin(site, x, layout)
+        if site.entry is not None:
+            x, packed = self._drop_at_input(site, site.entry, x, packed, pixels)
         reducer = site.reducer
         where = None if reducer is None else reducer.acting_position()
         if where == "before":
@@ -201,7 +208,7 @@ class _Block(Reduced):
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, context, seen, middle)
         trace = active()
-        if trace is not None and where in (None, "input"):
+        if trace is not None and where is None and site.entry is None:
             for part in packed.parts:
                 self._tell(trace, site, part, packed)
         collected = _collected()
@@ -218,6 +225,20 @@ class _Block(Reduced):
         if layout is None:
             raise RuntimeError("blocks of a patched vision tower run inside its forward, which knows the image sizes")
         return Packed.entry(layout)
+
+    def _drop_at_input(
+        self, site: Site, entry: AtEntry, x: Tensor, packed: Packed, pixels: PackedPixels
+    ) -> tuple[Tensor, Packed]:
+        """What a method on pixels leaves for the first block."""
+        trace = active()
+        with nullcontext() if trace is None else trace.clock():
+            plans = packed_plans(entry, pixels, packed.layout, site.depth)
+            if not all(plan.is_identity for plan in plans):
+                x, packed = packed.after(x, plans, 0.0)
+        if trace is not None:
+            for plan, part in zip(plans, packed.parts, strict=True):
+                self._tell(trace, site, part, packed, None if plan.is_identity else plan, entry.reducer.spec())
+        return x, packed
 
     def _look(self, x: Tensor, packed: Packed, context: Context) -> PackedAsk:
         """Queries, keys and values of ``x`` without attending."""
@@ -291,9 +312,10 @@ class ReducedQwen3Block(_Block, qwen3.Qwen3VLVisionBlock):
 
 # -- the tower ---------------------------------------------------------------------------------------------------------
 def lay_out(
-    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, frames: int = 1
+    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, frames: int = 1, looks: Reducer | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook on a tower: where the units of every view are goes to its blocks; ``frames`` of a video as one."""
+    """Pre-hook on a tower: where the units of every view are goes to its blocks; ``frames`` of a video as one. Pixels
+    go with it where a method ``looks`` at them."""
     grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
     order = kwargs.get("window_index")
     if order is None and hasattr(tower, "fullatt_block_indexes"):
@@ -305,34 +327,11 @@ def lay_out(
         args = (kwargs.pop("hidden_states"),)
     pixels = args[0]
     layout = Layout.of(grids.tolist(), tower.spatial_merge_size, order, pixels.device, frames)
-    return args, {**kwargs, LAYOUT: layout}
-
-
-def expand_tokens(merger: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Forward hook on a merger: every unit gets its token. Raises ``RuntimeError`` for patches that lost which units
-    they are of."""
-    packed: Any = state_of(args[0])
-    if not isinstance(packed, Packed):
-        raise lost(type(merger).__name__)
-    return packed.expand(output, 1)
-
-
-def expand_states(tower: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook on a tower: every hidden state gets its patches back. Raises ``RuntimeError`` where one has lost
-    which they are."""
-    patches = len(args[0])
-
-    def whole(x: Any) -> Any:
-        packed: Any = state_of(x)
-        if not isinstance(packed, Packed) and len(x) != patches:
-            raise lost("the output")
-        return packed.expand(x, packed.layout.unit) if isinstance(packed, Packed) else x
-
-    if getattr(output, "last_hidden_state", None) is not None:
-        output.last_hidden_state = whole(output.last_hidden_state)
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(whole(x) for x in output.hidden_states)
-    return output
+    more: dict[str, Any] = {LAYOUT: layout}
+    if looks is not None:
+        across = bool(getattr(looks, "temporal", False))
+        more[PIXELS] = PackedPixels.of(tower, pixels, grids.tolist(), order, across)
+    return args, {**kwargs, **more}
 
 
 #: Tower class -> (title, block class, patched block, attention class, patched attention).
@@ -359,8 +358,8 @@ def towers(model: nn.Module) -> Iterator[Tower]:
         title, block, patched, _, _ = family
         blocks: Any = module.blocks
         yield Tower(
-            name, module, f"transformers {title} tower", tuple(blocks), {block: patched}, 0, False, None, EVIDENCE,
-            "pre", resizes=False,
+            name, module, f"transformers {title} tower", tuple(blocks), {block: patched}, 0, False, None,
+            (*EVIDENCE, "pixels"), "pre", resizes=False,
         )  # fmt: skip
 
 
@@ -373,7 +372,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     module: Any = tower.module
     _, _, _, stock, patched = FAMILIES[type(module)]
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             raise ValueError(
                 f"{reducer.name} cannot act on {tower.family}, whose processor cuts images into patches: give the "
                 f"processor a smaller max_pixels instead"
@@ -389,7 +388,8 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     attach_tower(tower, reducers, undo)
     for block in tower.blocks:
         undo.swap_class(block.attn, patched)  # type: ignore[arg-type]
-    undo.pre_hook(module, functools.partial(lay_out, frames=max(getattr(r, "frames", 1) for r in reducers)))
+    frames, looks = max(getattr(r, "frames", 1) for r in reducers), [r for r in reducers if r.drops_at_input]
+    undo.pre_hook(module, functools.partial(lay_out, frames=frames, looks=looks[0] if looks else None))
     for merger in (module.merger, *getattr(module, "deepstack_merger_list", ())):
         undo.hook(merger, expand_tokens)
     undo.hook(module, expand_states)

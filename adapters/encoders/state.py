@@ -8,6 +8,7 @@ tower hand it on, and where sizes are needed and gone, :func:`lost` says so.
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +17,23 @@ from torch import Tensor, nn
 from tokenreduce.core.plan import Plan
 
 __all__ = [
-    "Entry", "State", "carry_state", "entry_of", "expand_patches", "full_plan", "known", "log_size", "lost",
+    "FRAMES", "Entry", "State", "carry_state", "entry_of", "expand_patches", "full_plan", "known", "log_size", "lost",
     "note_entry", "pool_mean", "power_of", "set_state", "state_of",
 ]  # fmt: skip
 
 _ON_TENSOR = "_tokenreduce_state"
 _AT_ENTRY = "_tokenreduce_entry"
 Grid = tuple[int, ...]
+#: Number of frames of each video that is on its way through a tower; 1 outside of videos.
+FRAMES: ContextVar[int] = ContextVar("tokenreduce_frames", default=1)
 
 
 class Entry(NamedTuple):
-    """Marks tokens before the first block: the grid of patches of *this* forward, None where they fill none."""
+    """Marks tokens before the first block: the grid of patches of *this* forward, None where they fill none, and the
+    :class:`~tokenreduce.adapters.encoders.pixels.Pixels` that they are made of, where a tower shows them."""
 
     grid: Grid | None = None
+    pixels: Any = None
 
 
 def power_of(log: Tensor, power: float) -> Tensor:

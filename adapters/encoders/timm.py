@@ -239,7 +239,8 @@ def towers(model: nn.Module) -> Iterator[Tower]:
             blocks = tuple(module.blocks)
             yield Tower(
                 name, module, f"timm {type(module).__name__}", blocks, EVA_BLOCKS if eva else VIT_BLOCKS,
-                module.num_prefix_tokens, module.cls_token is not None, grid, EVIDENCE, "pre" if roped else None,
+                module.num_prefix_tokens, module.cls_token is not None, grid, (*EVIDENCE, "pixels"),
+                "pre" if roped else None,
             )  # fmt: skip
 
 
@@ -259,5 +260,5 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
             refuse_own(branch)
     attach_model(model, tower.family, undo)
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             attach_resize(model, reducer, undo)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import collect_states, may_be_reduced
 from tokenreduce.adapters.encoders.handing import raw_of
+from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.state import (
     Entry,
     carry_state,
@@ -126,9 +127,9 @@ def note_grid(embed: Any, args: tuple[Any, ...], output: Any) -> None:
     if isinstance(output, Tensor):
         size = tuple(args[0].shape[-2:])
         if hasattr(embed, "dynamic_feat_size"):
-            note_entry(output, Entry(tuple(embed.dynamic_feat_size(size))))
+            note_entry(output, Entry(tuple(embed.dynamic_feat_size(size)), Pixels(args[0], tuple(embed.patch_size))))
         elif size == tuple(embed.img_size):
-            note_entry(output, Entry(tuple(embed.grid_size)))
+            note_entry(output, Entry(tuple(embed.grid_size), Pixels(args[0], tuple(embed.patch_size))))
 
 
 def attach_model(model: Any, family: str, undo: Undo) -> None:

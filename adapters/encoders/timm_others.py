@@ -165,7 +165,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     model: Any = tower.module
     kind: Kind = _of(model, TOWERS)
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             raise ValueError(f"{tower.family} cannot be resized here; give the model smaller images instead")
     pooling = getattr(model, "attn_pool", None)
     if pooling is not None and type(pooling).__name__ != "AttentionPoolLatent":

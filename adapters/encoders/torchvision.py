@@ -72,7 +72,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     """
     model: Any = tower.module
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             raise ValueError(f"{tower.family} cannot be resized here: it takes images of one size")
     attach_tower(tower, reducers, undo)
     for block in tower.blocks:

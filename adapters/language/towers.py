@@ -10,6 +10,7 @@ method before it chooses among the tokens that are left.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
-__all__ = ["Everything", "attach_encoder", "expand_states", "remaining", "sizes"]
+__all__ = ["Everything", "attach_encoder", "cell_of", "expand_states", "remaining", "sizes"]
 
 
 class Everything(Projector):
@@ -37,13 +38,23 @@ class Everything(Projector):
         return ""
 
 
-def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...], undo: Undo) -> None:
-    """Put encoder-stage ``reducers`` into the towers of a language model.
+def cell_of(inner: Any, kind: str) -> int:
+    """Patches along a side of what becomes one visual token behind a tower, where it is a square of its own: pixel
+    shuffle, pooling. 1 elsewhere; packed towers count in such squares by themselves."""
+    if kind == "shuffled":
+        config = inner.config
+        return int(round(1 / config.downsample_ratio) if hasattr(config, "downsample_ratio") else config.scale_factor)
+    return int(inner.multi_modal_projector.kernel_size) if kind == "pooled" else 1
+
+
+def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...], undo: Undo, cell: int = 1) -> None:
+    """Put encoder-stage ``reducers`` into the towers of a language model, where ``cell`` x ``cell`` patches become a
+    visual token: methods on pixels drop these together.
 
     Raises ``ValueError`` for methods that shrink the image: the number of placeholders is the processor's.
     """
     for reducer in reducers:
-        if reducer.acting_position() == "input":
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:
             raise ValueError(
                 f"{reducer.name} gives the tower a smaller image, but the prompt has placeholders for all its patches; "
                 f"use {reducer.name}@projector, or a smaller image size in the processor"
@@ -54,7 +65,7 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
             f"{' and '.join(r.spec() for r in reducers)} act on different numbers of frames; give both the same frames"
         )
     for adapter, tower in towers:
-        adapter.attach(tower, reducers, undo)
+        adapter.attach(replace(tower, cell=cell), reducers, undo)
         packs = getattr(adapter, "EXPANDS", False)
         if max(together) > 1 and not packs:
             hook = functools.partial(join_frames, frames=max(together), prefix=tower.prefix)

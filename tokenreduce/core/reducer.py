@@ -33,6 +33,7 @@ POSITIONS = ("input", "before", "middle", "after")
 #: layer before; ``prompt`` are the features at the model's entry, ``norm`` its final norm, ``frames`` says which frames
 #: of a video the tokens come from, ``places`` where in an image they are, ``history`` how many visual tokens there
 #: were.
+#: At an encoder's input, ``pixels`` are those of every patch, in 8-bit levels, in the place of features.
 #: Between vision encoder and language model, ``tower`` are queries and keys of blocks of the vision tower, ``cls`` its
 #: class token, ``head`` its pooling head, ``pixels`` what it was given, ``text`` the question in the language model's
 #: space, ``clip`` patches and question in a CLIP model's, ``through`` what enters the projector for every token, and
@@ -212,6 +213,12 @@ class Reducer:
     def acting_position(self) -> str:
         """Where in the block these settings act; :attr:`position` unless a method overrides it."""
         return self.position
+
+    @property
+    def drops_at_input(self) -> bool:
+        """Whether an encoder method drops patches by their pixels before the first block; others at the input resize
+        the image."""
+        return self.acting_position() == "input" and "pixels" in self.required()
 
     def tower_blocks(self) -> tuple[Look, ...]:
         """Blocks of a vision tower in front of a language model whose queries and keys the method reads."""

@@ -292,7 +292,7 @@ def looked(loaded: Any, image: Image.Image, chosen: Sequence[Reducer], steps: Se
     seen = view(loaded.transform, image)
     title = label_of(chosen)
     for reducer in chosen:
-        if reducer.acting_position() == "input":  # the model saw a smaller image, so the picture shows that one
+        if reducer.acting_position() == "input" and not reducer.drops_at_input:  # the picture shows the smaller image
             high, wide = patch_size(tower.module)
             rows, cols = seen.height // high, seen.width // wide
             size = max(1, seen.width * grid[1] // cols), max(1, seen.height * grid[0] // rows)

@@ -31,7 +31,9 @@ def build() -> nn.Module:
     """The untrained architecture, a ``timm.models.VisionTransformer`` with 0.68 M parameters."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(**CONFIG)  # type: ignore[arg-type]
+    model = VisionTransformer(**CONFIG)  # type: ignore[arg-type]
+    model.image_std = (STD,)
+    return model
 
 
 @functools.cache

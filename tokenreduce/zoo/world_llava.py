@@ -28,7 +28,7 @@ from tokenreduce.zoo.video_inputs import pool
 from tokenreduce.zoo.world.vocabulary import MOTIONS
 from tokenreduce.zoo.world_batches import pictures
 from tokenreduce.zoo.world_lessons import Course, Lesson, lesson
-from tokenreduce.zoo.world_vit import CLIP, GRID, WIDTH, pixels
+from tokenreduce.zoo.world_vit import CLIP, GRID, STD, WIDTH, pixels
 from tokenreduce.zoo.world_words import BOS, EOS, IMAGE, PAD, SIZE
 
 __all__ = ["STAGES", "Stage", "Tuning", "build", "facts", "held_out", "pool", "train"]
@@ -90,6 +90,7 @@ def build() -> Any:
         tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
+    model.image_std = (STD,)
     with torch.no_grad():  # the usual 0.02 is for widths of thousands; here it would never leave chance
         for name, p in model.named_parameters():
             if p.dim() > 1 and "vision_tower" not in name:

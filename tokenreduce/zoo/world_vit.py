@@ -72,11 +72,13 @@ def build() -> nn.Module:
     from timm.layers import QuickGELU
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
+    model = VisionTransformer(
         img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=4.0,
         num_classes=len(KINDS), pre_norm=True, act_layer=QuickGELU,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-5), global_pool="token",
     )  # fmt: skip
+    model.image_std = (STD,)  # what turns a tolerance in levels of pixels into what the model is given
+    return model
 
 
 def as_clip(model: nn.Module) -> Any:

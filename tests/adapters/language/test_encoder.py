@@ -34,6 +34,7 @@ NAMES = [
 COMPACT = [n for n in NAMES if n in FLAT]
 ALL = "divprune:keep=1.0,positions=original"  # nothing but positions
 MERGE, DROP, RAGGED = "tome:keep=0.3", "evit:keep=0.3", "ats:keep=0.4"
+PIXELPRUNE = "pixelprune:keep=0.4"
 
 
 def merging(name, method=MERGE):
@@ -191,7 +192,9 @@ def test_keep_all_and_unpatch_are_bit_identical(name, spec):
 # -- exactness ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "case", "method"),
-    [(*c, MERGE) for c in cases(NAMES)] + [(*c, m) for m in (DROP, RAGGED) for c in cases(NAMES, "unequal", "video")],
+    [(*c, MERGE) for c in cases(NAMES)]
+    + [(*c, m) for m in (DROP, RAGGED) for c in cases(NAMES, "unequal", "video")]
+    + [(n, "unequal", PIXELPRUNE) for n in ("llava", "llava_next", "llava_onevision", "paligemma")],
 )
 def test_generation_is_what_the_tower_alone_and_masking_would_give(name, case, method):
     if (name, case) == ("llava_onevision", "video") and not encodes_before():
