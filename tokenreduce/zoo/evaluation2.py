@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenreduce.measure.generation import greedy
 from tokenreduce.patching import patched
 from tokenreduce.zoo.world2 import IMAGE_TYPES, LETTERS, LONG, SPLITS, Scene, Score, ask, scene, score
 from tokenreduce.zoo.world2.questions import beside
@@ -121,7 +120,7 @@ def _answers(model: Any, reading: Any, some: Sequence[Case], tokens: int) -> lis
     images = [Image.fromarray(c.about.image) for c in some]
     made = reading(images=images, text=[f"<image> {c.text}" for c in some], return_tensors="pt")
     inputs = {k: v.to(model.device) for k, v in made.items()}
-    new = greedy(model, inputs, tokens)[:, inputs["input_ids"].shape[1] :]
+    new = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     said: list[str] = reading.tokenizer.batch_decode(new, skip_special_tokens=True)
     return said
 
