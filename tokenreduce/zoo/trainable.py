@@ -69,7 +69,7 @@ class Trainable:
         if strange:
             raise ValueError(f"{self.name} takes no {strange[0]}; it takes: {', '.join(self.takes) or 'nothing more'}")
         for word, name in (("encoder", ENCODERS.get(self.name)), ("start", STARTS.get(self.name))):
-            if word in self.takes:
+            if word in self.takes and name is not None:
                 given = more.get(word)
                 other = name if given is None or word == "encoder" else self.name
                 more[word] = zoo.load(other, folder=given or weights.FOLDER).model
