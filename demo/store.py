@@ -38,7 +38,7 @@ class Store:
         self._loading = threading.Lock()
         self._loaded: dict[str, Any] = {}
         there = weights.learned()  # the others are for whoever trains them
-        self.images = [name for name in ("world-vit", "digits-vit", "world-vit-2") if name in there]
+        self.images: list[str] = [name for name in ("world-vit", "digits-vit", "world-vit-2") if name in there]
         self.languages = [name for name in LANGUAGE if name in there]
         self.own: str | None = None
         if model is not None:

@@ -43,6 +43,7 @@ WAITING = 32
 def benchmarks(store: Store) -> dict[str, str]:
     """What can be run, by what the page calls it, with the model."""
     out: dict[str, str] = {}
+    name: str
     for name in store.images:
         if name == store.own and name not in EMBEDDED:
             if store.data is not None:

@@ -136,7 +136,8 @@ class LayerSite:
 
 def parameters_of(layer: Any) -> tuple[str, ...]:
     """Names of what a layer takes behind its hidden states."""
-    return _names(type(layer))
+    kind: Any = type(layer)
+    return _names(kind)
 
 
 @functools.lru_cache(maxsize=256)

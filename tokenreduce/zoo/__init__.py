@@ -150,7 +150,7 @@ def evaluate(vlm: Any, *reducers: Any, split: str = "test", seed: int = 0, quest
     world; see :func:`.evaluation.evaluate` and :func:`.evaluation2.evaluate`."""
     from tokenreduce.zoo import evaluation, evaluation2, world2_words
 
-    model = vlm if isinstance(vlm, nn.Module) else vlm.model
+    model: Any = vlm if isinstance(vlm, nn.Module) else vlm.model
     second = model.config.text_config.vocab_size == world2_words.SIZE
     run = evaluation2.evaluate if second else evaluation.evaluate
     return run(vlm, *reducers, split=split, seed=seed, questions=questions, **more)

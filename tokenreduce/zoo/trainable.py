@@ -72,7 +72,7 @@ class Trainable:
             if word in self.takes and name is not None:
                 given = more.get(word)
                 other = name if given is None or word == "encoder" else self.name
-                more[word] = zoo.load(other, folder=given or weights.FOLDER).model
+                more[word] = zoo.load(str(other), folder=given or weights.FOLDER).model
         module = importlib.import_module(self.module)
         model: nn.Module = module.train(folder, device=device, stop_after=minutes, report=report, **more)
         return model

@@ -90,7 +90,7 @@ def build() -> Any:
         tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
-    model.image_std = (STD,)
+    model.image_std = (STD,)  # type: ignore[assignment]
     with torch.no_grad():  # the usual 0.02 is for widths of thousands; here it would never leave chance
         for name, p in model.named_parameters():
             if p.dim() > 1 and "vision_tower" not in name:

@@ -295,7 +295,8 @@ def train(
     """Train from ``start`` (a ``world-vit``, which is :func:`grown`, or a ``world-vit-2`` to go on from), or from
     ``out``'s checkpoints, and return the timm model; see :func:`.world_vit.train`."""
     torch.manual_seed(20)
-    model = Pretraining(start if start.pos_embed.shape[1] == 1 + GRID * GRID else grown(start))
+    known: Any = start
+    model = Pretraining(start if known.pos_embed.shape[1] == 1 + GRID * GRID else grown(start))
     for block in model.vit.blocks:  # explicit attention has the faster backward pass on CPU
         block.attn.fused_attn = device != "cpu"
     forward = torch.compile(model.forward) if compiled else model.forward

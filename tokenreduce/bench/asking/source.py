@@ -34,7 +34,9 @@ class Source(Protocol):
     data: str
     items: list[Item]
     problems: dict[int, dict[str, str]]
-    notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def open(self, item: Item) -> Any:
         """What ``item`` is about. Raises ``OSError`` or ``ValueError`` where it is missing or broken."""

@@ -101,7 +101,7 @@ def measure(
     import timm
 
     torch.manual_seed(0)
-    stock: Any = timm.create_model(case.model, **dict(case.settings)).eval().to(device, DTYPES[dtype])
+    stock: Any = timm.create_model(case.model, **case.more).eval().to(device, DTYPES[dtype])
     x = torch.randn(case.batch, 3, *stock.patch_embed.img_size, device=device, dtype=DTYPES[dtype])
     patched = tr.patch(shell(stock), case.method)
     with torch.no_grad():

@@ -54,11 +54,16 @@ class Group:
     methods: tuple[str, ...]
     settings: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def more(self) -> dict[str, Any]:
+        """``settings`` as keywords."""
+        return dict(self.settings)
+
     def build(self, device: str, dtype: torch.dtype) -> Any:
         import timm
 
         torch.manual_seed(0)
-        return timm.create_model(self.model, **dict(self.settings)).eval().to(device, dtype)
+        return timm.create_model(self.model, **self.more).eval().to(device, dtype)
 
 
 #: The last one is large: ToMe stands for all.
@@ -178,7 +183,7 @@ def measure(
         whole = peak_bytes(lambda: stock(x), device)
         rows = []
         for method, one in made.items():
-            peak = peak_bytes(lambda one=one: one.model(x), device)
+            peak = peak_bytes(partial(one.model, x), device)
             mine, published = times[method], times.get(f"published {method}")
             sliced = times.get(f"sliced {method}", times["stock"])
             fault = (statistics.median(functions[name].seen[-count:]) for name in ("stock", method))

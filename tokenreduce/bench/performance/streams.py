@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,7 @@ def measure(loaded: Any, method: str, count: int, *, block: int = 8, side: int =
             running.push(part)
             times.append(time.perf_counter() - began)
             continue
-        peak = peak_bytes(lambda part=part: running.push(part), loaded.model.device)
+        peak = peak_bytes(partial(running.push, part), loaded.model.device)
         reply = running.ask(ASK, max_new_tokens=tokens)
         seconds = statistics.median(times[-TIMED:])
         marks.append(Mark(running.frames, running.keys, running.cache_bytes, peak, _resident(), seconds, reply.seconds))
