@@ -32,7 +32,7 @@ def build() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(**CONFIG)  # type: ignore[arg-type]
-    model.image_std = (STD,)
+    model.image_std = (STD,)  # type: ignore[assignment]
     return model
 
 

@@ -77,7 +77,8 @@ def build() -> nn.Module:
         num_classes=len(KINDS), pre_norm=True, act_layer=QuickGELU,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-5), global_pool="token",
     )  # fmt: skip
-    model.image_std = (STD,)  # what turns a tolerance in levels of pixels into what the model is given
+    # What turns a tolerance in levels of pixels into what the model is given.
+    model.image_std = (STD,)  # type: ignore[assignment]
     return model
 
 

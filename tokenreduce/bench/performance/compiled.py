@@ -101,7 +101,8 @@ def measure(
     import timm
 
     torch.manual_seed(0)
-    stock: Any = timm.create_model(case.model, **case.more).eval().to(device, DTYPES[dtype])
+    settings: dict[str, Any] = dict(case.settings)
+    stock: Any = timm.create_model(case.model, **settings).eval().to(device, DTYPES[dtype])
     x = torch.randn(case.batch, 3, *stock.patch_embed.img_size, device=device, dtype=DTYPES[dtype])
     patched = tr.patch(shell(stock), case.method)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -162,7 +163,8 @@ def scene(
     paper = _document(draw, board) if draw.random() < document else None
     n = draw.between(*objects)
     colours: list[str] = []
-    things, plates = [], []
+    things: list[Any] = []
+    plates: list[Any] = []
     for i, colour in enumerate(draw.sample(COLOURS, draw.between(*signs))):
         text = texts[i] if texts else "".join(draw.choice(CHARACTERS) for _ in range(draw.between(1, LONGEST)))
         beside = len(things) < n and draw.random() < _NEAR
