@@ -158,8 +158,6 @@ def _configured(source: str) -> tuple[float, ...] | None:
 def entry_plan(entry: AtEntry, x: Tensor, state: State, prefix: int, depth: int) -> Plan:
     """The plan for tokens ``x`` (B,N,C) before the first block. Raises ``RuntimeError`` where their pixels are gone."""
     mark, grid, reducer = entry_of(x), state.full_grid(prefix), entry.reducer
-    if not len(x):
-        return Identity.like(x)
     if mark is None or mark.pixels is None or grid is None:
         raise RuntimeError(
             f"{reducer.spec()} looks at the pixels of every patch, and the tokens before the first block are not those "

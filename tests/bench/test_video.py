@@ -135,7 +135,7 @@ def test_methods_that_look_at_the_same_share_the_tower(folder, monkeypatch):
         with tr.patched(made.loaded.model, spec), tower_clock(made.loaded.model.model, torch.device("cpu")) as spent:
             said[spec] = made.runner.answer().said
         calls[spec] = len(spent)
-    batches = len(list(made.runner.batches()))
+    batches = sum(len(list(made.runner.batches(unit))) for unit in range(len(made.runner.groups)))
     assert calls == {spec: batches * times for spec, times in specs.items()}
     monkeypatch.setattr(films_module, "SHARED", 0)
     other = VideoTask(folder, "world", limit=6, batch=3, repeats=0)

@@ -219,10 +219,12 @@ class _Asking:
     ) -> None:
         """All of ``items``, :attr:`Remote.concurrency` at a time; the first error ends it."""
         form = Form(str(self.task.model), str(self.task.prompt), self.task.max_new_tokens)
-        waiting = iter(items)
+        waiting, gone = iter(items), asyncio.Event()
 
         async def work() -> None:
             for item in waiting:
+                if gone.is_set():
+                    return
                 if item.id in self.source.problems:
                     continue
                 try:  # in a thread, so that no other request's clock runs while a picture is read
@@ -236,6 +238,8 @@ class _Asking:
         try:
             await asyncio.gather(*workers)
         except UnreachableError as error:
+            gone.set()
+            await asyncio.gather(*workers, return_exceptions=True)  # what is under way may still be answered
             there = len(self.answers.of(point))
             raise UnreachableError(
                 f"{error}. {counted(there, 'answer')} of {point} are in {self.answers.path}; the same command asks the "
