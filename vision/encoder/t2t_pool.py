@@ -110,7 +110,7 @@ class T2TPool(Reducer, name="t2t-pool", paper="2101.11986", title="T2T's overlap
         cell = cells_of(places, count(self.keep, rows * cols))  # type: ignore[arg-type]
         number = {name: i for i, name in enumerate(dict.fromkeys(cell))}
         which = torch.tensor([number[name] for name in cell])
-        own = torch.nn.functional.one_hot(which).T.float().view(-1, rows, cols)
+        own = torch.nn.functional.one_hot(which, len(number)).T.float().view(-1, rows, cols)
         wider = own.clone()
         for side, size in ((1, rows), (2, cols)):
             base = wider.clone()
