@@ -20,6 +20,7 @@ from tokenreduce.adapters.encoders.state import FRAMES, State, entry_of
 from tokenreduce.algorithms.pixels import behind
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
+from tokenreduce.core.readable import readable
 from tokenreduce.core.reducer import Reducer
 
 __all__ = ["AtEntry", "Pixels", "at_entry", "deviations_of", "entry_plan"]
@@ -76,6 +77,8 @@ class Pixels:
 
 def levels(pixels: Tensor, scale: tuple[float, ...]) -> Tensor:
     """``pixels`` (...,C,high,wide) in 8-bit levels less a constant of the channel: contiguous, float32."""
+    if not readable(pixels):  # nothing is written into under vmap or tracing
+        return (pixels.detach().float() * torch.tensor(scale, device=pixels.device).view(-1, 1, 1)).contiguous()
     out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device).copy_(pixels.detach())
     return out if scale == (1.0,) else out.mul_(torch.tensor(scale, device=pixels.device).view(-1, 1, 1))
 

@@ -94,8 +94,7 @@ class PixelReducer(Reducer, position="input", needs=("pixels",)):
         units = evidence.x[:, p:].detach().unflatten(1, (frames, rows, cols))
         if self.keep is not None:
             scores = self.scores(units, k).flatten(1)
-            head = scores.new_zeros(len(scores), p)
-            return Prune(evidence.n, select(torch.cat([head, scores], 1), k, evidence))
+            return Prune(evidence.n, select(torch.nn.functional.pad(scores, (p, 0)), k, evidence))
         return stay_plan(~self.gone(units).flatten(1), evidence)
 
 
@@ -114,7 +113,7 @@ def behind(plan: Prune, prefix: int) -> Prune:
     """``plan`` for tokens that stand behind ``prefix`` others, which stay."""
     if not prefix:
         return plan
-    head = torch.arange(prefix, device=plan.device).expand(plan.batch, -1)
+    head = torch.zeros_like(plan.keep[:, :1]) + torch.arange(prefix, device=plan.device)  # of any batch when traced
     valid = None if plan.valid is None else torch.cat([torch.ones_like(head, dtype=torch.bool), plan.valid], 1)
     return Prune(plan.n + prefix, torch.cat([head, plan.keep + prefix], 1), valid)
 

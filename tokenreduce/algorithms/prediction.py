@@ -9,6 +9,7 @@ not like B, else A.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["apart", "predicted", "refuse_nan", "surprise"]
@@ -55,24 +56,19 @@ def predicted(x: Tensor, limit: float, metric: str, anchored: bool = True) -> Te
 def _neighbours(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """(B,rows,cols) distances to the unit on the left and to the one above, infinite where there is none. Row by row,
     so that an image's pixels are read once."""
-    b, rows, cols, _ = x.shape
-    left = torch.full((b, rows, cols), float("inf"), device=x.device)
-    up = left.clone()
-    for r in range(rows):
-        left[:, r, 1:] = apart(x[:, r, 1:], x[:, r, :-1], metric)
-        if r:
-            up[:, r] = apart(x[:, r], x[:, r - 1], metric)
-    return left, up
+    none = float("inf")
+    left, up = [], []
+    for r in range(x.shape[1]):
+        left.append(F.pad(apart(x[:, r, 1:], x[:, r, :-1], metric), (1, 0), value=none))
+        up.append(apart(x[:, r], x[:, r - 1], metric) if r else torch.full_like(left[0], none))
+    return torch.stack(left, 1), torch.stack(up, 1)
 
 
 def _upwards(vertical: Tensor, level: Tensor) -> Tensor:
     """(B,rows,cols) whether the prediction of a unit is the one above, from whether C is like A, ``vertical``, and like
     B, ``level``, both (B,rows-1,cols-1)."""
-    b, rows, cols = vertical.shape
-    out = torch.zeros(b, rows + 1, cols + 1, dtype=torch.bool, device=vertical.device)
-    out[:, 1:, 0] = True
-    out[:, 1:, 1:] = vertical & ~level
-    return out
+    behind_first = F.pad(vertical & ~level, (1, 0), value=True)
+    return F.pad(behind_first, (0, 0, 1, 0), value=False)
 
 
 def _anchored(x: Tensor, limit: float, metric: str, nearest: Tensor) -> Tensor:
