@@ -95,6 +95,17 @@ def why_not(found: Language, towers: Sequence[tuple[ModuleType, Tower]]) -> str 
 
 def _other_eye(inner: Any, tower: nn.Module) -> str | None:
     """A module besides the tower that the features of images are made with, and that takes pixels."""
+    names = _of_images(inner)
+    for name, child in inner.named_children():
+        takes = inspect.signature(inspect.unwrap(type(child).forward)).parameters
+        sees = any(n.startswith("pixel_values") for n in takes)
+        if name in names and sees and not any(m is tower for m in child.modules()):
+            return type(child).__name__
+    return None
+
+
+def _of_images(inner: Any) -> set[str]:
+    """What the code that makes features of images and videos names, its children among it."""
     code, queue = vars_of(type(inner)), [f"get_{kind}_features" for kind in ("image", "video")]
     names: set[str] = set()
     while queue:
@@ -102,12 +113,7 @@ def _other_eye(inner: Any, tower: nn.Module) -> str | None:
             fresh = set(inspect.unwrap(function).__code__.co_names) - names
             names |= fresh
             queue += fresh
-    for name, child in inner.named_children():
-        takes = inspect.signature(inspect.unwrap(type(child).forward)).parameters
-        sees = any(n.startswith("pixel_values") for n in takes)
-        if name in names and sees and not any(m is tower for m in child.modules()):
-            return type(child).__name__
-    return None
+    return names
 
 
 def vars_of(kind: type) -> dict[str, FunctionType]:
@@ -126,6 +132,9 @@ def _mixer(found: Language, tower: Tower) -> str | None:
     children, own = list(tower.module.children()), set(tower.module.modules())
     at = next(i for i, c in enumerate(children) if any(m is tower.blocks[0] for m in c.modules()))
     skip |= {m for child in children[: at + 1] for m in child.modules()}
+    # A decoder of images, a tower for sound: what no feature of an image goes through does not matter.
+    there = _of_images(found.inner)
+    skip |= {m for name, child in found.inner.named_children() if name not in there for m in child.modules()}
     for name, module in found.inner.named_modules():
         if module in skip:
             continue
