@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.state import FRAMES, State, entry_of
 from tokenreduce.algorithms.pixels import behind
+from tokenreduce.core.compiled import settled
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.readable import readable
@@ -160,7 +161,7 @@ def _configured(source: str) -> tuple[float, ...] | None:
 # -- in a forward ------------------------------------------------------------------------------------------------------
 def entry_plan(entry: AtEntry, x: Tensor, state: State, prefix: int, depth: int) -> Plan:
     """The plan for tokens ``x`` (B,N,C) before the first block. Raises ``RuntimeError`` where their pixels are gone."""
-    mark, grid, reducer = entry_of(x), state.full_grid(prefix), entry.reducer
+    mark, grid, reducer = entry_of(x), state.full_grid(prefix), settled(entry.reducer)
     if mark is None or mark.pixels is None or grid is None:
         raise RuntimeError(
             f"{reducer.spec()} looks at the pixels of every patch, and the tokens before the first block are not those "

@@ -107,7 +107,7 @@ class T2TPool(Reducer, name="t2t-pool", paper="2101.11986", title="T2T's overlap
 
     def _cells(self, rows: int, cols: int) -> tuple[Tensor, Tensor]:
         places = [(r, c) for r in range(rows) for c in range(cols)]
-        cell = cells_of(places, count(self.keep, rows * cols))  # type: ignore[arg-type]
+        cell = cells_of(places, count(self.keep, rows * cols), 1.0)  # type: ignore[arg-type]
         number = {name: i for i, name in enumerate(dict.fromkeys(cell))}
         which = torch.tensor([number[name] for name in cell])
         own = torch.nn.functional.one_hot(which, len(number)).T.float().view(-1, rows, cols)
