@@ -246,6 +246,8 @@ def refusal(module: Any) -> str | None:
     """Why a tower that packs images cannot be reduced, None where it can, or is none."""
     if type(module) in FAMILIES or not packs(module):
         return None
+    if not len(stack_of(module)[1][start_of(module) :]):
+        return f"{type(module).__name__} is not supported: it has no layers behind where its tokens become others"
     try:
         _recipe(module)
     except TypeError as error:
