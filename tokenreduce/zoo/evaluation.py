@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from tokenreduce.zoo.world.scenes import Scene, scene
 from tokenreduce.zoo.world.vocabulary import SPLITS
 from tokenreduce.zoo.world_words import IDS, processor
 
-__all__ = ["KINDS_OF_TYPES", "Case", "cases", "evaluate"]
+__all__ = ["KINDS_OF_TYPES", "Case", "cases", "drawn", "evaluate"]
 
 #: Types by what they are about. Those of clips that pictures have too are called "video_colour_of", ...
 KINDS_OF_TYPES = {
@@ -31,9 +31,9 @@ KINDS_OF_TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One question: about what, its words, the answer and the name of its type."""
+    """One question: about what scene or clip, its words, the answer and the name of its type."""
 
-    about: Scene | Clip
+    about: Any
     text: str
     answer: str
     type: str
@@ -51,25 +51,37 @@ def cases(split: str = "test", seed: int = 0, questions: int = 400, types: Colle
         raise ValueError(f"unknown question type {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
     if questions < 1 or (types is not None and not types):
         raise ValueError(f"questions is 1 or more and types are not empty, not {questions} and {types}")
-    span, rng = SPLITS[split], np.random.default_rng((7, seed))
     chosen = [t for t in known if types is None or t in types]
-    out: list[Case] = []
-    while len(out) < questions:
-        name = chosen[len(out) % len(chosen)]
-        plain = name.removeprefix("video_")
+
+    def about(name: str, at: int) -> Scene | Clip:
+        if name in KINDS_OF_TYPES["video"]:
+            return clip(at)
+        return scene(at, copy_colour=0.45 if name in TWO_HOP else 0.25)
+
+    def asked(name: str, made: Any, at: int) -> Any:
+        return ask(made, at, 1, [name.removeprefix("video_")])[0]
+
+    return drawn(questions, chosen, SPLITS[split], seed, about, asked)
+
+
+def drawn(
+    count: int, types: Sequence[str], span: range, seed: int, about: Callable[[str, int], Any],
+    asked: Callable[[str, Any, int], Any],
+) -> list[Case]:  # fmt: skip
+    """``count`` cases, ``types`` in turn: what a question of a type is ``about``, drawn from a seed in ``span``, and
+    what is ``asked`` of it; where it lacks such a question, the next seed is taken."""
+    rng, out = np.random.default_rng((7, seed)), []
+    while len(out) < count:
+        name = types[len(out) % len(types)]
         while True:  # most scenes have a question of every type
             at = int(rng.integers(span.start, span.stop))
-            made = (
-                clip(at)
-                if name in KINDS_OF_TYPES["video"]
-                else scene(at, copy_colour=0.45 if name in TWO_HOP else 0.25)
-            )
+            made = about(name, at)
             try:
-                asked = ask(made, at, 1, [plain])[0]
+                question = asked(name, made, at)
             except ValueError:
                 continue
             break
-        out.append(Case(made, asked.text, asked.answer, name))
+        out.append(Case(made, question.text, question.answer, name))
     return out
 
 
@@ -114,10 +126,10 @@ def evaluate(
 
 def _inputs(model: Any, reading: Any, some: Sequence[Case]) -> dict[str, Any]:
     if isinstance(some[0].about, Clip):
-        return video_inputs(model, [c.about.frames for c in some], [c.text for c in some], processor=reading)  # type: ignore[union-attr]
+        return video_inputs(model, [c.about.frames for c in some], [c.text for c in some], processor=reading)
     from PIL import Image
 
-    images = [Image.fromarray(c.about.image) for c in some]  # type: ignore[union-attr]
+    images = [Image.fromarray(c.about.image) for c in some]
     made = reading(images=images, text=[f"<image> {c.text}" for c in some], return_tensors="pt")
     return {k: v.to(model.device) for k, v in made.items()}
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from tokenreduce.patching import patched
-from tokenreduce.zoo.world2 import IMAGE_TYPES, LETTERS, LONG, SPLITS, Scene, Score, ask, scene, score
+from tokenreduce.zoo.evaluation import Case, drawn
+from tokenreduce.zoo.world2 import IMAGE_TYPES, LETTERS, LONG, SPLITS, Score, ask, scene, score
 from tokenreduce.zoo.world2.questions import beside
 from tokenreduce.zoo.world2_words import processor
 
@@ -20,16 +19,6 @@ __all__ = ["LONGEST", "Case", "cases", "evaluate", "size_of"]
 
 #: Words of the longest answer, a description, with its end.
 LONGEST = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """One question: about what, its words, the answer and the name of its type."""
-
-    about: Scene
-    text: str
-    answer: str
-    type: str
 
 
 def cases(split: str = "test", seed: int = 0, questions: int = 400, types: Collection[str] | None = None) -> list[Case]:
@@ -43,21 +32,12 @@ def cases(split: str = "test", seed: int = 0, questions: int = 400, types: Colle
         raise ValueError(f"unknown question type {', '.join(map(repr, unknown))}; choose from {', '.join(IMAGE_TYPES)}")
     if questions < 1 or (types is not None and not types):
         raise ValueError(f"questions is 1 or more and types are not empty, not {questions} and {types}")
-    span, rng = SPLITS[split], np.random.default_rng((7, seed))
     chosen = [t for t in IMAGE_TYPES if types is None or t in types]
-    out: list[Case] = []
-    while len(out) < questions:
-        name = chosen[len(out) % len(chosen)]
-        while True:  # most scenes have a question of every type
-            at = int(rng.integers(span.start, span.stop))
-            made = scene(at, document=1.0 if name == "cell" else 0.4)
-            try:
-                asked = ask(made, at, 1, name)[0]
-            except ValueError:
-                continue
-            break
-        out.append(Case(made, asked.text, asked.answer, name))
-    return out
+    return drawn(
+        questions, chosen, SPLITS[split], seed,
+        lambda name, at: scene(at, document=1.0 if name == "cell" else 0.4),
+        lambda name, made, at: ask(made, at, 1, name)[0],
+    )  # fmt: skip
 
 
 def size_of(case: Case) -> int | None:

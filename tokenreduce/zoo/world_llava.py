@@ -8,7 +8,6 @@ difficulty (:data:`STAGES`), on packed questions (:mod:`tokenreduce.zoo.packing`
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.common.files import append_line
 from tokenreduce.zoo import packing
-from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state
-from tokenreduce.zoo.training import Schedule, fit, half
+from tokenreduce.zoo.stages import fit_stages
+from tokenreduce.zoo.training import Schedule, half
 from tokenreduce.zoo.video_inputs import pool
 from tokenreduce.zoo.world.vocabulary import MOTIONS
 from tokenreduce.zoo.world_batches import pictures
@@ -82,12 +80,17 @@ TAP = 2
 
 def build() -> Any:
     """The untrained architecture, a ``LlavaForConditionalGeneration``, initialised for a width of 128."""
+    return architecture(CLIP, TEXT, 2)  # one word and <eos>
+
+
+def architecture(clip: dict[str, Any], text: dict[str, Any], longest: int) -> Any:
+    """A ``LlavaForConditionalGeneration`` of a tower and a Llama of these settings, which says ``longest`` words."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE,  # type: ignore[arg-type]
-        image_seq_length=GRID * GRID, vision_feature_layer=-2, vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
+        vision_config=CLIPVisionConfig(**clip), text_config=LlamaConfig(**text), image_token_index=IMAGE,
+        image_seq_length=(clip["image_size"] // clip["patch_size"]) ** 2, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.image_std = (STD,)  # type: ignore[assignment]
@@ -95,7 +98,7 @@ def build() -> Any:
         for name, p in model.named_parameters():
             if p.dim() > 1 and "vision_tower" not in name:
                 p.normal_(std=0.035 if "o_proj" in name or "down_proj" in name else 0.07)
-    model.generation_config.max_new_tokens = 2  # one word and <eos>
+    model.generation_config.max_new_tokens = longest
     model.generation_config.max_length = None
     return model
 
@@ -240,36 +243,22 @@ def train(
     prepare(model, model.see(pixels(pictures(0, batch=64, seed=0).pixels)))
     # Two shapes, pictures and clips: compiling each takes seconds, one graph for any number of them minutes.
     see = torch.compile(model.see, dynamic=False) if compiled else model.see
-    before = 0
-    minutes = 0.0
-    for number, stage in enumerate(stages, 1):
-        checkpoint = out / f"checkpoint-{number}-{stage.name}.pt"
-        make = functools.partial(lesson, course=stage.course, seed=stage.schedule.seed)
-        with Ahead(make, stage.schedule.steps, workers) as batches:
 
-            def loss(_: nn.Module, step: int, generator: torch.Generator, batches: Any = batches) -> Tensor:
-                made = batches(step)
-                tensors = _tensors(made, device)
-                features = see(pixels(made.pixels.reshape(-1, *made.pixels.shape[2:])).to(device))
-                return losses(model, tensors, model.read(features, tensors, made.pixels.shape[1]))
+    def loss(_: Stage, made: Lesson, step: int) -> Tensor:
+        tensors = _tensors(made, device)
+        features = see(pixels(made.pixels.reshape(-1, *made.pixels.shape[2:])).to(device))
+        return losses(model, tensors, model.read(features, tensors, made.pixels.shape[1]))
 
-            left = None if stop_after is None else stop_after - minutes
-            spent = 0.0
-            for row in fit(
-                model, loss, stage.schedule, checkpoint, save_every=save_every, device=device, stop_after=left
-            ):
-                spent = row["minutes"]
-                row = {**row, "stage": stage.name, "step": before + row["step"], "minutes": minutes + spent}
-                images = held_out(model, device=device)
-                row.update(accuracy=images["all"], image=images)
-                if stage.course.video:
-                    row["video"] = held_out(model, device=device, video=True)
-                _write(out / "curve.jsonl", row)
-                report(row)
-        spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
-        minutes, before = minutes + spent, before + stage.schedule.steps
-        if stop_after is not None and minutes >= stop_after:
-            break
+    def judge(stage: Stage) -> dict[str, Any]:
+        images = held_out(model, device=device)
+        row: dict[str, Any] = {"accuracy": images["all"], "image": images}
+        return {**row, "video": held_out(model, device=device, video=True)} if stage.course.video else row
+
+    fit_stages(
+        model, stages, out, loss=loss, judge=judge, device=device, stop_after=stop_after, workers=workers,
+        save_every=save_every, report=report,
+        draw=lambda stage: functools.partial(lesson, course=stage.course, seed=stage.schedule.seed),
+    )  # fmt: skip
     model.llava.model.vision_tower.set_attn_implementation("sdpa")
     return model.llava.requires_grad_(True).eval()
 
@@ -284,12 +273,3 @@ def facts(model: Any) -> dict[str, Any]:
         "data": "questions about generated scenes and clips (tokenreduce.zoo.world), seeds of the train split",
         "limits": "one-word answers to the question forms of tokenreduce.zoo.world.questions; clips of 8 frames",
     }
-
-
-def _write(file: Path, row: dict[str, Any]) -> None:
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: short(v) for k, v in value.items()}
-        return round(value, 4) if isinstance(value, float) else value
-
-    append_line(file, json.dumps(short(row)), "choose another folder with --out")

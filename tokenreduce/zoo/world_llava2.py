@@ -10,7 +10,6 @@ the words for what it shows, and in one layer the first heads are told at which 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.common.files import append_line
 from tokenreduce.zoo import packing, world_vit2
-from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state, timm_state
-from tokenreduce.zoo.training import Schedule, fit, half
+from tokenreduce.zoo.stages import fit_stages
+from tokenreduce.zoo.training import Schedule, half
 from tokenreduce.zoo.world2.questions import LONG
 from tokenreduce.zoo.world2.vocabulary import GRID
 from tokenreduce.zoo.world2_batches import sights
 from tokenreduce.zoo.world2_lessons import Course, Lesson, lesson
 from tokenreduce.zoo.world2_words import IDS, SIZE
-from tokenreduce.zoo.world_llava import prepare
+from tokenreduce.zoo.world_llava import architecture, prepare
 from tokenreduce.zoo.world_vit import pixels
 from tokenreduce.zoo.world_vit2 import CLIP, embed
-from tokenreduce.zoo.world_words import BOS, EOS, IMAGE, PAD
+from tokenreduce.zoo.world_words import BOS, EOS, PAD
 
 __all__ = ["STAGES", "Stage", "Tuning", "build", "facts", "grown", "held_out", "train"]
 
@@ -89,21 +87,7 @@ STAGES = (
 
 def build() -> Any:
     """The untrained architecture, a ``LlavaForConditionalGeneration``, initialised for a width of 128."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE,  # type: ignore[arg-type]
-        image_seq_length=GRID * GRID, vision_feature_layer=-2, vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # the usual 0.02 is for widths of thousands; here it would never leave chance
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and "vision_tower" not in name:
-                p.normal_(std=0.035 if "o_proj" in name or "down_proj" in name else 0.07)
-    model.generation_config.max_new_tokens = 64  # a description has up to 61 words
-    model.generation_config.max_length = None
-    return model
+    return architecture(CLIP, TEXT, 64)  # a description has up to 61 words
 
 
 @torch.no_grad()
@@ -269,34 +253,21 @@ def train(
         features = model.see(x, torch.from_numpy(sights(0, batch=16, seed=0).labels[:, 4]).argsort(1)[:, -128:])
         prepare(model, features)  # type: ignore[arg-type]
     encoder.to(device)
-    before, minutes = 0, 0.0
-    for number, stage in enumerate(stages, 1):
-        checkpoint = out / f"checkpoint-{number}-{stage.name}.pt"
-        make = functools.partial(lesson, course=stage.course, seed=stage.schedule.seed)
-        with Ahead(make, stage.schedule.steps, workers) as batches:
 
-            def loss(_: nn.Module, step: int, generator: torch.Generator, batches: Any = batches) -> Tensor:
-                made = batches(step)
-                tensors = _tensors(made, device)
-                features = model.see(pixels(made.pixels).to(device), tensors["seen"])
-                return losses(model, tensors, model.read(features, tensors))
+    def loss(_: Stage, made: Lesson, step: int) -> Tensor:
+        tensors = _tensors(made, device)
+        features = model.see(pixels(made.pixels).to(device), tensors["seen"])
+        return losses(model, tensors, model.read(features, tensors))
 
-            left = None if stop_after is None else stop_after - minutes
-            spent = 0.0
-            for row in fit(
-                model, loss, stage.schedule, checkpoint, save_every=save_every, device=device, stop_after=left
-            ):
-                spent = row["minutes"]
-                row = {**row, "stage": stage.name, "step": before + row["step"], "minutes": minutes + spent}
-                found = held_out(model, device=device)
-                row.update(accuracy=found["all"], image=found)
-                line = json.dumps(row, default=float)
-                append_line(out / "curve.jsonl", line, "choose another folder with --out")
-                report(row)
-        spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
-        minutes, before = minutes + spent, before + stage.schedule.steps
-        if stop_after is not None and minutes >= stop_after:
-            break
+    def judge(_: Stage) -> dict[str, Any]:
+        found = held_out(model, device=device)
+        return {"accuracy": found["all"], "image": found}
+
+    fit_stages(
+        model, stages, out, loss=loss, judge=judge, device=device, stop_after=stop_after, workers=workers,
+        save_every=save_every, report=report,
+        draw=lambda stage: functools.partial(lesson, course=stage.course, seed=stage.schedule.seed),
+    )  # fmt: skip
     return model.llava.requires_grad_(True).eval()
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.common.files import append_line
 from tokenreduce.common.images import as_rgb
-from tokenreduce.zoo.ahead import Ahead
 from tokenreduce.zoo.clip_twin import clip_state
-from tokenreduce.zoo.training import Schedule, fit
+from tokenreduce.zoo.stages import fit_stages
+from tokenreduce.zoo.training import Schedule
 from tokenreduce.zoo.world.scenes import scene
 from tokenreduce.zoo.world.vocabulary import COLOURS, KINDS, SPLITS, TEXTURES
 from tokenreduce.zoo.world_batches import Pictures, pictures
@@ -69,12 +67,17 @@ CLIP = dict(
 
 def build() -> nn.Module:
     """The untrained architecture, a ``timm.models.VisionTransformer`` with 0.71 M parameters."""
+    return architecture(SIDE, len(KINDS))
+
+
+def architecture(side: int, classes: int) -> nn.Module:
+    """A ``timm.models.VisionTransformer`` of this width and depth for pictures of ``side`` pixels."""
     from timm.layers import QuickGELU
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
-        img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=4.0,
-        num_classes=len(KINDS), pre_norm=True, act_layer=QuickGELU,
+        img_size=side, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=4.0,
+        num_classes=classes, pre_norm=True, act_layer=QuickGELU,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-5), global_pool="token",
     )  # fmt: skip
     # What turns a tolerance in levels of pixels into what the model is given.
@@ -83,31 +86,35 @@ def build() -> nn.Module:
 
 
 def as_clip(model: nn.Module) -> Any:
-    """``model`` as a transformers ``CLIPVisionModel`` with copies of its weights, in eval mode."""
+    """``model``, of any side, as a transformers ``CLIPVisionModel`` with copies of its weights, in eval mode."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
+    side: int = model.patch_embed.img_size[0]  # type: ignore[union-attr,index,assignment]
     with torch.random.fork_rng(devices=[]):
-        clip: Any = CLIPVisionModel(CLIPVisionConfig(**CLIP))  # type: ignore[arg-type]
+        clip: Any = CLIPVisionModel(CLIPVisionConfig(**{**CLIP, "image_size": side}))  # type: ignore[arg-type]
     clip.load_state_dict(clip_state(model.state_dict()))
     return clip.to(next(model.parameters()).dtype).eval()
 
 
 def pixels(images: np.ndarray) -> Tensor:
-    """(B,3,112,112) normalised float of (B,112,112,3) uint8."""
+    """(B,3,H,W) normalised float of (B,H,W,3) uint8."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
 class WorldTransform:
-    """PIL image to a (3,112,112) float tensor, normalised as the model was trained."""
+    """PIL image to a (3,``side``,``side``) float tensor, normalised as the model was trained."""
+
+    def __init__(self, side: int = SIDE) -> None:
+        self.side = side
 
     def __call__(self, image: Any) -> Tensor:
         image = as_rgb(image)
-        if image.size != (SIDE, SIDE):
-            image = image.resize((SIDE, SIDE))
+        if image.size != (self.side, self.side):
+            image = image.resize((self.side, self.side))
         return pixels(np.asarray(image)[None].copy())[0]
 
     def __repr__(self) -> str:
-        return f"WorldTransform({SIDE}x{SIDE})"
+        return f"WorldTransform({self.side}x{self.side})"
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -331,36 +338,26 @@ def train(
         block.attn.fused_attn = device != "cpu"
     compile = torch.compile if compiled else lambda f: f
     forward, settle = compile(model.forward), compile(settling)
-    before, minutes = 0, 0.0
-    for number, stage in enumerate(STAGES, 1):
-        teacher = copy.deepcopy(model.vit).requires_grad_(False)
-        checkpoint = out / f"checkpoint-{number}-{stage.name}.pt"
-        with Ahead(functools.partial(_batch, schedule=stage.schedule), stage.schedule.steps, workers) as batches:
+    teacher: Any = None
 
-            def loss(
-                _: nn.Module, step: int, generator: torch.Generator, batches: Any = batches, stage: Stage = stage,
-                teacher: nn.Module = teacher,
-            ) -> Tensor:  # fmt: skip
-                made = batches(step)
-                x = pixels(made.pixels).to(device)
-                if stage.name == "places":
-                    return settle(model.vit, teacher.to(device), x)
-                return losses(forward(x), _targets(made, device))
+    def draw(stage: Stage) -> Callable[[int], Pictures]:
+        nonlocal teacher
+        teacher = copy.deepcopy(model.vit).requires_grad_(False).to(device)
+        return functools.partial(_batch, schedule=stage.schedule)
 
-            left = None if stop_after is None else stop_after - minutes
-            spent = 0.0
-            for row in fit(model, loss, stage.schedule, checkpoint, save_every=200, device=device, stop_after=left):
-                spent = row["minutes"]
-                row = {**row, "step": before + row["step"], "minutes": minutes + spent}
-                row["accuracy"] = accuracy(model.vit, "validation", scenes=200)
-                row.update(held_out(model, device=device))
-                line = json.dumps({k: round(v, 4) for k, v in row.items()})
-                append_line(out / "curve.jsonl", line, "choose another folder with --out")
-                report(row)
-        spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
-        minutes, before = minutes + spent, before + stage.schedule.steps
-        if stop_after is not None and minutes >= stop_after:
-            break
+    def loss(stage: Stage, made: Pictures, step: int) -> Tensor:
+        x = pixels(made.pixels).to(device)
+        if stage.name == "places":
+            return settle(model.vit, teacher, x)
+        return losses(forward(x), _targets(made, device))
+
+    def judge(_: Stage) -> dict[str, Any]:
+        return {"accuracy": accuracy(model.vit, "validation", scenes=200), **held_out(model, device=device)}
+
+    fit_stages(
+        model, STAGES, out, draw=draw, loss=loss, judge=judge, device=device, stop_after=stop_after, workers=workers,
+        report=report,
+    )  # fmt: skip
     for block in model.vit.blocks:
         block.attn.fused_attn = True
     return model.vit.eval()

@@ -10,7 +10,6 @@ weights is a timm classifier, a ``CLIPVisionModel`` (:func:`as_clip`) and a towe
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.common.files import append_line
-from tokenreduce.common.images import as_rgb
-from tokenreduce.zoo.ahead import Ahead
-from tokenreduce.zoo.clip_twin import clip_state
-from tokenreduce.zoo.training import Schedule, fit, half
+from tokenreduce.zoo.stages import fit_stages
+from tokenreduce.zoo.training import Schedule, half
 from tokenreduce.zoo.world2.scenes import SIZES, scene
 from tokenreduce.zoo.world2.signs import LETTERS
-from tokenreduce.zoo.world2.vocabulary import CANVAS, CHARACTERS, COLOURS, GRID, KINDS, PATCH, SPLITS, TEXTURES
+from tokenreduce.zoo.world2.vocabulary import CANVAS, CHARACTERS, COLOURS, GRID, KINDS, SPLITS, TEXTURES
 from tokenreduce.zoo.world2_batches import Sights, choose, sights
 from tokenreduce.zoo.world_vit import CLIP as OLD
-from tokenreduce.zoo.world_vit import DEPTH, HEADS, WIDTH, _class_row, pixels
+from tokenreduce.zoo.world_vit import WIDTH, WorldTransform, _class_row, architecture, as_clip, pixels
 
 __all__ = [
     "CLIP", "LABELS", "STAGES", "Stage", "World2Transform", "accuracy", "as_clip", "build", "facts",
@@ -64,14 +60,7 @@ STAGES = (
 
 def build() -> nn.Module:
     """The untrained architecture, a ``timm.models.VisionTransformer`` with 0.77 M parameters."""
-    from timm.layers import QuickGELU
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=4.0,
-        num_classes=len(LABELS), pre_norm=True, act_layer=QuickGELU,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-5), global_pool="token",
-    )  # fmt: skip
+    return architecture(SIDE, len(LABELS))
 
 
 def grown(old: nn.Module) -> nn.Module:
@@ -85,27 +74,8 @@ def grown(old: nn.Module) -> nn.Module:
     return new
 
 
-def as_clip(model: nn.Module) -> Any:
-    """``model`` as a transformers ``CLIPVisionModel`` with copies of its weights, in eval mode."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    with torch.random.fork_rng(devices=[]):
-        clip: Any = CLIPVisionModel(CLIPVisionConfig(**CLIP))  # type: ignore[arg-type]
-    clip.load_state_dict(clip_state(model.state_dict()))
-    return clip.to(next(model.parameters()).dtype).eval()
-
-
-class World2Transform:
-    """PIL image to a (3,224,224) float tensor, normalised as the model was trained."""
-
-    def __call__(self, image: Any) -> Tensor:
-        image = as_rgb(image)
-        if image.size != (SIDE, SIDE):
-            image = image.resize((SIDE, SIDE))
-        return pixels(np.asarray(image)[None].copy())[0]
-
-    def __repr__(self) -> str:
-        return f"World2Transform({SIDE}x{SIDE})"
+#: Pictures to what the model takes; the class itself knows the first world's side.
+World2Transform = functools.partial(WorldTransform, SIDE)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -300,36 +270,21 @@ def train(
     for block in model.vit.blocks:  # explicit attention has the faster backward pass on CPU
         block.attn.fused_attn = device != "cpu"
     forward = torch.compile(model.forward) if compiled else model.forward
-    before, minutes = 0, 0.0
-    for number, stage in enumerate(stages, 1):
-        checkpoint = out / f"checkpoint-{number}-{stage.name}.pt"
-        make = functools.partial(sights, batch=stage.schedule.batch, seed=stage.schedule.seed)
-        with Ahead(make, stage.schedule.steps, workers) as batches:
 
-            def loss(
-                _: nn.Module, step: int, generator: torch.Generator, batches: Any = batches, stage: Stage = stage
-            ) -> Tensor:
-                made = batches(step)
-                keep = choose(made.labels[:, 4] >= 0, stage.keep, np.random.default_rng((23, step)))
-                want = targets(made, keep, device)
-                return losses(forward(pixels(made.pixels).to(device), torch.from_numpy(keep).to(device)), want)
+    def loss(stage: Stage, made: Sights, step: int) -> Tensor:
+        keep = choose(made.labels[:, 4] >= 0, stage.keep, np.random.default_rng((23, step)))
+        want = targets(made, keep, device)
+        return losses(forward(pixels(made.pixels).to(device), torch.from_numpy(keep).to(device)), want)
 
-            left = None if stop_after is None else stop_after - minutes
-            spent = 0.0
-            for row in fit(
-                model, loss, stage.schedule, checkpoint, save_every=save_every, device=device, stop_after=left
-            ):
-                spent = row["minutes"]
-                row = {**row, "stage": stage.name, "step": before + row["step"], "minutes": minutes + spent}
-                row.update(held_out(model, device=device))
-                row["accuracy"] = row["character"]
-                line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-                append_line(out / "curve.jsonl", line, "choose another folder with --out")
-                report(row)
-        spent = spent or torch.load(checkpoint, map_location="cpu", weights_only=True)["minutes"]
-        minutes, before = minutes + spent, before + stage.schedule.steps
-        if stop_after is not None and minutes >= stop_after:
-            break
+    def judge(_: Stage) -> dict[str, Any]:
+        found = held_out(model, device=device)
+        return {**found, "accuracy": found["character"]}
+
+    fit_stages(
+        model, stages, out, loss=loss, judge=judge, device=device, stop_after=stop_after, workers=workers,
+        save_every=save_every, report=report,
+        draw=lambda stage: functools.partial(sights, batch=stage.schedule.batch, seed=stage.schedule.seed),
+    )  # fmt: skip
     for block in model.vit.blocks:
         block.attn.fused_attn = True
     return model.vit.eval()  # type: ignore[no-any-return]
