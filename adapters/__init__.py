@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.handing import attach_hands
 from tokenreduce.adapters.encoders.pixels import deviations_of
 from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outside, own_code, strictest
+from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.core.reducer import Reducer
 
 __all__ = ["Description", "attach", "describe", "encoder_refusal", "supported"]

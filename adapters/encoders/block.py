@@ -10,17 +10,16 @@ on a module, so threads, activation checkpointing, deepcopy and compiled graphs 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.pixels import AtEntry, at_entry, entry_plan
+from tokenreduce.adapters.encoders.pixels import AtEntry, entry_plan
 from tokenreduce.adapters.encoders.state import (
     State,
     carry_state,
@@ -33,7 +32,6 @@ from tokenreduce.adapters.encoders.state import (
     set_state,
     state_of,
 )
-from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.compiled import counted, refuse_script, settled
 from tokenreduce.core.evidence import Attention, EncoderEvidence
 from tokenreduce.core.plan import Plan
@@ -42,12 +40,11 @@ from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step, Trace, active
 
 __all__ = [
-    "Ask", "Attended", "Reduced", "Site", "State", "Tower", "asks", "attach_tower", "carry_state", "collect_states",
-    "expand_patches", "full_plan", "log_size", "may_be_reduced", "may_reduce", "planned", "pool_mean", "set_state",
-    "sites_for", "state_of",
+    "Ask", "Attended", "Reduced", "Site", "State", "asks", "carry_state", "collect_states", "expand_patches",
+    "full_plan", "log_size", "may_be_reduced", "may_reduce", "planned", "pool_mean", "set_state", "state_of",
 ]  # fmt: skip
 
-_ON_BLOCK = "_tokenreduce_site"
+ON_BLOCK = "_tokenreduce_site"
 
 
 class Attended(NamedTuple):
@@ -126,7 +123,7 @@ class Reduced:
     _one_branch = False
 
     def _get_name(self) -> str:
-        site: Site = self.__dict__[_ON_BLOCK]
+        site: Site = self.__dict__[ON_BLOCK]
         name = next(c for c in type(self).__mro__ if not issubclass(c, Reduced)).__name__
         return f"{name}[{site.reducer.spec()}]" if site.reducer is not None else f"{name}[tokenreduce]"
 
@@ -156,7 +153,7 @@ class Reduced:
     # -- the block ---------------------------------------------------------------------------------------------------
     def _run(self, x: Tensor, context: Any = None) -> Tensor:
         """The reduced forward. ``context`` is what the family needs besides ``x`` (rotary embeddings, kwargs)."""
-        site: Site = self.__dict__[_ON_BLOCK]
+        site: Site = self.__dict__[ON_BLOCK]
         x = x if site.layer else _counted(x)
         state = self._enter(site, x)
         if site.entry is not None:
@@ -342,7 +339,7 @@ def may_reduce(blocks: Iterable[nn.Module]) -> bool:
 
 
 def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
-    sites: list[Site] = [block.__dict__[_ON_BLOCK] for block in blocks]
+    sites: list[Site] = [block.__dict__[ON_BLOCK] for block in blocks]
     reducers = [*(site.reducer for site in sites), *(site.entry.reducer for site in sites if site.entry is not None)]
     return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
 
@@ -350,69 +347,3 @@ def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
 def _keeps_all(reducer: Reducer) -> bool:
     keep = getattr(reducer, "keep", None)
     return isinstance(keep, float) and keep >= 1.0
-
-
-# -- attaching -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Tower:
-    """One vision transformer found inside a model."""
-
-    name: str  # path inside the patched model, "" for the model itself
-    module: nn.Module
-    family: str
-    blocks: tuple[nn.Module, ...]
-    classes: dict[type, type]  # block class -> patched class
-    prefix: int
-    cls: bool
-    grid: tuple[int, ...] | None  # (rows, columns), or (frames, rows, columns) of a video encoder
-    evidence: tuple[str, ...]
-    rope: str | None = None
-    resizes: bool = True  # whether the model takes smaller images, for methods that act on the input
-    hands: str = "own"  # who reads the tokens behind it, see tokenreduce.adapters.encoders.readers
-    std: tuple[float, ...] | None = None  # by what channels are divided in front of it, where that is known
-    cell: int = 1  # patches along a side of what becomes one token behind it, for methods on pixels
-
-    @property
-    def tokens(self) -> int | None:
-        """Tokens at the entry for the model's own image size, prefix included."""
-        return None if self.grid is None else self.prefix + math.prod(self.grid)
-
-
-def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
-    """One site per block. Raises ``ValueError`` where a reducer does not fit or two act in one layer."""
-    depth = len(tower.blocks)
-    base = Site(0, depth, tower.prefix, tower.cls, None, tower.rope, tower.name)
-    sites = []
-    for layer in range(depth):
-        acting = [r for r in reducers if r.acting_position() != "input" and r.acts_at(layer, depth)]
-        if len(acting) > 1:
-            names = " and ".join(r.spec() for r in acting)
-            raise ValueError(
-                f"{names} both act in layer {layer}; give them different layers "
-                "(for instance r=[8,8,0,0] and layers=[2])"
-            )
-        sites.append(replace(base, layer=layer, reducer=acting[0] if acting else None))
-    for reducer in reducers:
-        missing = [n for n in reducer.required() if n not in tower.evidence]
-        if missing:
-            raise ValueError(
-                f"{reducer.name} needs {', '.join(missing)}, which {tower.family} cannot give "
-                f"(it gives {', '.join(tower.evidence)}); choose another method, "
-                "tr.describe(model) lists those that fit"
-            )
-    sites[0] = replace(sites[0], entry=at_entry(reducers, tower.std, tower.family, tower.cell))
-    return sites
-
-
-def attach_tower(tower: Tower, reducers: tuple[Reducer, ...], undo: Any) -> None:
-    """Swap the classes of a tower's blocks. Raises ``TypeError`` for block classes that the family does not know."""
-    sites = sites_for(tower, reducers)
-    for block in tower.blocks:
-        if type(block) not in tower.classes:
-            known = ", ".join(sorted(c.__name__ for c in tower.classes))
-            raise TypeError(f"{tower.family}: block class {type(block).__name__} is not supported; supported: {known}")
-        refuse_own(block)
-        refuse_patched(type(block))
-    for block, site in zip(tower.blocks, sites, strict=True):
-        undo.set(block, _ON_BLOCK, site)
-        undo.swap_class(block, tower.classes[type(block)])

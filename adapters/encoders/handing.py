@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.state import Entry, State, full_plan, note_entry, pool_mean, state_of
+from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.core.plan import Prune
 from tokenreduce.core.undo import Undo
 

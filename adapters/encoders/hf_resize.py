@@ -11,7 +11,7 @@ from transformers.models.idefics3 import modeling_idefics3 as idefics3
 from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
-from tokenreduce.adapters.encoders.block import Tower
+from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.core.compiled import settled
 from tokenreduce.core.undo import Undo
 

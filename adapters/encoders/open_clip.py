@@ -16,10 +16,11 @@ from typing import Any
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, Tower, asks, attach_tower
+from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, asks
 from tokenreduce.adapters.encoders.open_clip_attention import SEQUENCE_FIRST, listen, show
 from tokenreduce.adapters.encoders.open_clip_model import PREFIX, attach_model
 from tokenreduce.adapters.encoders.stock import refuse_own
+from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 

@@ -21,7 +21,7 @@ from open_clip.transformer import AttentionalPooler
 from open_clip.utils import feature_take_indices
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Tower, collect_states, may_be_reduced
+from tokenreduce.adapters.encoders.block import collect_states, may_be_reduced
 from tokenreduce.adapters.encoders.handing import raw_of
 from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.state import (
@@ -38,6 +38,7 @@ from tokenreduce.adapters.encoders.state import (
     state_of,
 )
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.core.compiled import settled
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo

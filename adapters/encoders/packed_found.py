@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Site, Tower, _collected, attach_tower
+from tokenreduce.adapters.encoders.block import Site, _collected
 from tokenreduce.adapters.encoders.hf_attention import calling
 from tokenreduce.adapters.encoders.hf_reading import read
 from tokenreduce.adapters.encoders.hf_structure import RECIPE, Recipe, StructuredLayer, core_of, hear
@@ -40,6 +40,7 @@ from tokenreduce.adapters.encoders.packed_reading import BOUNDS, LONGEST, FlatRe
 from tokenreduce.adapters.encoders.qwen import _SEEN, EVIDENCE, FAMILIES, _Block
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
+from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.mixing import mixed, parts
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import active

@@ -32,7 +32,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
-from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, Tower, View, _collected, attach_tower
+from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, View, _collected
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.encoders.packed import Layout, Packed, Part
 from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens
@@ -40,6 +40,7 @@ from tokenreduce.adapters.encoders.packed_pixels import PackedPixels, packed_pla
 from tokenreduce.adapters.encoders.pixels import AtEntry
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
+from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step, Trace, active

@@ -29,8 +29,8 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.readers_source import Known, find_givers, use_of
+from tokenreduce.adapters.encoders.tower import Tower
 
 __all__ = ["KNOWN", "VLMS", "hands_of", "is_vlm", "outside", "own_code", "strictest"]
 

@@ -21,10 +21,11 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, State, Tower, asks, attach_tower
+from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, State, asks
 from tokenreduce.adapters.encoders.stock import refuse_hooks, refuse_own
 from tokenreduce.adapters.encoders.timm_attention import attend, listen, project, scores
 from tokenreduce.adapters.encoders.timm_model import attach_model, attach_resize
+from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 

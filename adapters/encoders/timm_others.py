@@ -17,13 +17,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders import timm_blocks as blocks
-from tokenreduce.adapters.encoders.block import Tower, attach_tower, may_reduce
+from tokenreduce.adapters.encoders.block import may_reduce
 from tokenreduce.adapters.encoders.handing import raw_of
 from tokenreduce.adapters.encoders.state import Entry, carry_state, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.timm import EVIDENCE, VIT_BLOCKS
 from tokenreduce.adapters.encoders.timm_attention import ATTENTIONS, Listening, listen
 from tokenreduce.adapters.encoders.timm_model import ReducedModel
+from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.mixing import mixed, parts
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo

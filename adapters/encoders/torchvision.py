@@ -12,10 +12,11 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, Tower, asks, attach_tower
+from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, asks
 from tokenreduce.adapters.encoders.multihead import listen_multihead, split
 from tokenreduce.adapters.encoders.state import Entry, carry_state, note_entry
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_pre_hooks
+from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.joint import JointState, join_frames
 from tokenreduce.adapters.encoders.state import State, full_plan, known
+from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer

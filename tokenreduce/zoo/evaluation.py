@@ -70,7 +70,8 @@ def drawn(
 ) -> list[Case]:  # fmt: skip
     """``count`` cases, ``types`` in turn: what a question of a type is ``about``, drawn from a seed in ``span``, and
     what is ``asked`` of it; where it lacks such a question, the next seed is taken."""
-    rng, out = np.random.default_rng((7, seed)), []
+    rng = np.random.default_rng((7, seed))
+    out: list[Case] = []
     while len(out) < count:
         name = types[len(out) % len(types)]
         while True:  # most scenes have a question of every type

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders import packed_found
-from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.handing import attach_hands
 from tokenreduce.adapters.encoders.packed import Packed
 from tokenreduce.adapters.encoders.plain import MayBePlain
 from tokenreduce.adapters.encoders.readers_source import Known, find_givers, use_of
 from tokenreduce.adapters.encoders.state import State, full_plan
+from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.generic.towers import stacks_in
 from tokenreduce.adapters.language.towers import remaining, sizes

@@ -10,8 +10,8 @@ from vlms import VLMS, encodes_before
 
 import tokenreduce as tr
 from tokenreduce.adapters.encoders import packed_found
-from tokenreduce.adapters.encoders.block import Tower
 from tokenreduce.adapters.encoders.packed_layout import Laid, bounds_of, loops_of, start_of
+from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.core.plan import Merge, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo

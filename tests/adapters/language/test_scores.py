@@ -141,7 +141,7 @@ def test_behind_a_method_in_the_tower(name):
     assert torch.equal(marks != 0, visual if valid is None else visual & valid)
 
 
-def test_methods_have_marks_of_their_own():
+def test_methods_have_scores_of_their_own():
     vlm = VLMS["llava"]
     inputs = prompts(vlm, CASES["alone"])
     seen = marked(vlm, inputs, Marker(layer=1), Marker(layer=2, factor=-3.0))[0]
