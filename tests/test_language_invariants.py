@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -42,13 +43,8 @@ def there_of(plan):
     return torch.ones(plan.batch, plan.k, dtype=torch.bool) if valid is None else valid
 
 
-@every
-@pytest.mark.parametrize("layouts", SHAPES, ids=str)
-@pytest.mark.parametrize("keep", [0.5, 1, 3])
-def test_plans_are_well_formed(name, layouts, keep):
-    """Text and padding stay untouched, the order stays, some visual tokens stay, every output has a source, slots that
-    are not there come first."""
-    reducer = with_keep(name, keep)
+def check_well_formed(reducer, layouts):
+    name = reducer.name
     for layer in acting_layers(reducer):
         evidence = mixed(layouts, layer=layer)
         plan = reducer.plan(evidence)
@@ -69,6 +65,14 @@ def test_plans_are_well_formed(name, layouts, keep):
                     assert torch.equal(out[b, slot], evidence.x[b, i])
             assert (sources[b][~visual[b]] >= 0).all()
         assert torch.isfinite(out[there]).all()
+
+
+@every
+def test_plans_are_well_formed(name):
+    """Text and padding stay untouched, the order stays, some visual tokens stay, every output has a source, slots that
+    are not there come first."""
+    for keep, layouts in product([0.5, 1, 3], SHAPES):
+        check_well_formed(with_keep(name, keep), layouts)
 
 
 @every
@@ -170,10 +174,10 @@ def test_text_and_json_round_trips(name):
 
 
 @every
-@pytest.mark.parametrize("bad", [0, 1.5, -3, 0.0, True])
-def test_bad_budgets_are_refused(name, bad):
-    with pytest.raises(ValueError, match="keep"):
-        with_keep(name, bad)
+def test_bad_budgets_are_refused(name):
+    for bad in (0, 1.5, -3, 0.0, True):
+        with pytest.raises(ValueError, match="keep"):
+            with_keep(name, bad)
 
 
 @every
