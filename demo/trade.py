@@ -12,12 +12,12 @@ from typing import Any
 
 from tokenreduce.bench.columns import cell, columns, failure, label, ordered
 from tokenreduce.bench.live import Progress, follow_sweep
+from tokenreduce.bench.methods import UNREDUCED, full_name, is_baseline
 from tokenreduce.bench.page import write_html
 from tokenreduce.bench.plot import trade_axes, trade_plot
 from tokenreduce.bench.report import write_csv
 from tokenreduce.bench.runs import Run, read_run
 from tokenreduce.bench.safely import safetensors_only
-from tokenreduce.bench.sweep import UNREDUCED, full_name, is_baseline
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.turns import Turns
 from tokenreduce.bench.vision import VisionTask

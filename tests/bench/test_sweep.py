@@ -13,8 +13,9 @@ from fake_task import BASE, FakeTask, cost
 
 import tokenreduce as tr
 from tokenreduce.bench import runs
+from tokenreduce.bench.methods import split_methods
 from tokenreduce.bench.runs import load_run
-from tokenreduce.bench.sweep import Point, Solver, Watch, points, split_methods, sweep
+from tokenreduce.bench.sweep import Point, Solver, Watch, points, sweep
 from tokenreduce.bench.task import Task
 from tokenreduce.common.words import plain
 from tokenreduce.core.budget import BudgetError

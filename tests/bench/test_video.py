@@ -17,7 +17,8 @@ from tokenreduce.bench.asking import films as films_module
 from tokenreduce.bench.clip_frames import Sampler
 from tokenreduce.bench.clips import ClipItem, chosen, lettered
 from tokenreduce.bench.columns import columns
-from tokenreduce.bench.sweep import is_baseline, sweep
+from tokenreduce.bench.methods import is_baseline
+from tokenreduce.bench.sweep import sweep
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.tower_clock import tower_clock
 from tokenreduce.bench.video import VideoTask

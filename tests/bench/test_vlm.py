@@ -17,10 +17,11 @@ from tokenreduce import zoo
 from tokenreduce.bench.asking import pictures as pictures_module
 from tokenreduce.bench.asking import task as task_module
 from tokenreduce.bench.columns import columns, ordered
+from tokenreduce.bench.methods import check_methods
 from tokenreduce.bench.picture import style
 from tokenreduce.bench.questions import Item, load_questions, matches, normalised
 from tokenreduce.bench.report import rebuild
-from tokenreduce.bench.sweep import Solver, check_methods, points, sweep
+from tokenreduce.bench.sweep import Solver, points, sweep
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.vlm import VlmTask
 from tokenreduce.cli import app

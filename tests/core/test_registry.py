@@ -12,8 +12,9 @@ import pytest
 
 import tokenreduce as tr
 from tokenreduce.core import registry
-from tokenreduce.core.reducer import STAGES, parse_spec, split_specs
+from tokenreduce.core.reducer import STAGES
 from tokenreduce.core.registry import get_class
+from tokenreduce.core.specs import parse_spec, split_specs
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("adapters", "demo", "video", "vision")

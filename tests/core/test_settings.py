@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from tokenreduce.core.reducer import Reducer, format_spec, parse_spec
+from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import load_all
 from tokenreduce.core.settings import describe, fit, fits, hints
+from tokenreduce.core.specs import format_spec, parse_spec
 
 FIELDS = [(name, f.name, str(f.type)) for name, kind in load_all().items() for f in fields(kind)]
 every = pytest.mark.parametrize("name", load_all())

@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenreduce.algorithms.key_scorer import KeyScorer
 from tokenreduce.core.cache_reducer import CacheReducer
-from tokenreduce.core.reducer import build, parse_spec
+from tokenreduce.core.reducer import build
 from tokenreduce.core.registry import get_class, list_methods
+from tokenreduce.core.specs import parse_spec
 
 __all__ = ["OnScorer", "scorer"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenreduce.bench.methods import TOLERANCE, UNREDUCED
 from tokenreduce.bench.names import label
 from tokenreduce.bench.picture import metric_label, percent
 from tokenreduce.bench.runs import Run
-from tokenreduce.bench.sweep import TOLERANCE, UNREDUCED
 from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.bench.times import within_noise
 from tokenreduce.common.words import are, counted

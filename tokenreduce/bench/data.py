@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenreduce.bench import zeroshot
 from tokenreduce.bench.models import Loaded
-from tokenreduce.bench.sources import READERS, Problem, Source, kind_of
+from tokenreduce.bench.reading import Problem, Source
+from tokenreduce.bench.sources import READERS, kind_of
 from tokenreduce.common.images import as_rgb, why
 
 __all__ = ["Batch", "Images", "Problem", "balanced", "load_data"]

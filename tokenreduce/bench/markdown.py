@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.columns import BY_TYPE, Column, again, cell, columns, label, notes, ordered
+from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.runs import Run
-from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.common.files import write_text
 
 __all__ = ["MARKER", "write_markdown"]

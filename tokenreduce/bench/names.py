@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tokenreduce.bench.sweep import UNREDUCED
-from tokenreduce.core.reducer import split_specs
+from tokenreduce.bench.methods import UNREDUCED
+from tokenreduce.core.specs import split_specs
 
 __all__ = ["label"]
 

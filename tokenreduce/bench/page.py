@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.columns import INTERNAL, Column, again, cell, columns, compact, failure, label, notes, ordered
+from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.picture import need
 from tokenreduce.bench.plot import trade_axes, trade_plot
 from tokenreduce.bench.runs import OTHER_OUT, Run
-from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.bench.task import Axis
 from tokenreduce.common.files import write_text
 from tokenreduce.common.words import counted

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.names import label
 from tokenreduce.bench.runs import OTHER_OUT, Run
-from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.common.files import writing
 
 __all__ = ["COLOURS", "curves", "metric_label", "pareto", "percent", "style"]

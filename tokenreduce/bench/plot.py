@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tokenreduce.bench.columns import cell, columns, label
+from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.picture import curves, metric_label, need, percent, style
 from tokenreduce.bench.runs import Run
-from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.measure.plots import CLEAR
 
 __all__ = ["front", "trade_axes", "trade_plot"]

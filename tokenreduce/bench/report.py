@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenreduce.bench.columns import COLUMNS, Column, cell, columns, label, misses, ordered
+from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.page import write_html
 from tokenreduce.bench.picture import curves, pareto
 from tokenreduce.bench.runs import OTHER_OUT, Run, load_run
-from tokenreduce.bench.sweep import UNREDUCED, is_baseline
 from tokenreduce.bench.times import within_noise
 from tokenreduce.common.files import make_folder, write_text
 

@@ -7,62 +7,21 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from tokenreduce.bench.labels import check_numbers, digits_of, match_names, shown
+from tokenreduce.bench.embedded_sources import read_digits, read_world, read_world2
+from tokenreduce.bench.labels import check_numbers, match_names, shown
 from tokenreduce.bench.models import Loaded
+from tokenreduce.bench.reading import Classes, Problem, Read, Source, find_split
 from tokenreduce.common.images import EXTENSIONS
 from tokenreduce.common.words import are, counted
 
-__all__ = ["EXTENSIONS", "READERS", "Problem", "Read", "Source", "kind_of"]
+__all__ = ["EXTENSIONS", "READERS", "kind_of"]
 
 KINDS = "digits, world, world2, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
-#: Other names under which the split that was asked for may lie.
-SPLITS = {
-    "test": ("test", "val", "validation", "valid"),
-    "val": ("val", "validation", "valid", "test"),
-    "train": ("train", "training"),
-}
-Classes = tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An input that could not be used."""
-
-    path: str
-    reason: str
-
-
-class Source:
-    """``open(item)`` gives a PIL image (decoded or not) and may raise anything; ``where(item)`` names the item."""
-
-    def open(self, item: Any) -> Image.Image:
-        raise NotImplementedError("abstract")
-
-    def where(self, item: Any) -> str:
-        raise NotImplementedError("abstract")
-
-
-@dataclass
-class Read:
-    """What a reader found: items of a source with their labels, and what it could not use or had to assume.
-
-    A label is a number, or several numbers (as many for every item, -1 for none).
-    """
-
-    source: Source
-    items: list[Any]
-    labels: list[Any]
-    classes: tuple[str, ...]
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
 
 
 def kind_of(name: str) -> tuple[str, str]:
@@ -85,96 +44,6 @@ def kind_of(name: str) -> tuple[str, str]:
     raise ValueError(f"unknown data set {name!r}: {what}. Data sets are: {KINDS}")
 
 
-def _find_split(split: str, present: Sequence[str], where: str) -> tuple[str, list[str]]:
-    """The name under which a split is there, and a note where it is another one."""
-    found = next((s for s in SPLITS.get(split, (split,)) if s in present), None)
-    if found is None:
-        raise ValueError(f"{where} has no split {split!r}; it has: {', '.join(present)}. Fix: --split {present[0]}")
-    return found, [] if found == split else [f"there is no split {split}; {found} is used"]
-
-
-# -- the embedded digits -----------------------------------------------------------------------------------------------
-class _Digits(Source):
-    def __init__(self, pixels: Tensor) -> None:
-        self.pixels = pixels  # (n,28,28) uint8
-
-    def open(self, item: Any) -> Image.Image:
-        return Image.fromarray(self.pixels[item].numpy())
-
-    def where(self, item: Any) -> str:
-        return f"digit {item}"
-
-
-def _read_digits(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
-    from tokenreduce.zoo import digits
-
-    x, y = digits.load_data("test" if split in SPLITS["test"] else split)
-    pixels = ((x * digits.STD + digits.MEAN) * 255).round().to(torch.uint8)[:, 0]
-    index, names = match_names(digits_of(10), loaded, classes, "digits")
-    return Read(_Digits(pixels), list(range(len(y))), [index[i] for i in y.tolist()], names)
-
-
-# -- the generated world -----------------------------------------------------------------------------------------------
-#: Things in a scene, and scenes in the data set. One or two things are too easy: every method keeps them.
-WORLD_OBJECTS, WORLD_SCENES = (3, 6), 1000
-
-
-class _World(Source):
-    def open(self, item: Any) -> Image.Image:
-        from tokenreduce.zoo.world import scene
-
-        return Image.fromarray(scene(item, objects=WORLD_OBJECTS).image)
-
-    def where(self, item: Any) -> str:
-        return f"scene of seed {item}"
-
-
-def _read_world(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
-    """Scenes with the kinds of their things as labels: as many as things may be there, -1 for none."""
-    from tokenreduce.zoo.world import KINDS, scene
-    from tokenreduce.zoo.world import SPLITS as SEEDS
-
-    found, notes = _find_split(split, list(SEEDS), "world")
-    index, names = match_names(KINDS, loaded, classes, "world")
-    label = dict(zip(KINDS, index, strict=True))
-    seeds = list(SEEDS[found][:WORLD_SCENES])
-    labels: list[tuple[int, ...]] = []
-    for seed in seeds:
-        there = sorted({label[t.kind] for t in scene(seed, objects=WORLD_OBJECTS).objects})
-        labels.append((*there, *[-1] * (WORLD_OBJECTS[1] - len(there))))
-    return Read(_World(), seeds, labels, names, notes)
-
-
-class _World2(Source):
-    def open(self, item: Any) -> Image.Image:
-        return Image.fromarray(_scene2(item).image)
-
-    def where(self, item: Any) -> str:
-        return f"scene of seed {item} of the second world"
-
-
-def _scene2(seed: int) -> Any:
-    from tokenreduce.zoo.world2 import scene
-
-    return scene(seed, objects=WORLD_OBJECTS, signs=(1, 2), document=0.0)
-
-
-def _read_world2(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
-    """Scenes with the kinds of their things and the characters of their signs as labels, -1 for none."""
-    from tokenreduce.zoo.world2 import CHARACTERS, KINDS
-    from tokenreduce.zoo.world2 import SPLITS as SEEDS
-
-    found, notes = _find_split(split, list(SEEDS), "world2")
-    known = (*KINDS, *CHARACTERS)
-    index, names = match_names(known, loaded, classes, "world2")
-    label = dict(zip(known, index, strict=True))
-    seeds = list(SEEDS[found][:WORLD_SCENES])
-    there = [{t.kind for t in s.objects} | {c for sign in s.signs for c in sign.text} for s in map(_scene2, seeds)]
-    most = max(map(len, there))
-    labels = [(*(row := sorted(label[k] for k in kinds)), *[-1] * (most - len(row))) for kinds in there]
-    return Read(_World2(), seeds, labels, names, notes)
-
-
 # -- class folders -----------------------------------------------------------------------------------------------------
 class _Files(Source):
     def open(self, item: Any) -> Image.Image:
@@ -195,7 +64,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, list[str]]:
     present = [n for n in dict.fromkeys(usual) if (root / n).is_dir() and any(p.is_dir() for p in (root / n).iterdir())]
     if not present:
         return root, []
-    found, notes = _find_split(split, present, str(root))
+    found, notes = find_split(split, present, str(root))
     return root / found, notes
 
 
@@ -272,7 +141,7 @@ def _read_hf(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
         ) from error
     notes: list[str] = []
     if isinstance(rows, datasets.DatasetDict):
-        found, notes = _find_split(split, list(rows), place)
+        found, notes = find_split(split, list(rows), place)
         rows = rows[found]
     image = _column(rows.features, datasets.Image, ("image", "img", "jpg", "png", "picture"), place)
     label = _column(rows.features, datasets.ClassLabel, ("label", "labels", "cls", "class", "fine_label"), place)
@@ -405,9 +274,9 @@ def _samples(shard: str, problems: list[Problem]) -> Iterator[tuple[str, dict[st
 
 
 READERS: dict[str, Callable[[str, str, Loaded, Classes], Read]] = {
-    "digits": _read_digits,
-    "world": _read_world,
-    "world2": _read_world2,
+    "digits": read_digits,
+    "world": read_world,
+    "world2": read_world2,
     "folder": _read_folder,
     "hf": _read_hf,
     "wds": _read_wds,

@@ -111,7 +111,8 @@ def run(ctx: typer.Context, jobs: Mapping[Path, Task], *, budgets: tuple[str, st
 
 def _sweep(ctx: typer.Context, folder: Path, task: Task, budgets: list[float], device: str, screen: Screen) -> int:
     """Measure one task; returns how many rows failed."""
-    from tokenreduce.bench.sweep import split_methods, sweep
+    from tokenreduce.bench.methods import split_methods
+    from tokenreduce.bench.sweep import sweep
 
     given = {k: v for k, v in ctx.params.items() if k not in ("fresh", "as_json")}
     command = again(["bench", str(ctx.info_name)], given, {p.name: p.default for p in ctx.command.params})

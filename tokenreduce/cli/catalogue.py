@@ -54,7 +54,7 @@ def _made() -> Catalogue:
 
 def _row(name: str, kind: type[Reducer]) -> dict[str, Any]:
     from tokenreduce.common.words import plain
-    from tokenreduce.core.reducer import format_spec
+    from tokenreduce.core.specs import format_spec
 
     defaults = defaults_of(kind)
     paper = f"arXiv {kind.paper}" if kind.paper[:1].isdigit() else kind.paper

@@ -94,7 +94,7 @@ def _table(run: Any) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from tokenreduce.bench.sweep import UNREDUCED, is_baseline
+    from tokenreduce.bench.methods import UNREDUCED, is_baseline
     from tokenreduce.integrations.lmms_eval.sweep import metrics_in
 
     metrics = metrics_in(run)

@@ -87,7 +87,7 @@ def _facts(table: HeadTable) -> dict[str, Any]:
 def _present(table: HeadTable, place: Path) -> None:
     from rich.table import Table
 
-    from tokenreduce.core.reducer import format_spec
+    from tokenreduce.core.specs import format_spec
 
     screen = console()
     probe = table.probe

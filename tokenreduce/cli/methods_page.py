@@ -58,7 +58,7 @@ def _paper(kind: type[Reducer]) -> str:
 def section(name: str, kind: type[Reducer], heading: bool = True) -> str:
     """What there is to say of a method, under a heading or without one."""
     from tokenreduce.cli.catalogue import defaults_of
-    from tokenreduce.core.reducer import format_spec
+    from tokenreduce.core.specs import format_spec
 
     given = defaults_of(kind)
     spec = f"`{kind.__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})`"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenreduce.core.labels import label_of
-from tokenreduce.core.reducer import STAGES, Reducer, parse_spec, split_specs
+from tokenreduce.core.reducer import STAGES, Reducer
+from tokenreduce.core.specs import parse_spec, split_specs
 
 __all__ = ["KINDS", "Auto", "Chosen", "auto_of", "chosen_for", "is_auto", "tell"]
 

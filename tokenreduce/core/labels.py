@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields
 
-from tokenreduce.core.reducer import Reducer, format_spec
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.specs import format_spec
 
 __all__ = ["label_of"]
 

@@ -24,7 +24,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from tokenreduce.core.auto import is_auto
-from tokenreduce.core.reducer import FIND, METHODS, STAGES, Reducer, build, parse_spec, split_specs
+from tokenreduce.core.reducer import FIND, METHODS, STAGES, Reducer, build
+from tokenreduce.core.specs import parse_spec, split_specs
 
 __all__ = ["get_class", "get_method", "list_methods", "load_all", "parse"]
 

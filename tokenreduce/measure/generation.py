@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tokenreduce.adapters.language.cuts import columns_order
 from tokenreduce.adapters.language.generation import cache_of
 from tokenreduce.core.labels import label_of
-from tokenreduce.core.reducer import Reducer, split_specs
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.specs import split_specs
 from tokenreduce.core.trace import Step, Trace, record
 from tokenreduce.core.undo import reducers_of
 from tokenreduce.measure.cached import cache_peak, thinned

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tokenreduce.bench.asking.meter import Meter
 from tokenreduce.bench.asking.runner import quiet
-from tokenreduce.bench.sweep import full_name
+from tokenreduce.bench.methods import full_name
 from tokenreduce.core.registry import get_class, get_method
 from tokenreduce.patching import describe, patched
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from tokenreduce.bench.asking.pictures import Pictures
 from tokenreduce.bench.asking.source import reason_of
+from tokenreduce.bench.methods import UNREDUCED
 from tokenreduce.bench.questions import Item
 from tokenreduce.bench.remote.answers import Answer, AnswerFile
 from tokenreduce.bench.remote.client import Client, RefusedError, UnreachableError, check_url
 from tokenreduce.bench.remote.questions import Form, keep_text
 from tokenreduce.bench.remote.row import row_of
 from tokenreduce.bench.runs import Run, RunWriter, open_run, versions
-from tokenreduce.bench.sweep import UNREDUCED
 from tokenreduce.bench.task import Axis
 from tokenreduce.bench.watch import Point, Watch
 from tokenreduce.common.words import counted

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenreduce.bench.methods import UNREDUCED
 from tokenreduce.bench.runs import Run, RunWriter, open_run, versions
-from tokenreduce.bench.sweep import UNREDUCED
 from tokenreduce.core.labels import label_of
 from tokenreduce.core.registry import parse
 from tokenreduce.integrations.lmms_eval.command import Evaluation, FailedError

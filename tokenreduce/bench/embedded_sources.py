@@ -1,0 +1,97 @@
+"""Images that come with the package: digits, and scenes of both generated worlds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenreduce.bench.labels import digits_of, match_names
+from tokenreduce.bench.models import Loaded
+from tokenreduce.bench.reading import SPLITS, Classes, Read, Source, find_split
+
+__all__ = ["read_digits", "read_world", "read_world2"]
+
+
+# -- the embedded digits -----------------------------------------------------------------------------------------------
+class _Digits(Source):
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels  # (n,28,28) uint8
+
+    def open(self, item: Any) -> Image.Image:
+        return Image.fromarray(self.pixels[item].numpy())
+
+    def where(self, item: Any) -> str:
+        return f"digit {item}"
+
+
+def read_digits(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    from tokenreduce.zoo import digits
+
+    x, y = digits.load_data("test" if split in SPLITS["test"] else split)
+    pixels = ((x * digits.STD + digits.MEAN) * 255).round().to(torch.uint8)[:, 0]
+    index, names = match_names(digits_of(10), loaded, classes, "digits")
+    return Read(_Digits(pixels), list(range(len(y))), [index[i] for i in y.tolist()], names)
+
+
+# -- the generated world -----------------------------------------------------------------------------------------------
+#: Things in a scene, and scenes in the data set. One or two things are too easy: every method keeps them.
+WORLD_OBJECTS, WORLD_SCENES = (3, 6), 1000
+
+
+class _World(Source):
+    def open(self, item: Any) -> Image.Image:
+        from tokenreduce.zoo.world import scene
+
+        return Image.fromarray(scene(item, objects=WORLD_OBJECTS).image)
+
+    def where(self, item: Any) -> str:
+        return f"scene of seed {item}"
+
+
+def read_world(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    """Scenes with the kinds of their things as labels: as many as things may be there, -1 for none."""
+    from tokenreduce.zoo.world import KINDS, scene
+    from tokenreduce.zoo.world import SPLITS as SEEDS
+
+    found, notes = find_split(split, list(SEEDS), "world")
+    index, names = match_names(KINDS, loaded, classes, "world")
+    label = dict(zip(KINDS, index, strict=True))
+    seeds = list(SEEDS[found][:WORLD_SCENES])
+    labels: list[tuple[int, ...]] = []
+    for seed in seeds:
+        there = sorted({label[t.kind] for t in scene(seed, objects=WORLD_OBJECTS).objects})
+        labels.append((*there, *[-1] * (WORLD_OBJECTS[1] - len(there))))
+    return Read(_World(), seeds, labels, names, notes)
+
+
+class _World2(Source):
+    def open(self, item: Any) -> Image.Image:
+        return Image.fromarray(_scene2(item).image)
+
+    def where(self, item: Any) -> str:
+        return f"scene of seed {item} of the second world"
+
+
+def _scene2(seed: int) -> Any:
+    from tokenreduce.zoo.world2 import scene
+
+    return scene(seed, objects=WORLD_OBJECTS, signs=(1, 2), document=0.0)
+
+
+def read_world2(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    """Scenes with the kinds of their things and the characters of their signs as labels, -1 for none."""
+    from tokenreduce.zoo.world2 import CHARACTERS, KINDS
+    from tokenreduce.zoo.world2 import SPLITS as SEEDS
+
+    found, notes = find_split(split, list(SEEDS), "world2")
+    known = (*KINDS, *CHARACTERS)
+    index, names = match_names(known, loaded, classes, "world2")
+    label = dict(zip(known, index, strict=True))
+    seeds = list(SEEDS[found][:WORLD_SCENES])
+    there = [{t.kind for t in s.objects} | {c for sign in s.signs for c in sign.text} for s in map(_scene2, seeds)]
+    most = max(map(len, there))
+    labels = [(*(row := sorted(label[k] for k in kinds)), *[-1] * (most - len(row))) for kinds in there]
+    return Read(_World2(), seeds, labels, names, notes)
