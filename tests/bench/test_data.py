@@ -50,10 +50,10 @@ def test_digits_do_not_fit_a_model_with_other_outputs(imagenet):
 
 # -- the generated world -----------------------------------------------------------------------------------------------
 def test_scenes_carry_all_their_kinds(monkeypatch):
-    from tokenreduce.bench import sources
+    from tokenreduce.bench import embedded_sources
     from tokenreduce.zoo.world import KINDS, SPLITS, scene
 
-    monkeypatch.setattr(sources, "WORLD_SCENES", 40)
+    monkeypatch.setattr(embedded_sources, "WORLD_SCENES", 40)
     model = load_model("world-vit")
     data = load_data("world", "test", model)
     assert (len(data), data.classes, data.notes) == (40, KINDS, [])
