@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from vlms import IMAGE, VIDEO, _text, _tower, _wide
 
+Settings = dict[str, Any]
+
 WORDS = re.findall(
     r"\S+",
     "what is in this image the a an of and to on at with near cat dog man woman child hat helmet suit rocket cup "
@@ -88,8 +90,12 @@ def save_llava(folder: Path, size: int = 64, patch: int = 8) -> Path:
     return folder
 
 
-def save_qwen(folder: Path, most: int = 64) -> Path:
-    """Qwen2.5-VL with a chat template: patches of 4 pixels, 2x2 of which are a visual token, at most ``most``."""
+def save_qwen(
+    folder: Path, most: int = 64, patch: int = 4, vision: Settings | None = None, text: Settings | None = None,
+    films: Settings | None = None,
+) -> Path:  # fmt: skip
+    """Qwen2.5-VL with a chat template: patches of 4 pixels, 2x2 of which are a visual token, at most ``most``; other
+    settings of its tower, of its language model and of the processor of films where they are given."""
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
@@ -98,20 +104,24 @@ def save_qwen(folder: Path, most: int = 64) -> Path:
         Qwen2VLVideoProcessor,
     )
 
-    vision = dict(
-        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, window_size=16, out_hidden_size=32,
-        fullatt_block_indexes=[1],
+    tower = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=patch, window_size=4 * patch,
+        out_hidden_size=32, fullatt_block_indexes=[1],
     )  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
-        vision_config=vision, text_config=_text(rope_parameters=rope), image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_config=tower | (vision or {}), text_config=_text(**({"rope_parameters": rope} | (text or {}))),
+        image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=QWEN_SPECIAL["<|vision_start|>"], vision_end_token_id=QWEN_SPECIAL["<|vision_end|>"],
     )  # fmt: skip
     torch.manual_seed(0)
     _wide(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
-    sizes: dict[str, Any] = dict(patch_size=4, merge_size=2, size={"shortest_edge": 16 * 64, "longest_edge": most * 64})
+    token = 4 * patch**2  # pixels
+    sizes: Settings = dict(
+        patch_size=patch, merge_size=2, size={"shortest_edge": 16 * token, "longest_edge": most * token}
+    )
     Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**sizes), _tokenizer(QWEN_SPECIAL), Qwen2VLVideoProcessor(**sizes),
+        Qwen2VLImageProcessor(**sizes), _tokenizer(QWEN_SPECIAL), Qwen2VLVideoProcessor(**sizes | (films or {})),
         chat_template=QWEN_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     return folder

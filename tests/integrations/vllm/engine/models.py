@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import vlm_folders
 from PIL import Image
-from vlm_folders import QWEN_SPECIAL, QWEN_TEMPLATE, _tokenizer
-from vlms import IMAGE, VIDEO, _text, _wide
 
 Cases = list[dict[str, Any]]
 
@@ -24,37 +22,16 @@ def save_world(folder: Path) -> Path:
 def save_qwen(folder: Path) -> Path:
     """Qwen2.5-VL of width 128 with heads of 32, which vLLM's attention takes. Videos keep their frame rate in vLLM only
     with ``do_sample_frames`` in the processor."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    vision = dict(
-        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=8, window_size=32, out_hidden_size=128,
-        fullatt_block_indexes=[1], tokens_per_second=2,
+    return vlm_folders.save_qwen(
+        folder, 256, 8,
+        vision=dict(hidden_size=64, intermediate_size=128, out_hidden_size=128, tokens_per_second=2),
+        text=dict(
+            hidden_size=128, intermediate_size=256, num_key_value_heads=2, max_position_embeddings=2048,
+            architectures=["Qwen2ForCausalLM"],
+            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        ),
+        films=dict(do_sample_frames=True),
     )  # fmt: skip
-    text = _text(
-        hidden_size=128, intermediate_size=256, num_key_value_heads=2, max_position_embeddings=2048,
-        architectures=["Qwen2ForCausalLM"],
-        rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
-    )  # fmt: skip
-    config = Qwen2_5_VLConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=QWEN_SPECIAL["<|vision_start|>"], vision_end_token_id=QWEN_SPECIAL["<|vision_end|>"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    _wide(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
-    sizes: dict[str, Any] = dict(
-        patch_size=8, merge_size=2, size={"shortest_edge": 16 * 256, "longest_edge": 256 * 256}
-    )
-    Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**sizes), _tokenizer(QWEN_SPECIAL),
-        Qwen2VLVideoProcessor(**sizes, do_sample_frames=True), chat_template=QWEN_TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
 
 
 def questions(folder: Path, *, single: int = 10) -> Cases:
