@@ -17,7 +17,7 @@ from vlms import IMAGE, VLMS, prompts
 import tokenreduce as tr
 from tokenreduce.bench.vlms import LoadedVlm, load_vlm
 from tokenreduce.core.plan import Merge, Prune
-from tokenreduce.core.trace import Step
+from tokenreduce.core.trace import Step, ViewPlan
 from tokenreduce.measure.generation import compare, follow, patches_left
 from tokenreduce.measure.kept import Place, draw_kept, places
 from tokenreduce.measure.question import Question, ask
@@ -258,7 +258,7 @@ def test_merges_before_the_language_model_are_followed_to_the_columns_that_they_
     plan = Merge.from_assignment(torch.tensor([[0, 2, -1, 2, 1]]), 3)
     hosts = torch.tensor([[-1, 1, 4]])  # outputs in another order than their columns
     stay = Prune(6, torch.tensor([[0, 1, 4, 5]]))
-    parts = ((torch.tensor([[0]]), torch.tensor([[1, 2, 3, 4]]), plan),)
+    parts = (ViewPlan(torch.tensor([[0]]), torch.tensor([[1, 2, 3, 4]]), plan),)
     ((_, where),) = follow([Step("projector", 0, 4, stay, "m", parts, (hosts,))], 6)
     assert where.tolist() == [0, 2, -1, 2, 1, 3]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tokenreduce.core.plan import Plan
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["CacheStep", "DecodeStep", "Step", "Trace", "active", "record"]
+__all__ = ["CacheStep", "DecodeStep", "Step", "Trace", "ViewPlan", "active", "record"]
 
 _active: ContextVar[Trace | None] = ContextVar("tokenreduce_trace", default=None)
 
@@ -48,6 +48,14 @@ class CacheStep:
     together: bool = False
 
 
+class ViewPlan(NamedTuple):
+    """Rows (P,1) and columns (P,N) of the prompt of views that were chosen from together, and the plan on them."""
+
+    rows: Tensor
+    columns: Tensor
+    plan: Plan
+
+
 @dataclass(frozen=True)
 class Step:
     """One site of one forward: ``tokens`` (including prefix) leave it; ``plan`` is None where nothing acted."""
@@ -57,9 +65,8 @@ class Step:
     tokens: int
     plan: Plan | None = None
     method: str = ""
-    #: Projector stage: rows (P,1) and columns (P,N) of the views that were chosen from together, and the plan on them;
-    #: ``plan`` then says which columns of the prompt stay.
-    parts: tuple[tuple[Tensor, Tensor, Plan], ...] = field(default=(), repr=False)
+    #: Projector stage: the plans of all views; ``plan`` then says which columns of the prompt stay.
+    parts: tuple[ViewPlan, ...] = field(default=(), repr=False)
     #: For each of ``parts``: (P,K) the column that each output of its plan takes, -1 where there is none.
     slots: tuple[Tensor, ...] = field(default=(), repr=False)
     #: Encoder stage: patches of all views together that leave it, where views of one size come as one step of several

@@ -198,8 +198,8 @@ def _moved(step: Step, n: int) -> Tensor:
         source = step.plan.sources()[0].cpu()
         moved = torch.where(source >= 0, place[source.clamp(min=0)], -1)
     columns_kept = moved.clone()
-    for (_, columns, plan), slots in zip(step.parts, step.slots, strict=True):
-        for mine, source, slot in zip(columns.cpu(), plan.sources().cpu(), slots.cpu(), strict=True):
+    for part, slots in zip(step.parts, step.slots, strict=True):
+        for mine, source, slot in zip(part.columns.cpu(), part.plan.sources().cpu(), slots.cpu(), strict=True):
             source = source[-len(mine) :]  # behind a class token
             taken = slot[source.clamp(min=0)].where(source >= 0, -1)
             moved[mine] = columns_kept[taken.clamp(min=0)].where(taken >= 0, -1)

@@ -23,7 +23,7 @@ from tokenreduce.adapters.language.generic.masks import prompt_mask
 from tokenreduce.adapters.language.indices import ColumnIndex
 from tokenreduce.adapters.language.projector.brought import Brought
 from tokenreduce.adapters.language.projector.images import found_in
-from tokenreduce.adapters.language.projector.placing import Part, place_group
+from tokenreduce.adapters.language.projector.placing import Part, place_group, told_of
 from tokenreduce.adapters.language.projector.seen import encoded_in
 from tokenreduce.adapters.language.prompt import padding_in
 from tokenreduce.algorithms.projector import Projector
@@ -163,9 +163,7 @@ def _choose(inner: Any, forward: Forward, x: Tensor, setting: Setting) -> tuple[
     if trace is not None:
         plan = None if bool(stay.all()) else Prune.from_mask(stay)
         left = x.shape[1] if plan is None else plan.k
-        parts = tuple((p.views.rows, p.views.columns, p.plan) for p in made)
-        slots = tuple(p.slots.at.where(p.slots.real(), -1) for p in made)
-        trace.add(inner, Step("projector", 0, left, plan, setting.reducer.spec(), parts, slots))
+        trace.add(inner, Step("projector", 0, left, plan, setting.reducer.spec(), *told_of(made)))
     return stay, made
 
 

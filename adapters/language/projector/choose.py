@@ -31,7 +31,7 @@ from tokenreduce.adapters.language.generation import KEYWORD, Forward
 from tokenreduce.adapters.language.projector.brought import brought_in
 from tokenreduce.adapters.language.projector.clip_text import joint_space
 from tokenreduce.adapters.language.projector.images import found_in, frames_in, places_in
-from tokenreduce.adapters.language.projector.placing import Part, place_group
+from tokenreduce.adapters.language.projector.placing import Part, place_group, told_of
 from tokenreduce.adapters.language.projector.questions import tokenizer_of
 from tokenreduce.adapters.language.projector.scores import scores_of
 from tokenreduce.adapters.language.projector.seen import ARRIVING
@@ -213,8 +213,7 @@ def _choose(forward: Forward, x: Tensor, entry: Entry) -> Chosen:
 
 def _told_of(chosen: Chosen, plan: Plan | None, left: int, front: int, reducer: Reducer) -> Step:
     """What a trace is told; it counts the columns that the call brings."""
-    parts = tuple((p.views.rows, p.views.columns - front, p.plan) for p in chosen.parts)
-    slots = tuple((p.slots.at - front).where(p.slots.real(), -1) for p in chosen.parts)
+    parts, slots = told_of(chosen.parts, front)
     return Step("projector", 0, left if plan is None else plan.k, plan, reducer.spec(), parts, slots)
 
 

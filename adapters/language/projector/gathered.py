@@ -17,7 +17,7 @@ from tokenreduce.adapters.language.projector.seen import Encoded
 from tokenreduce.adapters.language.projector.through import entering, projection
 from tokenreduce.adapters.language.projector.videos import Image
 from tokenreduce.algorithms.projector import Projector
-from tokenreduce.core.evidence import ImageEvidence
+from tokenreduce.core.evidence import ImageEvidence, Joint, Through
 
 __all__ = ["Dropped", "Gathering", "Group"]
 
@@ -87,7 +87,7 @@ class Gathering:
                     f"{self.reducer.name} with clip compares patches before the projector with the question, and these "
                     f"tokens are made of several patches each; set clip=None"
                 )
-            more["clip"] = (self.clip.space.patches(more["features"]), self.clip.x[batch])
+            more["clip"] = Joint(self.clip.space.patches(more["features"]), self.clip.x[batch])
         if self.text is not None:
             more["text"], more["text_valid"] = self.text.x[batch], self.text.there[batch]
         if first.gone is not None and first.size is not None:
@@ -114,9 +114,9 @@ class Gathering:
         if encoded.entered is not None:
             table = entering(encoded)
             at = torch.stack([_entered(i, encoded, table) for i in alike]).to(device)[:, seen]
-            out["through"] = table[at.to(table.device)].to(device), projection(encoded.vision)
+            out["through"] = Through(table[at.to(table.device)].to(device), projection(encoded.vision))
         if encoded.pooled is not None:
-            out["pooled"] = encoded.pooled[0][views], encoded.pooled[1][views]
+            out["pooled"] = encoded.pooled.cut(lambda t: t[views])
         return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from tokenreduce.adapters.language.projector.gathered import Group
 from tokenreduce.algorithms.projector import Projector, share
 from tokenreduce.core.evidence import ImageEvidence
 from tokenreduce.core.plan import Plan
+from tokenreduce.core.trace import ViewPlan
 
-__all__ = ["Part", "place_group"]
+__all__ = ["Part", "place_group", "told_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,3 +153,9 @@ def _with_class(own: Tensor, there: Tensor, n: int) -> Tensor:
     taken.scatter_(1, torch.where(there & (own >= 0), own, n), True)
     free = (~taken[:, :n]).long().argmax(1, keepdim=True)
     return torch.where(own < 0, free, own)
+
+
+def told_of(parts: Sequence[Part], front: int = 0) -> tuple[tuple[ViewPlan, ...], tuple[Tensor, ...]]:
+    """``parts`` and slots of a trace's step, which counts columns from ``front`` on."""
+    plans = tuple(ViewPlan(p.views.rows, p.views.columns - front, p.plan) for p in parts)
+    return plans, tuple((p.slots.at - front).where(p.slots.real(), -1) for p in parts)

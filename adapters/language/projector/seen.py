@@ -14,7 +14,7 @@ from tokenreduce.adapters.encoders.block import State, full_plan
 from tokenreduce.adapters.encoders.packed import Packed
 from tokenreduce.adapters.language.families import Vision
 from tokenreduce.adapters.language.towers import remaining, sizes
-from tokenreduce.core.evidence import Attention, BaseEvidence, Origin
+from tokenreduce.core.evidence import Attention, BaseEvidence, Origin, PoolingHead
 from tokenreduce.core.plan import Plan
 
 __all__ = ["ARRIVING", "WATCHING", "Encoded", "Entry", "PackedCall", "encoded_in", "put_on"]
@@ -61,8 +61,7 @@ class Encoded:
     given: Tensor | None = None
     #: Side of a patch.
     patch: int = 1
-    #: (views,n) attention of the pooling head, (views,C) what it makes of a view.
-    pooled: tuple[Tensor, Tensor] | None = None
+    pooled: PoolingHead | None = None
 
     def pixels(self, views: Tensor) -> Tensor:
         """(V,patches,P) of ``views`` (V,), which all have as many patches: the pixels of each."""

@@ -33,7 +33,7 @@ from tokenreduce.adapters.language.projector.seen import (
     put_on,
 )
 from tokenreduce.adapters.language.projector.through import attach_through, through_of
-from tokenreduce.core.evidence import Look, resolve
+from tokenreduce.core.evidence import Look, PoolingHead, resolve
 from tokenreduce.core.undo import Undo
 
 __all__ = ["attach_tower_evidence", "encode", "encoded_in", "vision_of"]
@@ -303,7 +303,7 @@ def watch_head(head: Any, args: tuple[Any, ...], output: Tensor) -> None:
         q, k = (nn.functional.linear(t, w, b) for t, w, b in ((head.probe[0], wq, bq), (x, wk, bk)))
         q, k = (t.float().unflatten(-1, (attn.num_heads, -1)).transpose(-3, -2) for t in (q, k))
         rows = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
-    seen.pooled = rows.mean(1)[:, 0], output.detach()
+    seen.pooled = PoolingHead(rows.mean(1)[:, 0], output.detach())
 
 
 def _frame_lengths(grids: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from visual import ORIGINS, noise, visual
 
 import tokenreduce as tr
-from tokenreduce.core.evidence import Evidence
+from tokenreduce.core.evidence import Evidence, Joint
 from tokenreduce.core.registry import get_class
 
 TRIM = get_class("trim", "projector")
@@ -91,7 +91,7 @@ def test_the_sign_on_a_known_image():
     patches = torch.zeros(1, 16, 6)
     patches[0, 3, 0], patches[0, 9, 0] = 2.0, -2.0
     e = seen(batch=1)
-    e._clip = (patches, torch.eye(6)[None, :1])
+    e._clip = Joint(patches, torch.eye(6)[None, :1])
     assert TRIM(keep=2, clip="a/b").plan(e).representatives()[0, 0] == 9
     assert TRIM(keep=2, clip="a/b", sign=1).plan(e).representatives()[0, 0] == 3
 
@@ -99,7 +99,7 @@ def test_the_sign_on_a_known_image():
 def test_only_the_first_segment_is_read():
     e = seen(batch=2)
     want = TRIM(keep=5, clip="a/b").plan(e)
-    e._clip = (e.clip[0], torch.cat([e.clip[1], noise(2, 2, 6, seed=50)], 1))
+    e._clip = Joint(e.clip[0], torch.cat([e.clip[1], noise(2, 2, 6, seed=50)], 1))
     assert TRIM(keep=5, clip="a/b").plan(e) == want
 
 
@@ -113,7 +113,7 @@ def skewed(batch=3):
     patches[..., 0] = -s
     text = torch.zeros(batch, 1, 6)
     text[..., 0] = 1
-    e._clip = (patches, text)
+    e._clip = Joint(patches, text)
     return e
 
 
@@ -141,7 +141,7 @@ def test_the_outlier_rule_of_every_sample(factor):
 
 def test_an_almost_one_hot_softmax():
     e = skewed(1)
-    e._clip = (e.clip[0] * 20, e.clip[1])
+    e._clip = Joint(e.clip[0] * 20, e.clip[1])
     plan = TRIM(keep=None, clip="a/b").plan(e)
     stay = outliers(weights(e.clip[0][0], e.clip[1][0]))
     assert plan.representatives()[0].tolist()[:-1] == stay
@@ -182,7 +182,7 @@ def test_without_words_tokens_are_evenly_spaced():
     assert TRIM(keep=5).plan(e.in_vision(False)).representatives().tolist() == [[2, 6, 10, 14, 15]] * 2
     assert TRIM(keep=1).plan(e.in_vision(False)).representatives().tolist() == [[15]] * 2
     assert TRIM(keep=None).plan(e.in_vision(False)).k == 1
-    e._clip = (e.clip[0], torch.zeros_like(e.clip[1]))
+    e._clip = Joint(e.clip[0], torch.zeros_like(e.clip[1]))
     assert TRIM(keep=4, clip="a/b").plan(e.in_vision(False)).representatives()[0].tolist() == [2, 8, 13, 15]
 
 
@@ -204,7 +204,7 @@ def test_plain_evidence_and_awkward_lengths(n):
 
 def test_ties_go_to_the_lower_index():
     e = seen(batch=1)
-    e._clip = (torch.ones(1, 16, 6), torch.ones(1, 1, 6))
+    e._clip = Joint(torch.ones(1, 16, 6), torch.ones(1, 1, 6))
     assert TRIM(keep=4, clip="a/b").plan(e).representatives()[0].tolist() == [0, 1, 2, 15]
 
 

@@ -7,11 +7,12 @@ from tokenreduce.core.evidence.encoder import EncoderEvidence
 from tokenreduce.core.evidence.image import ImageEvidence, TowerEvidence
 from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
 from tokenreduce.core.evidence.origin import Look, Origin, resolve
+from tokenreduce.core.evidence.pairs import Joint, PoolingHead, Through
 from tokenreduce.core.evidence.plain import Evidence
 from tokenreduce.core.evidence.visual import VisualEvidence
 
 __all__ = [
     "Attention", "BaseEvidence", "CacheEvidence", "Earlier", "EncoderEvidence", "Evidence", "ImageEvidence",
-    "LanguageEvidence", "Look", "Origin", "Prompt", "Rotary", "Rows", "TowerEvidence", "VisualEvidence", "need",
-    "resolve",
+    "Joint", "LanguageEvidence", "Look", "Origin", "PoolingHead", "Prompt", "Rotary", "Rows", "Through",
+    "TowerEvidence", "VisualEvidence", "need", "resolve",
 ]  # fmt: skip

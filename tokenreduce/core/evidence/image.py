@@ -8,7 +8,7 @@ between them. :class:`ImageEvidence` keeps both: its tokens are those of the lan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 from tokenreduce.core.evidence.attention import Attention, Rows, need
 from tokenreduce.core.evidence.base import BaseEvidence
 from tokenreduce.core.evidence.origin import Look, Origin, resolve
-from tokenreduce.core.evidence.visual import Through, VisualEvidence
+from tokenreduce.core.evidence.pairs import Joint, PoolingHead, Through
+from tokenreduce.core.evidence.visual import VisualEvidence
 from tokenreduce.core.plan import Plan
 
 __all__ = ["ImageEvidence", "TowerEvidence"]
@@ -116,15 +117,15 @@ class ImageEvidence(VisualEvidence):
         tower_depth: int = 0,
         text: Tensor | None = None,
         text_valid: Tensor | None = None,
-        clip: tuple[Tensor, Tensor] | None = None,
+        clip: Joint | tuple[Tensor, Tensor] | None = None,
         projected: Tensor | None = None,
         size: Tensor | None = None,
         times: Tensor | None = None,
         prefix: int = 0,
         pixels: Tensor | None = None,
-        pooled: tuple[Tensor, Tensor] | None = None,
+        pooled: PoolingHead | tuple[Tensor, Tensor] | None = None,
         is_vision: bool = False,
-        through: Through | None = None,
+        through: Through | tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         self.blocks, self.plans = dict(blocks or {}), dict(plans or {})
         super().__init__(
@@ -134,7 +135,8 @@ class ImageEvidence(VisualEvidence):
         )  # fmt: skip
         self.origin, self._features, self.own = origin, features, own
         self.feature, self.tower_depth, self.is_vision = feature, tower_depth, is_vision
-        self._projected, self._pooled = projected, pooled
+        self._projected = projected
+        self._pooled = None if pooled is None else PoolingHead(*pooled)
 
     @property
     def features(self) -> Tensor:
@@ -210,48 +212,53 @@ class ImageEvidence(VisualEvidence):
     def _part(self, where: Tensor, origin: Origin, view: int | None) -> ImageEvidence:
         b, v, many = self.batch, self.origin.views, len(where)
 
+        def here(t: Tensor) -> Tensor:
+            return t[:, where].flatten(0, 1)
+
+        def many_rows(t: Tensor) -> Tensor:
+            return t.repeat_interleave(many, 0)
+
         def tokens(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[:, where].flatten(0, 1)
+            return None if t is None else here(t)
 
         def rows(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.repeat_interleave(many, 0)
+            return None if t is None else many_rows(t)
 
         def mine(t: Tensor) -> Tensor:
             return t if view is None else t.view(b, v, *t.shape[1:])[:, view]
 
-        x = tokens(self.x)
-        assert x is not None
-        clip = None if self._clip is None else (tokens(self._clip[0]), rows(self._clip[1]))
-        through = None if self._through is None else (tokens(self._through[0]), self._through[1])
         return ImageEvidence(
-            x,
+            here(self.x),
             origin,
             features=tokens(self._features),
             own=None if self.own is None else mine(self.own),
-            blocks={i: e if view is None else e.samples(torch.arange(b, device=x.device) * v + view)
+            blocks={i: e if view is None else e.samples(torch.arange(b, device=where.device) * v + view)
                     for i, e in self.blocks.items()},
-            plans={i: p if view is None else p.rows_at(torch.arange(b, device=x.device) * v + view)
+            plans={i: p if view is None else p.rows_at(torch.arange(b, device=where.device) * v + view)
                    for i, p in self.plans.items()},
             feature=self.feature,
             tower_depth=self.tower_depth,
             text=rows(self.text),
             text_valid=rows(self.text_valid),
-            clip=cast(Any, clip),
+            clip=None if self._clip is None else self._clip.cut(here, many_rows),
             projected=tokens(self._projected),
             size=tokens(self.size),
             times=tokens(self.times),
             pixels=None if self._pixels is None else mine(self._pixels),
-            pooled=None if self._pooled is None else (mine(self._pooled[0]), mine(self._pooled[1])),
-            through=cast(Any, through),
+            pooled=None if self._pooled is None else self._pooled.cut(mine),
+            through=None if self._through is None else self._through.cut(here),
         )  # fmt: skip
 
     def batch_of(self, rows: Tensor) -> ImageEvidence:
         """The same evidence for some samples of the batch of one view, ``rows`` (R,)."""
 
-        def pick(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[rows]
+        def some(t: Tensor) -> Tensor:
+            return t[rows]
 
-        clip = None if self._clip is None else (self._clip[0][rows], self._clip[1][rows])
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else some(t)
+
+        clip = None if self._clip is None else self._clip.cut(some, some)
         return ImageEvidence(
             self.x[rows], self.origin, features=pick(self._features), own=pick(self.own),
             blocks={i: e.samples(rows) for i, e in self.blocks.items()},
@@ -259,8 +266,8 @@ class ImageEvidence(VisualEvidence):
             tower_depth=self.tower_depth, text=pick(self.text), text_valid=pick(self.text_valid), clip=clip,
             projected=pick(self._projected), size=pick(self.size), times=pick(self.times), prefix=self.prefix,
             pixels=pick(self._pixels),
-            pooled=None if self._pooled is None else (self._pooled[0][rows], self._pooled[1][rows]),
-            through=None if self._through is None else (self._through[0][rows], self._through[1]),
+            pooled=None if self._pooled is None else self._pooled.cut(some),
+            through=None if self._through is None else self._through.cut(some),
         )  # fmt: skip
 
     # -- spaces ------------------------------------------------------------------------------------------------------

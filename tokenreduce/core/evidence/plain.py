@@ -11,7 +11,8 @@ from torch import Tensor
 from tokenreduce.core.evidence.attention import Attention
 from tokenreduce.core.evidence.encoder import EncoderEvidence
 from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
-from tokenreduce.core.evidence.visual import Through, VisualEvidence
+from tokenreduce.core.evidence.pairs import Joint, Through
+from tokenreduce.core.evidence.visual import VisualEvidence
 
 __all__ = ["Evidence"]
 
@@ -77,13 +78,13 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         earlier: Earlier | None = None,
         text_valid: Tensor | None = None,
         pixels: Tensor | None = None,
-        clip: tuple[Tensor, Tensor] | None = None,
+        clip: Joint | tuple[Tensor, Tensor] | None = None,
         crops: tuple[int, int] | None = None,
         films: Tensor | None = None,
         marks: Tensor | None = None,
         place_of: Tensor | None = None,
         held: Tensor | None = None,
-        through: Through | None = None,
+        through: Through | tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
         origin: Tensor | None = None,
     ) -> None:
         if films is not None or marks is not None:
@@ -115,8 +116,11 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         )  # fmt: skip
 
     def samples(self, rows: Tensor) -> Evidence:
+        def some(t: Tensor) -> Tensor:
+            return t[rows]
+
         def pick(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[rows]
+            return None if t is None else some(t)
 
         seen, protected = self.attention.samples(rows), self.protected
         if isinstance(protected, Tensor) and protected.dim() == 2:
@@ -133,28 +137,35 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             earlier=None if earlier is None else Earlier(earlier.attention[rows], earlier.stay[rows]),
             text_valid=pick(self.text_valid), pixels=pick(self._pixels), crops=self.crops,
             place_of=pick(self._place_of), held=pick(self.held), origin=pick(self.origin),
-            through=None if self._through is None else (self._through[0][rows], self._through[1]),
-            clip=None if self._clip is None else (self._clip[0][rows], self._clip[1][rows]),
+            through=None if self._through is None else self._through.cut(some),
+            clip=None if self._clip is None else self._clip.cut(some, some),
         )  # fmt: skip
 
     def tokens_at(self, row: int, where: Tensor) -> Evidence:
         """Evidence of the tokens ``where`` (K,) of one sample, none of them protected."""
 
+        def one(t: Tensor) -> Tensor:
+            return t[row : row + 1]
+
+        def here(t: Tensor) -> Tensor:
+            return one(t)[:, where]
+
+        def behind(t: Tensor) -> Tensor:
+            return one(t)[:, where - self.prefix]
+
         def rows(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[row : row + 1, where]
+            return None if t is None else here(t)
 
         def alone(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[row : row + 1]
+            return None if t is None else one(t)
 
         seen = self.attention.tokens(row, where)
         return Evidence(
             self.x[row : row + 1, where], seen.k, seen.q, seen.given, rows(self.size), values=seen.v,
             before=rows(self._before), text=alone(self.text), text_valid=alone(self.text_valid), times=rows(self.times),
-            through=None if self._through is None else (
-                self._through[0][row : row + 1, where - self.prefix], self._through[1]
-            ),
-            pixels=None if self._pixels is None else self._pixels[row : row + 1, where - self.prefix],
+            through=None if self._through is None else self._through.cut(behind),
+            pixels=None if self._pixels is None else behind(self._pixels),
             grid=self.grid if self.grid is not None and math.prod(self.grid) == len(where) else None, cls=False,
-            clip=None if self._clip is None else (self._clip[0][row : row + 1, where], self._clip[1][row : row + 1]),
+            clip=None if self._clip is None else self._clip.cut(here, one),
             rope=seen.rope, scale=seen.scale, layer=self.layer, depth=self.depth,
         )  # fmt: skip

@@ -12,11 +12,9 @@ from torch import Tensor
 from tokenreduce.core.evidence.attention import need
 from tokenreduce.core.evidence.base import BaseEvidence
 from tokenreduce.core.evidence.origin import Look
+from tokenreduce.core.evidence.pairs import Joint, Through
 
-__all__ = ["Through", "VisualEvidence"]
-
-#: Rows (B,N,E) that enter a projector, and the projector.
-Through = tuple[Tensor, Callable[[Tensor], Tensor]]
+__all__ = ["VisualEvidence"]
 
 
 class VisualEvidence(BaseEvidence):
@@ -45,14 +43,16 @@ class VisualEvidence(BaseEvidence):
         text_valid: Tensor | None = None,
         times: Tensor | None = None,
         crops: tuple[int, int] | None = None,
-        clip: tuple[Tensor, Tensor] | None = None,
+        clip: Joint | tuple[Tensor, Tensor] | None = None,
         pixels: Tensor | None = None,
-        through: Through | None = None,
+        through: Through | tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
         **core: Any,
     ) -> None:
         super().__init__(x, *args, **core)
         self.text, self.text_valid, self.times, self.crops = text, text_valid, times, crops
-        self._clip, self._pixels, self._through = clip, pixels, through
+        self._pixels = pixels
+        self._clip = None if clip is None else Joint(*clip)
+        self._through = None if through is None else Through(*through)
 
     # -- the vision tower ----------------------------------------------------------------------------------------------
     def tower(self, look: Look = None) -> VisualEvidence:
@@ -86,7 +86,7 @@ class VisualEvidence(BaseEvidence):
         return self.x[:, self.prefix :]
 
     @property
-    def clip(self) -> tuple[Tensor, Tensor]:
+    def clip(self) -> Joint:
         """Patches (B,N,E) and question (B,M,E) in the joint space of a CLIP model."""
         if self._clip is None:
             raise ValueError("this method needs clip, which the evidence lacks: name a CLIP model in its setting clip")
