@@ -102,5 +102,6 @@ def test_runs_and_holds(name: str, tmp_path: Path) -> None:
         resources={"metadata": {"path": str(work)}},
     )  # fmt: skip
     # Nothing is looked up on a network, and temporary files go with the test.
-    client.execute(env={**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)})
+    # A manager of our own is not shut down by itself.
+    client.execute(env={**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)}, cleanup_kc=True)
     assert not list(work.iterdir()), "the notebook left files where it was run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ pytest.importorskip("transformers")
 
 from tokenreduce.zoo import evaluation, packing, world_batches, world_lessons, world_llava, world_vit, world_words
 from tokenreduce.zoo.clip_twin import clip_state, timm_state
+from tokenreduce.zoo.stages import fit_stages
 from tokenreduce.zoo.training import Schedule
 from tokenreduce.zoo.video_inputs import video_inputs
 from tokenreduce.zoo.world.clips import clip
@@ -135,7 +137,7 @@ def train_vit(folder, monkeypatch, stops, workers=0):
     monkeypatch.setattr(world_vit, "STAGES", stages)
     monkeypatch.setattr(world_vit, "held_out", lambda model, **_: {"kind": 0.5})
     monkeypatch.setattr(world_vit, "accuracy", lambda model, *a, **k: 0.25)
-    monkeypatch.setattr(world_vit, "fit", lambda *a, **k: training.fit(*a, **{**k, "save_every": 1}))
+    monkeypatch.setattr(world_vit, "fit_stages", functools.partial(fit_stages, save_every=1))
     folder.mkdir()
     rows: list[dict] = []
     for stop in stops:
