@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,13 +123,16 @@ def _range(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def measure(shape: Shape = SHAPE, rounds: int = 15, tokens: int = 17) -> tuple[list[Row], tuple[float, float]]:
-    """A row for each stage, and the stock model's milliseconds of one token and every further one."""
+def measure(
+    shape: Shape = SHAPE, rounds: int = 15, tokens: int = 17, cpu_time: bool = False
+) -> tuple[list[Row], tuple[float, float]]:
+    """A row for each stage, and the stock model's milliseconds of one token and every further one; ``cpu_time`` is that
+    of this thread, which other processes disturb less."""
     stock, given = build(shape), prompt(shape)
     models = {"stock": stock}
     models |= {name: tr.patch(shell(stock), method) for name, method in methods(shape.visual).items()}
     calls = {f"{name} {n}": partial(generate, model, given, n) for name, model in models.items() for n in (1, tokens)}
-    times = interleaved(calls, rounds, 1)
+    times = interleaved(calls, rounds, 1, clock=time.thread_time if cpu_time else None)
     one = {name: times[f"{name} 1"].times for name in models}
     more = {
         name: [(b - a) / (tokens - 1) for a, b in zip(one[name], times[f"{name} {tokens}"].times, strict=True)]
@@ -171,6 +175,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="new tokens of the longer generation")] = 17,
     quick: Annotated[bool, typer.Option(help="a tiny model, to see that everything runs")] = False,
     idle: Annotated[bool, typer.Option(help="refuse a machine that others keep busy")] = False,
+    cpu_time: Annotated[bool, typer.Option(help="CPU time of one thread, where others disturb the clock")] = False,
     profile: Annotated[str | None, typer.Option(help="a stage: print which functions are entered instead")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file whose marked section is replaced")] = None,
 ) -> None:
@@ -182,9 +187,12 @@ def main(
         return
     if idle:
         refuse_busy()
-    rows, (first, further) = measure(shape, rounds, tokens)
+    if cpu_time:
+        torch.set_num_threads(1)
+    rows, (first, further) = measure(shape, rounds, tokens, cpu_time)
+    kind = ", CPU time" if cpu_time else ""
     about = (
-        f"CPU, {torch.get_num_threads()} thread(s), float32, torch {torch.__version__}, allocator "
+        f"CPU{kind}, {torch.get_num_threads()} thread(s), float32, torch {torch.__version__}, allocator "
         f"{'pinned' if is_pinned() else 'NOT pinned'}; {shape.llm[1]} layers, {shape.visual} visual tokens; the stock "
         f"model takes {first:.1f} ms for one token and {further:.2f} ms for each further one; {rounds} interleaved "
         f"rounds, medians of differences."

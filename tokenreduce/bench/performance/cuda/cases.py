@@ -54,7 +54,7 @@ def _methods(r: int) -> tuple[tuple[str, str], ...]:
 
 #: Models and how many tokens ToMe takes in every layer.
 _TOWERS = (("vit_base_patch16_224", 16), ("vit_large_patch16_224", 8), ("vit_base_patch14_dinov2", 80))
-_TINY = (("img_size", 64), ("depth", 3))
+_TINY = (("img_size", 64), ("depth", 2))
 
 
 def encoders(tiny: bool = False) -> list[Encoder]:
