@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,3 +272,36 @@ def test_times_are_those_of_one_call():
     assert len(timed({"a": lambda: None}, 0.0, "cpu")["a"].times) == 1
     assert syncs(lambda: None, "cpu") is None
     assert not lost("cpu")
+
+
+def test_waits_are_counted_by_what_torch_says_of_them(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits():
+        for text in (
+            "called a synchronizing CUDA operation",
+            "something else",
+            "called a synchronizing CUDA operation",
+        ):
+            warnings.warn(text, stacklevel=1)
+
+    assert syncs(waits, "cuda") == 2
+    assert modes == ["default", "warn", "default"]
+
+
+def test_a_device_that_cannot_compute_is_lost(monkeypatch):
+    def broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert lost("cuda")
+
+
+def test_the_page_says_which_card_it_was(monkeypatch):
+    card = SimpleNamespace(name="Card 9000", total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    said = command._conditions("cuda")
+    assert said.startswith("Card 9000, 80 GiB, CUDA 13.0; python")
