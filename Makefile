@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
 .PHONY: bench results test test-slow test-all test-oldest test-vllm test-lmms serve-demo serve-throughput lint typecheck \
-	imports wheel docs release-check performance performance-vlm performance-estimate clean
+	imports wheel docs release-check performance performance-vlm performance-estimate gpu clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -129,6 +129,19 @@ performance-estimate: $(VENV)/dev.stamp  ## estimated against measured speed-ups
 
 performance-vlm: $(VENV)/hf.stamp  ## the same for image language models
 	$(BIN)/python -m tokenreduce.bench.performance.language
+
+# On a machine with a CUDA device and nothing prepared: a torch that is installed there is used, as it fits the driver.
+# Without an index of packages what is installed has to be enough. Time runs from the start of make.
+GPU := .venv-gpu
+GPU_MINUTES ?= 9
+GPU_FLAGS ?=
+gpu: BEGAN := $(shell date +%s)
+gpu:  ## all measurements on a CUDA device, in at most 9 minutes: docs/performance-cuda.md, rows in runs/
+	$(PY) -m venv --system-site-packages $(GPU)
+	timeout 300 $(GPU)/bin/python -m pip install -q -e '.[bench,open_clip]' pytest hypothesis || \
+		$(GPU)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	HF_HUB_OFFLINE=1 $(GPU)/bin/python -m tokenreduce.bench.performance.cuda --began $(BEGAN) --minutes $(GPU_MINUTES) \
+		--markdown docs/performance-cuda.md $(GPU_FLAGS)
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -39,6 +39,7 @@ from tokenreduce.adapters.encoders.hf_outputs import dense_norm, dense_states, f
 from tokenreduce.adapters.encoders.hf_resize import attach_resize, pair
 from tokenreduce.adapters.encoders.hf_structure import PLACES, ROTARY, core_of, hear
 from tokenreduce.adapters.encoders.readers import own_code
+from tokenreduce.adapters.encoders.sizes import note_form
 from tokenreduce.adapters.encoders.state import carry_state
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
@@ -263,6 +264,7 @@ def _attach_attentions(tower: Tower, layout: Family, attentions: list[Any], undo
             hear(core_of(attn), undo, copies)
             continue
         listen(core, undo, copies)
+        note_form(core, undo)
         if layout.core is not None:
             kind = type(core)
             if kind is not layout.core[0]:

@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenreduce.adapters.encoders.joint import Windows
+from tokenreduce.adapters.encoders.sizes import fold, folds
 from tokenreduce.core.undo import Undo
 
 __all__ = [
@@ -162,6 +163,8 @@ def attend(
             query, key = turn(query, key, cos, sin)
             call.rotated = (query, key)
         if call.bias and attention_mask is not None:
+            if name != "eager" and folds(module, attention_mask):
+                return _folded(module, name, query, key, value, attention_mask, kwargs)
             if not isinstance(attention_mask, Windows):
                 attention_mask = attention_mask.to(query.dtype)
             if name not in ("sdpa", "eager"):
@@ -173,6 +176,20 @@ def attend(
     if isinstance(attention_mask, Windows):
         return attention_mask.attend(compute, query, key, value), None
     return compute(query, key, value, attention_mask)
+
+
+def _folded(
+    module: nn.Module, name: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The same with ``bias`` inside the keys, by an implementation that may take no mask."""
+    stock: _Stock = module.__dict__[_STOCK]
+    made = fold(query, key, value, bias, kwargs.get("scaling"))
+    if "flash" in name:
+        module = _Unpatched(module, stock.config)  # type: ignore[assignment]
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, stock.eager)
+    more = {**kwargs, "scaling": made.scale, "is_causal": False}
+    out, weights = function(module, made.q, made.k, made.v, None, **more)
+    return out[..., : made.width], weights
 
 
 def implementation(module: Any) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.block import Attended, State
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call, Seen, called, calling, listen
 from tokenreduce.adapters.encoders.hf_layers import _SEEN, Context, _Layer
+from tokenreduce.adapters.encoders.sizes import note_form
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.core.undo import Undo
 
@@ -334,6 +335,7 @@ def hear(core: nn.Module, undo: Undo, copies: dict[int, Any]) -> None:
     refuse_patched(type(core))
     if hasattr(sys.modules[type(core).__module__], "eager_attention_forward") and hasattr(core, "config"):
         listen(core, undo, copies)
+        note_form(core, undo)
     else:
         undo.mix_in(core, Projected)
 

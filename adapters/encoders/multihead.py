@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tokenreduce.adapters.encoders.block import Ask
+from tokenreduce.adapters.encoders.sizes import note_form, sized_attention
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.undo import Undo
 
@@ -129,7 +130,7 @@ class ListeningMultihead(nn.Module):
             return super().forward(query, key, value, *args, **kwargs)
         q, k, v = ask.queries, ask.keys, ask.values
         bias = None if ask.bias is None else ask.bias.to(q.dtype)
-        return _join(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=_dropout(attn))), None
+        return _join(attn, sized_attention(attn, q, k, v, bias, _dropout(attn))), None
 
 
 def refuse_multihead(attn: Any, family: str) -> None:
@@ -151,3 +152,4 @@ def listen_multihead(attn: nn.Module, family: str, undo: Undo) -> None:
     refuse_own(attn)
     refuse_patched(nn.MultiheadAttention)
     undo.mix_in(attn, ListeningMultihead)
+    note_form(attn, undo)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tokenreduce.adapters.encoders.block import Ask
 from tokenreduce.adapters.encoders.multihead import Heads, ListeningMultihead, refuse_multihead, split, values_of
+from tokenreduce.adapters.encoders.sizes import note_form, sized_attention
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.core.undo import Undo
 
@@ -40,7 +40,7 @@ class ListeningAttention(nn.Module):
             q, k, v = ask.queries, ask.keys, ask.values = _normalised(attn, x)
             bias = None if ask.bias is None else ask.bias.to(q.dtype)
             p = attn.attn_drop.p if attn.training else 0.0
-            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+            heads = sized_attention(attn, q, k, v, bias, p)
         if attn.head_scale is not None:
             heads = heads * attn.head_scale
         return attn.out_drop(attn.out_proj(attn.ln_inner(heads.transpose(1, 2).flatten(2))))
@@ -89,3 +89,4 @@ def listen(block: Any, kind: type, family: str, undo: Undo) -> None:
     if hasattr(kind, "attention"):
         refuse_patched(kind, "attention")
     undo.mix_in(attn, mixin)
+    note_form(attn, undo)

@@ -17,6 +17,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Ask, Attended
+from tokenreduce.adapters.encoders.sizes import note_form, sized_attention
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.core.undo import Undo
 
@@ -53,6 +54,7 @@ def listen(attn: nn.Module, family: str, undo: Undo) -> None:
     refuse_own(attn)
     refuse_patched(type(attn))
     undo.mix_in(attn, Listening)
+    note_form(attn, undo)
 
 
 def attend(attn: nn.Module, x: Tensor, ask: Ask | None, *more: Any, **stock: Any) -> Attended:
@@ -121,7 +123,7 @@ def scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn: Any) -> T
     """Attention output (B,H,N,d), fused where the stock module is, in the stock module's order of operations."""
     if attn.fused_attn:
         p = attn.attn_drop.p if attn.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+        return sized_attention(attn, q, k, v, bias, p)
     logits = (q * attn.scale) @ k.transpose(-2, -1)
     logits = logits if bias is None else logits + bias
     return attn.attn_drop(logits.softmax(dim=-1)) @ v

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Ask, Attended, State, asks
+from tokenreduce.adapters.encoders.sizes import sized_attention
 from tokenreduce.adapters.encoders.state import entry_of, set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own
 from tokenreduce.adapters.encoders.timm import ReducedBlock, ReducedEvaBlock, _no_mask, _rope_rows, _TimmBlock
@@ -313,7 +314,7 @@ class ListeningGemma4(nn.Module):
         if ask.given is not None:
             y = F.dropout(ask.given, drop) @ v
         elif me.fused_attn:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=ask.bias, dropout_p=drop, scale=1.0)
+            y = sized_attention(me, q, k, v, ask.bias, drop, 1.0)
         else:
             logits = q @ k.transpose(-2, -1)
             y = me.attn_drop((logits if ask.bias is None else logits + ask.bias).softmax(dim=-1)) @ v

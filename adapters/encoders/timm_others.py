@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders import timm_blocks as blocks
 from tokenreduce.adapters.encoders.block import may_reduce
 from tokenreduce.adapters.encoders.handing import raw_of
+from tokenreduce.adapters.encoders.sizes import note_form
 from tokenreduce.adapters.encoders.state import Entry, carry_state, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.timm import EVIDENCE, VIT_BLOCKS
@@ -207,6 +208,7 @@ def _listen(attn: nn.Module, family: str, undo: Undo) -> None:
     refuse_own(attn)
     refuse_patched(type(attn))
     undo.mix_in(attn, mixin)
+    note_form(attn, undo)
 
 
 # -- the grid of a forward ---------------------------------------------------------------------------------------------

@@ -51,8 +51,10 @@ class Columns:
     # -- what is left in prefill -------------------------------------------------------------------------------------
     def cut_at(self, layer: int) -> Cut | None:
         """The cut that holds in ``layer``: the last one at or before it; -1 is before the language model."""
-        held = [c for c in self.cuts if c.layer <= layer]
-        return held[-1] if held else None
+        for cut in reversed(self.cuts):  # asked in every layer of every step
+            if cut.layer <= layer:
+                return cut
+        return None
 
     def cut(self, layer: int, plan: Plan, power: float = 0.0) -> Cut:
         """Drop columns from ``layer`` on; ``plan`` is on the columns that an earlier cut left, and of those only on

@@ -22,14 +22,12 @@ from tokenreduce.adapters.language.site import LayerCall
 __all__ = ["columns_of_mask", "decode_mask", "flash_mask", "refuse_rows"]
 
 
-def decode_mask(call: LayerCall, window: int | None, implementation: str) -> Tensor | None:
-    """The mask of a layer behind a cut for new tokens; that of the ``call`` is what the library passed.
+def decode_mask(call: LayerCall, cut: Cut, window: int | None, implementation: str) -> Tensor | None:
+    """The mask of a layer behind the ``cut`` for new tokens; that of the ``call`` is what the library passed.
 
     Raises ``ValueError`` for a mask that flash attention cannot take.
     """
     columns, shown, stock = call.columns, Shown.by(call.cache.layers[call.index], call.x.shape[1]), call.mask
-    cut = columns.cut_at(call.index)
-    assert cut is not None
     if "flash" in implementation:
         refuse_rows(call.forward, stock, implementation)
         return flash_mask(columns, cut, shown.past + shown.queries, shown.slots)

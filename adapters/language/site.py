@@ -153,7 +153,7 @@ def run_before(
     if forward is None:
         return None
     # What comes by position behind the hidden states has a name as well, by which steps find it.
-    named = dict(zip(parameters_of(layer), args[1:], strict=False))
+    named = dict(zip(parameters_of(layer), args[1:], strict=False)) if len(args) > 1 else {}
     call = LayerCall(layer, site.index, args[0], {**named, **kwargs}, forward)
     for step in site.steps:
         step.before(call)

@@ -38,18 +38,19 @@ class GatherColumns(LayerStep):
     window: int | None = None
 
     def before(self, call: LayerCall) -> None:
-        cut = call.columns.cut_at(call.index)
-        if cut is None or (not call.prefill and call.index in call.columns.held):
+        columns, prefill = call.columns, call.prefill
+        cut = columns.cut_at(call.index)
+        if cut is None or (not prefill and call.index in columns.held):
             return
         if not attends(call.layer):
-            if call.prefill:
+            if prefill:
                 self._state(call, cut)
-        elif call.prefill:
+        elif prefill:
             self._prompt(call, cut, check_implementation(call.layer, call.index, self.window))
         elif call.attention is None:  # else a step that chooses in decode has made the mask
-            call.columns.check_batch(call.x.shape[0])
+            columns.check_batch(call.x.shape[0])
             name = check_implementation(call.layer, call.index, self.window)
-            call.mask = decode_mask(call, self.window, name)
+            call.mask = decode_mask(call, cut, self.window, name)
             if cut.bias is not None:
                 _sizes(call, cut, name, Shown.by(call.cache.layers[call.index], call.x.shape[1]))
 

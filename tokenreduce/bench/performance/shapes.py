@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PACKED", "SHAPES", "Shape", "build", "config_of", "packed_config", "prompt"]
+__all__ = [
+    "PACKED", "SHAPES", "Shape", "build", "build_packed", "config_of", "packed_config", "packed_prompt", "prompt",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shape:
     """Dimensions of a LLaVA-1.5 (``pinpoints`` empty) or LLaVA-NeXT model and of one prompt.
 
-    ``tower`` and ``llm`` are (width, layers, heads, MLP width); heads are as many for keys. The tower is CLIP's, read
-    at its last layer but one. ``text`` tokens stand around ``side`` x ``side`` patches of 14 px; LLaVA-NeXT cuts
-    an image of ``pixels`` (height, width) into crops of that size, and adds an overview and row ends. The last 64 ids
-    of the ``vocabulary`` are special, and the first of these is the placeholder :attr:`image`.
+    ``tower`` and ``llm`` are (width, layers, heads, MLP width); heads are as many for keys, but a Qwen2.5-VL's, which
+    are ``kv`` (a quarter where that is None). The tower is CLIP's, read at its last layer but one. ``text`` tokens
+    stand around ``side`` x ``side`` patches of 14 px; LLaVA-NeXT cuts an image of ``pixels`` (height, width) into
+    crops of that size, and adds an overview and row ends. The last 64 ids of the ``vocabulary`` are special, and the
+    first of these is the placeholder :attr:`image`.
     """
 
     tower: tuple[int, int, int, int]
@@ -29,6 +32,7 @@ class Shape:
     pinpoints: tuple[tuple[int, int], ...] = ()
     pixels: tuple[int, int] = (336, 336)
     budgets: tuple[int, ...] = (192, 128, 64)
+    kv: int | None = None
 
     @property
     def image(self) -> int:
@@ -103,7 +107,8 @@ def packed_config(shape: Shape) -> Any:
     )  # fmt: skip
     head = shape.llm[0] // shape.llm[2] // 2
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head // 4, head * 3 // 8, head * 3 // 8]}
-    text = dict(**_sizes(shape.llm), num_key_value_heads=max(shape.llm[2] // 4, 1), vocab_size=shape.vocabulary,
+    text = dict(**_sizes(shape.llm), num_key_value_heads=shape.kv or max(shape.llm[2] // 4, 1),
+                vocab_size=shape.vocabulary,
                 rope_parameters=rope, max_position_embeddings=32_768)  # fmt: skip
     return hf.Qwen2_5_VLConfig(
         vision_config=vision, text_config=text, image_token_id=shape.image, video_token_id=shape.image + 1,
@@ -122,6 +127,36 @@ def build(shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype =
     torch.manual_seed(seed)
     with torch.device(device):
         return model._from_config(config_of(shape), dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def build_packed(
+    shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """A Qwen2.5-VL as :func:`build` builds a LLaVA. Needs transformers."""
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    model: Any = hf.Qwen2_5_VLForConditionalGeneration
+    with torch.device(device):
+        return model._from_config(packed_config(shape), dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def packed_prompt(
+    shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
+    """A Qwen2.5-VL's prompt of one image of ``side`` x ``side`` patches, four of which are a visual token, and
+    ``shape.text`` text tokens, two of them around the image."""
+    g = torch.Generator().manual_seed(seed)
+    visual, half = shape.side**2 // 4, shape.text // 2
+    ids = torch.randint(3, shape.image, (1, shape.text + visual), generator=g)
+    ids[:, half : half + visual] = shape.image
+    ids[:, half - 1], ids[:, half + visual] = shape.image + 2, shape.image + 3
+    pixels = torch.randn(shape.side**2, 3 * 2 * 14**2, generator=g)
+    out = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(dtype),
+        "image_grid_thw": torch.tensor([[1, shape.side, shape.side]]), "mm_token_type_ids": (ids == shape.image).int(),
+    }  # fmt: skip
+    return {name: t.to(device) for name, t in out.items()}
 
 
 def prompt(

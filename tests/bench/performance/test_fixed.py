@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import tokenreduce as tr
+from tokenreduce.bench.performance import fixed
+from tokenreduce.bench.performance.fixed import TINY, generate, measure, methods
+from tokenreduce.bench.performance.shapes import build, prompt
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("stage", ["projector", "language", "cache"])
+@torch.no_grad()
+def test_the_empty_method_lets_the_last_visual_token_go_and_nothing_else(stage):
+    model, given = build(TINY), prompt(TINY)
+    tr.patch(model, methods(TINY.visual)[stage])
+    out = model(**given, use_cache=True)
+    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    whole = TINY.visual + TINY.text
+    assert lengths == ([whole, whole] if stage == "language" else [whole - 1] * 2) + [whole - 1] * 2
+    if stage != "cache":
+        columns, _ = tr.kept_columns(out)
+        last = TINY.text // 2 + TINY.visual - 1
+        assert [c for c in range(whole) if c not in columns.flatten().tolist()] == [last]
+
+
+def test_rows_are_differences_to_the_stock_model():
+    rows, (first, further) = measure(TINY, rounds=1, tokens=3)
+    assert [row.stage for row in rows] == ["projector", "language", "cache"]
+    assert first > further > 0
+    for row in rows:
+        assert row.first[1] <= row.first[0] <= row.first[2]
+        assert row.operators[0] > 0
+        assert min(row.functions) > 0
+
+
+def test_the_command(tmp_path):
+    app = typer.Typer()
+    app.command()(fixed.main)
+    page = tmp_path / "page.md"
+    made = CliRunner().invoke(app, ["--quick", "--rounds", "1", "--tokens", "2", "--markdown", str(page)])
+    assert made.exit_code == 0, made.output
+    assert "| cache |" in page.read_text()
+    made = CliRunner().invoke(app, ["--quick", "--profile", "language", "--tokens", "2"])
+    assert "adapters/language/site.py:run_before" in made.output
+    assert CliRunner().invoke(app, ["--quick", "--profile", "tower"]).exit_code == 2
+
+
+def test_a_generation_is_as_long_as_asked():
+    model, given = build(TINY), prompt(TINY)
+    assert generate(model, given, 3).shape[1] == given["input_ids"].shape[1] + 3
