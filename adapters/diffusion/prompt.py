@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from tokenreduce.algorithms.composite import Group, composite_plan
+
+try:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+except ImportError as error:
+    raise ImportError("composite tokens need diffusers: pip install 'tokenreduce[diffusion]'") from error
 
 __all__ = ["composite_embeds"]
 

@@ -166,6 +166,16 @@ def test_copies_and_pickles_are_patched_and_can_be_unpatched():
 
 
 @torch.no_grad()
+def test_lora_layers_run_on_merged_tokens():
+    peft = pytest.importorskip("peft")
+    model, method, args = unet(), tr.ToMeSD(merge_crossattn=True), inputs()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    wanted = by_the_card(model, method, lambda m: m(*args).sample)
+    with tr.patched(model, method):
+        torch.testing.assert_close(model(*args).sample, wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_controlnet():
     model, args = controlnet(), inputs()
     picture = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(3))

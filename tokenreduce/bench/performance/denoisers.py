@@ -68,7 +68,10 @@ COLUMNS = ("model", "image", "method", "blocks that merge", "GMACs of a step", "
 
 def built(model: str, device: str, narrow: bool = False) -> Any:
     """A UNet in the shape of ``model``, without trained weights, on ``device``."""
-    from diffusers import UNet2DConditionModel
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError as error:
+        raise ImportError("denoisers need diffusers: pip install 'tokenreduce[diffusion]'") from error
 
     with torch.device(device):
         return UNet2DConditionModel(**{**SHAPES[model][0], **(NARROW[model] if narrow else {})}).eval()
