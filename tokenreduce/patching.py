@@ -30,6 +30,7 @@ class Pipeline(Protocol):
 
 
 M = TypeVar("M", bound=nn.Module | Pipeline)
+N = TypeVar("N", bound=nn.Module)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -171,7 +172,7 @@ class patched(ContextDecorator):  # noqa: N801 - a verb, used like open()
         unpatch(self.model)
 
 
-def twin(model: M) -> M:
+def twin(model: N) -> N:
     """A copy that can be patched, or kept unpatched, on its own; weights are shared, so that it costs no memory."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
@@ -180,8 +181,8 @@ def twin(model: M) -> M:
 def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F], F]:
     """Decorate a function that returns a model, or an ``nn.Module`` class: what it builds comes out patched.
 
-    A factory may return the model alone or a tuple with the model in it (``open_clip.create_model_and_transforms``).
-    ``logits`` is that of :func:`patch`.
+    A factory may return the model (or a pipeline of diffusers) alone or a tuple with it in it
+    (``open_clip.create_model_and_transforms``). ``logits`` is that of :func:`patch`.
     """
     for given in reducers:  # a mistake shows here, not at the first model
         if is_auto(given):
@@ -206,7 +207,7 @@ def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F
         def factory(*args: Any, **kwargs: Any) -> Any:
             made = target(*args, **kwargs)
             parts = made if isinstance(made, tuple) else (made,)
-            model = next((p for p in parts if isinstance(p, nn.Module)), None)
+            model = next((p for p in parts if isinstance(p, nn.Module) or hasattr(p, "components")), None)
             if model is None:
                 raise TypeError(f"{target.__name__} returned {type(made).__name__}, which holds no nn.Module to patch")
             patch(model, *reducers, logits=logits)

@@ -29,7 +29,7 @@ def pipe():
 @pytest.mark.parametrize(
     "settings",
     [{}, {"guidance_scale": 1.0}, {"num_images_per_prompt": 3}, {"num_images_per_prompt": 2, "guidance_scale": 0.0},
-     {"height": 24, "width": 16}, {"height": 16, "width": 20}],
+     {"height": 24, "width": 16}, {"height": 8, "width": 40}],
 )  # fmt: skip
 def test_from_prompt_to_image(pipe, settings):
     stock = image(pipe, **settings)
@@ -56,6 +56,15 @@ def test_keep_all_is_the_same_image(pipe):
     with tr.patched(pipe, "tomesd:ratio=0,max_downsample=8") as same:
         assert same is pipe
         assert np.array_equal(image(pipe), stock)
+
+
+def test_a_factory_of_pipelines(pipe):
+    @tr.reduce_tokens("tomesd")
+    def build():
+        return pipe
+
+    assert [r.spec() for r in tr.describe(build()).active] == ["tomesd"]
+    tr.unpatch(pipe)
 
 
 def test_a_pipeline_says_what_fits(pipe):

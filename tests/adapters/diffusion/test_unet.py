@@ -166,6 +166,23 @@ def test_copies_and_pickles_are_patched_and_can_be_unpatched():
 
 
 @torch.no_grad()
+def test_half_precision():
+    model, args = unet(), inputs()
+    with tr.patched(model, "tomesd:merge_mlp=true,use_rand=false"):
+        whole = model(*args).sample
+    latents, time, text = args
+    half = model.to(torch.bfloat16)
+    call = (latents.bfloat16(), time, text.bfloat16())
+    stock = half(*call).sample
+    with tr.patched(half, "tomesd:ratio=0"):
+        assert torch.equal(half(*call).sample, stock)
+    with tr.patched(half, "tomesd:merge_mlp=true,use_rand=false"):
+        made = half(*call).sample
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made.float(), whole, rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
 def test_lora_layers_run_on_merged_tokens():
     peft = pytest.importorskip("peft")
     model, method, args = unet(), tr.ToMeSD(merge_crossattn=True), inputs()
