@@ -88,7 +88,8 @@ def pipeline() -> Any:
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     ).eval()  # fmt: skip
     made = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=words, unet=unet(), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        vae=vae, text_encoder=text, tokenizer=words, unet=unet(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     made.set_progress_bar_config(disable=True)

@@ -60,6 +60,8 @@ def _one(reducers: tuple[Reducer, ...], family: str) -> DiffusionReducer:
 
 
 def _nowhere(denoiser: Denoiser, reducer: DiffusionReducer) -> str:
+    if not reducer.modules():
+        return f"{reducer.spec()} merges for no module of a block: choose among {', '.join(PARTS)}"
     levels = ", ".join(f"{blocks} at 1/{level}" for level, blocks in denoiser.levels().items())
     return (
         f"{reducer.spec()} acts nowhere in {denoiser.family}, whose transformer blocks are at these parts of the "

@@ -50,9 +50,9 @@ class ToMeSD(DiffusionReducer, name="tomesd", stage="diffusion", paper="2303.176
         max_downsample: deepest level that is merged: 1 is the latent's own size, 2 half of it, and so on. Stable
             Diffusion XL has no transformer block at level 1: give 2 there.
         merge_attn, merge_crossattn, merge_mlp: the modules that run on merged tokens: self-attention, attention to the
-            text, MLP.
+            text, MLP. A model is not patched for none of them.
 
-    Raises ``ValueError`` for other values, cells of one token, no module, and evidence without a grid.
+    Raises ``ValueError`` for other values, cells of one token, and evidence without a grid.
     """
 
     ratio: float = 0.5
@@ -74,8 +74,6 @@ class ToMeSD(DiffusionReducer, name="tomesd", stage="diffusion", paper="2303.176
             check_count(getattr(self, name), name, least)
         if self.sx * self.sy < 2:
             raise ValueError("a cell of one token has nothing to merge: sx * sy is at least 2")
-        if not self.modules():
-            raise ValueError("nothing would be merged: set merge_attn, merge_crossattn or merge_mlp")
 
     def modules(self) -> tuple[str, ...]:
         wanted = (self.merge_attn, self.merge_crossattn, self.merge_mlp)

@@ -232,7 +232,12 @@ def test_the_level_without_blocks_is_named():
 
 @pytest.mark.parametrize(
     ("specs", "said"),
-    [(("tome:r=4",), "stage encoder"), (("fastv",), "stage language"), (("tomesd", "tomesd:ratio=0.3"), "both merge")],
+    [
+        (("tome:r=4",), "stage encoder"),
+        (("fastv",), "stage language"),
+        (("tomesd", "tomesd:ratio=0.3"), "both merge"),
+        (("tomesd:merge_attn=no",), "no module of a block"),
+    ],
 )
 def test_methods_that_do_not_fit(specs, said):
     model = unet()

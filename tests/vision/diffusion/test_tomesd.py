@@ -131,7 +131,7 @@ def test_keep_all_is_the_identity(settings):
     [
         ({"ratio": 1.0}, "ratio"), ({"ratio": -0.1}, "ratio"), ({"ratio": float("nan")}, "ratio"),
         ({"sx": 1, "sy": 1}, "cell"), ({"sx": 0}, "sx"), ({"seed": -1}, "seed"), ({"max_downsample": 0}, "max_down"),
-        ({"merge_attn": False}, "merge_attn"), ({"keep": 0}, "keep"), ({"keep": 0.5, "ratio": 0.3}, "not both"),
+        ({"keep": 0}, "keep"), ({"keep": 0.5, "ratio": 0.3}, "not both"),
         ({"use_rand": "maybe"}, "use_rand"),
     ],
 )  # fmt: skip
