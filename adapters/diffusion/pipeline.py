@@ -17,10 +17,11 @@ def module_of(model: Any) -> nn.Module | None:
     """
     if not isinstance(model, DiffusionPipeline):
         return None
-    unet = model.components.get("unet")
+    parts: dict[str, Any] = model.components  # type: ignore[attr-defined]  # a property that stubs do not know
+    unet = parts.get("unet")
     if isinstance(unet, nn.Module):
         return unet
-    has = ", ".join(f"{name} ({type(m).__name__})" for name, m in model.components.items() if isinstance(m, nn.Module))
+    has = ", ".join(f"{name} ({type(m).__name__})" for name, m in parts.items() if isinstance(m, nn.Module))
     raise TypeError(
         f"{type(model).__name__} has no UNet, whose feature maps methods of the diffusion stage merge; it has {has}. "
         "Of its other parts, patch the module itself where an adapter knows it"

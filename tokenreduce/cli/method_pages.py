@@ -118,7 +118,8 @@ def _results(name: str, kind: type[Reducer], found: dict[str, dict[str, list[_Po
     if not there and kind.stage == "diffusion":
         yield (
             "It has no row on the [results page](../results.md): the embedded models make no images. What it saves in "
-            "models in the shape of Stable Diffusion is on the page on [diffusion models](../guides/diffusion.md#what-it-saves)."
+            "models in the shape of Stable Diffusion is on the page on "
+            "[diffusion models](../guides/diffusion.md#what-it-saves)."
         )
         return
     if not there:

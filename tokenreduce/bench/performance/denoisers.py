@@ -74,7 +74,8 @@ def built(model: str, device: str, narrow: bool = False) -> Any:
         raise ImportError("denoisers need diffusers: pip install 'tokenreduce[diffusion]'") from error
 
     with torch.device(device):
-        return UNet2DConditionModel(**{**SHAPES[model][0], **(NARROW[model] if narrow else {})}).eval()
+        unet: Any = UNet2DConditionModel(**{**SHAPES[model][0], **(NARROW[model] if narrow else {})})
+    return unet.eval()
 
 
 def step(unet: Any, side: int, device: str) -> Any:
