@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,11 +117,11 @@ class ToMeSD(DiffusionReducer, name="tomesd", stage="diffusion", paper="2303.176
         device = evidence.x.device
         if not self.use_rand or evidence.batch % 2:
             return torch.zeros(cells, dtype=torch.long, device=device)
-        state = torch.arange(1, cells + 1, device=device)
+        key: Any = mixed_seed(self.seed, evidence.layer + 1)
         if evidence.timestep is not None:
             time = torch.as_tensor(evidence.timestep, device=device).reshape(-1)[:1].float()
-            state = state ^ scramble(time.view(torch.int32).long() & _BITS)
-        return scramble(scramble(state) ^ mixed_seed(self.seed, evidence.layer + 1)) % (self.sy * self.sx)
+            key = scramble(time.view(torch.int32).long() & _BITS ^ key)
+        return scramble(torch.arange(1, cells + 1, device=device) ^ key) % (self.sy * self.sx)
 
     def _matched(self, evidence: DiffusionEvidence, source: Tensor, target: Tensor, r: int) -> Plan:
         """The merge of the ``r`` of ``source`` (S,) that are most similar to one of ``target`` (T,)."""

@@ -54,15 +54,21 @@ NARROW: dict[str, dict[str, Any]] = {
         "attention_head_dim": (4, 8, 16),
     },
 }
-METHODS = {
-    "Stable Diffusion 1.5": (
-        "tomesd:ratio=0.25", "tomesd", "tomesd:ratio=0.6", "tomesd:ratio=0.75",
-        "tomesd:merge_crossattn=true,merge_mlp=true", "tomesd:ratio=0",
+#: What is measured: model, how many times as high and wide as its own images are, methods.
+ROWS = (
+    (
+        "Stable Diffusion 1.5", 1,
+        (
+            "tomesd:ratio=0.25", "tomesd", "tomesd:ratio=0.6", "tomesd:ratio=0.75",
+            "tomesd:merge_crossattn=true,merge_mlp=true", "tomesd:ratio=0",
+        ),
     ),
-    "Stable Diffusion XL": (
-        "tomesd:max_downsample=2", "tomesd:ratio=0.75,max_downsample=2", "tomesd:max_downsample=4",
+    ("Stable Diffusion 1.5", 2, ("tomesd", "tomesd:ratio=0.75")),
+    (
+        "Stable Diffusion XL", 1,
+        ("tomesd:max_downsample=2", "tomesd:ratio=0.75,max_downsample=2", "tomesd:max_downsample=4"),
     ),
-}  # fmt: skip
+)  # fmt: skip
 COLUMNS = ("model", "image", "method", "blocks that merge", "GMACs of a step", "share", "operators of a step")
 
 
@@ -122,8 +128,8 @@ def main(
 
     speak_everywhere()
     lines = []
-    for model, methods in METHODS.items():
-        side = SHAPES[model][1]
+    for model, times, methods in ROWS:
+        side = SHAPES[model][1] * times
         stock = cost(model, None, side)[0]
         for method in (None, *methods):
             flops, blocks = cost(model, method, side)
