@@ -209,7 +209,6 @@ def test_methods_that_the_readme_names_are_there():
     table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| stage | methods |")[2].partition("\n\n")[0]
     rows = dict(re.findall(r"^\| (\w+ .*?) \| (.*) \|$", table, re.M))
     stages = {"inside a v": "encoder", "between en": "projector", "inside the": "language", "in the KV ": "cache"}
-    stages["inside a d"] = "diffusion"
     assert len(rows) == len(stages)
     for place, names in rows.items():
         assert set(re.findall(r"`([\w-]+)`", names)) <= set(tr.list_methods(stage=stages[place[:10]])), place
