@@ -10,6 +10,7 @@ from tokenreduce.bench.performance.denoisers import built, cost, step
 from tokenreduce.core.flops import count_flops
 
 
+@pytest.mark.slow
 def test_multiply_adds_without_tensors_are_those_with_them():
     model, side = "Stable Diffusion 1.5", 16
     unet = built(model, "cpu", narrow=True)
