@@ -22,9 +22,9 @@ from tokenreduce.adapters.encoders.readers import VLMS, hands_of, is_vlm, outsid
 from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["Description", "attach", "describe", "encoder_refusal", "supported"]
+__all__ = ["Description", "attach", "describe", "encoder_refusal", "module_of", "supported"]
 
-#: library -> adapter modules that need it
+#: library, or the part of it that its models need -> adapter modules that need it
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "timm": ("tokenreduce.adapters.encoders.timm", "tokenreduce.adapters.encoders.timm_others"),
     "open_clip": ("tokenreduce.adapters.encoders.open_clip",),
@@ -34,6 +34,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "tokenreduce.adapters.encoders.qwen",
         "tokenreduce.adapters.encoders.packed_found",
     ),
+    "diffusers.models.modeling_utils": ("tokenreduce.adapters.diffusion.find",),
 }
 
 
@@ -74,6 +75,7 @@ def supported() -> dict[str, tuple[str, ...]]:
             "vision transformers that are built alike (DeiT, BEiT, AIMv2, BLIP, MetaCLIP2, V-JEPA 2, ...)",
             *VLMS,
         ),
+        "diffusers": ("UNet2DConditionModel (Stable Diffusion 1.x, 2.x, XL)", "ControlNetModel"),
     }
 
 
@@ -148,6 +150,9 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
 
     Raises ``TypeError`` for a model without adapter and ``ValueError`` for a stage that it does not have.
     """
+    if denoisers := _denoisers(model):
+        importlib.import_module("tokenreduce.adapters.diffusion.attach").attach(denoisers, reducers, undo)
+        return
     language = _language(model)
     towers = _towers(model, language)
     if not towers and language is None:
@@ -161,6 +166,11 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
                 f"tr.list_methods(stage='{stages[0]}') lists what fits"
             )
     _check_frames(model, reducers, towers, language)
+    _attach_towers(model, towers, language, reducers, undo)
+
+
+def _attach_towers(model: nn.Module, towers: Any, language: Any, reducers: tuple[Reducer, ...], undo: Any) -> None:
+    """:func:`attach` for vision transformers and language models that have the stages of ``reducers``."""
     if language is not None and language.how == "table":
         importlib.import_module("tokenreduce.adapters.language.attach").attach(language, reducers, undo, towers)
         return
@@ -235,8 +245,10 @@ def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, 
 
 
 def default_stage(model: nn.Module) -> str:
-    """The stage that short names of baselines mean on ``model``: "encoder", or "projector" where a language model
-    follows."""
+    """The stage that short names of baselines mean on ``model``: "encoder", "projector" where a language model
+    follows, "diffusion" in a denoiser."""
+    if _denoisers(model):
+        return "diffusion"
     return "encoder" if _language(model) is None else "projector"
 
 
@@ -245,6 +257,27 @@ def _language(model: nn.Module) -> Any:
     if "transformers" not in sys.modules:
         return None
     return importlib.import_module("tokenreduce.adapters.language.find").find(model)
+
+
+def module_of(model: Any) -> nn.Module:
+    """``model`` itself, or what is patched of a pipeline of diffusers: its UNet.
+
+    Raises ``TypeError`` for what is neither, and for a pipeline without a UNet.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if "diffusers.pipelines.pipeline_utils" in sys.modules:
+        found = importlib.import_module("tokenreduce.adapters.diffusion.pipeline").module_of(model)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    raise TypeError(f"tokenreduce expects a torch.nn.Module, or a pipeline of diffusers, not {type(model).__name__}")
+
+
+def _denoisers(model: nn.Module) -> tuple[Any, ...]:
+    """The denoisers of diffusers inside ``model``."""
+    if "diffusers.models.modeling_utils" not in sys.modules:
+        return ()
+    return importlib.import_module("tokenreduce.adapters.diffusion.find").denoisers(model)  # type: ignore[no-any-return]
 
 
 def _stages(towers: Any, language: Any) -> tuple[str, ...]:
@@ -273,9 +306,12 @@ class Description:
     layers: tuple[Any, ...] = ()
     #: What ``auto:`` stood for, and why.
     note: str = ""
+    denoisers: tuple[Any, ...] = ()
 
     @property
     def stages(self) -> tuple[str, ...]:
+        if self.denoisers:
+            return ("diffusion",)
         return _stages(self.towers, self.language)
 
     def methods(self, stage: str | None = None) -> list[str]:
@@ -285,7 +321,9 @@ class Description:
         stage = self.stages[0] if stage is None else stage
         if stage not in self.stages or (self.language is not None and not self.language.served):
             return []
-        given = [t.evidence for t in self.towers]
+        given: list[Any] = [t.evidence for t in self.towers]
+        if stage == "diffusion":
+            return list_methods(stage=stage)
         if stage != "encoder":
             given = [self.language.projector if stage == "projector" else self.language.evidence]
         return [
@@ -324,6 +362,9 @@ class Description:
                     f"  cache    {where}: keys and values of every layer, thinned behind the prompt or in decode"
                 )
             lines += [f"  note     {where}: {limit}" for limit in self.language.limits]
+        for d in self.denoisers:
+            levels = ", ".join(f"{blocks} at 1/{level}" for level, blocks in d.levels().items())
+            lines.append(f"  diffusion {d.name or '(the model itself)'}: {d.family}, transformer blocks: {levels}")
         for stage in self.stages:
             lines.append(f"  methods  {stage}: {', '.join(self.methods(stage))}")
         lines.append(f"  active   {' + '.join(r.spec() for r in self.active) or 'none'}")
@@ -339,11 +380,14 @@ def _fits_input(method: type[Reducer], towers: tuple[Tower, ...]) -> bool:
     return method.position != "input" or "pixels" in method.needs or all(t.resizes for t in towers)
 
 
-def describe(model: nn.Module, *, detail: bool = False) -> Description:
+def describe(model: Any, *, detail: bool = False) -> Description:
     """The sites of ``model``; with ``detail``, what happens at each decoder layer of a patched one, in order. Raises
     ``TypeError`` for a model without adapter."""
     from tokenreduce.core.undo import note_of, reducers_of
 
+    model = module_of(model)
+    if denoisers := _denoisers(model):
+        return Description(type(model).__name__, (), reducers_of(model), note=note_of(model), denoisers=denoisers)
     language = _language(model)
     towers = tuple(t for _, t in _towers(model, language))
     if not towers and language is None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # everything is imported when first used (below); this only tells type checkers the names
     from tokenreduce import zoo
     from tokenreduce.core.cache_reducer import CacheReducer
-    from tokenreduce.core.evidence import CacheEvidence, Evidence
+    from tokenreduce.core.diffusion_reducer import DiffusionReducer
+    from tokenreduce.core.evidence import CacheEvidence, DiffusionEvidence, Evidence
     from tokenreduce.core.plan import Merge, Mix, Plan, Pool, Prune
     from tokenreduce.core.reducer import Reducer
     from tokenreduce.core.registry import get_method, list_methods, parse
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.cache.tova import TOVA
     from tokenreduce.vision.cache.vase import VaSE
     from tokenreduce.vision.cache.vlcache import VLCache
+    from tokenreduce.vision.diffusion.tomesd import ToMeSD
     from tokenreduce.vision.encoder.ats import ATS
     from tokenreduce.vision.encoder.diffrate import DiffRate
     from tokenreduce.vision.encoder.dpcknn import DPCKNN
@@ -150,28 +152,30 @@ __path__.append(os.path.join(os.path.dirname(__file__), "_old"))
 __version__ = "0.2.0"
 __all__ = [
     "A2SF", "AIM", "AIMMerge", "ATS", "AdaKV", "AdaptVision", "AirCache", "ApET", "ApETLLM", "CDPruner",
-    "CacheEvidence", "CacheReducer", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate", "DivPrune", "DuoAttention",
-    "DyCoke", "DyCokeCache", "DyMU", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID",
-    "FasterVLM", "FiCoCoL", "FiCoCoV", "FitPrune", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge",
-    "GPrune", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids",
-    "KeyDiff", "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge",
-    "MiniCache", "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe",
-    "PixelDiff", "PixelPrune", "Plan", "Pool", "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus",
-    "Prune", "PruneSID", "PruneVid", "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys",
-    "RandomTokens", "RandomVisual", "RazorAttention", "Recent", "Recycled", "Reducer", "RepresentationShift",
-    "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SnapKV", "SoftSlim", "SparseVLM", "SpatialAugmented",
-    "StreamMem", "StreamingLLM", "T2TPool", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "TokenCorr",
-    "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "V2Drop", "VCAST", "VLCache", "VScan",
-    "VScanLLM", "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZOOPrune", "ZeroTPrune", "describe",
-    "estimate", "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens",
-    "stream", "tune", "unpatch", "zoo",
+    "CacheEvidence", "CacheReducer", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate", "DiffusionEvidence",
+    "DiffusionReducer", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "DyMU", "EMS", "EVS", "EViT",
+    "Evidence", "ExpectedAttention", "FastV", "FastVID", "FasterVLM", "FiCoCoL", "FiCoCoV", "FitPrune", "FlashVID",
+    "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune", "GlobalCom2", "H2O", "HiPrune", "HiRED",
+    "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids", "KeyDiff", "Keyformer", "Knorm", "LazyEviction",
+    "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "MiniCache", "Mix", "MixKV", "MustDrop", "MustDropCache",
+    "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe", "PixelDiff", "PixelPrune", "Plan", "Pool",
+    "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneSID", "PruneVid",
+    "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual",
+    "RazorAttention", "Recent", "Recycled", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE",
+    "STTM", "STTMLLM", "SnapKV", "SoftSlim", "SparseVLM", "SpatialAugmented", "StreamMem", "StreamingLLM",
+    "T2TPool", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "ToMeSD", "TokenCorr", "TokenSelect",
+    "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "V2Drop", "VCAST", "VLCache", "VScan", "VScanLLM",
+    "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZOOPrune", "ZeroTPrune", "describe", "estimate",
+    "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "stream",
+    "tune", "unpatch", "zoo",
 ]  # fmt: skip
 
 
 #: Where the public names that are no methods are, by module.
 _HOMES = {
     "core.cache_reducer": ("CacheReducer",),
-    "core.evidence": ("CacheEvidence", "Evidence"),
+    "core.diffusion_reducer": ("DiffusionReducer",),
+    "core.evidence": ("CacheEvidence", "DiffusionEvidence", "Evidence"),
     "core.plan": ("Merge", "Mix", "Plan", "Pool", "Prune"),
     "core.reducer": ("Reducer",),
     "core.registry": ("get_method", "list_methods", "parse"),

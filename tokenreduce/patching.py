@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from contextlib import ContextDecorator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,7 +21,16 @@ __all__ = [
     "unpatch",
 ]  # fmt: skip
 
-M = TypeVar("M", bound=nn.Module)
+
+class Pipeline(Protocol):
+    """What a pipeline of diffusers looks like: parts by name, the denoiser ``unet`` among them."""
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+
+
+M = TypeVar("M", bound=nn.Module | Pipeline)
+N = TypeVar("N", bound=nn.Module)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,7 +44,8 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
 
     ``reducers`` are instances or text (``"tome:r=8+visionzip:keep=64"``), or the name of the ``tuned.json`` that
     ``tokenreduce tune`` wrote for a model of this family. The model may be a timm, open_clip or
-    transformers model or any module that contains one.
+    transformers model or any module that contains one, or a UNet or ControlNet of diffusers. Of a pipeline of
+    diffusers its UNet is patched (patch ``pipe.controlnet`` by itself, where it is to be patched, too).
 
     ``"auto:flops=0.5"`` leaves the choice to the library: the methods that are best known at the stages that the model
     has, at the budget that is estimated to reach the target on it. Targets are shares of the unreduced model:
@@ -75,31 +85,30 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     settings that the model cannot serve, and a target of ``auto:`` that nothing known reaches. The model is then
     unchanged.
     """
-    from tokenreduce.adapters import attach
-    from tokenreduce.adapters.encoders.block import Reduced
+    from tokenreduce.adapters import attach, module_of
+    from tokenreduce.adapters.encoders.block import ON_BLOCK
     from tokenreduce.core.compiled import fix, refuse_script
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch expects a torch.nn.Module, not {type(model).__name__}")
-    if any(MARK in m.__dict__ or isinstance(m, Reduced) for m in model.modules()):
+    target = module_of(model)
+    if any(MARK in m.__dict__ or ON_BLOCK in m.__dict__ for m in target.modules()):
         raise ValueError(
             "the model is patched already; call tr.unpatch(model) first (several methods go into one patch)"
         )
     if logits not in ("auto", "caller"):
         raise ValueError(f"logits={logits!r}: choose 'auto' or 'caller'")
-    chosen, note = reducers_for(model, *reducers)
+    chosen, note = reducers_for(target, *reducers)
     if not chosen:
         raise ValueError(f"no method given; choose from {', '.join(list_methods())}")
     for reducer in chosen:
         fix(reducer)
-    undo = Undo(chosen, model, logits=logits, note=note)
+    undo = Undo(chosen, target, logits=logits, note=note)
     try:
-        undo.set(model, "__prepare_scriptable__", refuse_script)
-        attach(model, chosen, undo)
+        undo.set(target, "__prepare_scriptable__", refuse_script)
+        attach(target, chosen, undo)
     except BaseException:
         undo.revert()
         raise
-    model.__dict__[MARK] = undo
+    target.__dict__[MARK] = undo
     return model
 
 
@@ -122,6 +131,8 @@ def family_of(model: nn.Module) -> str:
     Raises ``TypeError`` for a model without adapter.
     """
     found = describe(model)
+    if found.denoisers:
+        return str(found.denoisers[0].family)
     return str(found.towers[0].family if found.language is None else found.language.family)
 
 
@@ -131,11 +142,13 @@ def unpatch(model: M) -> M:
     Raises ``ValueError`` when the model is not patched, was patched as part of a larger one, is a shallow copy of a
     patched one, or has modules whose class was changed since.
     """
-    found = list(_patches(model))
-    if not found:
-        from tokenreduce.adapters.encoders.block import Reduced
+    from tokenreduce.adapters import module_of
+    from tokenreduce.adapters.encoders.block import ON_BLOCK
 
-        if any(isinstance(m, Reduced) for m in model.modules()):
+    target = module_of(model)
+    found = list(_patches(target))
+    if not found:
+        if any(ON_BLOCK in m.__dict__ for m in target.modules()):
             raise ValueError("this module was patched through its parent; unpatch the model that you gave to tr.patch")
         raise ValueError("the model is not patched; there is nothing to undo (tr.patch(model, ...) patches it)")
     for _, module, undo in found:
@@ -149,17 +162,17 @@ def unpatch(model: M) -> M:
 class patched(ContextDecorator):  # noqa: N801 - a verb, used like open()
     """``with tr.patched(model, tr.ToMe(r=8)) as m: ...`` or as a decorator; unpatches also after errors."""
 
-    def __init__(self, model: nn.Module, *reducers: Reducer | str, logits: str = "auto") -> None:
+    def __init__(self, model: nn.Module | Pipeline, *reducers: Reducer | str, logits: str = "auto") -> None:
         self.model, self.reducers, self.logits = model, reducers, logits
 
-    def __enter__(self) -> nn.Module:
+    def __enter__(self) -> Any:
         return patch(self.model, *self.reducers, logits=self.logits)
 
     def __exit__(self, *error: object) -> None:
         unpatch(self.model)
 
 
-def twin(model: M) -> M:
+def twin(model: N) -> N:
     """A copy that can be patched, or kept unpatched, on its own; weights are shared, so that it costs no memory."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
@@ -168,8 +181,8 @@ def twin(model: M) -> M:
 def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F], F]:
     """Decorate a function that returns a model, or an ``nn.Module`` class: what it builds comes out patched.
 
-    A factory may return the model alone or a tuple with the model in it (``open_clip.create_model_and_transforms``).
-    ``logits`` is that of :func:`patch`.
+    A factory may return the model (or a pipeline of diffusers) alone or a tuple with it in it
+    (``open_clip.create_model_and_transforms``). ``logits`` is that of :func:`patch`.
     """
     for given in reducers:  # a mistake shows here, not at the first model
         if is_auto(given):
@@ -194,7 +207,7 @@ def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F
         def factory(*args: Any, **kwargs: Any) -> Any:
             made = target(*args, **kwargs)
             parts = made if isinstance(made, tuple) else (made,)
-            model = next((p for p in parts if isinstance(p, nn.Module)), None)
+            model = next((p for p in parts if isinstance(p, nn.Module) or hasattr(p, "components")), None)
             if model is None:
                 raise TypeError(f"{target.__name__} returned {type(made).__name__}, which holds no nn.Module to patch")
             patch(model, *reducers, logits=logits)
@@ -205,7 +218,7 @@ def reduce_tokens(*reducers: Reducer | str, logits: str = "auto") -> Callable[[F
     return decorate
 
 
-def describe(model: nn.Module, *, detail: bool = False) -> Any:
+def describe(model: nn.Module | Pipeline, *, detail: bool = False) -> Any:
     """What can act where in ``model``: its sites, tokens, evidence and the methods that fit; prints as a table.
 
     With ``detail``, also the steps that a patch put around each decoder layer of a language model, in their order.

@@ -123,6 +123,13 @@ def test_lists_have_full_names_and_short_ones_at_a_stage():
         assert get_class(name).name == name
 
 
+@pytest.mark.parametrize("name", ["sparsifiner", "acm", "Adaptive-Computation-Modules"])
+def test_what_needs_training_is_named(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not here: .*trained.*choose .*tome"):
+        tr.get_method(f"{name}:keep=0.5")
+    assert name.lower() not in tr.list_methods()
+
+
 def test_json_names_its_method():
     with pytest.raises(ValueError, match="key 'method'"):
         tr.Reducer.from_json("{}")

@@ -26,7 +26,7 @@ _SMALL = 1 << 15
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """(B,M,N) inner products of (B,M,d) and (B,N,d) in float32, also under autocast: a rounded ranking is another."""
-    if not torch.is_autocast_enabled(a.device.type):
+    if a.is_meta or not torch.is_autocast_enabled(a.device.type):  # there is no autocast on meta, and asking raises
         return torch.bmm(a.float(), b.float().transpose(1, 2))
     with torch.autocast(a.device.type, enabled=False):
         return torch.bmm(a.float(), b.float().transpose(1, 2))

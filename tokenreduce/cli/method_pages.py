@@ -115,6 +115,13 @@ def _asks(kind: type[Reducer]) -> Iterator[str]:
 
 def _results(name: str, kind: type[Reducer], found: dict[str, dict[str, list[_Point]]]) -> Iterator[str]:
     there = {heading: rows for heading, rows in found.items() if name in rows}
+    if not there and kind.stage == "diffusion":
+        yield (
+            "It has no row on the [results page](../results.md): the embedded models make no images. What it saves in "
+            "models in the shape of Stable Diffusion is on the page on "
+            "[diffusion models](../guides/diffusion.md#what-it-saves)."
+        )
+        return
     if not there:
         yield "It has no row on the [results page](../results.md) yet; `make results` measures it."
         return

@@ -20,7 +20,7 @@ __all__ = ["command"]
 def command(
     pattern: Annotated[str, typer.Argument(help="Wildcard for names, for example 'to*'.")] = "*",
     stage: Annotated[
-        str | None, typer.Option(help="Only methods of one stage: encoder, projector, language or cache.")
+        str | None, typer.Option(help="Only methods of one stage: encoder, projector, language, cache or diffusion.")
     ] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Write the page of all methods, with what their docstrings say, and list none.")

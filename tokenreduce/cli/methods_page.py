@@ -17,6 +17,7 @@ STAGES = {
     "projector": "Between vision encoder and language model",
     "language": "Inside the language model",
     "cache": "In the KV cache",
+    "diffusion": "Inside a denoiser of a diffusion model",
 }
 HEAD = """# Methods
 

@@ -21,7 +21,7 @@ __all__ = [
     "METHODS", "STAGES", "Reducer", "check_size_bias", "register", "size_power",
 ]  # fmt: skip
 
-STAGES = ("encoder", "projector", "language", "cache")
+STAGES = ("encoder", "projector", "language", "cache", "diffusion")
 #: Where in an encoder block a plan is applied: on the image before the first block, on the block's input, between
 #: attention and MLP, or on the block's output.
 POSITIONS = ("input", "before", "middle", "after")

@@ -29,6 +29,15 @@ from tokenreduce.core.specs import parse_spec, split_specs
 
 __all__ = ["get_class", "get_method", "list_methods", "load_all", "parse"]
 
+#: Published methods that people ask for and that are nothing without what was trained for them, and what is nearest.
+LEARNED = {
+    "sparsifiner": "which keys each query attends to is said by a predictor that is trained with the model, and no "
+    "token leaves. For attention on fewer tokens choose fastv or pyramiddrop, in an encoder evit or tome",
+    "acm": "Adaptive Computation Modules replace MLPs and projections by small learners, and gates that are trained to "
+    "say how many of them a token runs through. To spend less on tokens alike, choose tome or pitome",
+}
+LEARNED["adaptive-computation-modules"] = LEARNED["acm"]
+
 _loaded = False
 _lock = threading.RLock()
 
@@ -128,6 +137,8 @@ def get_class(name: str, stage: str | None = None) -> type[Reducer]:
     if own and (name not in methods or methods[name].stage != own):
         raise ValueError(f"no method {name!r} at stage {own!r}; there are {', '.join(list_methods(stage=own))}")
     if name not in methods:
+        if why := LEARNED.get(name.lower()):
+            raise ValueError(f"{name!r} is not here: {why}")
         close = difflib.get_close_matches(name, methods, 3, 0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"unknown method {name!r}; {hint}Known: {', '.join(sorted(methods))}.")

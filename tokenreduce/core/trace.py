@@ -124,10 +124,12 @@ class Trace:
 
     @property
     def plan(self) -> Plan | None:
-        """All plans of an encoder forward composed: entry tokens to final tokens; None if nothing acted."""
+        """All plans of an encoder forward composed: entry tokens to final tokens; None if nothing acted. Plans of the
+        diffusion stage are undone behind their module, so there is nothing to compose."""
         composed: Plan | None = None
-        for plan in self.plans:
-            composed = plan if composed is None else composed.then(plan)
+        for step in self.steps:
+            if step.plan is not None and step.stage != "diffusion":
+                composed = step.plan if composed is None else composed.then(step.plan)
         return composed
 
     @property
@@ -197,7 +199,7 @@ def record(
         from tokenreduce.core.flops import flop_counter
 
         counter = flop_counter()
-    trace = Trace(modules=frozenset(id(m) for m in model.modules()), timing=timing, own=own, _counter=counter)
+    trace = Trace(modules=_ids(model), timing=timing, own=own, _counter=counter)
     token = _active.set(trace)
     try:
         if counter is None:
@@ -207,3 +209,9 @@ def record(
                 yield trace
     finally:
         _active.reset(token)
+
+
+def _ids(model: Any) -> frozenset[int]:
+    """Those of all modules of a model, or of the parts of a pipeline."""
+    parts = [model] if isinstance(model, nn.Module) else model.components.values()
+    return frozenset(id(m) for part in parts if isinstance(part, nn.Module) for m in part.modules())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tokenreduce.core.evidence.attention import Attention
+from tokenreduce.core.evidence.diffusion import DiffusionEvidence
 from tokenreduce.core.evidence.encoder import EncoderEvidence
 from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
 from tokenreduce.core.evidence.pairs import Joint, Through
@@ -17,7 +18,7 @@ from tokenreduce.core.evidence.visual import VisualEvidence
 __all__ = ["Evidence"]
 
 
-class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
+class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence, DiffusionEvidence):
     """Evidence made by hand: ``tr.ToMe(r=13).plan(tr.Evidence(x, keys=k, protected=1))``.
 
     Only ``x`` must be given; a method that asks for what is missing raises ``ValueError`` that names it. Adapters make
@@ -40,6 +41,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         before, origin: see :class:`EncoderEvidence` and :class:`LanguageEvidence`.
         prompt, norm, frame_of, place_of, history, scores, earlier, held: see :class:`LanguageEvidence`.
         text_valid, pixels, clip, crops, through: see :class:`VisualEvidence`.
+        timestep: see :class:`DiffusionEvidence`.
         films, marks: what ``frame_of`` and ``scores`` were called before.
     """
 
@@ -86,6 +88,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
         held: Tensor | None = None,
         through: Through | tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
         origin: Tensor | None = None,
+        timestep: Tensor | float | None = None,
     ) -> None:
         if films is not None or marks is not None:
             warnings.warn("films is frame_of now, and marks is scores", DeprecationWarning, stacklevel=2)
@@ -112,7 +115,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             x, rows, size=size, protected=protected, grid=grid, valid=valid, cls=cls, layer=layer, depth=depth,
             entry=entry, before=before, text=text, text_valid=text_valid, times=times, crops=crops, clip=clip,
             pixels=pixels, visual=visual, prompt=prompt, norm=norm, frame_of=frame_of, history=history, scores=scores,
-            earlier=earlier, place_of=place_of, held=held, through=through, origin=origin,
+            earlier=earlier, place_of=place_of, held=held, through=through, origin=origin, timestep=timestep,
         )  # fmt: skip
 
     def samples(self, rows: Tensor) -> Evidence:
@@ -137,7 +140,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence):
             earlier=None if earlier is None else Earlier(earlier.attention[rows], earlier.stay[rows]),
             text_valid=pick(self.text_valid), pixels=pick(self._pixels), crops=self.crops,
             place_of=pick(self._place_of), held=pick(self.held), origin=pick(self.origin),
-            through=None if self._through is None else self._through.cut(some),
+            through=None if self._through is None else self._through.cut(some), timestep=self.timestep,
             clip=None if self._clip is None else self._clip.cut(some, some),
         )  # fmt: skip
 

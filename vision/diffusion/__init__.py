@@ -1,0 +1,1 @@
+"""Methods that act inside a denoiser of diffusion models, one file each."""
