@@ -16,8 +16,8 @@ _TOKENS = (
     "A patch that is alone in its token keeps its pixels. Merged ones show their common mean, with a line of the "
     "token's own colour around them; dropped ones are dark and hatched."
 )
-_KEYS = "A patch is the darker the fewer of the {heads} heads of a layer hold its key, hatched where none does."
-_ALIKE = "The heads of a layer hold the same keys: those of the patches that are not dark and hatched."
+_KEYS = "A patch is the paler the fewer of the {heads} heads of a layer hold its key, and white where none does."
+_ALIKE = "The heads of a layer hold the same keys: those of the patches that are not white."
 
 
 def kept_section(name: str, kept: Kept | Without | None) -> Iterator[str]:

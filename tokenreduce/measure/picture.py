@@ -78,13 +78,11 @@ def overlay(image: Image.Image, region: np.ndarray, *, side: int = 448) -> Image
 
 
 def shaded(image: Image.Image, share: np.ndarray, *, side: int = 448) -> Image.Image:
-    """``image`` where ``share`` (rows, columns) says how much of each patch is left: from 1, as it is, down to 0, as a
-    dropped patch is drawn in :func:`overlay`."""
+    """``image`` where ``share`` (rows, columns) says how much of each patch is left: from 1, as it is, down to 0, where
+    the paper is seen."""
     pixels = np.asarray(_enlarged(as_rgb(image), (1, 1), side)).astype(np.float64)
-    where = _patch_of(pixels, share)
-    left = where[..., None]
-    out = pixels * (0.25 + 0.75 * left) + 34 * 0.75 * (1 - left)
-    out[(where <= 0) & _stripes(pixels)] = 84
+    left = _patch_of(pixels, share)[..., None]
+    out = pixels * left + np.array(PAPER) * (1 - left)
     return Image.fromarray(out.round().astype(np.uint8))
 
 
@@ -93,12 +91,6 @@ def _patch_of(pixels: np.ndarray, grid: np.ndarray) -> np.ndarray:
     (height, width, _), (rows, cols) = pixels.shape, grid.shape
     up, across = np.arange(height) * rows // height, np.arange(width) * cols // width
     return grid[up[:, None], across[None, :]]
-
-
-def _stripes(pixels: np.ndarray) -> np.ndarray:
-    """The hatching of dropped patches."""
-    height, width, _ = pixels.shape
-    return (np.arange(height)[:, None] + np.arange(width)[None, :]) // 2 % 5 == 0
 
 
 def _regions(plan: Plan | None, grid: tuple[int, int], prefix: int, sample: int) -> np.ndarray:
@@ -134,7 +126,8 @@ def _painted(pixels: np.ndarray, region: np.ndarray) -> np.ndarray:
     gone = where < 0
     if gone.any():
         out[gone] = 0.25 * out[gone] + 0.75 * 34
-        out[gone & _stripes(pixels)] = 84
+        stripe = (np.arange(height)[:, None] + np.arange(width)[None, :]) // 2 % 5 == 0
+        out[gone & stripe] = 84
     line = min(4, max(1, round(min(height / rows, width / cols) / 11)))
     edge = _edges(where, line)
     out[edge & ~gone] = 0.5 * out[edge & ~gone] + 0.5 * 255

@@ -30,7 +30,7 @@ def original(pictures: str) -> Image.Image:
 
 def sheet(kept: Kept) -> Image.Image:
     """What is left of every picture, laid out as in :func:`original`. With heads every layer has its own, in which a
-    patch is the darker the fewer heads hold its key: in a column for scenes, in a row of all frames for a clip.
+    patch is the paler the fewer heads hold its key: in a column for scenes, in a row of all frames for a clip.
 
     Raises ``ValueError`` where it is of other pictures, or of another number of them.
     """
