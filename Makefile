@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
 .PHONY: bench results test test-slow test-all test-oldest test-vllm test-lmms serve-demo serve-throughput lint typecheck \
-	imports wheel docs release-check performance performance-vlm performance-estimate gpu clean
+	imports wheel docs pictures release-check performance performance-vlm performance-estimate gpu clean
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV)
@@ -110,6 +110,9 @@ typecheck: wheel  ## on the wheel, where the folders beside tokenreduce/ are its
 imports: wheel  ## who may import whom, on the wheel as well
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/typecheck build/wheel/*.whl
 	cd build/typecheck && PYTHONPATH=. ../../$(BIN)/lint-imports --no-logo ../../pyproject.toml
+
+pictures: $(VENV)/bench.stamp  ## what every method keeps of the same pictures, for its page: docs/kept.json
+	$(BIN)/python -m tokenreduce.bench.gallery docs/kept.json
 
 # On the wheel as well: API pages are read from it.
 docs: wheel $(VENV)/docs.stamp  ## the site, in build/site; a warning is an error

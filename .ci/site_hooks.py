@@ -18,12 +18,15 @@ FENCED = re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the methods page and the documents above docs/."""
-    from tokenreduce.cli.method_pages import method_pages
+    from tokenreduce.bench.gallery import read_kept
+    from tokenreduce.cli.method_pages import method_pages, method_pictures
     from tokenreduce.cli.methods_page import methods_page
 
     files.append(File.generated(config, "methods.md", content=linked(methods_page())))
-    for name, text in method_pages((ROOT / "docs" / "results.md").read_text(encoding="utf-8")).items():
-        files.append(File.generated(config, f"methods/{name}", content=text))
+    kept = read_kept(ROOT / "docs" / "kept.json")
+    pages = method_pages((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), kept)
+    for name, content in {**pages, **method_pictures(kept)}.items():
+        files.append(File.generated(config, f"methods/{name}", content=content))
     for name, page in ABOVE.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=moved(text, "", page)))

@@ -190,6 +190,16 @@ def test_every_answer_names_its_test():
     assert [a.partition("\n")[0] for a in answers if "tests/" not in a] == []
 
 
+def test_how_to_make_a_model_faster_is_one_click_from_the_start():
+    start = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    (page, heading) = re.search(r"\[How do I make my Qwen2\.5-VL[^]]*\]\(([^)#]+)#([^)]+)\)", start).groups()
+    guide = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert heading in headings(guide)
+    answer = guide.partition("Qwen2.5-VL faster\n")[2].partition("\n## ")[0]
+    assert "Qwen2_5_VLForConditionalGeneration.from_pretrained" in answer
+    assert "tr.patch(model, " in answer
+
+
 def test_the_picture_is_drawn_from_its_table():
     spec = importlib.util.spec_from_file_location("picture", ROOT / ".ci" / "picture.py")
     picture = importlib.util.module_from_spec(spec)

@@ -6,10 +6,12 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 from typer.testing import CliRunner
 
+from tokenreduce.bench.gallery.kept import Kept, Without, as_text, read_kept
 from tokenreduce.cli import app
-from tokenreduce.cli.method_pages import NEEDS, method_pages
+from tokenreduce.cli.method_pages import NEEDS, method_pages, method_pictures
 from tokenreduce.cli.methods_page import anchor, methods_page, plain_words
 from tokenreduce.core.registry import load_all
 
@@ -84,11 +86,50 @@ def test_a_curve_goes_from_the_unreduced_model_down() -> None:
     assert first[1] < last[1] < low[1]
 
 
+def test_a_page_shows_what_its_method_keeps_and_others_say_why_not() -> None:
+    region = np.arange(196).reshape(14, 14)
+    some, layers = np.where(region < 49, region, -1), np.where(region[None] < 98, [[[4]]], 0).repeat(6, 0)
+    kept = {
+        "tome": Kept("tome:keep=0.25", "world-vit", "scenes", (some, some, some)),
+        "snapkv": Kept("snapkv:keep=0.5", "world-llava", "scenes", (layers,) * 3, 4, "With a note."),
+        "minicache": Without("It drops nothing."),
+    }
+    pages, files = method_pages("", kept), method_pictures(kept)
+    assert set(files) == {"pictures-scenes.webp", "pictures-clip.webp", "tome.webp", "snapkv.webp"}
+    assert (
+        "`tome:keep=0.25` in `world-vit`, of three scenes of the embedded world's test split, of which 49 of 196 tokens"
+        in (pages["tome.md"])
+    )
+    assert "which 98 of 196 keys in a head, mean over layers and heads are left. With a note." in pages["snapkv.md"]
+    assert "No picture: It drops nothing." in pages["minicache.md"]
+    assert "No picture yet: `python -m tokenreduce.bench.gallery docs/kept.json` makes it." in pages["evit.md"]
+    for name, page in pages.items():
+        shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+        assert shown == (["pictures-scenes.webp", name.replace(".md", ".webp")] if name[:-3] in files_of(files) else [])
+    # A method before the language model may look at the question; one inside an encoder cannot.
+    assert "Asked was: *" in pages["snapkv.md"]
+    assert "Asked" not in pages["tome.md"]
+
+
+def files_of(files: dict[str, bytes]) -> set[str]:
+    return {name.removesuffix(".webp") for name in files}
+
+
 def test_the_command_writes_all_pages(tmp_path: Path) -> None:
+    few = tmp_path / "kept.json"
+    few.write_text(as_text({"tome": read_kept(ROOT / "docs" / "kept.json")["tome"]}))
     words = ["methods", "--pages", str(tmp_path / "m"), "--results", str(ROOT / "docs" / "results.md")]
+    words += ["--kept", str(few)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert len(list((tmp_path / "m").glob("*.md"))) == len(load_all())
+    assert {f.name for f in (tmp_path / "m").glob("*.webp")} == {
+        "tome.webp", "pictures-scenes.webp", "pictures-clip.webp"
+    }  # fmt: skip
+    few.write_text("[]")
+    broken = CliRunner().invoke(app, words)
+    assert broken.exit_code == 2
+    assert "kept.json is not what" in " ".join(broken.stderr.split())
     wrong = CliRunner().invoke(app, [*words, "--stage", "encoder"])
     assert wrong.exit_code == 2
     assert "--pages writes pages of all methods" in wrong.stderr

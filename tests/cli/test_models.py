@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tokenreduce.cli import app
+from tokenreduce.cli.models import _measured
 from tokenreduce.measure import census_language
 from tokenreduce.measure.census import Row
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,12 @@ def few(monkeypatch):
         Row("transformers", "SeeForConditionalGeneration", "discovered", ("projector",), "not inside: a | b"),
         Row("transformers", "ReadForConditionalGeneration", "refused", (), "an encoder-decoder"),
     ]
-    monkeypatch.setattr(census_language, "census_language", lambda library: rows if library == "transformers" else [])
+
+    def census(library):
+        print("[ERROR] a library speaks while it is imported")
+        return rows if library == "transformers" else []
+
+    monkeypatch.setattr(census_language, "census_language", census)
     encoders = types.ModuleType("tokenreduce.measure.census_encoders")
     encoders.census_encoders = lambda library: [Row("timm", "vit", "table", ("encoder",), "")] * (library == "timm")
     monkeypatch.setitem(sys.modules, "tokenreduce.measure.census_encoders", encoders)
@@ -29,7 +38,8 @@ def few(monkeypatch):
 
 def run(*args):
     result = CliRunner().invoke(app, ["models", *args])
-    return result.exit_code, result.output
+    assert "[ERROR]" not in result.stdout
+    return result.exit_code, result.stdout if result.exit_code == 0 else result.output
 
 
 def test_a_line_per_model():
@@ -50,8 +60,16 @@ def test_the_page_of_the_documents(tmp_path):
     file.write_text(
         json.dumps(
             {
-                "see": {"class": "SeeFor", "original": 5.2e-7, "layers": [1, 2], "inside": 1e-6, "cache": 4e-7},
-                "two": {"class": "TwoWays", "masked": 3e-7},
+                "see": {
+                    "class": "SeeFor",
+                    "original": 5.2e-7,
+                    "layers": [1, 2],
+                    "inside": 1e-6,
+                    "cache": 4e-7,
+                    "encoder": 8e-7,
+                },
+                "two": {"class": "TwoWays", "masked": 3e-7, "no_encoder": "it has two"},
+                "three": {"class": "ThreeWays", "masked": 3e-7},
                 "bad": {"class": "Bad", "error": "it | fails"},
             }
         )
@@ -60,9 +78,19 @@ def test_the_page_of_the_documents(tmp_path):
     assert "| `SeeForConditionalGeneration` | discovered | projector | not inside: a / b |" in lines
     assert "2 models: 1 discovered, 1 refused." in lines
     assert "## Encoders of timm" in lines
-    assert "| `SeeFor` | 5e-07 | none | 1, 2 | 1e-06 | 4e-07 |" in lines
-    assert "| `TwoWays` | 3e-07 (hidden) | none | none | none | none |" in lines
-    assert "| `Bad` | it / fails |  |  |  |  |" in lines
+    assert "| `SeeFor` | 8e-07 | 5e-07 | none | 1, 2 | 1e-06 | 4e-07 |" in lines
+    assert "| `TwoWays` | none | 3e-07 (hidden) | none | none | none | none |" in lines
+    assert "| `ThreeWays` | not measured | 3e-07 (hidden) | none | none | none | none |" in lines
+    assert "| `Bad` | it / fails |  |  |  |  |  |" in lines
+    assert lines[-1] == "- `TwoWays`: it has two"
+
+
+def test_the_page_has_the_stored_differences():
+    """docs/models.md was made of docs/models.json as it is."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    stored = json.loads((ROOT / "docs" / "models.json").read_text(encoding="utf-8"))
+    assert page.startswith("# Models\n")
+    assert page.endswith("\n".join(_measured(stored)) + "\n"), "make it again with the command that it names"
 
 
 @pytest.mark.parametrize(

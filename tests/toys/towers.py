@@ -63,10 +63,10 @@ class Dropped(Reducer):
 
 
 @contextmanager
-def hiding(tower: Any, stay: torch.Tensor, views: torch.Tensor) -> Iterator[None]:
+def hiding(tower: Any, stay: torch.Tensor, views: torch.Tensor, behind: bool) -> Iterator[None]:
     """The stock layers of a tower: keys that do not ``stay`` (slots,) are hidden behind the first, and their places
-    hold the mean of their view, ``views`` (slots,), behind the last, or behind the tower where that returns as many
-    tokens; -1 are leading tokens."""
+    hold the mean of their view, ``views`` (slots,), behind the last layer, or ``behind`` the tower; -1 are leading
+    tokens."""
     layers = list(tower.blocks)
     start = [0]
 
@@ -110,7 +110,7 @@ def hiding(tower: Any, stay: torch.Tensor, views: torch.Tensor) -> Iterator[None
     attentions = [next(m for m in layer.modules() if _attends(m)) for layer in layers[1:]]
     configs = [m.config for m in attentions]
     hooks = [layer.register_forward_pre_hook(begin, with_kwargs=True) for layer in layers]
-    last = tower.module if tower.hands == "all" else layers[-1]
+    last = tower.module if behind else layers[-1]
     hooks.append(last.register_forward_hook(fill, prepend=last is layers[-1]))
     for module in attentions:
         module.config = copy.copy(module.config)
@@ -128,8 +128,8 @@ def _attends(module: Any) -> bool:
     return hasattr(module, "config") and any(hasattr(module, n) for n in ("q_proj", "qkv", "query", "q"))
 
 
-def tokens_with(toy: Stock, layers: list[Any], slots: torch.Tensor) -> torch.Tensor:
-    """(features,) bool: those that change where the last layer's output is changed at ``slots`` (slots,) bool."""
+def tokens_with(toy: Stock, layer: Any, slots: torch.Tensor) -> torch.Tensor:
+    """(features,) bool: those that change where the output of ``layer`` is changed at ``slots`` (slots,) bool."""
 
     def shake(layer, args, output):
         x = output[0] if isinstance(output, tuple) else output
@@ -138,7 +138,7 @@ def tokens_with(toy: Stock, layers: list[Any], slots: torch.Tensor) -> torch.Ten
         return (made, *output[1:]) if isinstance(output, tuple) else made
 
     base = _made(toy)
-    hook = layers[-1].register_forward_hook(shake, prepend=True)
+    hook = layer.register_forward_hook(shake, prepend=True)
     try:
         return (_made(toy) != base).any(-1)
     finally:
@@ -154,8 +154,11 @@ def dropped_inside(toy: Stock) -> tuple[float, float]:
     """How far a generation that drops patches in the tower is from that of the stock model which hides them and gets a
     prompt that is as short, and from the unreduced one."""
     model, inputs = toy.model, toy.inputs
-    (tower,) = tr.describe(model).towers
+    found = tr.describe(model)
+    (tower,), vision = [t for t in found.towers if "video" not in t.name], found.language.vision
     layers, method = list(tower.blocks), Dropped()
+    behind = tower.hands == "all" or vision.kind not in ("discovered", "packed")
+    last = layers[vision.feature] if vision.kind not in ("discovered", "packed") else layers[-1]
     sizes: list[tuple[int, ...]] = []
     with tr.patched(model, method), tr.record(model, flops=False) as trace:
         sequences, logits = generate(model, inputs)
@@ -165,18 +168,27 @@ def dropped_inside(toy: Stock) -> tuple[float, float]:
     features(model, inputs)
     hook.remove()
     stay, views = _cut(tower, method, sizes[0])
-    with hiding(tower, stay, views):
+    with hiding(tower, stay, views, behind):
         ready = features(model, inputs)
     (step,) = (s for s in trace.steps if s.stage == "projector")
     columns = step.plan.sources() >= 0 if step.plan is not None else torch.ones_like(inputs["input_ids"]).bool()
     visual = inputs["input_ids"] == IMAGE
-    with_patch = tokens_with(toy, layers, views >= 0)
-    left = tokens_with(toy, layers, stay & (views >= 0))
+    with_patch = tokens_with(toy, last, views >= 0)
+    left = tokens_with(toy, last, stay & (views >= 0))
     assert torch.equal(columns[visual], left | ~with_patch), "tokens with a patch that is left stay, and no others"
     assert bool(columns[~visual].all())
-    compact = not has_axes(inner_of(model))
+    compact = not has_axes(inner_of(model)) and compact_too(model)
     want = short_prompts(replace(toy, ready=ready), columns, sequences, compact=compact)
     return relative(logits, want), relative(logits, toy.logits)
+
+
+def compact_too(model: Any) -> bool:
+    """Whether positions may be counted anew in a model."""
+    try:
+        tr.unpatch(tr.patch(model, "random@projector:keep=0.4,positions=compact"))
+    except ValueError:
+        return False
+    return True
 
 
 def _first(args: Any, kwargs: Any) -> torch.Tensor:

@@ -1,24 +1,27 @@
-"""A page for every method, of its docstring and of stored results: ``tokenreduce methods --pages FOLDER``.
+"""A page for every method, of its docstring and of what is stored: ``tokenreduce methods --pages FOLDER``.
 
-Adding a method adds its page. Results are read from a results page (``docs/results.md``); a method that is not on it
-says so.
+Adding a method adds its page. Results are read from a results page (``docs/results.md``), and what it keeps of some
+pictures from a file that ``python -m tokenreduce.bench.gallery`` writes (``docs/kept.json``); a method that is not
+there says so.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenreduce.cli.kept_section import kept_section
 from tokenreduce.cli.methods_page import STAGES, anchor, section
 
 if TYPE_CHECKING:
+    from tokenreduce.bench.gallery.kept import Kept, Without
     from tokenreduce.bench.stored import StoredRow
     from tokenreduce.core.reducer import Reducer
 
-__all__ = ["NEEDS", "curve", "method_pages", "write_pages"]
+__all__ = ["NEEDS", "curve", "method_pages", "method_pictures", "write_pages"]
 
 #: What a method may ask of a model beyond the tokens themselves, in words.
 NEEDS = {
@@ -48,8 +51,11 @@ class _Point:
     row: StoredRow
 
 
-def method_pages(results: str = "") -> dict[str, str]:
-    """Markdown by the name of its file, from the text of a results page. Raises what loading the methods raises."""
+def method_pages(results: str = "", kept: Mapping[str, Kept | Without] | None = None) -> dict[str, str]:
+    """Markdown by the name of its file, from the text of a results page and what methods ``kept`` of pictures.
+
+    Pages show the files that :func:`method_pictures` makes of ``kept``. Raises what loading the methods raises.
+    """
     from tokenreduce.bench.stored import stored_rows
     from tokenreduce.core.registry import load_all
 
@@ -57,16 +63,33 @@ def method_pages(results: str = "") -> dict[str, str]:
     for row in stored_rows(results):
         if (point := _point(row)) is not None:
             found[row.section][_full(row.spec)].append(point)
-    return {f"{anchor(n)}.md": _page(n, kind, found) for n, kind in sorted(load_all().items())}
+    return {f"{anchor(n)}.md": _page(n, kind, found, (kept or {}).get(n)) for n, kind in sorted(load_all().items())}
 
 
-def write_pages(folder: Path, results: Path) -> int:
-    """Write all pages into ``folder``; returns how many. Raises ``OSError`` for a page or folder that is not there."""
-    from tokenreduce.common.files import write_text
+def method_pictures(kept: Mapping[str, Kept | Without]) -> dict[str, bytes]:
+    """The pictures of the pages, WebP by the name of its file: the originals, and what every method ``kept``.
 
-    pages = method_pages(results.read_text(encoding="utf-8"))
+    Raises ``ValueError`` for what was kept of other pictures than the gallery's.
+    """
+    from tokenreduce.bench.gallery.kept import Kept
+    from tokenreduce.bench.gallery.sheets import FILES, original, sheet, webp
+
+    drawn = {f"{anchor(name)}.webp": webp(sheet(one)) for name, one in kept.items() if isinstance(one, Kept)}
+    return {**{file: webp(original(pictures)) for pictures, file in FILES.items()}, **drawn}
+
+
+def write_pages(folder: Path, results: Path, kept: Path) -> int:
+    """Write all pages with their pictures into ``folder``; returns how many pages. Raises ``OSError`` for a page, file
+    or folder that is not there, ``ValueError`` for a file that is none of the gallery's."""
+    from tokenreduce.bench.gallery import read_kept
+    from tokenreduce.common.files import write_bytes, write_text
+
+    known = read_kept(kept)
+    pages, fix = method_pages(results.read_text(encoding="utf-8"), known), "choose another place with --pages"
     for name, text in pages.items():
-        write_text(folder / name, text, "choose another place with --pages")
+        write_text(folder / name, text, fix)
+    for name, data in method_pictures(known).items():
+        write_bytes(folder / name, data, fix)
     return len(pages)
 
 
@@ -92,13 +115,16 @@ def _point(row: StoredRow) -> _Point | None:
         return None
 
 
-def _page(name: str, kind: type[Reducer], found: dict[str, dict[str, list[_Point]]]) -> str:
+def _page(
+    name: str, kind: type[Reducer], found: dict[str, dict[str, list[_Point]]], kept: Kept | Without | None
+) -> str:
     where = STAGES.get(kind.stage, kind.stage)
     parts = [
         f"# {name}",
         f"{where} (stage `{kind.stage}`). [All methods](../methods.md)",
         section(name, kind, heading=False),
     ]
+    parts += ["## What it keeps", *kept_section(name, kept)]
     parts += ["## What it asks of a model", *_asks(kind)]
     parts += ["## On the embedded models", *_results(name, kind, found)]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -29,6 +29,9 @@ def command(
         Path | None, typer.Option(help="Write a page for every method, with its stored results, and list none.")
     ] = None,
     results: Annotated[Path, typer.Option(help="The results page that --pages reads.")] = Path("docs/results.md"),
+    kept: Annotated[
+        Path, typer.Option(help="What methods keep of pictures, for --pages; python -m tokenreduce.bench.gallery FILE.")
+    ] = Path("docs/kept.json"),
     as_json: AsJson = False,
 ) -> None:
     """List the methods with their stage, settings and paper."""
@@ -37,7 +40,7 @@ def command(
             raise ValueError("--pages writes pages of all methods; it takes no pattern, --stage, --markdown or --json")
         from tokenreduce.cli.method_pages import write_pages
 
-        console().say(f"wrote {counted(write_pages(pages, results), 'page')} into {pages}")
+        console().say(f"wrote {counted(write_pages(pages, results, kept), 'page')} into {pages}")
         return
     if markdown is not None:
         if pattern != "*" or stage is not None or as_json:

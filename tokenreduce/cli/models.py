@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +23,8 @@ __all__ = ["LIBRARIES", "command"]
 
 LIBRARIES = ("transformers", "timm", "open_clip")
 HEADS = ("model", "how", "stages", "note")
+#: Columns of measured differences.
+EXACT = ("model", "tower", "before, original", "before, compact", "inside, layers", "inside", "cache")
 
 
 def command(
@@ -59,7 +63,9 @@ def _census(library: str) -> tuple[list[Row], list[Row]]:
     from tokenreduce.measure.census_encoders import census_encoders
     from tokenreduce.measure.census_language import census_language
 
-    return census_language(library), census_encoders(library)
+    # Libraries that print while they are imported must not print into the page or the JSON.
+    with redirect_stdout(sys.stderr):
+        return census_language(library), census_encoders(library)
 
 
 def _table(out: Screen, rows: list[Row]) -> None:
@@ -119,23 +125,30 @@ def _measured(numbers: dict[str, Any]) -> Iterator[str]:
         "code, float32, a padded batch of a prompt with one image and one with two. The largest difference of logits "
         "over three new tokens, over the largest logit, between the reduced model and the stock model on prompts that "
         "are as short, one at a time and unpadded, at original and at compact positions (those that are places in the "
-        "image have no compact form); inside the language model: between `fastv` and stock layers on one row; in the "
-        "cache: between rows, heads and layers that hold unequal numbers of keys, and the stock model with the keys "
-        "that left hidden. "
+        "image have no compact form); in the tower: between a tower that drops patches and the stock tower that hides "
+        "them, with the visual tokens that have a patch left; inside the language model: between `fastv` and stock "
+        "layers on one row; in the cache: between rows, heads and layers that hold unequal numbers of keys, and the "
+        "stock model with the keys that left hidden. "
         "Bidirectional models are held against the stock model with the dropped columns hidden.", "",
     )  # fmt: skip
-    heads = ("model", "before, original", "before, compact", "inside, layers", "inside", "cache")
-    rows: list[tuple[str, ...]] = []
-    for row in sorted(numbers.values(), key=lambda r: str(r["class"]).lower()):
-        if "error" in row:
-            rows.append((f"`{row['class']}`", row["error"].replace("|", "/"), "", "", "", ""))
-            continue
-        hidden = row.get("masked")
-        first = _number(row.get("original")) if hidden is None else f"{_number(hidden)} (hidden)"
-        layers = ", ".join(map(str, row.get("layers", ()))) or "none"
-        compact, inside, cache = (_number(row.get(key)) for key in ("compact", "inside", "cache"))
-        rows.append((f"`{row['class']}`", first, compact, layers, inside, cache))
-    yield from _lines(rows, heads)
+    rows = sorted(numbers.values(), key=lambda r: str(r["class"]).lower())
+    yield from _lines([_exact(row) for row in rows], EXACT)
+    without = [row for row in rows if row.get("no_encoder")]
+    if without:
+        yield from ("", f"Methods do not act inside the tower of {counted(len(without), 'model')}:", "")
+        yield from (f"- `{row['class']}`: {row['no_encoder']}" for row in without)
+
+
+def _exact(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table of differences."""
+    if "error" in row:
+        return (f"`{row['class']}`", row["error"].replace("|", "/"), "", "", "", "", "")
+    hidden = row.get("masked")
+    first = _number(row.get("original")) if hidden is None else f"{_number(hidden)} (hidden)"
+    layers = ", ".join(map(str, row.get("layers", ()))) or "none"
+    tower, compact, inside, cache = (_number(row.get(key)) for key in ("encoder", "compact", "inside", "cache"))
+    tower = "not measured" if hidden is not None and "no_encoder" not in row else tower
+    return (f"`{row['class']}`", tower, first, compact, layers, inside, cache)
 
 
 def _number(value: float | None) -> str:

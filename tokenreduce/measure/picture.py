@@ -20,7 +20,9 @@ from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import parse
 from tokenreduce.core.trace import Step
 
-__all__ = ["Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "patch_size", "show", "view"]
+__all__ = [
+    "Look", "draw", "draw_regions", "look", "looked", "only_tower", "overlay", "patch_size", "shaded", "show", "view",
+]  # fmt: skip
 
 MARGIN, INK, PAPER = 12, (28, 28, 28), (255, 255, 255)
 
@@ -75,6 +77,22 @@ def overlay(image: Image.Image, region: np.ndarray, *, side: int = 448) -> Image
     return Image.fromarray(_painted(np.asarray(_enlarged(as_rgb(image), (rows, cols), side)), region))
 
 
+def shaded(image: Image.Image, share: np.ndarray, *, side: int = 448) -> Image.Image:
+    """``image`` where ``share`` (rows, columns) says how much of each patch is left: from 1, as it is, down to 0, where
+    the paper is seen."""
+    pixels = np.asarray(_enlarged(as_rgb(image), (1, 1), side)).astype(np.float64)
+    left = _patch_of(pixels, share)[..., None]
+    out = pixels * left + np.array(PAPER) * (1 - left)
+    return Image.fromarray(out.round().astype(np.uint8))
+
+
+def _patch_of(pixels: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """What ``grid`` (rows, columns) says of the patch of every pixel, also for sizes that it does not divide."""
+    (height, width, _), (rows, cols) = pixels.shape, grid.shape
+    up, across = np.arange(height) * rows // height, np.arange(width) * cols // width
+    return grid[up[:, None], across[None, :]]
+
+
 def _regions(plan: Plan | None, grid: tuple[int, int], prefix: int, sample: int) -> np.ndarray:
     """(rows, cols) int: the output of each patch, -1 where it is gone."""
     rows, cols = grid
@@ -102,15 +120,13 @@ def _colour(index: int) -> np.ndarray:
 def _painted(pixels: np.ndarray, region: np.ndarray) -> np.ndarray:
     height, width, _ = pixels.shape
     rows, cols = region.shape
-    # Patch of each pixel row and column; works for sizes that the grid does not divide.
-    up, across = np.arange(height) * rows // height, np.arange(width) * cols // width
-    where = region[up[:, None], across[None, :]]
+    where = _patch_of(pixels, region)
     out = pixels.astype(np.float64)
     members = {int(v): int(c) for v, c in zip(*np.unique(region, return_counts=True), strict=True)}
     gone = where < 0
     if gone.any():
-        stripe = (np.arange(height)[:, None] + np.arange(width)[None, :]) // 2 % 5 == 0
         out[gone] = 0.25 * out[gone] + 0.75 * 34
+        stripe = (np.arange(height)[:, None] + np.arange(width)[None, :]) // 2 % 5 == 0
         out[gone & stripe] = 84
     line = min(4, max(1, round(min(height / rows, width / cols) / 11)))
     edge = _edges(where, line)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from toys.build import IMAGE, TABLE, families
@@ -17,6 +20,7 @@ from tokenreduce.adapters.language.find import find
 
 pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases have no discovered families")
 
+ROOT = Path(__file__).parents[4]
 #: Rows packed in units, rows of single patches, batches, and a tower that makes other tokens between its layers.
 FAST = ("qwen3_5", "glm4v", "mistral3", "aya_vision", "ovis2", "minicpmv4_6")
 #: Families in whose tower nothing acts, and a word of why.
@@ -113,6 +117,26 @@ def test_what_cannot_be_reduced_says_why(name):
     assert WITHOUT[name] in encoder_refusal(model, find(model))
     with pytest.raises(ValueError, match=r"acts at stage encoder, which is not available .*: .*\(stages there:"):
         tr.patch(model, "tome:keep=0.5")
+
+
+def test_stored_differences_cover_every_tower():
+    """docs/models.json has a number of each, and the reason where nothing acts."""
+    stored = json.loads((ROOT / "docs" / "models.json").read_text())
+    assert set(EVERY) - set(stored) == set(), "run python tests/toys/measure.py docs/models.json"
+    for name in EVERY:
+        row = stored[name]
+        if name in WITHOUT:
+            assert WITHOUT[name] in row["no_encoder"]
+        else:
+            assert row["encoder"] < (3e-5 if name == "glm5_next" else 1e-5)
+    assert all(stored[name]["encoder"] < 1e-5 for name in TABLE)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "llava" else pytest.mark.slow) for n in TABLE])
+def test_towers_of_the_table_by_the_same_oracle(name):
+    far, changed = dropped_inside(toy(name))
+    assert far < 1e-5
+    assert changed > 1e-3
 
 
 def test_the_tower_alone():
