@@ -335,7 +335,10 @@ class Description:
 
 
 def _fits_input(method: type[Reducer], towers: tuple[Tower, ...]) -> bool:
-    """Whether towers take the images of a method that makes them smaller, if it is one."""
+    """Whether towers take the images of a method that makes them smaller, and have the block of one that sets tokens
+    aside, if it is one."""
+    if method.rebuilds and any(len(t.blocks) <= method().layer for t in towers):  # type: ignore[attr-defined]
+        return False
     return method.position != "input" or "pixels" in method.needs or all(t.resizes for t in towers)
 
 

@@ -84,6 +84,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.encoder.dymu import DyMU
     from tokenreduce.vision.encoder.evit import EViT
     from tokenreduce.vision.encoder.ficoco_v import FiCoCoV
+    from tokenreduce.vision.encoder.ipcv import IPCV
     from tokenreduce.vision.encoder.kmedoids import KMedoids
     from tokenreduce.vision.encoder.mctf import MCTF
     from tokenreduce.vision.encoder.mustdrop_merge import MustDropMerge
@@ -153,7 +154,7 @@ __all__ = [
     "CacheEvidence", "CacheReducer", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate", "DivPrune", "DuoAttention",
     "DyCoke", "DyCokeCache", "DyMU", "EMS", "EVS", "EViT", "Evidence", "ExpectedAttention", "FastV", "FastVID",
     "FasterVLM", "FiCoCoL", "FiCoCoV", "FitPrune", "FlashVID", "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge",
-    "GPrune", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids",
+    "GPrune", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom", "HoliTomMerge", "HoloV", "IPCV", "InfiniPotV", "KMedoids",
     "KeyDiff", "Keyformer", "Knorm", "LazyEviction", "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge",
     "MiniCache", "Mix", "MixKV", "MustDrop", "MustDropCache", "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe",
     "PixelDiff", "PixelPrune", "Plan", "Pool", "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.pixels import AtEntry, entry_plan
+from tokenreduce.adapters.encoders.rebuilding import aside_of, complete, note_entered, shown
 from tokenreduce.adapters.encoders.state import (
     State,
     carry_state,
@@ -104,6 +105,7 @@ class Site:
     rope: str | None = None
     label: str = ""
     entry: AtEntry | None = None
+    leads: bool = False
 
 
 class View(NamedTuple):
@@ -160,24 +162,32 @@ class Reduced:
             x, state = self._drop_by_pixels(site, site.entry, x, state)
         reducer = None if site.reducer is None else settled(site.reducer)
         where = None if reducer is None else reducer.acting_position()
-        given = None
-        if where == "before":
+        given, first = None, x if site.leads else None
+        every: Tensor | None = None  # all tokens, where some are set aside and attention is over all
+        if reducer is not None and reducer.rebuilds:
+            every, x, state = self._set_aside(site, reducer, x, state)
+        elif where == "before":
             assert reducer is not None
             x, state, given = self._reduce_before(site, reducer, x, state, context)
+        elif state.aside is not None and site.layer < state.aside.until:
+            every = state.aside.whole(x)
         entered = x
-        if given is not None:
+        if every is not None:
+            all_of = state.aside.before
+            got = self._attention(every, all_of.bias(x.dtype), (), self._context(context, all_of))
+        elif given is not None:
             got = self._attend_with(x, given, self._context(context, state))
         else:
             needs = () if reducer is None or where == "before" else reducer.required()
             got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
-        x = self._residual(x, got.out)
+        x = self._residual(x, got.out) if every is None else state.aside.take(self._residual(every, got.out))
         if where == "middle":
             assert reducer is not None
             x, state = self._reduce(site, reducer, x, state, got, entered)
         # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
         seen = got._replace(out=x) if where == "after" else None
         middle = None if where != "after" else entered if self._one_branch else x
-        del got, entered
+        del got, entered, every
         x = self._feed_forward(x)
         if where == "after":
             assert reducer is not None
@@ -185,9 +195,13 @@ class Reduced:
             x, state = self._reduce(site, reducer, x, state, seen, middle)
         if where is None and site.entry is None and (trace := active()) is not None:
             self._note(trace, site, None, x, None, state)
+        if site.layer == site.depth - 1:
+            x, state = complete(x, state)
         collected = _collected()
         if collected is not None:
             collected.append(state)
+        if first is not None:
+            note_entered(x, first)
         return set_state(x, state)
 
     def _context(self, context: Any, state: State) -> Any:
@@ -218,6 +232,24 @@ class Reduced:
         if trace is not None:
             self._note(trace, site, entry.reducer, x, plan, state)
         return x, state
+
+    def _set_aside(
+        self, site: Site, reducer: Reducer, x: Tensor, state: State
+    ) -> tuple[Tensor | None, Tensor, State]:
+        """What a method that rebuilds leaves of ``x``, in front of it all tokens where attention is over them yet."""
+        trace = active()
+        every, choice = None, None
+        with nullcontext() if trace is None else trace.clock():
+            known = {"cls": site.cls, "layer": site.layer, "depth": site.depth}
+            plan = planned(reducer, shown(reducer, x, state, site.prefix, **known))
+            if not plan.is_identity:
+                aside = aside_of(reducer, plan, state, len(x), site.prefix, site.layer)
+                choice, every = aside.left, x if site.layer < aside.until else None
+                x, state = aside.take(x), state.after(choice, False)
+                state.aside = aside
+        if trace is not None:
+            self._note(trace, site, reducer, x, choice, state)
+        return every, x, state
 
     def _evidence(
         self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None, view: View | None = None
@@ -341,7 +373,7 @@ def may_reduce(blocks: Iterable[nn.Module]) -> bool:
 def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
     sites: list[Site] = [block.__dict__[ON_BLOCK] for block in blocks]
     reducers = [*(site.reducer for site in sites), *(site.entry.reducer for site in sites if site.entry is not None)]
-    return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
+    return [r for r in reducers if r is not None and not r.rebuilds and not _keeps_all(r)]
 
 
 def _keeps_all(reducer: Reducer) -> bool:

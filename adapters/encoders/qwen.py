@@ -35,9 +35,11 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, View, _collected
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.encoders.packed import Layout, Packed, Part
-from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens
+from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens, give_rebuilt
 from tokenreduce.adapters.encoders.packed_pixels import PackedPixels, packed_plans
+from tokenreduce.adapters.encoders.packed_rebuilding import Sparse, set_aside
 from tokenreduce.adapters.encoders.pixels import AtEntry
+from tokenreduce.adapters.encoders.rebuilding import note_entered
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
@@ -181,37 +183,46 @@ class _Block(Reduced):
         packed = self._begin(site, x, layout)
         if site.entry is not None:
             x, packed = self._drop_at_input(site, site.entry, x, packed, pixels)
-        reducer = site.reducer
+        reducer, first = site.reducer, x if site.leads else None
         where = None if reducer is None else reducer.acting_position()
-        if where == "before":
+        every = packed.every(x, site.layer)
+        if reducer is not None and reducer.rebuilds:
+            where = "aside"
+            every, x, packed = self._set_aside(site, reducer, x, packed)
+        elif where == "before":
             assert reducer is not None
             shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.required()) else None
             x, packed = self._shrink(site, reducer, x, packed, context, shown, None)
         record = where in ("middle", "after") and not _SEEN.isdisjoint(reducer.required())  # type: ignore[union-attr]
-        across = packed.seen(context.bounds)
-        call = PackedAsk(packed, packed.bias() if across is None else None, record, across)
-        now, attn, entered = context.at(packed), self.attn, x  # type: ignore[attr-defined]
+        within = packed if every is None else packed.lasting
+        y = x if every is None else every
+        across = within.seen(context.bounds)
+        call = PackedAsk(within, within.bias() if across is None else None, record, across)
+        now, attn, entered = context.at(within), self.attn, x  # type: ignore[attr-defined]
         refuse_own(attn)
         out = attn(
-            self.norm1(x),  # type: ignore[attr-defined]
+            self.norm1(y),  # type: ignore[attr-defined]
             cu_seqlens=now.bounds, position_embeddings=now.rope, **{**now.kwargs, CALL: call},
         )  # fmt: skip
-        x = x + out
+        x = y + out if every is None else packed.take(y + out)
         if where == "middle":
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, context, call, entered)
         middle = x if where == "after" else None
         # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
         seen = call if where == "after" else None
-        del call, entered, out, now, across
+        del call, entered, out, now, across, every, y
         x = x + self.mlp(self.norm2(x))  # type: ignore[attr-defined]
         if where == "after":
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, context, seen, middle)
         trace = active()
         if trace is not None and where is None and site.entry is None:
-            for part in packed.parts:
-                self._tell(trace, site, part, packed)
+            self._tell_all(trace, site, packed)
+        if site.layer == site.depth - 1 and isinstance(packed, Sparse):
+            x, packed = packed.whole(x), packed.lasting
+        if first is not None:
+            note_entered(x, first)
         collected = _collected()
         if collected is not None:
             collected.append(packed)  # type: ignore[arg-type]
@@ -240,6 +251,31 @@ class _Block(Reduced):
             for plan, part in zip(plans, packed.parts, strict=True):
                 self._tell(trace, site, part, packed, None if plan.is_identity else plan, entry.reducer.spec())
         return x, packed
+
+    def _set_aside(
+        self, site: Site, reducer: Reducer, x: Tensor, packed: Packed
+    ) -> tuple[Tensor | None, Tensor, Packed]:
+        """What a method that rebuilds leaves of the patches; in front of it all, where attention is over them yet."""
+        trace, every = active(), None
+        with nullcontext() if trace is None else trace.clock():
+            sparse = set_aside(reducer, x, packed, site.layer, site.depth)
+            if sparse is not None:
+                every, packed = x if site.layer < sparse.until else None, sparse
+                x = sparse.take(x)
+        if trace is not None:
+            self._tell_all(trace, site, packed, reducer.spec())
+        return every, x, packed
+
+    def _tell_all(self, trace: Trace, site: Site, packed: Packed, method: str = "") -> None:
+        """Note what leaves this block; of patches that are set aside how many of those that were seen together stay."""
+        if not isinstance(packed, Sparse):
+            for part in packed.parts:
+                self._tell(trace, site, part, packed, None, method)
+            return
+        for one in packed.chosen:
+            plan = one.plan.choice() if method and one.plan is not None else None
+            step = Step("encoder", site.layer, one.where.shape[1], plan, method, patches=one.left)
+            trace.add(self, step)  # type: ignore[arg-type]
 
     def _look(self, x: Tensor, packed: Packed, context: Context) -> PackedAsk:
         """Queries, keys and values of ``x`` without attending."""
@@ -392,5 +428,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     frames, looks = max(getattr(r, "frames", 1) for r in reducers), [r for r in reducers if r.drops_at_input]
     undo.pre_hook(module, functools.partial(lay_out, frames=frames, looks=looks[0] if looks else None))
     for merger in (module.merger, *getattr(module, "deepstack_merger_list", ())):
+        if any(reducer.rebuilds for reducer in reducers):
+            undo.pre_hook(merger, give_rebuilt)
         undo.hook(merger, expand_tokens)
     undo.hook(module, expand_states)
