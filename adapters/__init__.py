@@ -335,9 +335,9 @@ class Description:
 
 
 def _fits_input(method: type[Reducer], towers: tuple[Tower, ...]) -> bool:
-    """Whether towers take the images of a method that makes them smaller, and have the block of one that sets tokens
-    aside, if it is one."""
-    if method.rebuilds and any(len(t.blocks) <= method().layer for t in towers):  # type: ignore[attr-defined]
+    """Whether towers take the images of a method that makes them smaller, and have the blocks of one that sets tokens
+    aside, two in front of a third, if it is one."""
+    if method.rebuilds and any(len(t.blocks) < 3 for t in towers):
         return False
     return method.position != "input" or "pixels" in method.needs or all(t.resizes for t in towers)
 

@@ -68,5 +68,9 @@ def acting_layer(reducer, depth: int = 6) -> int:
     return next(i for i in range(depth) if reducer.acts_at(i, depth))
 
 
+#: Settings with which methods that act late do something in the few blocks of small models.
+EARLY = {"ipcv": {"layer": 2, "as_layer": 1}}
+
+
 def with_keep(name: str, keep: float | int):
-    return get_class(name)(keep=keep)
+    return get_class(name)(keep=keep, **EARLY.get(name, {}))

@@ -163,23 +163,16 @@ class Reduced:
         reducer = None if site.reducer is None else settled(site.reducer)
         where = None if reducer is None else reducer.acting_position()
         given, first = None, x if site.leads else None
-        every: Tensor | None = None  # all tokens, where some are set aside and attention is over all
-        if reducer is not None and reducer.rebuilds:
-            every, x, state = self._set_aside(site, reducer, x, state)
-        elif where == "before":
+        every = None if state.aside is None else state.aside.every(x, site.layer)
+        if where == "before":
             assert reducer is not None
-            x, state, given = self._reduce_before(site, reducer, x, state, context)
-        elif state.aside is not None and site.layer < state.aside.until:
-            every = state.aside.whole(x)
+            if reducer.rebuilds:
+                every, x, state = self._set_aside(site, reducer, x, state)
+            else:
+                x, state, given = self._reduce_before(site, reducer, x, state, context)
         entered = x
-        if every is not None:
-            all_of = state.aside.before
-            got = self._attention(every, all_of.bias(x.dtype), (), self._context(context, all_of))
-        elif given is not None:
-            got = self._attend_with(x, given, self._context(context, state))
-        else:
-            needs = () if reducer is None or where == "before" else reducer.required()
-            got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
+        needs = () if reducer is None or where == "before" else reducer.required()
+        got = self._attended(x, state, needs, context, given, every)
         x = self._residual(x, got.out) if every is None else state.aside.take(self._residual(every, got.out))
         if where == "middle":
             assert reducer is not None
@@ -203,6 +196,16 @@ class Reduced:
         if first is not None:
             note_entered(x, first)
         return set_state(x, state)
+
+    def _attended(
+        self, x: Tensor, state: State, needs: tuple[str, ...], context: Any, given: Tensor | None, every: Tensor | None
+    ) -> Attended:
+        """The attention branch of ``x``, with a ``given`` map, or of ``every`` token where some are set aside."""
+        if given is not None:
+            return self._attend_with(x, given, self._context(context, state))
+        if every is not None:
+            x, state = every, state.aside.before
+        return self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
 
     def _context(self, context: Any, state: State) -> Any:
         """``context`` for the tokens that are left (families with rotary embeddings gather rows here)."""
@@ -233,9 +236,7 @@ class Reduced:
             self._note(trace, site, entry.reducer, x, plan, state)
         return x, state
 
-    def _set_aside(
-        self, site: Site, reducer: Reducer, x: Tensor, state: State
-    ) -> tuple[Tensor | None, Tensor, State]:
+    def _set_aside(self, site: Site, reducer: Reducer, x: Tensor, state: State) -> tuple[Tensor | None, Tensor, State]:
         """What a method that rebuilds leaves of ``x``, in front of it all tokens where attention is over them yet."""
         trace = active()
         every, choice = None, None
@@ -243,7 +244,7 @@ class Reduced:
             known = {"cls": site.cls, "layer": site.layer, "depth": site.depth}
             plan = planned(reducer, shown(reducer, x, state, site.prefix, **known))
             if not plan.is_identity:
-                aside = aside_of(reducer, plan, state, len(x), site.prefix, site.layer)
+                aside = aside_of(reducer, plan, x, state, site.prefix, site.layer)
                 choice, every = aside.left, x if site.layer < aside.until else None
                 x, state = aside.take(x), state.after(choice, False)
                 state.aside = aside
@@ -293,7 +294,8 @@ class Reduced:
         acted = None if plan is None or plan.is_identity else plan
         name = "" if reducer is None else reducer.spec()
         left, grid = state.patches(x, site.prefix), state.full_grid(site.prefix)
-        step = Step("encoder", site.layer, x.shape[1], acted, name, patches=left, grid=grid)
+        aside = state.aside is not None
+        step = Step("encoder", site.layer, x.shape[1], acted, name, patches=left, grid=grid, aside=aside)
         trace.add(self, step)  # type: ignore[arg-type]
 
     def _reduce_before(

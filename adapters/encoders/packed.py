@@ -126,6 +126,10 @@ class Packed:
         """All patches to those that are not set aside."""
         return x
 
+    def complete(self, x: Tensor) -> tuple[Tensor, Packed]:
+        """All patches with what is known of them, where some are set aside."""
+        return x, self
+
     def taken(self) -> Tensor | None:
         """(P,) places at the tower's entry of the patches that are left, None where all are."""
         return None if self.at is None else _numbered(self.at, self.layout.unit)

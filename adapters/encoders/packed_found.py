@@ -37,8 +37,8 @@ from tokenreduce.adapters.encoders.packed_layout import (
     start_of,
 )
 from tokenreduce.adapters.encoders.packed_reading import BOUNDS, LONGEST, FlatReading, RowReading
-from tokenreduce.adapters.encoders.rebuilding import entered_of, note_entered
 from tokenreduce.adapters.encoders.qwen import _SEEN, EVIDENCE, FAMILIES, _Block
+from tokenreduce.adapters.encoders.rebuilding import entered_of, note_entered
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
@@ -113,7 +113,8 @@ class PackedLayer(StructuredLayer, _Block):
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, given, call, entered)  # type: ignore[arg-type]
         middle, seen = (x, call) if where == "after" else (None, None)
-        del call, entered, out, every, y  # nothing of the attention half may stay alive while the MLP holds its hidden layer
+        # Nothing of the attention half may stay alive while the MLP holds its hidden layer.
+        del call, entered, out, every, y
         x = self._feed_forward(x)
         if where == "after":
             assert reducer is not None

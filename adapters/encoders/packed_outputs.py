@@ -21,13 +21,13 @@ def expand_tokens(merger: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
     return packed.expand(output, 1)
 
 
-def give_rebuilt(merger: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def give_rebuilt(merger: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pre-hook on a merger: its units are made of all patches, also of those that a method set aside."""
     packed: Any = state_of(args[0])
     if not isinstance(packed, Packed) or packed.lasting is packed:
         return None
-    sparse: Any = packed
-    return (set_state(sparse.whole(args[0]), sparse.lasting), *args[1:])
+    x, whole = packed.complete(args[0])
+    return (set_state(x, whole), *args[1:]), kwargs  # type: ignore[arg-type]
 
 
 def expand_states(tower: Any, args: tuple[Any, ...], output: Any) -> Any:

@@ -6,19 +6,22 @@ Units of a merger may lose some of their patches, since all come back before any
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.encoders.packed import Packed
+from tokenreduce.adapters.encoders.block import Site
+from tokenreduce.adapters.encoders.packed import Packed, Part
 from tokenreduce.adapters.encoders.rebuilding import entered_of
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Plan, Rebuild
 from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.trace import Step, Trace, active
 
-__all__ = ["Chosen", "Sparse", "rows_of", "set_aside"]
+__all__ = ["Chosen", "SetsAside", "Sparse"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,9 @@ class Sparse(Packed):
         order = torch.cat([one.flat(one.rows) for one in self.chosen]).argsort()
         return torch.cat(parts)[order]
 
+    def complete(self, x: Tensor) -> tuple[Tensor, Packed]:
+        return self.whole(x), self.base
+
     def every(self, x: Tensor, layer: int) -> Tensor | None:
         return self.whole(x) if layer < self.until else None
 
@@ -99,6 +105,41 @@ class Sparse(Packed):
         :func:`~tokenreduce.adapters.encoders.packed_outputs.give_rebuilt`."""
         assert each == self.layout.unit
         return self.base.expand(self.whole(y), each)
+
+
+class SetsAside:
+    """What blocks of packed towers do with a method that rebuilds."""
+
+    def _set_aside(
+        self, site: Site, reducer: Reducer, x: Tensor, packed: Packed
+    ) -> tuple[Tensor | None, Tensor, Packed]:
+        """What a method that rebuilds leaves of the patches; in front of it all, where attention is over them yet."""
+        trace, every = active(), None
+        with nullcontext() if trace is None else trace.clock():
+            sparse = set_aside(reducer, x, packed, site.layer, site.depth)
+            if sparse is not None:
+                every, packed = x if site.layer < sparse.until else None, sparse
+                x = sparse.take(x)
+        if trace is not None:
+            self._tell_all(trace, site, packed, reducer.spec())
+        return every, x, packed
+
+    def _tell_all(self, trace: Trace, site: Site, packed: Packed, method: str = "") -> None:
+        """Note what leaves this block; of patches that are set aside how many of those that were seen together stay."""
+        if not isinstance(packed, Sparse):
+            for part in packed.parts:
+                self._tell(trace, site, part, packed, None, method)
+            return
+        for one in packed.chosen:
+            plan = one.plan.choice() if method and one.plan is not None else None
+            step = Step("encoder", site.layer, one.where.shape[1], plan, method, patches=one.left, aside=True)
+            trace.add(self, step)  # type: ignore[arg-type]
+
+    def _tell(
+        self, trace: Trace, site: Site, part: Part, packed: Packed, plan: Plan | None = None, method: str = ""
+    ) -> None:
+        step = Step("encoder", site.layer, part.where.shape[1], plan, method, patches=part.units * packed.layout.unit)
+        trace.add(self, step)  # type: ignore[arg-type]
 
 
 def rows_of(packed: Packed, per: str) -> list[tuple[Tensor, Tensor | None]]:

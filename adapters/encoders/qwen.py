@@ -34,18 +34,17 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, View, _collected
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
-from tokenreduce.adapters.encoders.packed import Layout, Packed, Part
+from tokenreduce.adapters.encoders.packed import Layout, Packed
 from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens, give_rebuilt
 from tokenreduce.adapters.encoders.packed_pixels import PackedPixels, packed_plans
-from tokenreduce.adapters.encoders.packed_rebuilding import Sparse, set_aside
+from tokenreduce.adapters.encoders.packed_rebuilding import SetsAside
 from tokenreduce.adapters.encoders.pixels import AtEntry
 from tokenreduce.adapters.encoders.rebuilding import note_entered
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
-from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.core.trace import Step, Trace, active
+from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "towers"]
@@ -170,7 +169,7 @@ class Context(NamedTuple):
         return Context(packed.bounds(self.bounds), (packed.rows(cos), packed.rows(sin)), {**self.kwargs, **longest})
 
 
-class _Block(Reduced):
+class _Block(SetsAside, Reduced):
     """A packed block. The state on its input and output is a :class:`~tokenreduce.adapters.encoders.packed.Packed`."""
 
     _tokenreduce_site: Site
@@ -194,8 +193,7 @@ class _Block(Reduced):
             shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.required()) else None
             x, packed = self._shrink(site, reducer, x, packed, context, shown, None)
         record = where in ("middle", "after") and not _SEEN.isdisjoint(reducer.required())  # type: ignore[union-attr]
-        within = packed if every is None else packed.lasting
-        y = x if every is None else every
+        within, y = (packed, x) if every is None else (packed.lasting, every)
         across = within.seen(context.bounds)
         call = PackedAsk(within, within.bias() if across is None else None, record, across)
         now, attn, entered = context.at(within), self.attn, x  # type: ignore[attr-defined]
@@ -219,8 +217,7 @@ class _Block(Reduced):
         trace = active()
         if trace is not None and where is None and site.entry is None:
             self._tell_all(trace, site, packed)
-        if site.layer == site.depth - 1 and isinstance(packed, Sparse):
-            x, packed = packed.whole(x), packed.lasting
+        x, packed = packed.complete(x) if site.layer == site.depth - 1 else (x, packed)
         if first is not None:
             note_entered(x, first)
         collected = _collected()
@@ -251,31 +248,6 @@ class _Block(Reduced):
             for plan, part in zip(plans, packed.parts, strict=True):
                 self._tell(trace, site, part, packed, None if plan.is_identity else plan, entry.reducer.spec())
         return x, packed
-
-    def _set_aside(
-        self, site: Site, reducer: Reducer, x: Tensor, packed: Packed
-    ) -> tuple[Tensor | None, Tensor, Packed]:
-        """What a method that rebuilds leaves of the patches; in front of it all, where attention is over them yet."""
-        trace, every = active(), None
-        with nullcontext() if trace is None else trace.clock():
-            sparse = set_aside(reducer, x, packed, site.layer, site.depth)
-            if sparse is not None:
-                every, packed = x if site.layer < sparse.until else None, sparse
-                x = sparse.take(x)
-        if trace is not None:
-            self._tell_all(trace, site, packed, reducer.spec())
-        return every, x, packed
-
-    def _tell_all(self, trace: Trace, site: Site, packed: Packed, method: str = "") -> None:
-        """Note what leaves this block; of patches that are set aside how many of those that were seen together stay."""
-        if not isinstance(packed, Sparse):
-            for part in packed.parts:
-                self._tell(trace, site, part, packed, None, method)
-            return
-        for one in packed.chosen:
-            plan = one.plan.choice() if method and one.plan is not None else None
-            step = Step("encoder", site.layer, one.where.shape[1], plan, method, patches=one.left)
-            trace.add(self, step)  # type: ignore[arg-type]
 
     def _look(self, x: Tensor, packed: Packed, context: Context) -> PackedAsk:
         """Queries, keys and values of ``x`` without attending."""
@@ -327,12 +299,6 @@ class _Block(Reduced):
             for plan, part in zip(plans, packed.parts, strict=True):
                 self._tell(trace, site, part, packed, None if plan.is_identity else plan, reducer.spec())
         return x, packed
-
-    def _tell(
-        self, trace: Trace, site: Site, part: Part, packed: Packed, plan: Plan | None = None, method: str = ""
-    ) -> None:
-        step = Step("encoder", site.layer, part.where.shape[1], plan, method, patches=part.units * packed.layout.unit)
-        trace.add(self, step)  # type: ignore[arg-type]
 
 
 class ReducedQwen2Block(_Block, qwen2.Qwen2VLVisionBlock):

@@ -28,20 +28,26 @@ _ENTERED = "_tokenreduce_entered"
 @dataclass(frozen=True, eq=False)
 class Aside:
     """What was set aside in front of a block: the ``plan`` on rows as the method saw them, the same for every sample
-    (``left``), the state ``before``, and the block ``until`` which attention is over all tokens."""
+    (``left``), the state ``before``, and the block ``until`` which attention is over all tokens. ``joint``: all samples
+    were one row."""
 
     plan: Rebuild
     left: Prune
     before: State
     until: int
+    joint: bool = False
 
     def take(self, x: Tensor) -> Tensor:
         """All tokens (B,N,C) to those that are left (B,K,C)."""
         return self.left.reduce(x)
 
+    def every(self, x: Tensor, layer: int) -> Tensor | None:
+        """All tokens, where attention of ``layer`` is over all of them."""
+        return self.whole(x) if layer < self.until else None
+
     def whole(self, x: Tensor) -> Tensor:
         """Those that are left (B,K,C) to all tokens (B,N,C)."""
-        if len(x) == self.plan.batch and self.plan.n == self.left.n:
+        if not self.joint:
             return self.plan.rebuild(x)
         valid = self.left.valid
         rows = x.flatten(0, 1) if valid is None else x[valid]
@@ -92,9 +98,9 @@ def entered_of(x: Tensor) -> Tensor:
 def shown(reducer: Any, x: Tensor, state: State, prefix: int, **known: Any) -> EncoderEvidence:
     """Evidence of tokens (B,N,C): every sample a row, or all of them one where the method chooses among all."""
     before = entered_of(x)
-    if reducer.per != "all" or len(x) < 2:
-        return EncoderEvidence(x, before=before, size=state.size, valid=state.valid, protected=prefix, entry=state.entry,
-                               grid=state.full_grid(prefix), **known)  # fmt: skip
+    if not _joint(reducer, x):
+        known |= {"size": state.size, "valid": state.valid, "protected": prefix, "entry": state.entry}
+        return EncoderEvidence(x, before=before, grid=state.full_grid(prefix), **known)
 
     def row(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.flatten(0, 1)[None]
@@ -106,18 +112,19 @@ def shown(reducer: Any, x: Tensor, state: State, prefix: int, **known: Any) -> E
     return EncoderEvidence(row(x), before=row(before), **known)  # type: ignore[arg-type]
 
 
-def of_all(plan: Rebuild, batch: int, prefix: int) -> Prune:
-    """What ``plan`` leaves of every sample, where all of a batch were one row."""
-    if plan.batch == batch:
-        return plan.choice()
-    return behind(Prune.from_mask(plan.places().view(batch, -1)[:, prefix:]), prefix)
+def _joint(reducer: Any, x: Tensor) -> bool:
+    return bool(reducer.per == "all" and len(x) > 1)
 
 
-def aside_of(reducer: Any, plan: Plan, state: State, batch: int, prefix: int, layer: int) -> Aside:
-    """Raises ``TypeError`` for a plan of another kind."""
+def aside_of(reducer: Any, plan: Plan, x: Tensor, state: State, prefix: int, layer: int) -> Aside:
+    """What ``plan`` sets aside of ``x`` (B,N,C). Raises ``TypeError`` for a plan of another kind."""
     if not isinstance(plan, Rebuild):
         raise TypeError(f"{reducer.name} sets tokens aside, so its plan is a Rebuild, not a {type(plan).__name__}")
-    return Aside(plan, of_all(plan, batch, prefix), state, layer + reducer.as_layer)
+    until = layer + reducer.as_layer
+    if not _joint(reducer, x):
+        return Aside(plan, plan.choice(), state, until)
+    left = behind(Prune.from_mask(plan.places().view(len(x), -1)[:, prefix:]), prefix)
+    return Aside(plan, left, state, until, joint=True)
 
 
 def lasting(state: State) -> State:

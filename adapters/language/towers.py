@@ -78,18 +78,24 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
 
 def check_aside(vision: Any, reducers: tuple[Reducer, ...]) -> None:
     """Raise ``ValueError`` for a method that looks at a block of the tower ``vision`` which sees what another one did
-    not set aside, and no more."""
+    not set aside, and no more, and where tokens are set aside behind what the language model gets."""
     mine: Any = next((r for r in reducers if r.stage == "encoder" and r.rebuilds), None)
     if mine is None or vision is None:
         return
-    end = next(i for i in range(vision.depth) if mine.acts_at(i, vision.depth)) + mine.as_layer
+    first = next(i for i in range(vision.depth) if mine.acts_at(i, vision.depth))
+    if first > vision.feature:
+        raise ValueError(
+            f"{mine.spec()} cannot act in block {first}: the language model gets what block {vision.feature} of the "
+            f"vision tower returns; give a layer up to {vision.feature}"
+        )
+    end = first + mine.as_layer
     for other in reducers:
         seen = [b for look in other.tower_blocks() if (b := resolve(look, vision.depth, vision.feature)) >= end]
         if other.stage != "encoder" and seen:
             raise ValueError(
                 f"{other.spec()} looks at block {seen[0]} of the vision tower, which sees only what {mine.spec()} did "
-                f"not set aside: blocks before {end} see all patches, so give as_layer={seen[0] + 1 - end + mine.as_layer} "
-                f"or more, or choose a method on embeddings (divprune, dart, fastv)"
+                f"not set aside: blocks before {end} see all patches, so give as_layer={seen[0] + 1 - first} or more, "
+                f"or choose a method on embeddings (divprune, dart, fastv)"
             )
 
 

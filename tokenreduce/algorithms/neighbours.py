@@ -28,7 +28,7 @@ def nearest_slots(x: Tensor, kept: Prune, out: Tensor | None, k: int) -> Tensor:
     power = ys.square().sum(-1)
     if absent is not None:
         power = power.masked_fill(absent, float("inf"))
-    stay = kept.places()
+    stay = kept.sources() >= 0
     gone = stay.long().argsort(dim=1, stable=True)[:, : n - slots if kept.valid is None else n]
     found = []
     for rows in gone.split(_ROWS, 1):
@@ -38,7 +38,7 @@ def nearest_slots(x: Tensor, kept: Prune, out: Tensor | None, k: int) -> Tensor:
             near = near.masked_fill(far.gather(2, near).isinf(), -1)
         found.append(near)
     near = torch.cat(found, 1)
-    return near.new_zeros(len(x), n, k).scatter(1, gone.unsqueeze(-1).expand(-1, -1, k), near)
+    return near.new_zeros(x.shape[0], n, k).scatter(1, gone.unsqueeze(-1).expand(-1, -1, k), near)
 
 
 def _smallest(far: Tensor, k: int) -> Tensor:

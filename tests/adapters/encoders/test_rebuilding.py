@@ -1,13 +1,12 @@
-"""Towers in which a method sets patches aside, against the stock blocks run by hand: on all patches, rebuilt in front of
-every block, where attention is over all (an MLP sees one token at a time), and on those that stay in later blocks."""
+"""Towers in which a method sets patches aside, against the stock blocks run by hand: on all patches, rebuilt in front
+of every block, where attention is over all (an MLP sees one token at a time), on those that stay in later blocks."""
 
 from __future__ import annotations
-
-from contextlib import contextmanager
 
 import pytest
 import torch
 from families import FAMILIES, OTHERS, first_tensor
+from rebuilt import ByHand
 from support import images, tiny_vit
 
 import tokenreduce as tr
@@ -19,84 +18,6 @@ TOWERS = {
     "transformers clip": 1, "transformers siglip": 0, "transformers dinov2": 1, "transformers dinov3": 3,
     "transformers internvl": 1, "transformers aimv2": 0, "timm beit, shared": 1, "transformers vivit": 1,
 }  # fmt: skip
-
-
-class ByHand:
-    """Pre-hooks on stock blocks, of one image: what enters them is what IPCV's card says."""
-
-    def __init__(self, reducer, prefix, rows=None, groups=None):
-        self.reducer, self.prefix, self.groups, self.inputs = reducer, prefix, groups, []
-        self.rows = rows if rows is not None else self.gathered
-
-    def gathered(self, value, tokens, n):
-        if isinstance(value, tuple):
-            return tuple(self.gathered(v, tokens, n) for v in value)
-        if not isinstance(value, torch.Tensor) or value.dim() < 2:
-            return value
-        stay = [t - self.prefix for t in tokens if t >= self.prefix]
-        if value.shape[-1] == value.shape[-2] == n:  # biases by relative position
-            return value[..., tokens, :][..., tokens]
-        if value.shape[-2] == n - self.prefix:
-            return value[..., stay, :]
-        return value[..., tokens, :] if value.shape[-2] == n else value
-
-    def choose(self, h, before):
-        """Tokens that stay, and the neighbours of every other one, in each of the groups."""
-        n, stay, near = len(h), [*range(self.prefix)], {}
-        for group in self.groups or [range(self.prefix, n)]:
-            left = max(int(len(group) * self.reducer.keep), 1)
-            change = {i: float((h[i] - before[i]).norm()) for i in group}
-            best = sorted(sorted(group, key=lambda i: -change[i])[:left])
-            stay += best
-            for i in set(group) - set(best):
-                near[i] = sorted(best, key=lambda j: float((h[i] - h[j]).norm()))[: self.reducer.top_k]
-        return sorted(stay), near
-
-    def whole(self, y):
-        if len(y) == len(self.h):  # as a block on all tokens left it; those that went are thrown away
-            y = y[self.stay]
-        out = self.h.clone()
-        out[self.stay] = y
-        for i, friends in self.near.items():
-            places = [self.stay.index(j) for j in friends]
-            out[i] = self.h[i] + (y[places] - self.h[friends]).mean(0)
-        return out
-
-    def before(self, layer):
-        def hook(block, args, kwargs):
-            name = next((k for k in ("hidden_states", "x") if k in kwargs), None)
-            x = args[0] if name is None else kwargs[name]
-            flat = x.reshape(-1, x.shape[-1])
-            first, last = self.reducer.layer, self.reducer.layer + self.reducer.as_layer
-            if layer == first:
-                self.h = flat
-                self.stay, self.near = self.choose(flat, self.inputs[-1])
-            self.inputs.append(flat)
-            if layer < first:
-                return None
-            y = self.whole(flat) if layer < last else flat[self.stay] if len(flat) == len(self.h) else flat
-            y = y.view(*x.shape[:-2], *y.shape)
-            if layer >= last:
-                args = tuple(self.rows(a, self.stay, len(self.h)) for a in args)
-                kwargs = {k: self.rows(v, self.stay, len(self.h)) for k, v in kwargs.items()}
-            return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
-
-        return hook
-
-    def behind(self, block, args, output):
-        x = output[0] if isinstance(output, tuple) else output
-        full = self.whole(x.reshape(-1, x.shape[-1])).view(*x.shape[:-2], -1, x.shape[-1])
-        return (full, *output[1:]) if isinstance(output, tuple) else full
-
-    @contextmanager
-    def on(self, blocks):
-        hooks = [b.register_forward_pre_hook(self.before(i), with_kwargs=True) for i, b in enumerate(blocks)]
-        hooks.append(blocks[-1].register_forward_hook(self.behind))
-        try:
-            yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def wide(name):
