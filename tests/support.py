@@ -8,7 +8,7 @@ from torch import nn
 from tokenreduce import Evidence, list_methods
 from tokenreduce.core.registry import get_class
 
-ENCODER_METHODS = list_methods(stage="encoder")
+ENCODER_METHODS = [m for m in list_methods(stage="encoder") if not get_class(m).merges_frames]
 #: What ``paper`` of a method is: an arXiv id, or nothing. Those of the library's own stand in their files, too.
 PAPER = r"(\d{4}\.\d{5})?"
 

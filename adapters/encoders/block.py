@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders.frames import merge_frames
 from tokenreduce.adapters.encoders.pixels import AtEntry, entry_plan
 from tokenreduce.adapters.encoders.rebuilding import aside_of, complete, note_entered, shown
 from tokenreduce.adapters.encoders.state import (
@@ -272,6 +273,12 @@ class Reduced:
         self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
     ) -> tuple[Tensor, State]:
         trace = active()
+        if reducer.merges_frames:
+            with nullcontext() if trace is None else trace.clock():
+                x, state = merge_frames(reducer, x, state, site.prefix, layer=site.layer, depth=site.depth)
+            if trace is not None:
+                self._note(trace, site, reducer, x, None, state)
+            return x, state
         if trace is None:
             return self._acted(site, reducer, x, state, got, before)[:2]
         with trace.clock():
@@ -363,7 +370,7 @@ def may_be_reduced(blocks: Iterable[nn.Module], x: Tensor, stock: int | None) ->
     ``stock`` is the number of tokens that every forward of the tower starts with, None where that depends on the image
     (then a reduced large image may have as many tokens as a small one). Methods with ``ragged`` may fill up to it.
     """
-    acting = _acting(blocks)
+    acting = [reducer for reducer in _acting(blocks) if not reducer.rebuilds]  # whose tokens are all there again
     return bool(acting) and (x.shape[1] != stock or any(reducer.ragged for reducer in acting))
 
 
@@ -375,7 +382,7 @@ def may_reduce(blocks: Iterable[nn.Module]) -> bool:
 def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
     sites: list[Site] = [block.__dict__[ON_BLOCK] for block in blocks]
     reducers = [*(site.reducer for site in sites), *(site.entry.reducer for site in sites if site.entry is not None)]
-    return [r for r in reducers if r is not None and not r.rebuilds and not _keeps_all(r)]
+    return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
 
 
 def _keeps_all(reducer: Reducer) -> bool:

@@ -20,7 +20,16 @@ from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Plan, Prune, Rebuild
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["Aside", "aside_of", "check_rebuilding", "complete", "lasting", "note_entered", "shown"]
+__all__ = [
+    "Aside",
+    "aside_of",
+    "check_layers_between",
+    "check_rebuilding",
+    "complete",
+    "lasting",
+    "note_entered",
+    "shown",
+]
 
 _ENTERED = "_tokenreduce_entered"
 
@@ -130,6 +139,17 @@ def aside_of(reducer: Any, plan: Plan, x: Tensor, state: State, prefix: int, lay
 def lasting(state: State) -> State:
     """The state of all tokens, which is theirs behind the tower."""
     return state if state.aside is None else state.aside.before
+
+
+def check_layers_between(states: Sequence[State], layers: Sequence[int], normed: bool, final: bool) -> None:
+    """Raise ``ValueError`` for features of ``layers`` behind the tower's norm where tokens are set aside, which are
+    rebuilt in front of it, and for ``final`` ones of a tower that stopped there."""
+    odd = [i for i in layers if normed and states[i].aside is not None]
+    if odd or (final and states[-1].aside is not None):
+        raise ValueError(
+            f"tokens are set aside behind block {odd[0] if odd else len(states) - 1}, and can only be rebuilt in front "
+            "of the tower's norm: ask for features without norm and without stopping early, or call tr.unpatch first"
+        )
 
 
 def complete(x: Tensor, state: State) -> tuple[Tensor, State]:

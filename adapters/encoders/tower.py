@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tokenreduce.adapters.encoders.block import ON_BLOCK, Site
+from tokenreduce.adapters.encoders.frames import check_merging_frames
 from tokenreduce.adapters.encoders.pixels import at_entry
 from tokenreduce.adapters.encoders.rebuilding import check_rebuilding
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
@@ -46,6 +47,7 @@ def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
     """One site per block. Raises ``ValueError`` where a reducer does not fit or two act in one layer."""
     depth = len(tower.blocks)
     check_rebuilding(reducers, depth)
+    check_merging_frames(reducers)
     base = Site(0, depth, tower.prefix, tower.cls, None, tower.rope, tower.name)
     sites = []
     for layer in range(depth):

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenreduce.adapters.encoders.frames import FrameState
 from tokenreduce.adapters.encoders.joint import JointState, join_frames
 from tokenreduce.adapters.encoders.rebuilding import complete, lasting
 from tokenreduce.adapters.encoders.state import State, full_plan, known
@@ -78,16 +79,21 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
 
 def check_aside(vision: Any, reducers: tuple[Reducer, ...]) -> None:
     """Raise ``ValueError`` for a method that looks at a block of the tower ``vision`` which sees what another one did
-    not set aside, and no more, and where tokens are set aside behind what the language model gets."""
-    mine: Any = next((r for r in reducers if r.stage == "encoder" and r.rebuilds), None)
-    if mine is None or vision is None:
+    not set aside, and no more, and where tokens are set aside, or frames merged, behind what the language model
+    gets."""
+    inside = [r for r in reducers if r.stage == "encoder" and (r.rebuilds or r.merges_frames)]
+    if vision is None or not inside:
         return
-    first = next(i for i in range(vision.depth) if mine.acts_at(i, vision.depth))
-    if first > vision.feature:
+    mine: Any = inside[0]
+    acting = [i for i in range(vision.depth) if mine.acts_at(i, vision.depth)]
+    if acting[-1] > vision.feature:
         raise ValueError(
-            f"{mine.spec()} cannot act in block {first}: the language model gets what block {vision.feature} of the "
-            f"vision tower returns; give a layer up to {vision.feature}"
+            f"{mine.spec()} cannot act in block {acting[-1]}: the language model gets what block {vision.feature} of "
+            f"the vision tower returns; give it blocks up to {vision.feature}"
         )
+    if not mine.rebuilds:
+        return
+    first = acting[0]
     end = first + mine.as_layer
     for other in reducers:
         seen = [b for look in other.tower_blocks() if (b := resolve(look, vision.depth, vision.feature)) >= end]
@@ -115,6 +121,8 @@ def expand_states(x: Tensor, prefix: int) -> Tensor:
     Raises ``RuntimeError`` for tokens that lost what they are.
     """
     state = known(x, "the language model's projector")
+    if isinstance(state, FrameState):
+        return state.whole(x)
     if state is not None:
         x, state = complete(x, state)
     plan = None if state is None else full_plan(state)
@@ -136,6 +144,8 @@ def expand_states(x: Tensor, prefix: int) -> Tensor:
 
 def remaining(state: State | None, prefix: int) -> Tensor | None:
     """(V,patches) bool: patches that are the place of a token that is left, None when all are."""
+    if isinstance(state, FrameState):
+        return state.left()[:, None].expand(-1, state.entry - prefix)
     state = None if state is None else lasting(state)
     plan = None if state is None else full_plan(state)
     if plan is None or plan.is_identity:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.encoders.block import State, full_plan
+from tokenreduce.adapters.encoders.frames import FrameState
 from tokenreduce.adapters.encoders.packed import Packed
 from tokenreduce.adapters.encoders.rebuilding import lasting
 from tokenreduce.adapters.language.families import Vision
@@ -83,7 +84,7 @@ class Encoded:
         if isinstance(state, Packed):
             return None if state.lasting.at is None else state.lasting
         state = None if state is None else lasting(state)
-        return state if state is not None and state.plans else None
+        return state if state is not None and (state.plans or isinstance(state, FrameState)) else None
 
     def left(self, views: Tensor) -> Tensor | None:
         """(V,patches) bool of ``views`` (V,), which all have as many patches: those that are the place of a token that

@@ -108,6 +108,38 @@ def test_layers_in_between_are_handed_out_rebuilt():
 
 
 @torch.no_grad()
+def test_a_norm_comes_behind_the_rebuilding():
+    """Features of layers in between are rebuilt in front of a norm, or refused; a backbone's are the stock norm's."""
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    reducer = tr.IPCV(layer=2, keep=0.4, as_layer=0)
+    model, x = tiny_vit(), images()
+    with tr.patched(model, reducer):
+        for settings in ({"norm": True}, {"stop_early": True}):
+            with pytest.raises(ValueError, match="in front of the tower's norm"):
+                model.forward_intermediates(x, [1, 3], **settings)
+        model.forward_intermediates(x, [1, 3], stop_early=True, intermediates_only=True)
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=48, patch_size=8,
+        out_features=["stage3", "stage4"],
+    )  # fmt: skip
+    backbone = Dinov2Backbone(config).eval()
+    pixels = images(1, 48)
+    with tr.patched(backbone, reducer):
+        got = backbone(pixels).feature_maps
+    by = ByHand(reducer, 1)
+    layers, seen = list(tr.describe(backbone).towers[0].blocks), []
+    with by.on(layers):
+        hook = layers[2].register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        last = backbone(pixels).feature_maps[1]
+        hook.remove()
+    middle = backbone.layernorm(by.whole(seen[0].reshape(-1, 48)))[1:].view(1, 6, 6, 48).permute(0, 3, 1, 2)
+    torch.testing.assert_close(got[0], middle, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1], last, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_behind_other_methods():
     """Merged tokens, and patches dropped at the input, are what IPCV sees; sizes go on."""
     model, x = tiny_vit(), images()

@@ -104,7 +104,7 @@ def test_looks_at_blocks_that_see_all_patches():
     model, vlm = deeper("llava"), VLMS["llava"]
     with pytest.raises(ValueError, match=r"looks at block 3 .* give as_layer=2 or more"):
         tr.patch(model, "ipcv:layer=2,as_layer=1", "visionzip:keep=4")
-    with pytest.raises(ValueError, match="gets what block 3"):
+    with pytest.raises(ValueError, match="gets what block 3 of the vision tower"):
         tr.patch(model, "ipcv:layer=4")
     inputs, reducer = prompts(vlm, CASES["two images"]), tr.IPCV(layer=2, keep=0.5, as_layer=2)
     with tr.patched(model, reducer, "fastervlm:keep=4"), tr.record(model, flops=False) as trace:

@@ -4,6 +4,7 @@ from tokenreduce.core.evidence.attention import Attention, Rows, need
 from tokenreduce.core.evidence.base import BaseEvidence
 from tokenreduce.core.evidence.cache import CacheEvidence, Rotary
 from tokenreduce.core.evidence.encoder import EncoderEvidence
+from tokenreduce.core.evidence.frames import FrameEvidence
 from tokenreduce.core.evidence.image import ImageEvidence, TowerEvidence
 from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
 from tokenreduce.core.evidence.origin import Look, Origin, resolve
@@ -12,7 +13,7 @@ from tokenreduce.core.evidence.plain import Evidence
 from tokenreduce.core.evidence.visual import VisualEvidence
 
 __all__ = [
-    "Attention", "BaseEvidence", "CacheEvidence", "Earlier", "EncoderEvidence", "Evidence", "ImageEvidence",
-    "Joint", "LanguageEvidence", "Look", "Origin", "PoolingHead", "Prompt", "Rotary", "Rows", "Through",
-    "TowerEvidence", "VisualEvidence", "need", "resolve",
+    "Attention", "BaseEvidence", "CacheEvidence", "Earlier", "EncoderEvidence", "Evidence", "FrameEvidence",
+    "ImageEvidence", "Joint", "LanguageEvidence", "Look", "Origin", "PoolingHead", "Prompt", "Rotary", "Rows",
+    "Through", "TowerEvidence", "VisualEvidence", "need", "resolve",
 ]  # fmt: skip
