@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import clean, unit
 from tokenreduce.core.budget import check_count
 from tokenreduce.core.evidence import EncoderEvidence
-from tokenreduce.core.plan import Identity, Merge, Plan
+from tokenreduce.core.plan import Identity, Merge, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.schedule import check_layers
 
@@ -92,6 +92,8 @@ class EarlyTom(Reducer, name="earlytom", stage="encoder", position="after", pape
         dst = [slot[into[i]] for i in src]
         where = evidence.x.device
         keep, source, target = (torch.tensor([t], dtype=torch.long, device=where) for t in (heads, src, dst))
+        if not src:
+            return Prune(evidence.n, keep)
         return Merge(evidence.n, keep, source, target, weights=weights[None].to(where), by_size=False)
 
 
