@@ -209,6 +209,10 @@ def encoder_refusal(model: nn.Module, language: Any) -> str:
     return _generic().why_not(language, inside) or ""
 
 
+#: Models whose language model gets class tokens of frames among the visual tokens.
+_WITH_CLASS = ("VideoLlavaModel",)
+
+
 def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:
     """Raise ``ValueError`` for methods across frames where frames of a video do not run through one tower."""
     across = [r for r in reducers if r.stage == "encoder" and (r.merges_frames or getattr(r, "frames", 1) > 1)]
@@ -223,10 +227,12 @@ def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, 
         why = "its tower has rotary positions"
     elif across[0].merges_frames and (language.how != "table" or any(hasattr(a, "EXPANDS") for a, _ in towers)):
         why = f"{language.family} packs frames, or runs them in an order that is not known"
+    elif across[0].merges_frames and type(language.inner).__name__ in _WITH_CLASS:
+        why = f"{language.family} gives its language model the class token of every frame, too"
     if why is not None and across[0].merges_frames:
         raise ValueError(
             f"{across[0].spec()} cannot act here: it merges frames in vision towers that see those of a video as a "
-            f"batch (LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA), and {why}; choose a method for videos before the "
+            f"batch (LLaVA-OneVision, LLaVA-NeXT-Video), and {why}; choose a method for videos before the "
             f"language model (evs, holitom, fastvid)"
         )
     if why is not None:
@@ -308,6 +314,7 @@ class Description:
         known: Any = self.language
         return (
             known is not None and known.how == "table" and hasattr(known.inner, "get_video_features")
+            and type(known.inner).__name__ not in _WITH_CLASS
             and all(t.grid is not None and not t.rope for t in self.towers)
         )  # fmt: skip
 

@@ -30,7 +30,8 @@ class ByHand:
         """Tokens that stay, and the neighbours of every other one, in each of the groups."""
         n, stay, near = len(h), [*range(self.prefix)], {}
         for group in self.groups or [range(self.prefix, n)]:
-            left = max(int(len(group) * self.reducer.keep), 1)
+            keep = self.reducer.keep
+            left = keep if isinstance(keep, int) else max(int(len(group) * keep), 1)
             change = {i: float((h[i] - before[i]).norm()) for i in group}
             best = sorted(sorted(group, key=lambda i: -change[i])[:left])
             stay += best

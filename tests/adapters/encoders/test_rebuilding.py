@@ -120,19 +120,18 @@ def test_a_norm_comes_behind_the_rebuilding():
                 model.forward_intermediates(x, [1, 3], **settings)
         model.forward_intermediates(x, [1, 3], stop_early=True, intermediates_only=True)
     torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=48, patch_size=8,
-        out_features=["stage3", "stage4"],
-    )  # fmt: skip
-    backbone = Dinov2Backbone(config).eval()
+    settings = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=48, patch_size=8)
+    backbone = Dinov2Backbone(Dinov2Config(**settings, out_features=["stage3", "stage4"])).eval()
+    single = Dinov2Backbone(Dinov2Config(**settings, out_features=["stage4"])).eval()
+    single.load_state_dict(backbone.state_dict())
     pixels = images(1, 48)
     with tr.patched(backbone, reducer):
         got = backbone(pixels).feature_maps
     by = ByHand(reducer, 1)
-    layers, seen = list(tr.describe(backbone).towers[0].blocks), []
+    layers, seen = list(tr.describe(single).towers[0].blocks), []
     with by.on(layers):
         hook = layers[2].register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        last = backbone(pixels).feature_maps[1]
+        last = single(pixels).feature_maps[0]
         hook.remove()
     middle = backbone.layernorm(by.whole(seen[0].reshape(-1, 48)))[1:].view(1, 6, 6, 48).permute(0, 3, 1, 2)
     torch.testing.assert_close(got[0], middle, rtol=1e-4, atol=1e-4)

@@ -38,7 +38,8 @@ def by_hand(x, tau, longest, ema):
             i, m = 0, len(inner)
             while i < m - 1:
                 if s[i] > merge and (i == m - 2 or s[i] > s[i + 1]):
-                    w = 1.0 if i == m - 2 else s[i] / (s[i] + s[i + 1])
+                    one, two = max(s[i], 0), 0 if i == m - 2 else max(s[i + 1], 0)  # weights are never negative
+                    w = one / (one + two) if one + two else 1.0 if i == m - 2 else 0.5
                     emitted.append((w * x[inner[i]] + (1 - w) * x[inner[i + 1]], inner[i]))
                     i += 2
                 else:
@@ -84,7 +85,7 @@ def test_equal_frames_and_opposite_ones():
     x = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(1))
     x[5:] = -x[:3]
     plan = tr.EarlyTom(tau=-1.0, max_window=99).plan(shown(x))
-    assert (plan.weights >= 0).all()
+    assert (plan.weights >= 0).all() if hasattr(plan, "weights") else plan.k < 8
     assert torch.isfinite(plan.reduce(x.flatten(1)[None])).all()
 
 
@@ -108,7 +109,7 @@ def test_nan_and_several_videos_are_refused():
 
 # -- in models ---------------------------------------------------------------------------------------------------------
 METHOD = "earlytom:prune_layers=[0,2],tau=-1.0,max_window=99"
-NAMES = ["llava_onevision", "llava_next_video", "video_llava"]
+NAMES = ["llava_onevision", "llava_next_video"]
 FRAMES = 7
 
 
@@ -138,9 +139,9 @@ def asked(name, frames=FRAMES, videos=1):
     rows = []
     for ids in inputs["input_ids"]:
         at = (ids == VIDEO).nonzero().flatten()
-        each = (len(at) - (name == "llava_onevision")) // short
-        more = torch.full(((frames - short) * each,), VIDEO)
-        rows.append(torch.cat([ids[: at[0]], more, ids[at[0] :]]))
+        end = int(name == "llava_onevision")  # one row end behind the video
+        each = (len(at) - end) // short
+        rows.append(torch.cat([ids[: at[0]], torch.full((frames * each + end,), VIDEO), ids[at[-1] + 1 :]]))
     inputs["input_ids"] = torch.stack(rows)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return inputs
@@ -244,7 +245,8 @@ def test_images_and_single_frames_stay_and_a_batch_is_its_rows(name):
     ("llava_onevision", "earlytom", "the tower has blocks 0 to 4"),
     ("llava_onevision", METHOD + "+tome:r=1", "merges whole frames"),
     ("llava_onevision", METHOD + "+visionzip:keep=2", "of every frame"),
-    ("video_llava", "earlytom:prune_layers=[4]", "gets what block 3"),
+    ("llava_next_video", "earlytom:prune_layers=[4]", "gets what block 3"),
+    ("video_llava", "earlytom:prune_layers=[0]", "class token of every frame"),
 ])  # fmt: skip
 def test_where_it_cannot_be_right_it_is_refused(name, spec, said):
     model = deeper(name) if name in NAMES else VLMS[name].model
