@@ -122,20 +122,17 @@ def test_a_norm_comes_behind_the_rebuilding():
     torch.manual_seed(0)
     settings = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=48, patch_size=8)
     backbone = Dinov2Backbone(Dinov2Config(**settings, out_features=["stage3", "stage4"])).eval()
-    single = Dinov2Backbone(Dinov2Config(**settings, out_features=["stage4"])).eval()
-    single.load_state_dict(backbone.state_dict())
     pixels = images(1, 48)
     with tr.patched(backbone, reducer):
         got = backbone(pixels).feature_maps
-    by = ByHand(reducer, 1)
-    layers, seen = list(tr.describe(single).towers[0].blocks), []
-    with by.on(layers):
-        hook = layers[2].register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        last = single(pixels).feature_maps[0]
-        hook.remove()
-    middle = backbone.layernorm(by.whole(seen[0].reshape(-1, 48)))[1:].view(1, 6, 6, 48).permute(0, 3, 1, 2)
-    torch.testing.assert_close(got[0], middle, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got[1], last, rtol=1e-4, atol=1e-4)
+    layers, outs = list(tr.describe(backbone).towers[0].blocks), [backbone.embeddings(pixels)]
+    with ByHand(reducer, 1).on(layers) as by:
+        for layer in layers:
+            out = layer(outs[-1])
+            outs.append(out[0] if isinstance(out, tuple) else out)
+    for have, y in zip(got, (by.whole(outs[3][0]), outs[4][0]), strict=True):
+        want = backbone.layernorm(y)[1:].view(1, 6, 6, 48).permute(0, 3, 1, 2)
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

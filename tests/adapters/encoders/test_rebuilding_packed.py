@@ -88,7 +88,7 @@ def test_a_frame_that_loses_everything_and_images_alone(name):
     with tr.patched(tower, tr.IPCV(layer=2, keep=0.3, as_layer=1)):
         together = parts(tower(pixels, grid_thw=GRIDS))
         alone = parts(tower(pixels[:64], grid_thw=GRIDS[:1]))
-    units = [16 if len(t) == 40 else 64 for t in together]
+    units = [16 if len(t) == 56 else 64 for t in together]
     close([t[:n] for t, n in zip(together, units, strict=True)], alone)
 
 
