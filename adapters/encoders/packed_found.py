@@ -98,7 +98,7 @@ class PackedLayer(StructuredLayer, _Block):
         every = packed.every(x, site.layer)
         if reducer is not None and reducer.rebuilds:
             where = "aside"
-            every, x, packed = self._set_aside(site, reducer, x, packed)
+            every, x, packed = self._set_patches_aside(site, reducer, x, packed)
         elif where == "before":
             assert reducer is not None
             shown = self._ask_row(x, packed, given, glance=True)[1] if sees else None

@@ -110,7 +110,7 @@ class Sparse(Packed):
 class SetsAside:
     """What blocks of packed towers do with a method that rebuilds."""
 
-    def _set_aside(
+    def _set_patches_aside(
         self, site: Site, reducer: Reducer, x: Tensor, packed: Packed
     ) -> tuple[Tensor | None, Tensor, Packed]:
         """What a method that rebuilds leaves of the patches; in front of it all, where attention is over them yet."""
@@ -149,7 +149,7 @@ def rows_of(packed: Packed, per: str) -> list[tuple[Tensor, Tensor | None]]:
     if per == "all":
         total = sum(p.units for p in packed.parts) * unit
         return [(torch.arange(total, device=packed.parts[0].where.device)[None], None)]
-    found = []
+    found: list[tuple[Tensor, Tensor | None]] = []
     for part in packed.parts:
         place = (part.where.unsqueeze(-1) * unit + torch.arange(unit, device=part.where.device)).flatten(1)
         if part.state.valid is None:

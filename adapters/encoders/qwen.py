@@ -187,7 +187,7 @@ class _Block(SetsAside, Reduced):
         every = packed.every(x, site.layer)
         if reducer is not None and reducer.rebuilds:
             where = "aside"
-            every, x, packed = self._set_aside(site, reducer, x, packed)
+            every, x, packed = self._set_patches_aside(site, reducer, x, packed)
         elif where == "before":
             assert reducer is not None
             shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.required()) else None
