@@ -219,9 +219,13 @@ def encoder_refusal(model: nn.Module, language: Any) -> str:
     return _generic().why_not(language, inside) or ""
 
 
+#: Models whose language model gets class tokens of frames among the visual tokens.
+_WITH_CLASS = ("VideoLlavaModel",)
+
+
 def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, language: Any) -> None:
     """Raise ``ValueError`` for methods across frames where frames of a video do not run through one tower."""
-    across = [r for r in reducers if r.stage == "encoder" and getattr(r, "frames", 1) > 1]
+    across = [r for r in reducers if r.stage == "encoder" and (r.merges_frames or getattr(r, "frames", 1) > 1)]
     if not across:
         return
     why = None
@@ -231,6 +235,16 @@ def _check_frames(model: nn.Module, reducers: tuple[Reducer, ...], towers: Any, 
         why = f"{language.family} takes a video as single images"
     elif any(tower.rope and not getattr(adapter, "EXPANDS", False) for adapter, tower in towers):
         why = "its tower has rotary positions"
+    elif across[0].merges_frames and (language.how != "table" or any(hasattr(a, "EXPANDS") for a, _ in towers)):
+        why = f"{language.family} packs frames, or runs them in an order that is not known"
+    elif across[0].merges_frames and type(language.inner).__name__ in _WITH_CLASS:
+        why = f"{language.family} gives its language model the class token of every frame, too"
+    if why is not None and across[0].merges_frames:
+        raise ValueError(
+            f"{across[0].spec()} cannot act here: it merges frames in vision towers that see those of a video as a "
+            f"batch (LLaVA-OneVision, LLaVA-NeXT-Video), and {why}; choose a method for videos before the "
+            f"language model (evs, holitom, fastvid)"
+        )
     if why is not None:
         raise ValueError(
             f"{across[0].spec()}: frames is for vision towers that see the frames of a video one by one "
@@ -330,8 +344,17 @@ class Description:
             name
             for name in list_methods(stage=stage)
             if all(need in evidence for evidence in given for need in get_class(name, stage).needs)
-            and (stage != "encoder" or _fits_input(get_class(name, stage), self.towers))
+            and (stage != "encoder" or _fits_input(get_class(name, stage), self.towers, self._films()))
         ]
+
+    def _films(self) -> bool:
+        """Whether frames of a video run through one tower as a batch."""
+        known: Any = self.language
+        return (
+            known is not None and known.how == "table" and hasattr(known.inner, "get_video_features")
+            and type(known.inner).__name__ not in _WITH_CLASS
+            and all(t.grid is not None and not t.rope for t in self.towers)
+        )  # fmt: skip
 
     def __str__(self) -> str:
         lines = [self.model]
@@ -375,8 +398,13 @@ class Description:
     __repr__ = __str__
 
 
-def _fits_input(method: type[Reducer], towers: tuple[Tower, ...]) -> bool:
-    """Whether towers take the images of a method that makes them smaller, if it is one."""
+def _fits_input(method: type[Reducer], towers: tuple[Tower, ...], frames: bool) -> bool:
+    """Whether towers take the images of a method that makes them smaller, have the blocks of one that sets tokens
+    aside, two in front of a third, and see ``frames`` as a batch for one that merges them, if it is one."""
+    if method.rebuilds and any(len(t.blocks) < 3 for t in towers):
+        return False
+    if method.merges_frames:
+        return frames
     return method.position != "input" or "pixels" in method.needs or all(t.resizes for t in towers)
 
 

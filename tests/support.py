@@ -8,7 +8,7 @@ from torch import nn
 from tokenreduce import Evidence, list_methods
 from tokenreduce.core.registry import get_class
 
-ENCODER_METHODS = list_methods(stage="encoder")
+ENCODER_METHODS = [m for m in list_methods(stage="encoder") if not get_class(m).merges_frames]
 #: What ``paper`` of a method is: an arXiv id, or nothing. Those of the library's own stand in their files, too.
 PAPER = r"(\d{4}\.\d{5})?"
 
@@ -68,5 +68,9 @@ def acting_layer(reducer, depth: int = 6) -> int:
     return next(i for i in range(depth) if reducer.acts_at(i, depth))
 
 
+#: Settings with which methods that act late do something in the few blocks of small models.
+EARLY = {"ipcv": {"layer": 2, "as_layer": 1}}
+
+
 def with_keep(name: str, keep: float | int):
-    return get_class(name)(keep=keep)
+    return get_class(name)(keep=keep, **EARLY.get(name, {}))

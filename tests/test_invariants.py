@@ -266,7 +266,7 @@ def test_in_a_model_dense_outputs_have_the_full_grid(name):
     with torch.no_grad(), tr.patched(model, reducer):
         final, maps = model.forward_intermediates(images(), [4, 1], output_fmt="NCHW")
     assert [m.shape for m in maps] == [(2, 32, *grid)] * 2
-    assert final.shape[1] < 37
+    assert final.shape[1] < 37 or reducer.rebuilds
 
 
 def test_the_identity_is_free():

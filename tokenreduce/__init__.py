@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.video.cache.dycoke_cache import DyCokeCache
     from tokenreduce.video.cache.infinipot_v import InfiniPotV
     from tokenreduce.video.cache.streammem import StreamMem
+    from tokenreduce.video.encoder.earlytom import EarlyTom
     from tokenreduce.video.encoder.pixel_diff import PixelDiff
     from tokenreduce.video.encoder.vidtldr import VidTLDR
     from tokenreduce.video.language.flashvid_llm import FlashVIDLLM
@@ -86,6 +87,7 @@ if TYPE_CHECKING:  # everything is imported when first used (below); this only t
     from tokenreduce.vision.encoder.dymu import DyMU
     from tokenreduce.vision.encoder.evit import EViT
     from tokenreduce.vision.encoder.ficoco_v import FiCoCoV
+    from tokenreduce.vision.encoder.ipcv import IPCV
     from tokenreduce.vision.encoder.kmedoids import KMedoids
     from tokenreduce.vision.encoder.mctf import MCTF
     from tokenreduce.vision.encoder.mustdrop_merge import MustDropMerge
@@ -153,21 +155,20 @@ __version__ = "0.2.0"
 __all__ = [
     "A2SF", "AIM", "AIMMerge", "ATS", "AdaKV", "AdaptVision", "AirCache", "ApET", "ApETLLM", "CDPruner",
     "CacheEvidence", "CacheReducer", "D2Pruner", "DART", "DPCKNN", "DSTP", "DiffRate", "DiffusionEvidence",
-    "DiffusionReducer", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "DyMU", "EMS", "EVS", "EViT",
+    "DiffusionReducer", "DivPrune", "DuoAttention", "DyCoke", "DyCokeCache", "DyMU", "EMS", "EVS", "EViT", "EarlyTom",
     "Evidence", "ExpectedAttention", "FastV", "FastVID", "FasterVLM", "FiCoCoL", "FiCoCoV", "FitPrune", "FlashVID",
-    "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune", "GlobalCom2", "H2O", "HiPrune", "HiRED",
-    "HoliTom", "HoliTomMerge", "HoloV", "InfiniPotV", "KMedoids", "KeyDiff", "Keyformer", "Knorm", "LazyEviction",
+    "FlashVIDLLM", "FoPru", "FrameFusion", "FrameMerge", "GPrune", "GlobalCom2", "H2O", "HiPrune", "HiRED", "HoliTom",
+    "HoliTomMerge", "HoloV", "IPCV", "InfiniPotV", "KMedoids", "KeyDiff", "Keyformer", "Knorm", "LazyEviction",
     "LazyLLM", "LookM", "MCTF", "MEDA", "MMTok", "Merge", "MiniCache", "Mix", "MixKV", "MustDrop", "MustDropCache",
-    "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe", "PixelDiff", "PixelPrune", "Plan", "Pool",
-    "PoolFrames", "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneSID", "PruneVid",
-    "PruneVidPrune", "PyramidDrop", "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual",
-    "RazorAttention", "Recent", "Recycled", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE",
-    "STTM", "STTMLLM", "SnapKV", "SoftSlim", "SparseVLM", "SpatialAugmented", "StreamMem", "StreamingLLM",
-    "T2TPool", "TGVKV", "TOVA", "TRIM", "ToFu", "ToMe", "ToMeKth", "ToMeSD", "TokenCorr", "TokenSelect",
-    "TokenShuffle", "Uniform", "UniformFrames", "UniformTokens", "V2Drop", "VCAST", "VLCache", "VScan", "VScanLLM",
-    "VTW", "VaSE", "VidCom2", "VidTLDR", "VisPruner", "VisionZip", "ZOOPrune", "ZeroTPrune", "describe", "estimate",
-    "get_method", "kept_columns", "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "stream",
-    "tune", "unpatch", "zoo",
+    "MustDropMerge", "OTPrune", "PACT", "PPLLaVA", "PiToMe", "PixelDiff", "PixelPrune", "Plan", "Pool", "PoolFrames",
+    "PoolTokens", "PrefixKV", "PruMerge", "PruMergePlus", "Prune", "PruneSID", "PruneVid", "PruneVidPrune",
+    "PyramidDrop", "PyramidKV", "Random", "RandomKeys", "RandomTokens", "RandomVisual", "RazorAttention", "Recent",
+    "Recycled", "Reducer", "RepresentationShift", "Resize", "ResizeTokens", "SCOPE", "STTM", "STTMLLM", "SnapKV",
+    "SoftSlim", "SparseVLM", "SpatialAugmented", "StreamMem", "StreamingLLM", "T2TPool", "TGVKV", "TOVA", "TRIM",
+    "ToFu", "ToMe", "ToMeKth", "ToMeSD", "TokenCorr", "TokenSelect", "TokenShuffle", "Uniform", "UniformFrames",
+    "UniformTokens", "V2Drop", "VCAST", "VLCache", "VScan", "VScanLLM", "VTW", "VaSE", "VidCom2", "VidTLDR",
+    "VisPruner", "VisionZip", "ZOOPrune", "ZeroTPrune", "describe", "estimate", "get_method", "kept_columns",
+    "list_methods", "parse", "patch", "patched", "record", "reduce_tokens", "stream", "tune", "unpatch", "zoo",
 ]  # fmt: skip
 
 

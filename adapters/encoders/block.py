@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders.frames import merge_frames
 from tokenreduce.adapters.encoders.pixels import AtEntry, entry_plan
+from tokenreduce.adapters.encoders.rebuilding import aside_of, complete, note_entered, shown
 from tokenreduce.adapters.encoders.state import (
     State,
     carry_state,
@@ -104,6 +106,7 @@ class Site:
     rope: str | None = None
     label: str = ""
     entry: AtEntry | None = None
+    leads: bool = False
 
 
 class View(NamedTuple):
@@ -160,24 +163,25 @@ class Reduced:
             x, state = self._drop_by_pixels(site, site.entry, x, state)
         reducer = None if site.reducer is None else settled(site.reducer)
         where = None if reducer is None else reducer.acting_position()
-        given = None
+        given, first = None, x if site.leads else None
+        every = None if state.aside is None else state.aside.every(x, site.layer)
         if where == "before":
             assert reducer is not None
-            x, state, given = self._reduce_before(site, reducer, x, state, context)
+            if reducer.rebuilds:
+                every, x, state = self._set_aside(site, reducer, x, state)
+            else:
+                x, state, given = self._reduce_before(site, reducer, x, state, context)
         entered = x
-        if given is not None:
-            got = self._attend_with(x, given, self._context(context, state))
-        else:
-            needs = () if reducer is None or where == "before" else reducer.required()
-            got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
-        x = self._residual(x, got.out)
+        needs = () if reducer is None or where == "before" else reducer.required()
+        got = self._attended(x, state, needs, context, given, every)
+        x = self._residual(x, got.out) if every is None else state.aside.take(self._residual(every, got.out))
         if where == "middle":
             assert reducer is not None
             x, state = self._reduce(site, reducer, x, state, got, entered)
         # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
         seen = got._replace(out=x) if where == "after" else None
         middle = None if where != "after" else entered if self._one_branch else x
-        del got, entered
+        del got, entered, every
         x = self._feed_forward(x)
         if where == "after":
             assert reducer is not None
@@ -185,10 +189,24 @@ class Reduced:
             x, state = self._reduce(site, reducer, x, state, seen, middle)
         if where is None and site.entry is None and (trace := active()) is not None:
             self._note(trace, site, None, x, None, state)
+        if site.layer == site.depth - 1:
+            x, state = complete(x, state)
         collected = _collected()
         if collected is not None:
             collected.append(state)
+        if first is not None:
+            note_entered(x, first)
         return set_state(x, state)
+
+    def _attended(
+        self, x: Tensor, state: State, needs: tuple[str, ...], context: Any, given: Tensor | None, every: Tensor | None
+    ) -> Attended:
+        """The attention branch of ``x``, with a ``given`` map, or of ``every`` token where some are set aside."""
+        if given is not None:
+            return self._attend_with(x, given, self._context(context, state))
+        if every is not None:
+            x, state = every, state.aside.before
+        return self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
 
     def _context(self, context: Any, state: State) -> Any:
         """``context`` for the tokens that are left (families with rotary embeddings gather rows here)."""
@@ -219,6 +237,22 @@ class Reduced:
             self._note(trace, site, entry.reducer, x, plan, state)
         return x, state
 
+    def _set_aside(self, site: Site, reducer: Reducer, x: Tensor, state: State) -> tuple[Tensor | None, Tensor, State]:
+        """What a method that rebuilds leaves of ``x``, in front of it all tokens where attention is over them yet."""
+        trace = active()
+        every, choice = None, None
+        with nullcontext() if trace is None else trace.clock():
+            known = {"cls": site.cls, "layer": site.layer, "depth": site.depth}
+            plan = planned(reducer, shown(reducer, x, state, site.prefix, **known))
+            if not plan.is_identity:
+                aside = aside_of(reducer, plan, x, state, site.prefix, site.layer)
+                choice, every = aside.left, x if site.layer < aside.until else None
+                x, state = aside.take(x), state.after(choice, False)
+                state.aside = aside
+        if trace is not None:
+            self._note(trace, site, reducer, x, choice, state)
+        return every, x, state
+
     def _evidence(
         self, site: Site, x: Tensor, state: State, got: Attended, before: Tensor | None, view: View | None = None
     ) -> EncoderEvidence:
@@ -239,6 +273,12 @@ class Reduced:
         self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
     ) -> tuple[Tensor, State]:
         trace = active()
+        if reducer.merges_frames:
+            with nullcontext() if trace is None else trace.clock():
+                x, state = merge_frames(reducer, x, state, site.prefix, layer=site.layer, depth=site.depth)
+            if trace is not None:
+                self._note(trace, site, reducer, x, None, state)
+            return x, state
         if trace is None:
             return self._acted(site, reducer, x, state, got, before)[:2]
         with trace.clock():
@@ -261,7 +301,8 @@ class Reduced:
         acted = None if plan is None or plan.is_identity else plan
         name = "" if reducer is None else reducer.spec()
         left, grid = state.patches(x, site.prefix), state.full_grid(site.prefix)
-        step = Step("encoder", site.layer, x.shape[1], acted, name, patches=left, grid=grid)
+        aside = state.aside is not None
+        step = Step("encoder", site.layer, x.shape[1], acted, name, patches=left, grid=grid, aside=aside)
         trace.add(self, step)  # type: ignore[arg-type]
 
     def _reduce_before(
@@ -329,7 +370,7 @@ def may_be_reduced(blocks: Iterable[nn.Module], x: Tensor, stock: int | None) ->
     ``stock`` is the number of tokens that every forward of the tower starts with, None where that depends on the image
     (then a reduced large image may have as many tokens as a small one). Methods with ``ragged`` may fill up to it.
     """
-    acting = _acting(blocks)
+    acting = [reducer for reducer in _acting(blocks) if not reducer.rebuilds]  # whose tokens are all there again
     return bool(acting) and (x.shape[1] != stock or any(reducer.ragged for reducer in acting))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders.rebuilding import complete
 from tokenreduce.adapters.encoders.state import Entry, State, full_plan, note_entry, pool_mean, state_of
 from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.core.plan import Prune
@@ -28,6 +29,7 @@ def _reduced(x: Any) -> State | None:
 def whole(x: Tensor, state: State, prefix: int) -> Tensor:
     """(B,K,C) back to (B,N,C): merged tokens are copied, dropped ones are the mean over patches that are left, each
     counted by its size."""
+    x, state = complete(x, state)
     plan = full_plan(state)
     if plan is None or plan.is_identity:
         return x
@@ -108,6 +110,7 @@ def as_keys(x: Tensor, state: State, *, prefix: int) -> Tensor:
     Raises ``ValueError`` where some tokens are merged and others dropped, or more in one image than in another: no
     number of copies weighs those right.
     """
+    x, state = complete(x, state)
     plan = full_plan(state)
     if plan is None or plan.is_identity:
         return x

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.state import State, expand_patches, known, log_size, pool_mean, state_of
+from tokenreduce.adapters.encoders.rebuilding import complete
+from tokenreduce.adapters.encoders.state import (
+    State,
+    expand_patches,
+    known,
+    log_size,
+    pool_mean,
+    set_state,
+    state_of,
+)
 
 __all__ = ["dense_norm", "dense_states", "forget_mask", "regroup", "weigh_keys", "wish"]
 
@@ -91,6 +100,13 @@ def _dense(x: Tensor, state: State | None, prefix: int) -> Tensor:
     return torch.cat([x[:, :prefix], expand_patches(x[:, prefix:], state, prefix)], 1)
 
 
+def _completed(h: Tensor) -> Tensor:
+    state = state_of(h)
+    if state is None or state.aside is None:
+        return h
+    return set_state(*complete(h, state))
+
+
 def dense_states(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefix: int, normed: str) -> Any:
     """Forward hook on a backbone's encoder: its hidden states get all tokens back, zero where dropped.
 
@@ -98,7 +114,11 @@ def dense_states(module: nn.Module, args: tuple[Any, ...], output: Any, *, prefi
     it, by :func:`dense_norm`, so that dropped tokens are zero in every feature map.
     """
     states = output.hidden_states
-    if states is None or normed == "all":
+    if states is None:
+        return None
+    # What was set aside is rebuilt in front of a norm; features behind it could not be.
+    output.hidden_states = states = tuple(None if h is None else _completed(h) for h in states)
+    if normed == "all":
         return None
     last = len(states) - 1
     output.hidden_states = tuple(

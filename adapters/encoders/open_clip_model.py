@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.block import collect_states, may_be_reduced
 from tokenreduce.adapters.encoders.handing import raw_of
 from tokenreduce.adapters.encoders.pixels import Pixels
+from tokenreduce.adapters.encoders.rebuilding import check_layers_between
 from tokenreduce.adapters.encoders.state import (
     Entry,
     State,
@@ -114,6 +115,7 @@ class ReducedModel(nn.Module):
             )
         # open_clip collects in the order of the layers, whatever the order of the indices.
         layers = sorted(set(feature_take_indices(len(model.transformer.resblocks), indices)[0]))
+        check_layers_between(states, layers, normalize_intermediates, not intermediates_only)
         dense = []
         for y, layer in zip(output["image_intermediates"], layers, strict=True):
             y = expand_patches(y, states[layer], PREFIX)

@@ -112,7 +112,28 @@ class Packed:
         pairs = zip(layout.places, layout.shapes, strict=True)
         return cls(layout, tuple(Part(State(place.shape[1], grid=shape), place) for place, shape in pairs))
 
+    @property
+    def lasting(self) -> Packed:
+        """What is known behind the tower, where patches that were set aside in it are back."""
+        return self
+
     # -- in a block ------------------------------------------------------------------------------------------------
+    def every(self, x: Tensor, layer: int) -> Tensor | None:
+        """All patches, where some are set aside and attention of ``layer`` is over all; else None."""
+        return None
+
+    def take(self, x: Tensor) -> Tensor:
+        """All patches to those that are not set aside."""
+        return x
+
+    def complete(self, x: Tensor) -> tuple[Tensor, Packed]:
+        """All patches with what is known of them, where some are set aside."""
+        return x, self
+
+    def taken(self) -> Tensor | None:
+        """(P,) places at the tower's entry of the patches that are left, None where all are."""
+        return None if self.at is None else _numbered(self.at, self.layout.unit)
+
     def after(self, x: Tensor, plans: list[Plan], proportional: float) -> tuple[Tensor, Packed]:
         """``x`` (P,C) and the state of the units that ``plans``, one for each of :attr:`parts`, leave."""
         m = self.layout.unit

@@ -38,6 +38,7 @@ from tokenreduce.adapters.encoders.packed_layout import (
 )
 from tokenreduce.adapters.encoders.packed_reading import BOUNDS, LONGEST, FlatReading, RowReading
 from tokenreduce.adapters.encoders.qwen import _SEEN, EVIDENCE, FAMILIES, _Block
+from tokenreduce.adapters.encoders.rebuilding import entered_of, note_entered
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
@@ -74,6 +75,9 @@ class PackedLayer(StructuredLayer, _Block):
         given = _Given({**dict(zip(recipe.arguments, args, strict=False)), **kwargs})
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         packed = self._begin(site, hidden_states, _row(hidden_states) if site.layer == 0 else None)
+        first = x if site.leads else None
+        if site.reducer is not None and site.reducer.rebuilds:
+            note_entered(x, entered_of(hidden_states))
         x, packed = self._through(x, packed, given)
         collected = _collected()
         if collected is not None:
@@ -81,6 +85,8 @@ class PackedLayer(StructuredLayer, _Block):
         last = site.layer == site.depth - 1
         x = packed.expand(x, packed.layout.unit) if last else x
         out = x.view(*hidden_states.shape[:-2], *x.shape)
+        if first is not None:
+            note_entered(out, first)
         return out if last else set_state(out, packed)  # type: ignore[arg-type]
 
     def _through(self, x: Tensor, packed: Packed, given: _Given) -> tuple[Tensor, Packed]:
@@ -89,27 +95,33 @@ class PackedLayer(StructuredLayer, _Block):
         where = None if reducer is None else reducer.acting_position()
         sees = reducer is not None and not _SEEN.isdisjoint(reducer.required())
         given = given.checked(packed)
-        if where == "before":
+        every = packed.every(x, site.layer)
+        if reducer is not None and reducer.rebuilds:
+            where = "aside"
+            every, x, packed = self._set_patches_aside(site, reducer, x, packed)
+        elif where == "before":
             assert reducer is not None
             shown = self._ask_row(x, packed, given, glance=True)[1] if sees else None
             x, packed = self._shrink(site, reducer, x, packed, given, shown, None)  # type: ignore[arg-type]
         entered = x
         record = sees and where in ("middle", "after")
-        out, call = self._ask_row(x, packed, given, record=record)
-        x = self._residual(x, out)
+        y = x if every is None else every
+        out, call = self._ask_row(y, packed if every is None else packed.lasting, given, record=record)
+        x = self._residual(y, out)
+        x = x if every is None else packed.take(x)
         if where == "middle":
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, given, call, entered)  # type: ignore[arg-type]
         middle, seen = (x, call) if where == "after" else (None, None)
-        del call, entered, out  # nothing of the attention half may stay alive while the MLP holds its hidden layer
+        # Nothing of the attention half may stay alive while the MLP holds its hidden layer.
+        del call, entered, out, every, y
         x = self._feed_forward(x)
         if where == "after":
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, given, seen, middle)  # type: ignore[arg-type]
         trace = active()
         if trace is not None and where in (None, "input"):
-            for part in packed.parts:
-                self._tell(trace, site, part, packed)
+            self._tell_all(trace, site, packed)
         return x, packed
 
     def _ask_row(
@@ -160,9 +172,9 @@ class _Given:
         """The arguments for the patches that are left."""
         if packed.at is None:
             return dict(self.kwargs)
-        unit = packed.layout.unit
-        rows = (packed.at[:, None] * unit + torch.arange(unit, device=packed.at.device)).flatten()
-        total = sum(p.numel() for p in packed.layout.places) * unit
+        rows = packed.taken()
+        assert rows is not None
+        total = sum(p.numel() for p in packed.layout.places) * packed.layout.unit
         out = {name: _taken(name, value, rows, total) for name, value in self.kwargs.items()}
         if BOUNDS in out:
             out[BOUNDS] = packed.bounds(self.bounds)

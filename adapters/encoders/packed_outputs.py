@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.packed import Packed
-from tokenreduce.adapters.encoders.state import lost, state_of
+from tokenreduce.adapters.encoders.state import lost, set_state, state_of
 
-__all__ = ["expand_states", "expand_tokens"]
+__all__ = ["expand_states", "expand_tokens", "give_rebuilt"]
 
 
 def expand_tokens(merger: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -19,6 +19,15 @@ def expand_tokens(merger: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
     if not isinstance(packed, Packed):
         raise lost(type(merger).__name__)
     return packed.expand(output, 1)
+
+
+def give_rebuilt(merger: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-hook on a merger: its units are made of all patches, also of those that a method set aside."""
+    packed: Any = state_of(args[0])
+    if not isinstance(packed, Packed) or packed.lasting is packed:
+        return None
+    x, whole = packed.complete(args[0])
+    return (set_state(x, whole), *args[1:]), kwargs  # type: ignore[arg-type]
 
 
 def expand_states(tower: Any, args: tuple[Any, ...], output: Any) -> Any:

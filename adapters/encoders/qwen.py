@@ -34,16 +34,17 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, View, _collected
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
-from tokenreduce.adapters.encoders.packed import Layout, Packed, Part
-from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens
+from tokenreduce.adapters.encoders.packed import Layout, Packed
+from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens, give_rebuilt
 from tokenreduce.adapters.encoders.packed_pixels import PackedPixels, packed_plans
+from tokenreduce.adapters.encoders.packed_rebuilding import SetsAside
 from tokenreduce.adapters.encoders.pixels import AtEntry
+from tokenreduce.adapters.encoders.rebuilding import note_entered
 from tokenreduce.adapters.encoders.state import set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
-from tokenreduce.core.plan import Plan
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.core.trace import Step, Trace, active
+from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "towers"]
@@ -168,7 +169,7 @@ class Context(NamedTuple):
         return Context(packed.bounds(self.bounds), (packed.rows(cos), packed.rows(sin)), {**self.kwargs, **longest})
 
 
-class _Block(Reduced):
+class _Block(SetsAside, Reduced):
     """A packed block. The state on its input and output is a :class:`~tokenreduce.adapters.encoders.packed.Packed`."""
 
     _tokenreduce_site: Site
@@ -181,37 +182,44 @@ class _Block(Reduced):
         packed = self._begin(site, x, layout)
         if site.entry is not None:
             x, packed = self._drop_at_input(site, site.entry, x, packed, pixels)
-        reducer = site.reducer
+        reducer, first = site.reducer, x if site.leads else None
         where = None if reducer is None else reducer.acting_position()
-        if where == "before":
+        every = packed.every(x, site.layer)
+        if reducer is not None and reducer.rebuilds:
+            where = "aside"
+            every, x, packed = self._set_patches_aside(site, reducer, x, packed)
+        elif where == "before":
             assert reducer is not None
             shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.required()) else None
             x, packed = self._shrink(site, reducer, x, packed, context, shown, None)
         record = where in ("middle", "after") and not _SEEN.isdisjoint(reducer.required())  # type: ignore[union-attr]
-        across = packed.seen(context.bounds)
-        call = PackedAsk(packed, packed.bias() if across is None else None, record, across)
-        now, attn, entered = context.at(packed), self.attn, x  # type: ignore[attr-defined]
+        within, y = (packed, x) if every is None else (packed.lasting, every)
+        across = within.seen(context.bounds)
+        call = PackedAsk(within, within.bias() if across is None else None, record, across)
+        now, attn, entered = context.at(within), self.attn, x  # type: ignore[attr-defined]
         refuse_own(attn)
         out = attn(
-            self.norm1(x),  # type: ignore[attr-defined]
+            self.norm1(y),  # type: ignore[attr-defined]
             cu_seqlens=now.bounds, position_embeddings=now.rope, **{**now.kwargs, CALL: call},
         )  # fmt: skip
-        x = x + out
+        x = y + out if every is None else packed.take(y + out)
         if where == "middle":
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, context, call, entered)
         middle = x if where == "after" else None
         # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
         seen = call if where == "after" else None
-        del call, entered, out, now, across
+        del call, entered, out, now, across, every, y
         x = x + self.mlp(self.norm2(x))  # type: ignore[attr-defined]
         if where == "after":
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, context, seen, middle)
         trace = active()
         if trace is not None and where is None and site.entry is None:
-            for part in packed.parts:
-                self._tell(trace, site, part, packed)
+            self._tell_all(trace, site, packed)
+        x, packed = packed.complete(x) if site.layer == site.depth - 1 else (x, packed)
+        if first is not None:
+            note_entered(x, first)
         collected = _collected()
         if collected is not None:
             collected.append(packed)  # type: ignore[arg-type]
@@ -291,12 +299,6 @@ class _Block(Reduced):
             for plan, part in zip(plans, packed.parts, strict=True):
                 self._tell(trace, site, part, packed, None if plan.is_identity else plan, reducer.spec())
         return x, packed
-
-    def _tell(
-        self, trace: Trace, site: Site, part: Part, packed: Packed, plan: Plan | None = None, method: str = ""
-    ) -> None:
-        step = Step("encoder", site.layer, part.where.shape[1], plan, method, patches=part.units * packed.layout.unit)
-        trace.add(self, step)  # type: ignore[arg-type]
 
 
 class ReducedQwen2Block(_Block, qwen2.Qwen2VLVisionBlock):
@@ -392,5 +394,7 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
     frames, looks = max(getattr(r, "frames", 1) for r in reducers), [r for r in reducers if r.drops_at_input]
     undo.pre_hook(module, functools.partial(lay_out, frames=frames, looks=looks[0] if looks else None))
     for merger in (module.merger, *getattr(module, "deepstack_merger_list", ())):
+        if any(reducer.rebuilds for reducer in reducers):
+            undo.pre_hook(merger, give_rebuilt)
         undo.hook(merger, expand_tokens)
     undo.hook(module, expand_states)

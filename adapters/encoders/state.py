@@ -47,10 +47,11 @@ class State:
     """What is known about the tokens of one activation tensor (B,N,C). Never changed in place.
 
     ``grid`` is that of the patches at the entry of this forward, (rows, columns) or (frames, rows, columns);
-    ``proportional`` the power of their sizes by which keys count, 0 where they do not.
+    ``proportional`` the power of their sizes by which keys count, 0 where they do not. ``aside`` is what a method set
+    aside of them (:class:`~tokenreduce.adapters.encoders.rebuilding.Aside`), None for nothing.
     """
 
-    __slots__ = ("_before", "_origin", "entry", "grid", "plans", "proportional", "size", "valid")
+    __slots__ = ("_before", "_origin", "aside", "entry", "grid", "plans", "proportional", "size", "valid")
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class State:
         self.plans = plans
         self.proportional = proportional
         self.grid = grid
+        self.aside: Any = None
 
     @property
     def origin(self) -> Tensor | None:
@@ -89,6 +91,8 @@ class State:
         bias = power_of(self.size.float().view(rows).log(), self.proportional)
         if self.valid is not None:
             bias = bias.masked_fill(~self.valid.view(rows), float("-inf"))
+            if self.aside is not None:  # what nothing is left of attends to nothing; its row must still be finite
+                bias = torch.where(self.valid.any(1).view(-1, 1, 1, 1), bias, 0.0)
         return bias.to(dtype)
 
     def patches(self, x: Tensor, prefix: int) -> int:
@@ -176,7 +180,11 @@ def full_plan(state: State) -> Plan | None:
 
 
 def expand_patches(patches: Tensor, state: State, prefix: int) -> Tensor:
-    """Patch tokens (B,K-prefix,C) back to (B,N-prefix,C): merged tokens are copied, dropped ones are zero."""
+    """Patch tokens (B,K-prefix,C) back to (B,N-prefix,C): merged tokens are copied, dropped ones are zero, those that
+    were set aside are rebuilt."""
+    if state.aside is not None:
+        head = patches.new_zeros(patches.shape[0], prefix, patches.shape[2])
+        patches, state = state.aside.whole(torch.cat([head, patches], 1))[:, prefix:], state.aside.before
     plan = full_plan(state)
     if plan is None or plan.k < plan.n == patches.shape[1] + prefix:  # all there, or made whole behind the last block
         return patches

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenreduce.adapters.encoders.block import collect_states, may_be_reduced
 from tokenreduce.adapters.encoders.handing import raw_of
 from tokenreduce.adapters.encoders.pixels import Pixels
+from tokenreduce.adapters.encoders.rebuilding import check_layers_between
 from tokenreduce.adapters.encoders.state import (
     Entry,
     carry_state,
@@ -86,6 +87,9 @@ class ReducedModel(nn.Module):
             got = super().forward_intermediates(x, indices, *args, **settings)  # type: ignore[misc]
         # timm returns the layers in ascending order, whatever order they were asked for.
         layers = sorted(set(feature_take_indices(len(model.blocks), indices)[0]))
+
+        normed = settings.get("norm", args[1] if len(args) > 1 else False)
+        check_layers_between(states, layers, bool(normed), not isinstance(got, list))
 
         def dense(y: Tensor, layer: int) -> Tensor:
             y = expand_patches(y, states[layer], model.num_prefix_tokens)

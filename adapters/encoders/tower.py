@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from tokenreduce.adapters.encoders.block import ON_BLOCK, Site
+from tokenreduce.adapters.encoders.frames import check_merging_frames
 from tokenreduce.adapters.encoders.pixels import at_entry
+from tokenreduce.adapters.encoders.rebuilding import check_rebuilding
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.reducer import Reducer
 
@@ -44,6 +46,8 @@ class Tower:
 def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
     """One site per block. Raises ``ValueError`` where a reducer does not fit or two act in one layer."""
     depth = len(tower.blocks)
+    check_rebuilding(reducers, depth)
+    check_merging_frames(reducers)
     base = Site(0, depth, tower.prefix, tower.cls, None, tower.rope, tower.name)
     sites = []
     for layer in range(depth):
@@ -63,6 +67,10 @@ def sites_for(tower: Tower, reducers: tuple[Reducer, ...]) -> list[Site]:
                 f"(it gives {', '.join(tower.evidence)}); choose another method, "
                 "tr.describe(model) lists those that fit"
             )
+    sites = [
+        replace(site, leads=behind.reducer is not None and behind.reducer.rebuilds)
+        for site, behind in zip(sites, [*sites[1:], base], strict=True)
+    ]
     sites[0] = replace(sites[0], entry=at_entry(reducers, tower.std, tower.family, tower.cell))
     return sites
 

@@ -29,7 +29,7 @@ from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.adapters.language.prompt import Start, WholePrefill, start, start_alone
 from tokenreduce.adapters.language.retrieval import attach_retrieval, check_owner, note_generation
 from tokenreduce.adapters.language.steps.deepstack import attach_deepstack
-from tokenreduce.adapters.language.towers import attach_encoder, cell_of
+from tokenreduce.adapters.language.towers import attach_encoder, cell_of, check_aside
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -46,6 +46,7 @@ def attach(found: Language, reducers: tuple[Reducer, ...], undo: Undo, towers: A
     if inside := tuple(r for r in reducers if r.stage == "encoder"):
         if found.how == "discovered":
             check_looks(reducers)
+        check_aside(found.vision, reducers)
         cell = 1 if found.vision is None else cell_of(found.inner, found.vision.kind)
         attach_encoder(towers, inside, undo, cell)
     acting = acting_in(found, reducers)

@@ -15,15 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenreduce.adapters.encoders.frames import FrameState
 from tokenreduce.adapters.encoders.joint import JointState, join_frames
+from tokenreduce.adapters.encoders.rebuilding import complete, lasting
 from tokenreduce.adapters.encoders.state import State, full_plan, known
 from tokenreduce.adapters.encoders.tower import Tower
 from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.evidence import resolve
 from tokenreduce.core.plan import Identity, Plan
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
-__all__ = ["Everything", "attach_encoder", "cell_of", "expand_states", "remaining", "sizes"]
+__all__ = ["Everything", "attach_encoder", "cell_of", "check_aside", "expand_states", "remaining", "sizes"]
 
 
 class Everything(Projector):
@@ -74,6 +77,34 @@ def attach_encoder(towers: list[tuple[Any, Tower]], reducers: tuple[Reducer, ...
             undo.hook(tower.module, functools.partial(expand_output, prefix=tower.prefix))
 
 
+def check_aside(vision: Any, reducers: tuple[Reducer, ...]) -> None:
+    """Raise ``ValueError`` for a method that looks at a block of the tower ``vision`` which sees what another one did
+    not set aside, and no more, and where tokens are set aside, or frames merged, behind what the language model
+    gets."""
+    inside = [r for r in reducers if r.stage == "encoder" and (r.rebuilds or r.merges_frames)]
+    if vision is None or not inside:
+        return
+    mine: Any = inside[0]
+    acting = [i for i in range(vision.depth) if mine.acts_at(i, vision.depth)]
+    if acting[-1] > vision.feature:
+        raise ValueError(
+            f"{mine.spec()} cannot act in block {acting[-1]}: the language model gets what block {vision.feature} of "
+            f"the vision tower returns; give it blocks up to {vision.feature}"
+        )
+    if not mine.rebuilds:
+        return
+    first = acting[0]
+    end = first + mine.as_layer
+    for other in reducers:
+        seen = [b for look in other.tower_blocks() if (b := resolve(look, vision.depth, vision.feature)) >= end]
+        if other.stage != "encoder" and seen:
+            raise ValueError(
+                f"{other.spec()} looks at block {seen[0]} of the vision tower, which sees only what {mine.spec()} did "
+                f"not set aside: blocks before {end} see all patches, so give as_layer={seen[0] + 1 - first} or more, "
+                f"or choose a method on embeddings (divprune, dart, fastv)"
+            )
+
+
 def expand_output(tower: Any, args: tuple[Any, ...], output: Any, *, prefix: int) -> Any:
     """Forward hook on a tower: every hidden state gets its patches back."""
     states = getattr(output, "hidden_states", None)
@@ -90,6 +121,10 @@ def expand_states(x: Tensor, prefix: int) -> Tensor:
     Raises ``RuntimeError`` for tokens that lost what they are.
     """
     state = known(x, "the language model's projector")
+    if isinstance(state, FrameState):
+        return state.whole(x)
+    if state is not None:
+        x, state = complete(x, state)
     plan = None if state is None else full_plan(state)
     if plan is None or plan.is_identity:
         return x
@@ -109,6 +144,9 @@ def expand_states(x: Tensor, prefix: int) -> Tensor:
 
 def remaining(state: State | None, prefix: int) -> Tensor | None:
     """(V,patches) bool: patches that are the place of a token that is left, None when all are."""
+    if isinstance(state, FrameState):
+        return state.left()[:, None].expand(-1, state.entry - prefix)
+    state = None if state is None else lasting(state)
     plan = None if state is None else full_plan(state)
     if plan is None or plan.is_identity:
         return None
@@ -122,6 +160,7 @@ def _apart(t: Tensor, state: State | None) -> Tensor:
 
 def sizes(state: State | None, prefix: int) -> Tensor | None:
     """(V,patches) number of patches behind the token of every patch."""
+    state = None if state is None else lasting(state)
     plan = None if state is None else full_plan(state)
     if plan is None or state is None or state.size is None:
         return None

@@ -142,6 +142,13 @@ class Reducer:
     ragged: ClassVar[bool] = False
     #: Whether an encoder method lays tokens out on the grid of the image.
     gridded: ClassVar[bool] = False
+    #: Whether an encoder method only sets tokens aside, which are rebuilt behind the last block: its plan is a
+    #: :class:`~tokenreduce.core.plan.Rebuild` in front of one block (position "before"), attention of the first
+    #: ``as_layer`` blocks from there on is over all tokens, and ``per`` says whether "image" or "all" is a row.
+    rebuilds: ClassVar[bool] = False
+    #: Whether an encoder method merges whole frames of a video behind a block (position "after"), in towers that see
+    #: the frames of a video as a batch: it is shown a :class:`~tokenreduce.core.evidence.FrameEvidence`.
+    merges_frames: ClassVar[bool] = False
     #: The settings, on reducers that are in a model; see :mod:`tokenreduce.core.compiled`.
     _fixed: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
 

@@ -75,6 +75,8 @@ class Step:
     #: Encoder stage: (rows, columns) of patches at the tower's entry in this forward, or (frames, rows, columns) of a
     #: clip; None where they fill no grid.
     grid: tuple[int, ...] | None = None
+    #: Encoder stage: whether tokens are set aside there, which come back behind the tower (IPCV).
+    aside: bool = False
 
     @property
     def hosts(self) -> tuple[Tensor, ...]:

@@ -270,11 +270,11 @@ def patches_of(model: Any, question: Question) -> int | None:
 
 def patches_left(model: Any, question: Question, patches: int | None, steps: Sequence[Step]) -> int | None:
     """Those of ``patches`` that leave the block which the projector reads (later ones may run, too), after the
-    ``steps`` of a trace."""
+    ``steps`` of a trace; what was set aside in the tower has come back there."""
     found = describe(model)
     vision = None if found.language is None else found.language.vision
     last = 1 << 30 if vision is None else int(vision.feature)
-    inside = [s for s in steps if s.stage == "encoder" and s.layer <= last]
+    inside = [s for s in steps if s.stage == "encoder" and s.layer <= last and not s.aside]
     if not inside:
         return patches
     ends = [s.patches for s in inside if s.layer == inside[-1].layer]

@@ -208,6 +208,7 @@ def _marks(state: Any, prefix: int) -> tuple[Tensor | None, Tensor | None, int]:
 
 
 def _packed_marks(packed: Packed) -> tuple[Tensor | None, Tensor | None, int]:
+    packed = packed.lasting
     unit, total = packed.layout.unit, sum(p.numel() for p in packed.layout.places)
     if packed.at is None:
         return None, None, total * unit

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tokenreduce.adapters.encoders.block import State, full_plan
+from tokenreduce.adapters.encoders.frames import FrameState
 from tokenreduce.adapters.encoders.packed import Packed
+from tokenreduce.adapters.encoders.rebuilding import lasting
 from tokenreduce.adapters.language.families import Vision
 from tokenreduce.adapters.language.towers import remaining, sizes
 from tokenreduce.core.evidence import Attention, BaseEvidence, Origin, PoolingHead
@@ -80,8 +82,9 @@ class Encoded:
         """The tokens that enter the projector, None when all patches do."""
         state = self.states[self.vision.feature] if len(self.states) > self.vision.feature else None
         if isinstance(state, Packed):
-            return None if state.at is None else state
-        return state if state is not None and state.plans else None
+            return None if state.lasting.at is None else state.lasting
+        state = None if state is None else lasting(state)
+        return state if state is not None and (state.plans or isinstance(state, FrameState)) else None
 
     def left(self, views: Tensor) -> Tensor | None:
         """(V,patches) bool of ``views`` (V,), which all have as many patches: those that are the place of a token that
@@ -104,6 +107,7 @@ class Encoded:
     def _at(self, block: int, tokens: int) -> State | None:
         """The tokens that the attention of ``block`` saw; methods act before or behind it."""
         for state in (self.states[block - 1] if block and self.states else None, *self.states[block : block + 1]):
+            state = None if state is None else lasting(state)  # no look at a block that sees what was not set aside
             if state is not None and state.plans and full_plan(state).k == tokens:  # type: ignore[union-attr]
                 return state
         return None

@@ -5,6 +5,7 @@ from tokenreduce.core.evidence.base import BaseEvidence
 from tokenreduce.core.evidence.cache import CacheEvidence, Rotary
 from tokenreduce.core.evidence.diffusion import DiffusionEvidence
 from tokenreduce.core.evidence.encoder import EncoderEvidence
+from tokenreduce.core.evidence.frames import FrameEvidence
 from tokenreduce.core.evidence.image import ImageEvidence, TowerEvidence
 from tokenreduce.core.evidence.language import Earlier, LanguageEvidence, Prompt
 from tokenreduce.core.evidence.origin import Look, Origin, resolve
@@ -14,6 +15,7 @@ from tokenreduce.core.evidence.visual import VisualEvidence
 
 __all__ = [
     "Attention", "BaseEvidence", "CacheEvidence", "DiffusionEvidence", "Earlier", "EncoderEvidence", "Evidence",
+    "FrameEvidence",
     "ImageEvidence", "Joint", "LanguageEvidence", "Look", "Origin", "PoolingHead", "Prompt", "Rotary", "Rows",
     "Through", "TowerEvidence", "VisualEvidence", "need", "resolve",
 ]  # fmt: skip

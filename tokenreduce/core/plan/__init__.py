@@ -7,6 +7,7 @@ from tokenreduce.core.plan.merge import Merge
 from tokenreduce.core.plan.mix import Mix
 from tokenreduce.core.plan.pool import Pool
 from tokenreduce.core.plan.prune import Prune
+from tokenreduce.core.plan.rebuild import Rebuild
 from tokenreduce.core.plan.rows import take
 
-__all__ = ["Chain", "Identity", "Merge", "Mix", "Plan", "Pool", "Prune", "take"]
+__all__ = ["Chain", "Identity", "Merge", "Mix", "Plan", "Pool", "Prune", "Rebuild", "take"]
