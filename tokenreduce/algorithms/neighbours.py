@@ -29,7 +29,7 @@ def nearest_slots(x: Tensor, kept: Prune, out: Tensor | None, k: int) -> Tensor:
     if absent is not None:
         power = power.masked_fill(absent, float("inf"))
     stay = kept.sources() >= 0
-    gone = stay.long().argsort(dim=1, stable=True)[:, : n - slots if kept.valid is None else n]
+    gone = ascending(stay.long())[:, : n - slots if kept.valid is None else n]
     found = []
     for rows in gone.split(_ROWS, 1):
         far = power.unsqueeze(1) - 2 * inner(take(x, rows), ys)  # less the token's own square, which is in all of them
