@@ -55,7 +55,11 @@ NOTES = {
 #: What stands in front of a method that goes on where another one left off.
 IN_FRONT = {"mustdrop-cache": "mustdrop:keep=0.25"}
 #: Methods of which no picture can be made here, and why.
-WITHOUT = {"minicache": "it drops no token; pairs of layers share what they hold of each."}
+WITHOUT = {
+    "minicache": "it drops no token; pairs of layers share what they hold of each.",
+    "earlytom": "it merges whole frames in towers that see those of a video as a batch, which no embedded model does.",
+    "tomesd": "it acts in the UNets of diffusers, and no embedded model makes pictures.",
+}
 #: New tokens behind which caches are looked at.
 TOKENS = 16
 #: Pixels of a side of the encoder's patches, and of the units that are compared in clips.
@@ -83,7 +87,7 @@ def kept_by(name: str) -> Kept | Without:
     reducers = setting(name)
     called = [*(r.name for r in reducers[:-1]), name]
     spec = re.sub(r"table=[^,+]+", f"table={FILE}", label_of(reducers, called))
-    about = {"spec": spec, "note": NOTES.get(name, "")}
+    about: dict[str, Any] = {"spec": spec, "note": NOTES.get(name, "")}
     one = reducers[-1]
     film = type(one).__module__.startswith("tokenreduce.video.")
     if isinstance(one, PixelReducer) and film:
@@ -178,7 +182,7 @@ def _left(seen: _Seen, reducers: tuple[Reducer, ...]) -> np.ndarray:
     return left.numpy()[seen.columns]
 
 
-def _in_cache(about: dict[str, str], reducers: tuple[Reducer, ...], film: bool) -> Kept | Without:
+def _in_cache(about: dict[str, Any], reducers: tuple[Reducer, ...], film: bool) -> Kept | Without:
     maps = []
     for seen in _asked(film):
         chosen: dict[int, torch.Tensor] = {}
