@@ -83,7 +83,7 @@ def kept_by(name: str) -> Kept | Without:
     reducers = setting(name)
     called = [*(r.name for r in reducers[:-1]), name]
     spec = re.sub(r"table=[^,+]+", f"table={FILE}", label_of(reducers, called))
-    about = {"spec": spec, "note": NOTES.get(name, "")}
+    about: dict[str, Any] = {"spec": spec, "note": NOTES.get(name, "")}
     one = reducers[-1]
     film = type(one).__module__.startswith("tokenreduce.video.")
     if isinstance(one, PixelReducer) and film:
@@ -178,7 +178,7 @@ def _left(seen: _Seen, reducers: tuple[Reducer, ...]) -> np.ndarray:
     return left.numpy()[seen.columns]
 
 
-def _in_cache(about: dict[str, str], reducers: tuple[Reducer, ...], film: bool) -> Kept | Without:
+def _in_cache(about: dict[str, Any], reducers: tuple[Reducer, ...], film: bool) -> Kept | Without:
     maps = []
     for seen in _asked(film):
         chosen: dict[int, torch.Tensor] = {}
