@@ -127,7 +127,7 @@ class Reduced:
 
     def _get_name(self) -> str:
         site: Site = self.__dict__[ON_BLOCK]
-        name = next(c for c in type(self).__mro__ if not issubclass(c, Reduced)).__name__
+        name = next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Reduced)).__name__
         return f"{name}[{site.reducer.spec()}]" if site.reducer is not None else f"{name}[tokenreduce]"
 
     def __prepare_scriptable__(self) -> Any:
