@@ -43,6 +43,6 @@ def nearest_slots(x: Tensor, kept: Prune, out: Tensor | None, k: int) -> Tensor:
 
 def _smallest(far: Tensor, k: int) -> Tensor:
     """(B,R,k) indices of the ``k`` smallest of every row of (B,R,K), ties to the lower index, in some order."""
-    if not readable(far):
+    if far.device.type != "cpu" or not readable(far):  # a number of hits is asked of a device, which waits for it
         return ascending(far)[..., :k]
     return highest(-far, k).nonzero()[:, -1].view(*far.shape[:-1], k)
