@@ -16,6 +16,9 @@ import tokenreduce as tr
 from tokenreduce.adapters.encoders.sizes import sizes_as
 from tokenreduce.adapters.language.generation import cache_as, cache_of
 
+#: Beside other tests in one process fake devices were seen to fail; `make gpu` runs these by themselves.
+pytestmark = pytest.mark.gpu
+
 #: The number of tokens that it leaves follows from the images, and the host has to know it; and one that makes its
 #: windows on the host, once in a forward.
 ASKS = {"ats", "t2t-pool"}
