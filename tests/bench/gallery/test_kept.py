@@ -18,6 +18,7 @@ from tokenreduce.bench.gallery.kept import (
     region_text,
     write_kept,
 )
+from tokenreduce.bench.gallery.looking import WITHOUT
 from tokenreduce.bench.gallery.pictures import clip, scenes
 from tokenreduce.bench.gallery.sheets import FILES, SIDES, original, sheet, webp
 from tokenreduce.core.registry import load_all
@@ -116,7 +117,7 @@ def test_every_method_is_stored_with_a_picture_or_a_reason():
     stored = read_kept(STORED)
     assert set(stored) == set(load_all()), "run python -m tokenreduce.bench.gallery docs/kept.json"
     pictures = {name: one for name, one in stored.items() if isinstance(one, Kept)}
-    assert {name for name in stored if name not in pictures} <= {"minicache"}
+    assert {name for name in stored if name not in pictures} <= set(WITHOUT), "each with its reason"
     for name, one in pictures.items():
         patches = {m.shape[-2:] for m in one.maps}
         assert patches == ({(14, 14)} if one.pictures == "scenes" else {(7, 56)}), name
