@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -400,3 +401,15 @@ def batch(pad: str = "left", rows: tuple[tuple[int, int], ...] = ((9, 1), (5, 1)
     if total := sum(n for _, n in rows):
         out["pixel_values"] = torch.randn(total, 3, 32, 32, generator=g)
     return out
+
+
+def deeper(name: str) -> Any:
+    """The small model of a family with a vision tower of five blocks."""
+    config = copy.deepcopy(VLMS[name].model.config)
+    setattr(config.vision_config, "depth" if "qwen" in name else "num_hidden_layers", 5)
+    if name == "qwen3_vl":
+        config.vision_config.deepstack_visual_indexes = [2, 3]
+    if name == "qwen2_5_vl":
+        config.vision_config.fullatt_block_indexes = [1, 3]
+    torch.manual_seed(0)
+    return _wide(type(VLMS[name].model)(config))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from support import images, tiny_vit
 
 import tokenreduce as tr
-from tokenreduce.measure.operators import count_operators
+from tokenreduce.measure.operators import count_operators, entered
 
 #: Operators of a block of the stock model.
 STOCK = 27
@@ -39,24 +35,6 @@ def counted(model, x):
     return count_operators(model, lambda: model(x), list(model.blocks))
 
 
-def entered(call: Callable[[], object]) -> int:
-    """Functions of this package that ``call`` enters; comprehensions are one more in some versions of Python."""
-    root, found = str(Path(tr.__file__).parents[1]), 0
-
-    def note(frame, event: str, _) -> None:
-        nonlocal found
-        name = frame.f_code.co_name
-        found += event == "call" and frame.f_code.co_filename.startswith(root) and not name.startswith("<")
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return found
-
-
 @pytest.mark.parametrize("spec", BOUNDS)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_block_starts_no_more_operators_than_it_did(spec, batch):
@@ -66,7 +44,7 @@ def test_a_block_starts_no_more_operators_than_it_did(spec, batch):
     with tr.patched(model, spec):
         got = counted(model, x)
         with torch.no_grad():
-            calls = entered(lambda: model(x))
+            calls = entered(lambda: model(x)).total()
     most, own, functions = BOUNDS[spec]
     assert max(got.per_block) - STOCK <= most, got.blocks[got.per_block.index(max(got.per_block))] - stock.blocks[0]
     assert max(got.own_per_block) <= own
@@ -81,7 +59,7 @@ def test_keeping_everything_is_the_stock_forward():
     with tr.patched(model, "tome:r=0"):
         got = counted(model, x)
         with torch.no_grad():
-            assert entered(lambda: model(x)) <= QUIET
+            assert entered(lambda: model(x)).total() <= QUIET
     assert got.blocks == stock.blocks
     assert got.around == stock.around
     assert not any(got.own)

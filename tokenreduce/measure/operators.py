@@ -8,6 +8,7 @@ there and back are.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenreduce.core.trace import record
 
-__all__ = ["Operators", "count_operators"]
+__all__ = ["Operators", "count_operators", "entered"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,22 @@ def count_operators(model: nn.Module, forward: Callable[[], object], blocks: Seq
         for hook in hooks:
             hook.remove()
     return Operators(tuple(counting.blocks[:-1]), counting.blocks[-1], tuple(counting.own[:-1]))
+
+
+def entered(call: Callable[[], object]) -> Counter[str]:
+    """Functions of this package that ``call`` enters in this thread, by module and name; comprehensions, which are one
+    more in some versions of Python, do not count."""
+    found: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if event == "call" and module.partition(".")[0] == "tokenreduce" and not name.startswith("<"):
+            found[f"{module}:{name}"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found

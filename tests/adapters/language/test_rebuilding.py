@@ -9,29 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from rebuilt import ByHand, packed_by_hand
-from vlms import VLMS, prompts
+from vlms import VLMS, deeper, prompts
 from vlms_masked import CASES, close, generate
 
 import tokenreduce as tr
-
-
-def deeper(name):
-    """The small model of a family with a vision tower of five blocks."""
-    config = copy.deepcopy(VLMS[name].model.config)
-    setattr(config.vision_config, "depth" if "qwen" in name else "num_hidden_layers", 5)
-    if name == "qwen3_vl":
-        config.vision_config.deepstack_visual_indexes = [2, 3]
-    if name == "qwen2_5_vl":
-        config.vision_config.fullatt_block_indexes = [1, 3]
-    torch.manual_seed(0)
-    model = type(VLMS[name].model)(config)
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if p.dim() > 1:
-                p.mul_(30.0 if "lm_head" in n else 10.0)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
 
 
 @contextmanager

@@ -29,9 +29,9 @@ def test_the_empty_method_lets_the_last_visual_token_go_and_nothing_else(stage):
 
 
 def test_rows_are_differences_to_the_stock_model():
-    rows, (first, further) = measure(TINY, rounds=1, tokens=3)
+    rows, (first, _) = measure(TINY, rounds=1, tokens=3)
     assert [row.stage for row in rows] == ["projector", "language", "cache"]
-    assert first > further > 0
+    assert first > 0
     for row in rows:
         assert row.first[1] <= row.first[0] <= row.first[2]
         assert row.operators[0] > 0
@@ -46,7 +46,7 @@ def test_the_command(tmp_path):
     assert made.exit_code == 0, made.output
     assert "| cache |" in page.read_text()
     made = CliRunner().invoke(app, ["--quick", "--profile", "language", "--tokens", "2"])
-    assert "adapters/language/site.py:run_before" in made.output
+    assert "tokenreduce.adapters.language.site:run_before" in made.output
     assert CliRunner().invoke(app, ["--quick", "--profile", "tower"]).exit_code == 2
 
 

@@ -3,11 +3,9 @@ frames: against the stock model whose tower runs by hand."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from vlms import VIDEO, VLMS, encodes_before, prompts
+from vlms import VIDEO, VLMS, deeper, encodes_before, prompts
 from vlms_masked import CASES, close, generate, hidden, layers_of
 
 import tokenreduce as tr
@@ -111,21 +109,6 @@ def test_nan_and_several_videos_are_refused():
 METHOD = "earlytom:prune_layers=[0,2],tau=-1.0,max_window=99"
 NAMES = ["llava_onevision", "llava_next_video"]
 FRAMES = 7
-
-
-def deeper(name):
-    """The small model of a family with a vision tower of five blocks."""
-    config = copy.deepcopy(VLMS[name].model.config)
-    config.vision_config.num_hidden_layers = 5
-    torch.manual_seed(0)
-    model = type(VLMS[name].model)(config)
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if p.dim() > 1:
-                p.mul_(30.0 if "lm_head" in n else 10.0)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
 
 
 def asked(name, frames=FRAMES, videos=1):

@@ -11,8 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +35,13 @@ from tokenreduce.common.words import speak_everywhere
 from tokenreduce.core.evidence import CacheEvidence, LanguageEvidence, VisualEvidence
 from tokenreduce.core.plan import Plan, Prune
 from tokenreduce.core.reducer import Reducer
+from tokenreduce.measure.operators import entered
 from tokenreduce.measure.timing import interleaved
 from tokenreduce.vision.cache.random_drop import RandomKeys
 from tokenreduce.vision.language.random_drop import RandomVisual
 from tokenreduce.vision.projector.random_drop import RandomTokens
 
-__all__ = ["SHAPE", "Row", "entered", "measure", "methods"]
+__all__ = ["SHAPE", "Row", "measure", "methods"]
 
 SHAPE = Shape((64, 24, 4, 128), (64, 32, 4, 128), vocabulary=512)
 TINY = Shape((32, 3, 2, 64), (32, 4, 4, 64), side=6, text=8, vocabulary=512)
@@ -98,25 +98,6 @@ class Row:
 def generate(model: Any, given: dict[str, Tensor], tokens: int) -> Any:
     """``tokens`` new tokens of a prompt, none of them the end."""
     return model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-
-
-def entered(call: Callable[[], object]) -> Counter[str]:
-    """Functions of this package that ``call`` enters, by file and name."""
-    root = str(Path(tr.__file__).parents[1])
-    found: Counter[str] = Counter()
-
-    def note(frame: Any, event: str, _: Any) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(root) and not code.co_name.startswith("<"):
-            found[f"{code.co_filename[len(root) + 1 :]}:{code.co_name}"] += 1
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return found
 
 
 def _range(values: Sequence[float]) -> tuple[float, float, float]:
