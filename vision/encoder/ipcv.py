@@ -65,7 +65,7 @@ class IPCV(Reducer, name="ipcv", needs=("before",), paper="2512.18747", title="I
 
     def acts_at(self, layer: int, depth: int) -> bool:
         if self.layer >= depth:
-            fits = f"give a layer from 2 to {depth - 1}" if depth > 2 else "choose a method without one (tome, evit)"
+            fits = f"give a layer from 2 to {depth - 1}" if depth > 2 else "choose one that names no block (tome, evit)"
             raise ValueError(
                 f"layer={self.layer}: {self.name} cannot act there, the model has blocks 0 to {depth - 1}; {fits}"
             )

@@ -9,7 +9,6 @@ no method can be faster than.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +17,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import tokenreduce as tr
 from tokenreduce.adapters.language.generation import cache_as, cache_of
 from tokenreduce.bench.performance.prefills import shell
-from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.bench.performance.sections import deliver
 from tokenreduce.common.pinned import load_of_machine, pin
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.measure.cached import cache_peak
@@ -205,15 +202,7 @@ def main(
         f"{first.each * 1e3:.1f} ms; {rounds} interleaved rounds of {decode} tokens, medians of per-round ratios "
         f"(≈: within noise)."
     )
-    out = Table(*COLUMNS)
-    for row in rows:
-        out.add_row(*cells(row))
-    screen = Console(width=160)
-    screen.print(about)
-    screen.print(out)
-    if markdown is not None:
-        made = section(f"cache-{shape}", COLUMNS, [cells(r) for r in rows], command_of("caches", sys.argv[1:]), about)
-        splice(markdown, f"cache-{shape}", made)
+    deliver("caches", COLUMNS, [cells(row) for row in rows], about, markdown, f"cache-{shape}")
 
 
 if __name__ == "__main__":

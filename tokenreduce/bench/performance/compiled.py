@@ -6,7 +6,6 @@ sliced, in the same rounds: what a compiler can do for one it can do for all thr
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +15,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import tokenreduce as tr
 from tokenreduce.bench.performance.cut import Sliced
 from tokenreduce.bench.performance.encoders import BUSY, DTYPES, refuse_busy, rounds_in
 from tokenreduce.bench.performance.prefills import shell
-from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.bench.performance.sections import deliver
 from tokenreduce.common.pinned import Others, is_pinned, pin
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.measure.timing import Speedup, interleaved
@@ -178,14 +175,8 @@ def main(
     if idle:
         refuse_busy()
     rows = [measure(case, seconds, rounds, device, dtype, backend) for case in cases]
-    table, about, screen = Table(*COLUMNS), conditions(rows, device, dtype, backend), Console(width=200)
-    for row in rows:
-        table.add_row(*cells(row))
-    screen.print(table)
-    screen.print(about)
-    if markdown is not None:
-        command, lines = command_of("compiled", sys.argv[1:]), [cells(row) for row in rows]
-        splice(markdown, "encoders-compiled", section("encoders-compiled", COLUMNS, lines, command, about))
+    about = conditions(rows, device, dtype, backend)
+    deliver("compiled", COLUMNS, [cells(row) for row in rows], about, markdown, "encoders-compiled")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ is asked for by models with as many blocks and a tenth of the channels.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import tokenreduce as tr
-from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.bench.performance.sections import deliver
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.core.flops import count_flops, gmacs
 from tokenreduce.measure.operators import count_operators
@@ -136,15 +133,8 @@ def main(
             name = "stock" if method is None else f"`{method}`"
             cells = (f"{gmacs(flops):,.0f}", f"{flops / stock:.1%}", f"{operators(model, method, side):,}")
             lines.append((model, f"{8 * side} px", name, str(blocks), *cells))
-    table = Table(*COLUMNS)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=160).print(table)
-    if markdown is not None:
-        about = f"Batch 2 (guidance), without gradients; torch {torch.__version__}, diffusers {diffusers.__version__}."
-        splice(
-            markdown, "denoisers", section("denoisers", COLUMNS, lines, command_of("denoisers", sys.argv[1:]), about)
-        )
+    about = f"Batch 2 (guidance), without gradients; torch {torch.__version__}, diffusers {diffusers.__version__}."
+    deliver("denoisers", COLUMNS, lines, about, markdown)
 
 
 if __name__ == "__main__":

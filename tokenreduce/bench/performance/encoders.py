@@ -8,7 +8,6 @@ and run in the same rounds, and ratios are medians over rounds. Random weights: 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import tokenreduce as tr
 from tokenreduce.bench.performance.cut import PublishedToMe, Sliced
 from tokenreduce.bench.performance.prefills import shell
-from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.bench.performance.sections import deliver
 from tokenreduce.common.pinned import Others, faults, is_pinned, load_of_machine, pin
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.measure.memory import peak_bytes
@@ -267,15 +265,7 @@ def main(
         rows += measure(group, seconds, rounds, device, dtype)
         mark = " (!)" if rows[-1].busy else ""
         screen.print(f"{group.model}, batch {group.batch}: {rows[-1].seconds * 1e3:.0f} ms stock{mark}")
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*cells(row))
-    about = conditions(rows, device, dtype)
-    screen.print(table)
-    screen.print(about)
-    if markdown is not None:
-        command = command_of("encoders", sys.argv[1:])
-        splice(markdown, "encoders", section("encoders", COLUMNS, [cells(row) for row in rows], command, about))
+    deliver("encoders", COLUMNS, [cells(row) for row in rows], conditions(rows, device, dtype), markdown)
 
 
 def refuse_busy(wait: float = 2.0) -> None:

@@ -9,7 +9,6 @@ in a model of any width. Operators, and functions of this package that are enter
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import tokenreduce as tr
@@ -28,7 +25,7 @@ from tokenreduce.algorithms.projector import kept
 from tokenreduce.bench.performance.encoders import refuse_busy
 from tokenreduce.bench.performance.language_operators import count
 from tokenreduce.bench.performance.prefills import shell
-from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.bench.performance.sections import deliver
 from tokenreduce.bench.performance.shapes import Shape, build, prompt
 from tokenreduce.common.pinned import is_pinned, pin
 from tokenreduce.common.words import speak_everywhere
@@ -162,7 +159,7 @@ def main(
 ) -> None:
     """The fixed cost of a patch in a generation."""
     speak_everywhere()
-    shape, screen = TINY if quick else SHAPE, Console(width=180)
+    shape = TINY if quick else SHAPE
     if profile is not None:
         _profile(shape, profile, tokens)
         return
@@ -178,14 +175,7 @@ def main(
         f"model takes {first:.1f} ms for one token and {further:.2f} ms for each further one; {rounds} interleaved "
         f"rounds, medians of differences."
     )
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*cells(row))
-    screen.print(about)
-    screen.print(table)
-    if markdown is not None:
-        made = section("fixed", COLUMNS, [cells(row) for row in rows], command_of("fixed", sys.argv[1:]), about)
-        splice(markdown, "fixed", made)
+    deliver("fixed", COLUMNS, [cells(row) for row in rows], about, markdown)
 
 
 def _profile(shape: Shape, stage: str, tokens: int) -> None:

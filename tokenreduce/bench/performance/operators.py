@@ -3,18 +3,15 @@ docs/performance.md again. Counts do not depend on the machine."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import tokenreduce as tr
 from tokenreduce.bench.performance.cut import PublishedToMe
-from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.bench.performance.sections import deliver
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.measure.operators import Operators, count_operators
 
@@ -65,13 +62,7 @@ def main(
     about = (
         f"{model}, batch {batch}, on the CPU, without gradients; torch {torch.__version__}, timm {timm.__version__}."
     )
-    table = Table(*COLUMNS)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=160).print(table)
-    if markdown is not None:
-        command = command_of("operators", sys.argv[1:])
-        splice(markdown, "operators", section("operators", COLUMNS, lines, command, about))
+    deliver("operators", COLUMNS, lines, about, markdown)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from tokenreduce.common.files import write_text
 
-__all__ = ["command_of", "section", "splice"]
+__all__ = ["command_of", "deliver", "section", "splice"]
 
 
 def section(name: str, head: Sequence[str], lines: Sequence[Sequence[str]], command: str, about: str) -> str:
@@ -46,3 +50,19 @@ def command_of(module: str, args: Sequence[str]) -> str:
             kept.append(arg)
         skip = arg in files
     return " ".join([f"python -m tokenreduce.bench.performance.{module}", *kept])
+
+
+def deliver(
+    module: str, columns: Sequence[str], lines: Sequence[Sequence[str]], about: str, markdown: Path | None,
+    name: str | None = None,
+) -> None:  # fmt: skip
+    """Print what the command of ``module`` measured, and put it into its section (``name``, else the module's) of
+    ``markdown`` where that is given. Raises ``ValueError`` for a file without that section."""
+    table, screen = Table(*columns), Console(width=200)
+    for line in lines:
+        table.add_row(*line)
+    screen.print(table)
+    screen.print(about)
+    if markdown is not None:
+        name = module if name is None else name
+        splice(markdown, name, section(name, columns, lines, command_of(module, sys.argv[1:]), about))

@@ -9,7 +9,6 @@ while one block entered, what the process has in memory, and the time of a block
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tokenreduce.bench.performance.sections import command_of, section, splice
+from tokenreduce.bench.performance.sections import deliver
 from tokenreduce.common.pinned import load_of_machine, pin
 from tokenreduce.common.words import speak_everywhere
 from tokenreduce.measure.memory import peak_bytes
@@ -154,14 +151,7 @@ def main(
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, allocator pinned{busy}; {method}, blocks of "
         f"{block} frames of {side}x{side} pixels. Growth from the first mark with a full cache on: {'; '.join(grown)}."
     )
-    out = Table(*COLUMNS)
-    for line in lines:
-        out.add_row(*line)
-    screen = Console(width=160)
-    screen.print(about)
-    screen.print(out)
-    if markdown is not None:
-        splice(markdown, "streams", section("streams", COLUMNS, lines, command_of("streams", sys.argv[1:]), about))
+    deliver("streams", COLUMNS, lines, about, markdown)
 
 
 if __name__ == "__main__":
