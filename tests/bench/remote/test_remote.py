@@ -152,7 +152,7 @@ def test_errors_that_pass_are_tried_again_and_others_are_listed(data: Path, tmp_
 )
 def test_a_server_that_refuses_all_is_a_failed_row(data: Path, tmp_path: Path, fault: Any, words: tuple[str]) -> None:
     with FakeServer(lambda body, number: fault) as server:
-        result = call("--server", server.url, "--data", data, "--out", tmp_path, "--keep", "64")
+        result = call("--server", server.url, "--data", data, "--out", tmp_path, "--keep", "64", "--concurrency", "4")
         assert result.exit_code == 1, result.output
         assert server.seen < QUESTIONS  # given up early
     assert all(word in result.output for word in words), result.output
