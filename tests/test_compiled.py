@@ -67,6 +67,7 @@ def compiled(model: nn.Module, graphs: Graphs, **settings):
 slow = [pytest.param(n, marks=() if n in ("tome", "pitome", "resize") else pytest.mark.slow) for n in ENCODER_METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow)
 @torch.no_grad()
 def test_a_second_float_setting_is_another_constant(name):
@@ -79,6 +80,7 @@ def test_a_second_float_setting_is_another_constant(name):
     assert graphs.symbols() == set(), "nothing of this is symbolic"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["tome:r=4,inflect={}", "pitome:ratio=0.9,margin=[{},0.5]", "mctf:tau_sim={}"])
 @torch.no_grad()
 def test_every_kind_of_float_is_a_constant(spec):
@@ -103,6 +105,7 @@ def test_equal_settings_share_a_graph_and_others_do_not():
     assert not torch.allclose(got[1], got[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow)
 @torch.no_grad()
 def test_dynamic_takes_any_batch_in_one_graph(name):

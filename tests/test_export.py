@@ -94,11 +94,13 @@ def test_the_table_lists_every_encoder_method():
     assert all(cell == "yes" or len(cell) > 10 for cells in rows().values() for cell in cells), "a no says why"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", TOWERS)
 def test_tome_exports_with_any_batch(library):
     check(library, tr.ToMe(r=3), ["export"])
 
 
+@pytest.mark.slow
 def test_evit_goes_to_onnx():
     check("timm", "evit:keep=0.5")
 

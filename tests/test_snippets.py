@@ -35,10 +35,10 @@ OTHER = {"text", "json", "mermaid", "html", "toml", "yaml", "dockerfile"}
 PROGRAMS = {"tokenreduce", "python"}
 #: Large models, by what pages call them, and what stands for them here. LLAVA and QWEN are folders.
 SMALL = {
-    "timm:vit_base_patch16_224": "timm:vit_tiny_patch16_224?pretrained=false&img_size=64&depth=3",
-    "timm:deit_small_patch16_224": "timm:vit_tiny_patch16_224?pretrained=false&img_size=64&depth=3",
+    "timm:vit_base_patch16_224": "timm:vit_tiny_patch16_224?pretrained=false&img_size=64&depth=6",
+    "timm:deit_small_patch16_224": "timm:vit_tiny_patch16_224?pretrained=false&img_size=64&depth=6",
     'timm.create_model("vit_base_patch16_224", pretrained=True)': (
-        'timm.create_model("vit_tiny_patch16_224", depth=3)'
+        'timm.create_model("vit_tiny_patch16_224", depth=6)'
     ),
     'open_clip.create_model_and_transforms("ViT-B-16", "laion2b_s34b_b88k")': (
         'open_clip.create_model_and_transforms("ViT-B-32", None)'
@@ -149,6 +149,8 @@ def run_shell(code: str) -> None:
         words = shlex.split(line, comments=True)
         if not words:
             continue
+        trains = words[:2] == ["tokenreduce", "train"]
+        assert not trains or "--minutes" in words, f"{line}: give it --minutes, or mark the block as not run"
         if words[:3] == ["python", "-m", "tokenreduce.vision.imagenet"]:
             done = CliRunner().invoke(imagenet, words[3:])
         elif words[0] == "tokenreduce":
@@ -203,5 +205,7 @@ def test_what_is_marked_is_found() -> None:
     ]  # fmt: skip
     with pytest.raises(AssertionError, match="is not run"):
         run_shell("make x\n")
+    with pytest.raises(AssertionError, match="give it --minutes"):
+        run_shell("tokenreduce train world-vit --out runs/x\n")
     with pytest.raises(AssertionError, match="unknown model"):
         run_shell("tokenreduce describe nonsense\n")

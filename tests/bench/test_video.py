@@ -221,6 +221,7 @@ def lone(loaded, item: ClipItem, spec: str) -> str:
     return said if at is None else "ABC"[at]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [save_onevision, save_qwen, save_llava])
 def test_clips_from_a_file_with_broken_ones(save, clips, tmp_path):
     made = VideoTask(
@@ -265,6 +266,7 @@ def test_no_clip_that_can_be_read_is_an_error(tmp_path):
         VideoTask(model, str(tmp_path / "q.jsonl")).prepare()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(clips, tmp_path):
     model = str(save_onevision(tmp_path / "model"))
 

@@ -295,6 +295,7 @@ def lone(model, processor, line: dict, folder: Path, spec: str) -> str:
     return processor.batch_decode(ids[:, question.inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [save_llava, save_qwen])
 def test_questions_from_a_file_with_broken_images(save, tmp_path):
     model, lines = str(save(tmp_path / "model")), photos(tmp_path)

@@ -34,6 +34,7 @@ def test_every_part_comes_once_whoever_dies_or_fails(tmp_path: Path) -> None:
         pool.close()
 
 
+@pytest.mark.slow
 def test_what_kills_every_worker_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"3 workers died at part 1 \(exit status -9, out of memory\?\)"):
         list(Workers([Squares(tmp_path, kills=1, times=9)]).run((), [1]))

@@ -69,6 +69,7 @@ def _shipped(name: str) -> bool:
     return get_class(name).__module__.startswith(("tokenreduce.vision.", "tokenreduce.video."))
 
 
+@pytest.mark.slow
 def test_a_plugin_that_changed_is_read_again(cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plugins"
     folder.mkdir()

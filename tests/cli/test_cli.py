@@ -385,6 +385,7 @@ def test_python_m() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_method_in_one_file_is_everywhere(tmp_path: Path, photo: Path) -> None:
     """A toy method in a single file: listing, points of a sweep and picture know it, and nothing else was changed."""
     file = tmp_path / "toy.py"

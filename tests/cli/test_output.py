@@ -71,6 +71,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # -- encodings ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env",
     [
@@ -262,6 +263,7 @@ def test_other_import_errors_keep_their_message() -> None:
     assert missing(ValueError("no")) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-vit", "world-vit", "world-llava"])
 def test_train_without_its_library(tmp_path: Path, name: str) -> None:
     library = "transformers" if name == "world-llava" else "timm"

@@ -164,6 +164,7 @@ def plugins(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_guides_methods_are_listed_and_work(plugins):
     code = "import tokenreduce as tr; print([n for n in tr.list_methods() if n in " + repr(NAMES) + "])"
     assert NAMES == ["loudest", "attended"]
@@ -179,6 +180,7 @@ def test_the_guides_methods_are_listed_and_work(plugins):
     assert "ValueError: loudest: keep is an int or a float, not 'no'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "table"), [("loudest", "tests/test_invariants.py"), ("attended", "tests/test_projector_invariants.py")]
 )
@@ -268,6 +270,7 @@ def test_a_broken_entry_point_names_its_package() -> None:
         registry._import_point(point)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"), [("budget", "core.budget"), ("scoring", "algorithms.scoring"), ("plan", "core.plan")]
 )

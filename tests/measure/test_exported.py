@@ -52,6 +52,7 @@ def test_pt2_and_a_method_without_a_fixed_count(tmp_path: Path) -> None:
         torch.testing.assert_close(runner(tmp_path / "vit.pt2", "pt2")(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_output_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "vit.pt2"
     path.write_text("an earlier one")

@@ -135,6 +135,7 @@ def near_equal(questions, answers, tolerance=0.35):
     assert all(abs(share - even) < slack for share in found.values()), found
 
 
+@pytest.mark.slow
 def test_scene_answers_are_balanced(scene_questions):
     assert set(scene_questions) == {*IMAGE_TYPES, *TWO_HOP}
     for kind in ("exist", "relation"):
@@ -152,6 +153,7 @@ def test_scene_answers_are_balanced(scene_questions):
         assert {"zero", "one", "two", "three"} <= set(found) <= set(NUMBERS)
 
 
+@pytest.mark.slow
 def test_clip_answers_are_balanced(clip_questions):
     assert set(clip_questions) == set(VIDEO_TYPES)
     assert 0.45 < shares(clip_questions["appear"])["yes"] < 0.55

@@ -42,10 +42,12 @@ def accuracy(group: str, *specs: str) -> float:
 
 
 # -- before the language model: 20 of 196 tokens
+@pytest.mark.slow
 def test_random_dropping_costs_25_points() -> None:
     assert accuracy("image") - accuracy("image", "random@projector:keep=20") >= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["fastervlm:keep=20", "visionzip:keep=20"])
 def test_class_attention_costs_8_points_at_most(spec: str) -> None:
     assert accuracy("image") - accuracy("image", spec) <= 8
@@ -58,6 +60,7 @@ def test_diversity_costs_8_points_at_most() -> None:
     assert accuracy("many images") - accuracy("many images", "divprune:keep=20") <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1])
 def test_class_attention_of_the_first_layers_is_useless(layer: int) -> None:
     """As in large encoders: a method that reads an early layer by mistake is found out."""
