@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results test test-slow test-all test-oldest test-vllm test-lmms serve-demo serve-throughput lint typecheck \
+.PHONY: bench results test test-slow test-all test-oldest test-vllm test-lmms test-ray serve-demo serve-throughput lint typecheck \
 	imports wheel docs pictures release-check performance performance-vlm performance-estimate gpu clean
 
 $(BIN)/python:
@@ -94,6 +94,16 @@ $(LMMS)/stamp: pyproject.toml
 test-lmms: $(LMMS)/stamp  ## the plug-in inside lmms-eval itself, in an environment of its own (6 GB)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest \
 		tests/integrations/test_lmms_engine.py
+
+RAY := .venv-ray
+$(RAY)/stamp: pyproject.toml
+	$(PY) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install -q --upgrade pip
+	$(RAY)/bin/python -m pip install -q -e '.[dev,ray]'
+	@touch $@
+
+test-ray: $(RAY)/stamp  ## parts of a task by actors of Ray Data, one of them killed, in an environment of its own
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/integrations/test_ray.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenreduce.bench.reading import Classes, Problem, Read, Source, find_split
 from tokenreduce.common.images import EXTENSIONS
 from tokenreduce.common.words import are, counted
 
-__all__ = ["EXTENSIONS", "READERS", "kind_of"]
+__all__ = ["EXTENSIONS", "READERS", "all_images", "kind_of"]
 
 KINDS = "digits, world, world2, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
 
@@ -127,7 +128,8 @@ class _HuggingFace(Source):
         return f"{self.path}[{item}]"
 
 
-def _read_hf(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+def _saved(place: str, split: str) -> tuple[Any, list[str], _HuggingFace]:
+    """Rows of the split, notes, and what opens their images."""
     try:
         import datasets
     except ImportError as error:
@@ -144,9 +146,16 @@ def _read_hf(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
         found, notes = find_split(split, list(rows), place)
         rows = rows[found]
     image = _column(rows.features, datasets.Image, ("image", "img", "jpg", "png", "picture"), place)
+    undecoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return rows, notes, _HuggingFace(undecoded, image, place)
+
+
+def _read_hf(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    rows, notes, source = _saved(place, split)
+    import datasets
+
     label = _column(rows.features, datasets.ClassLabel, ("label", "labels", "cls", "class", "fine_label"), place)
     values = list(rows.select_columns([label])[:][label])
-    source = _HuggingFace(rows.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image, place)
     there = [v is not None and not (isinstance(v, int) and v < 0) for v in values]  # -1: a hidden test label
     problems = [Problem(source.where(i), "the row has no label") for i, ok in enumerate(there) if not ok]
     items = [i for i, ok in enumerate(there) if ok]
@@ -271,6 +280,51 @@ def _samples(shard: str, problems: list[Problem]) -> Iterator[tuple[str, dict[st
         problems.append(Problem(shard, f"the shard cannot be read{after}: {error}"))
     if parts:
         yield key, parts
+
+
+# -- images without labels ---------------------------------------------------------------------------------------------
+def all_images(name: str, split: str, loaded: Loaded) -> Read:
+    """Every image of a data set, whatever labels it has or lacks: a folder with all that is below it, rows of a saved
+    data set, samples of shards. ``labels`` and ``classes`` are empty. Raises ``ValueError`` where there is none."""
+    kind, place = kind_of(name)
+    if kind == "folder":
+        read = _all_files(Path(place).expanduser())
+    elif kind == "hf":
+        rows, notes, source = _saved(place, split)
+        read = Read(source, list(range(len(rows))), [], (), notes)
+    elif kind == "wds":
+        read = Read(_Tar(), [], [], ())
+        for shard in _shards(place):
+            for key, parts in _samples(shard, read.problems):
+                image = next((parts[e] for e in EXTENSIONS if e in parts), None)
+                if image is None:
+                    reason = f"the sample has no image; its parts: {', '.join(parts)}"
+                    read.problems.append(Problem(f"{shard}:{key}", reason))
+                else:
+                    read.items.append((shard, *image))
+    else:  # the labels of embedded data need not fit
+        read = READERS[kind](place, split, replace(loaded, kind="features", num_classes=0), None)
+    if not read.items:
+        found = "".join(f"\n  {p.path}: {p.reason}" for p in read.problems[:5])
+        raise ValueError(f"{name} holds no image{':' if found else ''}{found}; images end in {', '.join(EXTENSIONS)}")
+    return Read(read.source, read.items, [], (), read.notes, read.problems)
+
+
+def _all_files(root: Path) -> Read:
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}")
+    items: list[Path] = []
+    other: list[str] = []
+    for base, inner, found in os.walk(root):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        for file in sorted(found):
+            path = Path(base) / file
+            if _is_image(file):
+                items.append(path)
+            elif not file.startswith("."):
+                other.append(str(path.relative_to(root)))
+    what = "1 file that is no image is" if len(other) == 1 else f"{len(other):,} files that are no images are"
+    return Read(_Files(), items, [], (), [f"{what} left out: {shown(other, 3)}"] if other else [])
 
 
 READERS: dict[str, Callable[[str, str, Loaded, Classes], Read]] = {

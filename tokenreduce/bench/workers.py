@@ -20,7 +20,7 @@ import torch
 
 from tokenreduce.core.reducer import Reducer
 
-__all__ = ["Splittable", "WorkerError", "Workers", "devices_for"]
+__all__ = ["Pool", "PoolMaker", "Splittable", "WorkerError", "Workers", "devices_for", "loaded_error", "stored_error"]
 
 #: A part that ends so many workers, or a worker that ends so often before it is ready, is given up.
 DEATHS = 3
@@ -36,6 +36,27 @@ class Splittable(Protocol):
     def part(self, reducers: tuple[Reducer, ...], unit: int) -> Any:
         """What is found on one part of the inputs; goes back by pickle."""
         ...
+
+
+class Pool(Protocol):
+    """Processes that share a task: :class:`Workers` on this machine, or those of another engine. ``died`` counts those
+    that had to be replaced."""
+
+    died: int
+
+    def run(self, reducers: tuple[Reducer, ...], units: Iterable[int]) -> Iterator[tuple[int, Any]]:
+        """(unit, result) in the order in which they come; raises as :meth:`Workers.run`."""
+        ...
+
+    def close(self) -> None:
+        """End all processes."""
+        ...
+
+
+class PoolMaker(Protocol):
+    """Makes a pool of one process per task, each with so many threads; ``Workers`` is one."""
+
+    def __call__(self, tasks: Sequence[Splittable], threads: int) -> Pool: ...
 
 
 class WorkerError(RuntimeError):
@@ -105,7 +126,7 @@ class Workers:
                     worker.ready = True
                     deaths[-1] = 0
                 elif kind == "raised":
-                    failed = failed or _loaded(result)
+                    failed = failed or loaded_error(result)
                     if not worker.ready:  # it could not load, and no other will
                         self.close()
                         raise failed
@@ -172,7 +193,7 @@ def _serve(task: Splittable, pipe: Connection, threads: int) -> None:
     try:
         task.load()
     except Exception as error:
-        pipe.send(("raised", _stored(error)))
+        pipe.send(("raised", stored_error(error)))
         return
     pipe.send(("ready", None))
     while True:
@@ -183,11 +204,11 @@ def _serve(task: Splittable, pipe: Connection, threads: int) -> None:
         try:
             told: tuple[str, Any] = "done", task.part(tuple(Reducer.from_json(s) for s in specs), unit)
         except Exception as error:
-            told = "raised", _stored(error)
+            told = "raised", stored_error(error)
         pipe.send(told)
 
 
-def _stored(error: Exception) -> bytes:
+def stored_error(error: Exception) -> bytes:
     """``error`` for another process: itself where pickle gives it back, else its words."""
     try:
         data = pickle.dumps(error)
@@ -197,6 +218,7 @@ def _stored(error: Exception) -> bytes:
     return data
 
 
-def _loaded(data: bytes) -> Exception:
+def loaded_error(data: bytes) -> Exception:
+    """What :func:`stored_error` stored."""
     made: Exception = pickle.loads(data)
     return made

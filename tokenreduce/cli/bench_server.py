@@ -32,7 +32,10 @@ Prompt = Annotated[
 Timeout = Annotated[float, typer.Option(help="With --server: seconds for one try of one request.")]
 
 #: Options that mean a model in this process, and those that mean a server.
-LOCAL = ("stage", "methods", "budgets", "reduce", "batch", "device", "dtype", "repeats", "axis", "workers")
+LOCAL = (
+    "stage", "methods", "budgets", "reduce", "batch", "device", "dtype", "repeats", "axis", "workers", "engine",
+    "address",
+)  # fmt: skip
 REMOTE = ("concurrency", "keep", "prompt", "timeout")
 
 

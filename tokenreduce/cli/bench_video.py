@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tokenreduce.cli.bench import Extent, data_of, run
+from tokenreduce.cli.engines import Address, Engine, pool_maker
 from tokenreduce.cli.options import (
     Answer,
     BenchJson,
@@ -77,6 +78,8 @@ def command(
     batch: Batch = 8,
     max_new_tokens: Answer = 16,
     workers: Workers = 1,
+    engine: Engine = "processes",
+    address: Address = None,
     device: LlmDevice = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = None,
@@ -102,7 +105,7 @@ def command(
         model=model, data=data, layout=layout, split=split, frames=frames, fps=fps, sampling=sampling,
         frame_cache=frame_cache, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
         repeats=extent.repeats, max_new_tokens=max_new_tokens, few=extent.few, workers=workers,
-        stages=tuple(s.strip() for s in stage.split(",") if s.strip()),
+        engine=pool_maker(engine, address, workers), stages=tuple(s.strip() for s in stage.split(",") if s.strip()),
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
     quiet_bars()

@@ -9,6 +9,7 @@ import typer
 
 from tokenreduce.cli.bench import Extent, data_of, run
 from tokenreduce.cli.bench_server import Concurrency, Keep, Prompt, Server, Timeout, ask_server, check_local
+from tokenreduce.cli.engines import Address, Engine, pool_maker
 from tokenreduce.cli.options import (
     Answer,
     BenchJson,
@@ -72,6 +73,8 @@ def command(
     batch: Batch = 32,
     max_new_tokens: Answer = 16,
     workers: Workers = 1,
+    engine: Engine = "processes",
+    address: Address = None,
     device: LlmDevice = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = None,
@@ -119,7 +122,7 @@ def command(
     task = kind(
         model=model, data=data, split=split, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
         repeats=extent.repeats, max_new_tokens=max_new_tokens,
-        stages=stages, few=extent.few, workers=workers,
+        stages=stages, few=extent.few, workers=workers, engine=pool_maker(engine, address, workers),
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
     quiet_bars()

@@ -53,6 +53,7 @@ COMMANDS = (
     Entry("bench vlm", "--model llava-hf/llava-1.5-7b-hf --data questions.jsonl --budgets 0.25"),
     Entry("bench video", "--model Qwen/Qwen2.5-VL-7B-Instruct --data /data/MVBench --frames 16"),
     Entry("serve", "llava-hf/llava-1.5-7b-hf --reduce 'fastervlm:keep=64' --port 8000"),
+    Entry("encode", "timm:vit_base_patch16_clip_224.openai photos --reduce 'tome:r=13' --workers 4"),
     Entry("export", "timm:vit_base_patch16_224 --reduce 'tome:r=13' --format onnx"),
     Entry("heads", "llava-hf/llava-1.5-7b-hf --out llava_heads.json"),
     Entry("stream", "film.mp4 --fps 1 --state memory.safetensors"),

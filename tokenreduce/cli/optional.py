@@ -10,6 +10,7 @@ EXTRAS = {
     "huggingface_hub": "hf", "datasets": "data", "webdataset": "data", "braceexpand": "data", "pyarrow": "data",
     "av": "video", "decord": "video", "mlxtend": "bench", "pandas": "bench", "matplotlib": "bench", "plotly": "bench",
     "gradio": "demo", "httpx": "server", "onnxscript": "export", "onnxruntime": "export",
+    "ray": "ray",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from tokenreduce.bench.asking.served import STAGES, Served, served
 from tokenreduce.bench.asking.source import Source
 from tokenreduce.bench.task import Axis
 from tokenreduce.bench.vlms import DTYPES, LoadedVlm, load_vlm, pick_device
-from tokenreduce.bench.workers import Workers, devices_for
+from tokenreduce.bench.workers import Pool, PoolMaker, Workers, devices_for
 from tokenreduce.common.words import counted
 from tokenreduce.core.flops import gmacs
 from tokenreduce.core.reducer import Reducer
@@ -56,6 +56,7 @@ class QuestionTask(ABC):
         max_new_tokens: longest answer where answers are texts.
         stages: which methods the sweep tries; with ``few`` only :attr:`well_known` ones, besides the baselines.
         workers: processes that share the questions, each with the model; what is counted and clocked is this one's.
+        engine: makes these processes: on this machine, or on others (:mod:`tokenreduce.integrations.ray_data`).
 
     Budgets are shares of the visual tokens, averaged over the layers of the language model: a method before it and one
     inside it cost the same there, while the vision encoder's FLOPs are fixed. Bad settings raise ``ValueError``.
@@ -74,6 +75,7 @@ class QuestionTask(ABC):
     stages: tuple[str, ...] = STAGES[:3]
     few: bool = False
     workers: int = 1
+    engine: PoolMaker = Workers
 
     name: ClassVar[str]
     baselines: ClassVar[tuple[str, ...]]
@@ -94,7 +96,7 @@ class QuestionTask(ABC):
 
     _state: _Ready | None = field(default=None, init=False, repr=False)
     _loaded: Runner | None = field(default=None, init=False, repr=False)
-    _pool: Workers | None = field(default=None, init=False, repr=False)
+    _pool: Pool | None = field(default=None, init=False, repr=False)
     _log: AnswerLog | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -192,7 +194,7 @@ class QuestionTask(ABC):
         if self._pool is None:
             devices = devices_for(self.device, self.workers)
             tasks = [replace(self, workers=1, device=device) for device in devices]
-            self._pool = Workers(tasks, max(1, torch.get_num_threads() // self.workers))
+            self._pool = self.engine(tasks, max(1, torch.get_num_threads() // self.workers))
         yield from self._pool.run(reducers, todo)
 
     def methods(self) -> list[str]:
