@@ -39,6 +39,9 @@ def command(
     limit: Annotated[int | None, typer.Option(help="Images, the same number of every class; all by default.")] = None,
     batch: Annotated[int, typer.Option(help="Images per forward.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 4,
+    processes: Annotated[int, typer.Option(help="Processes that share the images, each with the model.")] = 1,
+    engine: Annotated[str, typer.Option(help="Who makes them: processes of this machine, or ray.")] = "processes",
+    address: Annotated[str | None, typer.Option(help="The Ray cluster, auto or ray://HOST:PORT.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     amp: Annotated[str | None, typer.Option(help="bf16 or fp16 autocast.")] = None,
     classes: Annotated[str | None, typer.Option(help="File with one class name per line, or 'imagenet'.")] = None,
@@ -50,12 +53,14 @@ def command(
     """Evaluate one model on ImageNet (or any labelled images), unreduced and with each --reduce."""
     from tokenreduce.bench.script import run_script
     from tokenreduce.bench.vision import VisionTask
+    from tokenreduce.cli.engines import pool_maker
     from tokenreduce.core.registry import parse
 
     chosen = [parse(text) for text in reduce or []]
     task = VisionTask(
         model=model, data=data, split=split, limit=limit, batch=batch, workers=workers, device=device, amp=amp,
-        classes=classes, repeats=repeats, threads=threads, seed=seed,
+        classes=classes, repeats=repeats, threads=threads, seed=seed, processes=processes,
+        engine=pool_maker(engine, address, processes, "--processes"),
     )  # fmt: skip
     run_script(task, chosen, f"{model} on {data}", _table, out, "image")
 

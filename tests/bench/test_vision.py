@@ -12,10 +12,11 @@ from pictures import PHOTOS, TIMM, hf_backbone, image_folder, tiny_clip
 from torch import nn
 
 import tokenreduce as tr
-from tokenreduce.bench import vision
+from tokenreduce.bench import vision, vision_clock
 from tokenreduce.bench.hits import Answers, agreement, scores
 from tokenreduce.bench.task import Task
 from tokenreduce.bench.vision import VisionTask, neighbours
+from tokenreduce.bench.vision_parts import inference
 from tokenreduce.core.undo import reducers_of
 
 CLOCK = ("seconds_per_image", "images_per_s", "speedup", "peak_mb", "reduction_share")
@@ -102,7 +103,7 @@ def test_the_model_is_clean_and_bit_identical_after_every_row_also_after_an_erro
     def fails(*args, **kwargs):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(vision, "interleaved", fails)
+    monkeypatch.setattr(vision_clock, "interleaved", fails)
     with pytest.raises(RuntimeError, match="boom"):
         digits.measure(tr.parse("tome:r=4"))
     assert reducers_of(model) == ()
@@ -138,8 +139,8 @@ def test_the_stock_model_is_another_object_with_the_same_weights_and_is_never_pa
             seen[name] = (len(stock.steps), len(this.steps))
         return real(functions, repeats, **kwargs)
 
-    real = vision.interleaved
-    monkeypatch.setattr(vision, "interleaved", spy)
+    real = vision_clock.interleaved
+    monkeypatch.setattr(vision_clock, "interleaved", spy)
     digits.measure(tr.parse("tome:r=4"))
     assert seen == {"stock": (0, 0), "this": (0, 6)}
     stock, model = digits._ready.stock, digits.loaded.model
@@ -343,7 +344,7 @@ def test_autocast_is_used(digits):
     task = VisionTask(limit=30, amp="bf16", repeats=1)
     row = task.measure(tr.parse("tome:r=2"))
     assert row["top1"] > 0.8
-    with task._inference():
+    with inference("cpu", "bf16"):
         assert task.loaded.model(task.sample()).dtype == torch.bfloat16
     assert task.settings()["amp"] == "bf16"
 
@@ -378,3 +379,19 @@ def test_the_imagenet_script_turns_bad_input_into_one_message():
     assert got.returncode == 2
     assert "unknown method 'tomee'" in got.stderr
     assert "Traceback" not in got.stderr
+
+
+@pytest.mark.slow
+def test_processes_give_the_rows_of_one(tmp_path):
+    """With a broken image among them."""
+    photos = image_folder(tmp_path, 5)
+    (photos / "coffee" / "broken.jpg").write_bytes(b"x")
+    rows, problems = [], []
+    for processes in (1, 2):
+        task = VisionTask(TIMM + "&num_classes=4", str(photos), repeats=0, batch=3, processes=processes)
+        rows.append([task.measure(tr.parse(spec)) if spec else task.measure(()) for spec in ("", "tome:r=2")])
+        problems.append(task.problems)
+        task.close()
+    assert rows[0] == rows[1]
+    assert problems[0] == problems[1]
+    assert len(problems[0]) == 1

@@ -100,13 +100,28 @@ class Images(Dataset):  # type: ignore[type-arg]
         """All readable images in order, ``batch`` at a time. Raises ``ValueError`` for images of different sizes."""
         for got, problems, shapes in DataLoader(self, batch, num_workers=workers, collate_fn=_collate):
             self._list(problems)
-            if shapes:
-                raise ValueError(
-                    f"the model's transform gives images of different sizes {shapes[:3]}, which do not fit into one "
-                    "batch; use batch=1, or a checkpoint whose processor crops to one size"
-                )
+            _refuse(shapes)
             if got is not None:
                 yield got
+
+    def group(self, number: int, batch: int) -> tuple[Batch | None, list[Problem]]:
+        """The ``number``-th of the :meth:`batches`, None where no image of it can be read, and its problems."""
+        places = range(number * batch, min((number + 1) * batch, len(self)))
+        got, problems, shapes = _collate([self[i] for i in places])
+        _refuse(shapes)
+        return got, problems
+
+    def add_problems(self, problems: Sequence[Problem]) -> None:
+        """List what another process could not read."""
+        self._list(problems)
+
+
+def _refuse(shapes: list[tuple[int, ...]]) -> None:
+    if shapes:
+        raise ValueError(
+            f"the model's transform gives images of different sizes {shapes[:3]}, which do not fit into one batch; use "
+            "batch=1, or a checkpoint whose processor crops to one size"
+        )
 
 
 def _collate(rows: list[Row]) -> tuple[Batch | None, list[Problem], list[tuple[int, ...]]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.bench.data import Batch, Images, load_data
-from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, neighbours, ranks, scores
+from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, neighbours, scores
 from tokenreduce.bench.models import Loaded, load_model
-from tokenreduce.bench.times import ITSELF, speed_keys
+from tokenreduce.bench.reading import Problem
+from tokenreduce.bench.vision_clock import clocked
+from tokenreduce.bench.vision_parts import AMP, VisionPart, answer, merged
+from tokenreduce.bench.workers import Pool, PoolMaker, Workers, devices_for
 from tokenreduce.common.words import counted, whole
 from tokenreduce.core.flops import gmacs
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.core.trace import record
-from tokenreduce.measure.memory import peak_bytes
-from tokenreduce.measure.timing import fused_attention, interleaved
+from tokenreduce.core.trace import active, record
 from tokenreduce.patching import describe, patched, twin
 
-__all__ = ["AMP", "VisionTask", "neighbours"]
+__all__ = ["VisionTask", "neighbours"]
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Decoded images up to this many bytes stay in memory, so that a sweep decodes them once.
 CACHE = 1 << 30
 #: Images over which FLOPs and tokens are averaged where they depend on the image.
@@ -67,7 +65,9 @@ class VisionTask:
         model, data, split, limit, seed, classes: see :func:`~tokenreduce.bench.models.load_model` and
             :func:`~tokenreduce.bench.data.load_data`.
         batch: images per forward, in accuracy, timing and memory alike.
-        workers: processes that decode images.
+        workers: processes that decode images, in each process that has the model.
+        processes: those that share the images, each with the model; what is counted and clocked is this one's.
+        engine: makes them: on this machine, or on others (:mod:`tokenreduce.integrations.ray_data`).
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         amp: ``bf16`` or ``fp16`` autocast.
         repeats: timed rounds; 0 leaves out clock time, memory and the reduction's share.
@@ -91,15 +91,20 @@ class VisionTask:
     seed: int = 0
     classes: str | Path | Sequence[str] | None = None
     few: bool = False
+    processes: int = 1
+    engine: PoolMaker = Workers
 
     name: ClassVar[str] = "vision"
     stages: ClassVar[tuple[str, ...]] = ("encoder",)
 
     _state: _Ready | None = field(default=None, init=False, repr=False)
+    _source: tuple[Loaded, Images] | None = field(default=None, init=False, repr=False)
+    _groups: dict[int, tuple[Batch | None, list[Problem]]] = field(default_factory=dict, init=False, repr=False)
+    _pool: Pool | None = field(default=None, init=False, repr=False)
     _costs: dict[tuple[Reducer, ...], _Cost] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for key, least in (("batch", 1), ("workers", 0), ("repeats", 0), ("threads", 1)):
+        for key, least in (("batch", 1), ("workers", 0), ("repeats", 0), ("threads", 1), ("processes", 1)):
             value = getattr(self, key)
             if key == "threads" and value is None:
                 continue
@@ -121,7 +126,7 @@ class VisionTask:
 
     # -- the task ------------------------------------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
-        """Everything that makes two rows comparable (``workers`` only changes how fast images arrive)."""
+        """Everything that makes two rows comparable (processes of any kind only change how fast answers come)."""
         keys = ("model", "data", "split", "limit", "batch", "device", "amp", "repeats", "threads", "seed")
         classes = self.classes if self.classes is None or isinstance(self.classes, str) else (
             str(self.classes) if isinstance(self.classes, Path) else list(self.classes)
@@ -136,6 +141,18 @@ class VisionTask:
         """
         if self._state is not None:
             return
+        self.load()
+        assert self._source is not None
+        loaded, images = self._source
+        ready = _Ready(loaded, images, twin(loaded.model), self._fits(loaded, images))
+        with _threads(self.threads):
+            ready.baseline = self._answer(ready, loaded.model, ())
+        self._state = ready
+
+    def load(self) -> None:
+        """Load model and data; raises as :meth:`prepare`. A second call does nothing."""
+        if self._source is not None:
+            return
         loaded = load_model(self.model, self.device)
         describe(loaded.model)
         images = load_data(self.data, self.split, loaded, self.limit, self.seed, self.classes)
@@ -145,10 +162,12 @@ class VisionTask:
             raise ValueError(f"{self.model} has no head; scenes with several labels need a classifier (world-vit)")
         if loaded.kind == "features" and len(images) < 2:
             raise ValueError(f"{self.model} has no head and is evaluated by nearest neighbours; give at least 2 images")
-        ready = _Ready(loaded, images, twin(loaded.model), 4 * math.prod(loaded.input_size) * len(images) <= CACHE)
-        with _threads(self.threads):
-            ready.baseline = self._answer(ready, loaded.model)
-        self._state = ready
+        self._source = loaded, images
+
+    @staticmethod
+    def _fits(loaded: Loaded, images: Images) -> bool:
+        """Whether all decoded images may stay in memory."""
+        return 4 * math.prod(loaded.input_size) * len(images) <= CACHE
 
     def methods(self) -> list[str]:
         """Names of the encoder methods that the model can serve."""
@@ -207,8 +226,8 @@ class VisionTask:
         with _threads(self.threads), patched(model, *reducers) if reducers else nullcontext():
             # A trace of no module takes the notes of all batches and no steps.
             with record(nn.Identity(), flops=False) as trace:
-                answers = self._answer(ready, model) if reducers else ready.baseline
-            clock = self._clock(ready, model, bool(reducers)) if self.repeats else {}
+                answers = self._answer(ready, model, reducers) if reducers else ready.baseline
+            clock = self._clock(ready, bool(reducers)) if self.repeats else {}
         n = len(answers.y)
         classes = ready.loaded.num_classes or len(ready.images.classes)
         return {
@@ -248,16 +267,6 @@ class VisionTask:
         return [*ready.loaded.notes, *ready.images.notes, *notes]
 
     # -- running -------------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        kind = torch.device(self.device).type
-        with torch.inference_mode():
-            if self.amp is None:
-                yield
-            else:
-                with torch.autocast(kind, dtype=AMP[self.amp]):
-                    yield
-
     def _batches(self, ready: _Ready) -> Iterator[Batch]:
         if ready.kept is not None:
             yield from ready.kept
@@ -272,27 +281,58 @@ class VisionTask:
             yield batch
         ready.kept = seen if ready.keep else None
 
-    def _answer(self, ready: _Ready, model: nn.Module) -> Answers:
-        loaded = ready.loaded
-        ids, labels, outputs, finite = [], [], [], []
-        for batch in self._batches(ready):
-            x = batch.x.to(self.device, non_blocking=True)
-            with self._inference():
-                out = loaded.predict(x, model).float()
-                finite.append(out.isfinite().all(-1).cpu())
-                if loaded.kind != "features":
-                    out = out.topk(ranks(batch.y, out.shape[-1]), dim=-1).indices
-            ids.append(batch.ids)
-            labels.append(batch.y)
-            outputs.append(out.cpu())
-        if not outputs:
-            first = "".join(f"\n  {p.path}: {p.reason}" for p in ready.images.problems[:5])
-            raise ValueError(f"none of the {counted(len(ready.images), 'image')} of {self.data} can be read:{first}")
-        y, good, got = torch.cat(labels), torch.cat(finite), torch.cat(outputs)
-        if loaded.kind == "features":
-            got = neighbours(got.nan_to_num(0, 0, 0), y, len(ready.images.classes))
-        got = got.masked_fill(~good[:, None], -1)
-        return Answers(torch.cat(ids), y, got, int((~good).sum()))
+    def _answer(self, ready: _Ready, model: nn.Module, reducers: tuple[Reducer, ...]) -> Answers:
+        if self.processes == 1:
+            batches = self._batches(ready)
+            parts = [answer(ready.loaded, model, batch, self.device, self.amp) for batch in batches]
+        else:
+            parts = self._shared(ready, reducers)
+        return merged(parts, ready.loaded, ready.images)
+
+    def _shared(self, ready: _Ready, reducers: tuple[Reducer, ...]) -> list[VisionPart]:
+        """Parts by other processes, in the order of the images."""
+        if not len(ready.probe):
+            for batch in ready.images.batches(self.batch):
+                ready.probe = torch.cat([ready.probe, batch.x]) if len(ready.probe) else batch.x
+                if len(ready.probe) >= max(self.batch, FLOP_IMAGES):
+                    break
+        if self._pool is None:
+            tasks = [replace(self, processes=1, device=device) for device in devices_for(self.device, self.processes)]
+            threads = self.threads or max(1, torch.get_num_threads() // self.processes)
+            self._pool = self.engine(tasks, threads)
+        there: dict[int, VisionPart] = dict(self._pool.run(reducers, range(math.ceil(len(ready.images) / self.batch))))
+        parts = [there[unit] for unit in sorted(there)]
+        trace = active()
+        for part in parts:
+            ready.images.add_problems(part.problems)
+            for note in part.notes if trace is not None else ():
+                trace.note(note)  # type: ignore[union-attr]
+        return parts
+
+    def part(self, reducers: tuple[Reducer, ...], unit: int) -> VisionPart:
+        """Answers to the ``unit``-th batch, in one of :attr:`processes`. The model is as before afterwards."""
+        assert self._source is not None
+        loaded, images = self._source
+        batch, problems = self._groups.get(unit) or images.group(unit, self.batch)
+        if self._fits(loaded, images):
+            self._groups[unit] = batch, problems
+        if batch is None:
+            nothing = torch.zeros(0)
+            return VisionPart(nothing, nothing, nothing, nothing, problems, [])
+        with (
+            patched(loaded.model, *reducers) if reducers else nullcontext(),
+            record(nn.Identity(), flops=False) as trace,
+        ):
+            made = answer(loaded, loaded.model, batch, self.device, self.amp)
+        return made._replace(problems=problems, notes=trace.notes)
+
+    def close(self) -> None:
+        """End the other processes; the next answers start them again."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _clock(self, ready: _Ready, reduced: bool) -> dict[str, float | None]:
+        return clocked(ready.loaded, ready.stock, self.sample(self.batch), reduced, self.repeats, self.amp)
 
     def _cost(self, reducers: tuple[Reducer, ...]) -> _Cost:
         if reducers not in self._costs:
@@ -326,42 +366,6 @@ class VisionTask:
         tokens = [whole(sum(column) / len(seen)) for column in zip(*(t for _, t, _ in seen), strict=True)]
         flops = round(sum(f for f, _, _ in seen) / len(seen))
         return _Cost(flops, tokens, whole(sum(e for _, _, e in seen) / len(seen)), list(dict.fromkeys(notes)))
-
-    def _clock(self, ready: _Ready, model: nn.Module, reduced: bool) -> dict[str, float | None]:
-        """Time against the stock model, peak memory, and the reduction's share of the forward."""
-        x = self.sample(self.batch)
-        forward = ready.loaded.forward
-
-        def run(which: nn.Module) -> Tensor:
-            with self._inference():
-                return forward(which, x)
-
-        with warnings.catch_warnings(), fused_attention(self.device):
-            warnings.simplefilter("ignore")  # the notes were taken already
-            times = interleaved(
-                {"stock": lambda: run(ready.stock), "this": lambda: run(model)}, self.repeats, device=self.device
-            )
-            peak = peak_bytes(lambda: run(model), self.device)
-            share: float | None = 0.0
-            if reduced and torch.device(self.device).type == "cpu":
-                own = total = 0.0
-                for _ in range(min(3, self.repeats)):
-                    began = time.perf_counter()
-                    with record(model, flops=False, timing=True) as trace:
-                        run(model)
-                    total += time.perf_counter() - began
-                    own += trace.seconds
-                share = own / total
-            elif reduced:
-                share = None  # kernels run behind the CPU's clock
-        seconds = times["this"].median / len(x)
-        return {
-            "seconds_per_image": seconds,
-            "images_per_s": 1 / seconds,
-            **speed_keys(times["stock"].against(times["this"]) if reduced else ITSELF),
-            "peak_mb": peak / 1e6,
-            "reduction_share": share,
-        }
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokenreduce.cli.bench import Extent, run
+from tokenreduce.cli.engines import Address, Engine, pool_maker
 from tokenreduce.cli.options import (
     AnyDevice,
     BenchJson,
@@ -59,6 +60,10 @@ Limit = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Images per forward; 64 by default, 32 scenes of the world.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+Processes = Annotated[
+    int,
+    typer.Option(min=1, help="Processes that share the images, each with the model (on cuda, all GPUs in turn)."),
+]
 Amp = Annotated[str | None, typer.Option(help="bf16 or fp16 autocast.")]
 
 
@@ -73,6 +78,9 @@ def command(
     limit: Limit = None,
     batch: Batch = None,
     workers: Workers = 0,
+    processes: Processes = 1,
+    engine: Engine = "processes",
+    address: Address = None,
     device: AnyDevice = "cpu",
     amp: Amp = None,
     repeats: Repeats = None,
@@ -99,6 +107,7 @@ def command(
         jobs[out / name if len(models) > 1 else out] = VisionTask(
             model=name, data=source, split=split, limit=extent.most(quick), batch=batch or BATCHES.get(source, BATCH),
             workers=workers, device=device, amp=amp, repeats=extent.repeats, classes=classes, few=extent.few,
+            processes=processes, engine=pool_maker(engine, address, processes, "--processes"),
         )  # fmt: skip
     extent.say(cuts, stages=False, as_json=as_json)
     run(ctx, jobs, budgets=BUDGETS, device=device)

@@ -15,7 +15,7 @@ ENGINES = ("processes", "ray")
 
 Engine = Annotated[
     str,
-    typer.Option(help="Who runs --workers: processes of this machine, or ray (Ray Data, on several as well)."),
+    typer.Option(help="Who shares the work: processes of this machine, or ray (Ray Data, on several as well)."),
 ]
 Address = Annotated[
     str | None,
@@ -23,8 +23,9 @@ Address = Annotated[
 ]
 
 
-def pool_maker(engine: str, address: str | None, workers: int) -> PoolMaker:
-    """What makes the processes. Raises ``ValueError`` for another engine, or options that do not go together."""
+def pool_maker(engine: str, address: str | None, workers: int, option: str = "--workers") -> PoolMaker:
+    """What makes the processes, as many as ``option`` says. Raises ``ValueError`` for another engine, or options that
+    do not go together."""
     if engine not in ENGINES:
         raise ValueError(f"--engine is {' or '.join(ENGINES)}, not {engine!r}")
     if engine == "processes":
@@ -34,7 +35,7 @@ def pool_maker(engine: str, address: str | None, workers: int) -> PoolMaker:
 
         return Workers
     if workers < 2:
-        raise ValueError("--engine ray runs --workers actors; give 2 or more (one process needs no engine)")
+        raise ValueError(f"--engine ray runs {option} actors; give 2 or more (one process needs no engine)")
     import importlib.util
     from functools import partial
 
