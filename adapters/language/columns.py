@@ -48,6 +48,17 @@ class Columns:
         """Whether some layer holds less than all columns."""
         return bool(self.cuts or self.held)
 
+    @property
+    def plain(self) -> bool:
+        """Whether a new token sees all that every layer holds: there is no padding, nothing came back in decode, and no
+        key counts more than others."""
+        return (
+            self.real_behind is None
+            and not self.revived
+            and all(cut.seen is None and cut.bias is None for cut in self.cuts)
+            and all(held.columns.there is None and held.bias is None for held in self.held.values())
+        )
+
     # -- what is left in prefill -------------------------------------------------------------------------------------
     def cut_at(self, layer: int) -> Cut | None:
         """The cut that holds in ``layer``: the last one at or before it; -1 is before the language model."""

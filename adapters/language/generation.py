@@ -72,13 +72,19 @@ class Forward:
     past: int = 0
     #: Whether the caller says for every new token what it sees (a 4-D mask on a cache that grows).
     masked: bool = False
+    #: Rows of the batch where one new token each sees all that is cached, so that layers need nothing; 0 elsewhere.
+    quiet: int = 0
     #: What is known of this forward alone, and made for its layers together.
     state: State = field(default_factory=State)
 
     @staticmethod
-    def behind(generation: Generation, new: int, past: int, masked: bool = False) -> Forward:
-        """A forward on a cache that holds the prompt."""
-        return Forward(generation, "decode" if new == 1 else "turn", new, past, masked)
+    def behind(generation: Generation, new: int, past: int, cache: Any, masked: bool = False) -> Forward:
+        """A forward on a ``cache`` that holds the prompt."""
+        if new > 1:
+            return Forward(generation, "turn", new, past, masked)
+        quiet = not masked and generation.columns.plain and not any(_forgets(layer) for layer in cache.layers)
+        rows = len(generation.columns.visual) if quiet else 0
+        return Forward(generation, "decode", new, past, masked, rows)
 
     @property
     def prefill(self) -> bool:
@@ -87,6 +93,11 @@ class Forward:
     @property
     def columns(self) -> Columns:
         return self.generation.columns
+
+
+def _forgets(layer: Any) -> bool:
+    """Whether a layer of a cache shows other slots than those that are filled."""
+    return hasattr(layer, "max_cache_len") or getattr(layer, "is_sliding", False)
 
 
 # -- how it travels --------------------------------------------------------------------------------------------------

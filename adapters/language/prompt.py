@@ -172,7 +172,7 @@ def _later(generation: Generation, cache: Any, new: int, kwargs: dict[str, Any])
         real = padding_in(mask, columns.visual.shape[0], past + new, slides=False)
         behind = None if real is None else real[:, columns.length :]
         columns.real_behind = None if behind is None or bool(behind.all()) else behind
-    return Forward.behind(generation, new, past, masked=mask is not None and not flat and grows)
+    return Forward.behind(generation, new, past, cache, masked=mask is not None and not flat and grows)
 
 
 def check_methods(generation: Generation, methods: str) -> None:

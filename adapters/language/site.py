@@ -101,6 +101,11 @@ class LayerStep:
         """Whether the step asks the layer's attention for what it saw."""
         return False
 
+    @property
+    def rests(self) -> bool:
+        """Whether the step does nothing for one new token that sees all that its layer holds."""
+        return False
+
     def before(self, call: LayerCall) -> None:
         """Change what enters the layer."""
 
@@ -121,6 +126,11 @@ class LayerSite:
 
     index: int
     steps: tuple[LayerStep, ...]
+
+    @functools.cached_property
+    def rests(self) -> bool:
+        """Whether all steps do nothing for one new token that sees all that the layer holds."""
+        return all(step.rests for step in self.steps)
 
     def attach(self, layer: Any, undo: Undo) -> None:
         """Put the steps into ``layer``."""
@@ -152,6 +162,8 @@ def run_before(
     forward: Forward | None = kwargs.get(KEYWORD)
     if forward is None:
         return None
+    if site.rests and forward.quiet == args[0].shape[0] and len(args) == 1 and kwargs.get("attention_mask") is None:
+        return None
     # What comes by position behind the hidden states has a name as well, by which steps find it.
     named = dict(zip(parameters_of(layer), args[1:], strict=False)) if len(args) > 1 else {}
     call = LayerCall(layer, site.index, args[0], {**named, **kwargs}, forward)
@@ -163,7 +175,7 @@ def run_before(
 def run_behind(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, site: LayerSite) -> Any:
     """The one hook behind a layer, where a step needs it."""
     forward: Forward | None = kwargs.get(KEYWORD)
-    if forward is None:
+    if forward is None or (site.rests and forward.quiet):
         return None
     call = LayerCall(layer, site.index, args[0], kwargs, forward)
     for step in site.steps:

@@ -81,7 +81,7 @@ def _later(inner: Any, given: dict[str, Any], generation: Generation, cache: Any
     tokens = given.get("input_ids") if tokens is None else tokens
     new, mask = tokens.shape[1], given.get("attention_mask")
     generation.positions.given = past + new
-    forward = Forward.behind(generation, new, past)
+    forward = Forward.behind(generation, new, past, cache)
     if columns.cut_at(-1) is None:
         return Begun(given, forward)
     columns.check_batch(tokens.shape[0])

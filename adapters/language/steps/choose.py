@@ -21,6 +21,8 @@ class Choose(LayerStep):
     """In prefill: the plan of a method before this layer, from the attention of the layer before or, where it looks
     ahead, of this one. ``window`` is the width of the layer's sliding window, if it has one."""
 
+    rests = True
+
     chooser: Chooser
     window: int | None = None
 

@@ -49,6 +49,8 @@ class AddDeepstack(LayerStep):
     """Add the features that belong in front of this layer; ``cut_before``: columns went in the middle of the layer
     before."""
 
+    rests = True
+
     cut_before: bool = False
 
     def before(self, call: LayerCall) -> None:

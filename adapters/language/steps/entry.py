@@ -16,6 +16,8 @@ __all__ = ["OwnCache", "TakeEntry"]
 class OwnCache(LayerStep):
     """At the first layer with steps: the cache belongs to this generation from now on."""
 
+    rests = True
+
     def before(self, call: LayerCall) -> None:
         if call.prefill and call.cache is not None and generation_of(call.cache) is not call.generation:
             keep_generation(call.cache, call.generation)
@@ -24,6 +26,8 @@ class OwnCache(LayerStep):
 @dataclass(frozen=True)
 class TakeEntry(LayerStep):
     """At layer 0: the hidden states of the columns that a method before the language model left."""
+
+    rests = True
 
     def before(self, call: LayerCall) -> None:
         cut = call.columns.cut_at(-1)

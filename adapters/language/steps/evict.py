@@ -32,6 +32,11 @@ class ShowHeld(LayerStep):
     window: int | None = None
     groups: int = 1
 
+    @property
+    def rests(self) -> bool:
+        """Windows count columns that are gone."""
+        return self.window is None
+
     def before(self, call: LayerCall) -> None:
         held = call.columns.held.get(call.index)
         if call.prefill or held is None or call.cache is None:
@@ -70,6 +75,11 @@ class Evict(LayerStep):
     def listens(self) -> bool:
         """Whether the method looks at attention."""
         return "attention" in self.method.required()
+
+    @property
+    def rests(self) -> bool:
+        """Whether no key leaves in decode."""
+        return not self.method.every() and not self.method.temporary()
 
     def before(self, call: LayerCall) -> None:
         if call.cache is None:

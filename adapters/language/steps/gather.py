@@ -37,6 +37,11 @@ class GatherColumns(LayerStep):
 
     window: int | None = None
 
+    @property
+    def rests(self) -> bool:
+        """Windows count columns that are gone."""
+        return self.window is None
+
     def before(self, call: LayerCall) -> None:
         columns, prefill = call.columns, call.prefill
         cut = columns.cut_at(call.index)

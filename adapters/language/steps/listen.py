@@ -20,6 +20,11 @@ class Listen(LayerStep):
     decode: bool
     listens = True
 
+    @property
+    def rests(self) -> bool:
+        """Whether no method chooses again."""
+        return not self.decode
+
     def before(self, call: LayerCall) -> None:
         if call.prefill:
             wanted = self.prefill and call.index + 1 not in call.state.of(Decided).layers

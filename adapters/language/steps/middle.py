@@ -17,6 +17,8 @@ __all__ = ["ChooseInside", "TakeInside"]
 class ChooseInside(LayerStep):
     """The plan of a method that acts before the next layer, inside this one."""
 
+    rests = True
+
     chooser: Chooser
 
     def attach(self, layer: Any, undo: Undo) -> None:
@@ -29,6 +31,8 @@ class ChooseInside(LayerStep):
 @dataclass(frozen=True)
 class TakeInside(LayerStep):
     """In prefill: what the method inside the layer before left."""
+
+    rests = True
 
     def before(self, call: LayerCall) -> None:
         if call.prefill and (left := taken(call.generation, call.index)) is not None:

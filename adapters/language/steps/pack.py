@@ -19,6 +19,8 @@ __all__ = ["Pack"]
 class Pack(LayerStep):
     """``method`` on this layer and the ``lower`` one."""
 
+    rests = True
+
     method: CacheCodec
     lower: int
     ends = True

@@ -14,6 +14,8 @@ __all__ = ["ForgetPrompt", "KeepInput", "KeepPrompt"]
 class KeepPrompt(LayerStep):
     """At layer 0: remember what enters it."""
 
+    rests = True
+
     def before(self, call: LayerCall) -> None:
         if call.prefill:
             call.state.put(PromptFeatures(call.x.detach()))
@@ -23,6 +25,8 @@ class KeepPrompt(LayerStep):
 class KeepInput(LayerStep):
     """Remember what enters this layer, for the method that acts before the next one."""
 
+    rests = True
+
     def before(self, call: LayerCall) -> None:
         if call.prefill and call.index + 1 not in call.state.of(Decided).layers:
             call.state.put(LayerInput(call.x.detach()), call.index)
@@ -31,6 +35,8 @@ class KeepInput(LayerStep):
 @dataclass(frozen=True)
 class ForgetPrompt(LayerStep):
     """At the last layer that asks for it: a cache lives long, and holds the generation."""
+
+    rests = True
 
     def before(self, call: LayerCall) -> None:
         if call.prefill:

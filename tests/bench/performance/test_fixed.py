@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import typer
@@ -9,6 +12,7 @@ import tokenreduce as tr
 from tokenreduce.bench.performance import fixed
 from tokenreduce.bench.performance.fixed import TINY, generate, measure, methods
 from tokenreduce.bench.performance.shapes import build, prompt
+from tokenreduce.measure.operators import entered
 
 pytest.importorskip("transformers")
 
@@ -53,3 +57,29 @@ def test_the_command(tmp_path):
 def test_a_generation_is_as_long_as_asked():
     model, given = build(TINY), prompt(TINY)
     assert generate(model, given, 3).shape[1] == given["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("stage", ["projector", "language", "cache"])
+@torch.no_grad()
+def test_a_layer_in_a_decode_step_is_asked_and_left_alone(stage):
+    """Where a new token sees all that is held; in a padded batch masks are made."""
+    model, given = build(TINY), prompt(TINY)
+    width, layers, heads, mlp = TINY.llm
+    taller = build(replace(TINY, llm=(width, layers + 4, heads, mlp)))
+    found = []
+    for one in (model, taller):
+        with tr.patched(one, methods(TINY.visual)[stage]):
+            found.append([entered(partial(generate, one, given, n)).total() for n in (2, 3)])
+    per_layer = ((found[1][1] - found[1][0]) - (found[0][1] - found[0][0])) / 4
+    assert per_layer <= 6, found
+    padded = {
+        **given,
+        "input_ids": given["input_ids"].repeat(2, 1),
+        "pixel_values": given["pixel_values"].repeat(2, 1, 1, 1),
+    }
+    padded["attention_mask"] = torch.ones_like(padded["input_ids"])
+    padded["attention_mask"][0, 0] = 0
+    with tr.patched(model, methods(TINY.visual)[stage]):
+        calls = entered(partial(generate, model, padded, 3))
+    made = [name for name in calls if name.endswith((":decode_mask", ":held_mask"))]
+    assert made
