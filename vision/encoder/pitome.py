@@ -21,6 +21,9 @@ from tokenreduce.core.reducer import Reducer, check_size_bias
 
 __all__ = ["PiToMe"]
 
+#: Tokens whose energy is worked out at once on the CPU.
+_ROWS = 256
+
 
 class Preset(NamedTuple):
     """What the authors use for one family of models: ``margin`` falls by ``fall`` over the depth.
@@ -205,7 +208,11 @@ class PiToMe(Reducer, name="pitome", needs=("keys",), paper="2405.16148", title=
 
     def _energy(self, cosine: Tensor, out: Tensor | None, evidence: EncoderEvidence) -> Tensor:
         """(B,T); tokens that take no part neither contribute nor rank."""
-        each = F.elu(cosine - self._margin(evidence), alpha=self.alpha)
+        margin = self._margin(evidence)
+        if out is None and cosine.shape[1] > _ROWS and on_host(cosine):  # no second map is held
+            parts = [F.elu_(rows - margin, alpha=self.alpha).mean(-1) for rows in cosine.split(_ROWS, 1)]
+            return finite(torch.cat(parts, 1), evidence)
+        each = F.elu(cosine - margin, alpha=self.alpha)
         if out is None:
             return finite(each.mean(-1), evidence)
         each = each.masked_fill(out[:, None], 0.0).sum(-1) / (~out).sum(-1, keepdim=True).clamp(min=1)
