@@ -74,17 +74,19 @@ class Forward:
     masked: bool = False
     #: Rows of the batch where one new token each sees all that is cached, so that layers need nothing; 0 elsewhere.
     quiet: int = 0
+    #: Whether layers behind one cut show the same slots: no cache of theirs forgets any, or has room for more.
+    even: bool = False
     #: What is known of this forward alone, and made for its layers together.
     state: State = field(default_factory=State)
 
     @staticmethod
     def behind(generation: Generation, new: int, past: int, cache: Any, masked: bool = False) -> Forward:
         """A forward on a ``cache`` that holds the prompt."""
+        even = not any(_forgets(layer) for layer in cache.layers)
         if new > 1:
-            return Forward(generation, "turn", new, past, masked)
-        quiet = not masked and generation.columns.plain and not any(_forgets(layer) for layer in cache.layers)
-        rows = len(generation.columns.visual) if quiet else 0
-        return Forward(generation, "decode", new, past, masked, rows)
+            return Forward(generation, "turn", new, past, masked, even=even)
+        rows = len(generation.columns.visual) if even and not masked and generation.columns.plain else 0
+        return Forward(generation, "decode", new, past, masked, rows, even)
 
     @property
     def prefill(self) -> bool:

@@ -53,11 +53,22 @@ class GatherColumns(LayerStep):
         elif prefill:
             self._prompt(call, cut, check_implementation(call.layer, call.index, self.window))
         elif call.attention is None:  # else a step that chooses in decode has made the mask
-            columns.check_batch(call.x.shape[0])
-            name = check_implementation(call.layer, call.index, self.window)
-            call.mask = decode_mask(call, cut, self.window, name)
-            if cut.bias is not None:
-                _sizes(call, cut, name, Shown.by(call.cache.layers[call.index], call.x.shape[1]))
+            stock, made = call.mask, call.forward.state.of(Masks).made
+            key = ("here", id(cut), id(stock), self.window)
+            if not (call.forward.even and key in made):
+                made[key] = self._decode(call, cut)
+                made[id(stock)] = stock  # held, so that no other mask can get its id
+            call.mask = made[key]
+
+    def _decode(self, call: LayerCall, cut: Cut) -> Tensor | None:
+        """The mask for new tokens."""
+        call.columns.check_batch(call.x.shape[0])
+        name = check_implementation(call.layer, call.index, self.window)
+        call.mask = decode_mask(call, cut, self.window, name)
+        if cut.bias is not None:
+            _sizes(call, cut, name, Shown.by(call.cache.layers[call.index], call.x.shape[1]))
+        mask: Tensor | None = call.mask
+        return mask
 
     def _state(self, call: LayerCall, cut: Cut) -> None:
         """A layer with a state reads a mask (B,N) of padding, which leaves no trace in front of a row's first token; in

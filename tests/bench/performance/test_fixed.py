@@ -59,27 +59,34 @@ def test_a_generation_is_as_long_as_asked():
     assert generate(model, given, 3).shape[1] == given["input_ids"].shape[1] + 3
 
 
+def entered_for_a_layer(stage, given):
+    """Functions of this package that a decode step enters for one layer more, and the names of all."""
+    width, layers, heads, mlp = TINY.llm
+    found, names = [], set()
+    for more in (0, 4):
+        model = build(replace(TINY, llm=(width, layers + more, heads, mlp)))
+        tr.patch(model, methods(TINY.visual)[stage])
+        short, long = (entered(partial(generate, model, given, n)) for n in (2, 3))
+        found.append(long.total() - short.total())
+        names |= {name.rpartition(":")[2] for name in long}
+    return (found[1] - found[0]) / 4, names
+
+
 @pytest.mark.parametrize("stage", ["projector", "language", "cache"])
 @torch.no_grad()
-def test_a_layer_in_a_decode_step_is_asked_and_left_alone(stage):
-    """Where a new token sees all that is held; in a padded batch masks are made."""
-    model, given = build(TINY), prompt(TINY)
-    width, layers, heads, mlp = TINY.llm
-    taller = build(replace(TINY, llm=(width, layers + 4, heads, mlp)))
-    found = []
-    for one in (model, taller):
-        with tr.patched(one, methods(TINY.visual)[stage]):
-            found.append([entered(partial(generate, one, given, n)).total() for n in (2, 3)])
-    per_layer = ((found[1][1] - found[1][0]) - (found[0][1] - found[0][0])) / 4
-    assert per_layer <= 6, found
-    padded = {
-        **given,
-        "input_ids": given["input_ids"].repeat(2, 1),
-        "pixel_values": given["pixel_values"].repeat(2, 1, 1, 1),
-    }
-    padded["attention_mask"] = torch.ones_like(padded["input_ids"])
-    padded["attention_mask"][0, 0] = 0
-    with tr.patched(model, methods(TINY.visual)[stage]):
-        calls = entered(partial(generate, model, padded, 3))
-    made = [name for name in calls if name.endswith((":decode_mask", ":held_mask"))]
-    assert made
+def test_a_layer_is_asked_and_left_alone_where_a_new_token_sees_all_that_is_held(stage):
+    count, names = entered_for_a_layer(stage, prompt(TINY))
+    assert count <= 6
+    assert not names & {"decode_mask", "held_mask"}
+
+
+@pytest.mark.parametrize("stage", ["projector", "language", "cache"])
+@torch.no_grad()
+def test_layers_of_a_padded_batch_share_their_mask(stage):
+    given = prompt(TINY)
+    ids, pixels = given["input_ids"].repeat(2, 1), given["pixel_values"].repeat(2, 1, 1, 1)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    count, names = entered_for_a_layer(stage, {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask})
+    assert count <= (80 if stage == "cache" else 20)  # heads of a layer hold other keys than those of the next
+    assert names & {"decode_mask", "held_mask"}
