@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import TIMM, crop, encoded, hf_classifier, tiny_clip
+from PIL import Image
 from typer.testing import CliRunner
 
 import tokenreduce as tr
@@ -47,8 +48,6 @@ def test_vectors_are_what_goes_into_the_head(photos: Path, tmp_path: Path, reduc
     ids, places, vectors = rows(made.folder)
     model = load_model(TIMM)
     with torch.inference_mode(), tr.patched(model.model, reduce or "tome:r=0"):
-        from PIL import Image
-
         x = torch.stack([model.transform(Image.open(p).convert("RGB")) for p in places])
         want = model.model.forward_head(model.model.forward_features(x), pre_logits=True)
     assert ids == [0, 1, 2, 4, 5, 6]
@@ -85,6 +84,16 @@ def test_a_run_goes_on_where_it_stopped(photos: Path, tmp_path: Path, monkeypatc
         encode(Encoding(TIMM, str(photos), "tome:r=2", rows=2), tmp_path / "out")
     fresh = encode(Encoding(TIMM, str(photos), "tome:r=2", rows=4), tmp_path / "out", fresh=True)
     assert len(list(fresh.folder.glob("part-*.parquet"))) == 2
+
+
+def test_photographs_are_turned_as_a_viewer_turns_them(tmp_path: Path) -> None:
+    image = crop("coffee", 0)
+    for name, stored, orientation in (("a", image, 1), ("b", image.transpose(Image.Transpose.ROTATE_90), 6)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"{name}.png", exif=exif)
+    _, _, vectors = rows(encode(Encoding(TIMM, str(tmp_path)), tmp_path / "out").folder)
+    np.testing.assert_array_equal(vectors[0], vectors[1])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,7 +53,8 @@ class Images(Dataset):  # type: ignore[type-arg]
     """A labelled image data set. Iterating yields ``(index, tensor, label)`` of the images that can be read.
 
     ``classes`` are the names behind the labels; ``problems`` lists what could not be read so far (an image that fails
-    in two passes is listed once); ``notes`` says what was left out or assumed.
+    in two passes is listed once); ``notes`` says what was left out or assumed. ``upright`` turns images by EXIF, as a
+    viewer does; published accuracies on ImageNet are of the pixels as they are stored.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Images(Dataset):  # type: ignore[type-arg]
     transform: Callable[[Image.Image], Tensor]
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    upright: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
@@ -75,8 +77,7 @@ class Images(Dataset):  # type: ignore[type-arg]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with self.source.open(item) as image:
-                    # Not turned by EXIF: published accuracies on ImageNet are of the pixels as they are stored.
-                    return self.transform(as_rgb(image))
+                    return self.transform(as_rgb(ImageOps.exif_transpose(image) if self.upright else image))
         except Exception as error:  # whatever a broken file makes a decoder raise
             return Problem(self.source.where(item), f"{type(error).__name__}: {why(error)}")
 

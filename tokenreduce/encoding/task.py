@@ -115,7 +115,7 @@ class Encoding:
         items = read.items[: self.limit]
         nothing = [-1] * len(items)
         self._images = Images(
-            self.data, read.source, items, nothing, (), loaded.transform, read.notes, list(read.problems)
+            self.data, read.source, items, nothing, (), loaded.transform, read.notes, list(read.problems), upright=True
         )
         self._loaded = loaded
 
