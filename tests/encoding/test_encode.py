@@ -86,6 +86,19 @@ def test_a_run_goes_on_where_it_stopped(photos: Path, tmp_path: Path, monkeypatc
     assert len(list(fresh.folder.glob("part-*.parquet"))) == 2
 
 
+def test_images_that_came_since_make_another_run(photos: Path, tmp_path: Path) -> None:
+    task = Encoding(TIMM, str(photos), rows=2)
+    encode(task, tmp_path / "out")
+    crop("coffee", 9).save(photos / "a" / "0.png")
+    with pytest.raises(ValueError, match=r"images: 7 there, 8 now; listing: .*--fresh"):
+        encode(Encoding(TIMM, str(photos), rows=2), tmp_path / "out")
+    for old in (tmp_path / "out").glob("r*"):
+        old.unlink()
+    with pytest.raises(ValueError, match=r"files of another run \(part-00002.parquet\)"):
+        encode(Encoding(TIMM, str(photos), limit=4, rows=2), tmp_path / "out")
+    assert encode(Encoding(TIMM, str(photos), limit=4, rows=2), tmp_path / "out", fresh=True).images == 4
+
+
 def test_photographs_are_turned_as_a_viewer_turns_them(tmp_path: Path) -> None:
     image = crop("coffee", 0)
     for name, stored, orientation in (("a", image, 1), ("b", image.transpose(Image.Transpose.ROTATE_90), 6)):

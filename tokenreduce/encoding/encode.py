@@ -67,15 +67,20 @@ def encode(
     _pyarrow()
     task.load()
     stock, reduced = task.flops()
-    info = {"task": "encode", "settings": task.settings(), "versions": versions(), "images": len(task.images)}
+    # An image more or less would give others another position, so that parts of two listings do not fit together.
+    settings = {**task.settings(), "images": len(task.images), "listing": task.listing()}
+    info = {"task": "encode", "settings": settings, "versions": versions()}
     with open_run(out, info, fresh=fresh) as writer:
         folder = writer.run.folder
         if fresh:
             for old in folder.glob("part-*.parquet"):
                 old.unlink()
-        writer.update(
-            points=[_name(unit) for unit in range(task.parts)], flops=[stock, reduced], notes=task.images.notes
-        )
+        names = [_name(unit) for unit in range(task.parts)]
+        if strange := sorted(file.name for file in folder.glob("part-*.parquet") if file.stem not in names):
+            raise ValueError(
+                f"{folder} has files of another run ({strange[0]}); delete them with --fresh, or use another --out"
+            )
+        writer.update(points=names, flops=[stock, reduced], notes=task.images.notes)
         there = {row["id"] for row in writer.run.rows if (folder / f"{row['id']}.parquet").is_file()}
         todo = [unit for unit in range(task.parts) if _name(unit) not in there]
         before = sum(row["images"] for row in writer.run.rows if row["id"] in there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -137,6 +138,13 @@ class Encoding:
     def parts(self) -> int:
         """Into how many parts the images fall."""
         return math.ceil(len(self.images) / self.rows)
+
+    def listing(self) -> str:
+        """A number that stands for all images in their order, as hexadecimal digits."""
+        number = hashlib.sha256()
+        for item in self.images.items:
+            number.update(self.images.source.where(item).encode("utf-8", "surrogateescape") + b"\n")
+        return number.hexdigest()[:16]
 
     # -- encoding ------------------------------------------------------------------------------------------------------
     def part(self, reducers: tuple[Reducer, ...], unit: int) -> Features:
