@@ -105,9 +105,9 @@ class Images(Dataset):  # type: ignore[type-arg]
             if got is not None:
                 yield got
 
-    def group(self, number: int, batch: int) -> tuple[Batch | None, list[Problem]]:
-        """The ``number``-th of the :meth:`batches`, None where no image of it can be read, and its problems."""
-        places = range(number * batch, min((number + 1) * batch, len(self)))
+    def group(self, places: Sequence[int]) -> tuple[Batch | None, list[Problem]]:
+        """The images at ``places`` as one batch, None where none of them can be read, and the problems among them.
+        Raises ``ValueError`` for images of different sizes."""
         got, problems, shapes = _collate([self[i] for i in places])
         _refuse(shapes)
         return got, problems

@@ -17,7 +17,7 @@ from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, neighbours, s
 from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.bench.reading import Problem
 from tokenreduce.bench.vision_clock import clocked
-from tokenreduce.bench.vision_parts import AMP, VisionPart, answer, merged
+from tokenreduce.bench.vision_parts import VisionPart, answer, check_place, merged
 from tokenreduce.bench.workers import Pool, PoolMaker, Workers, devices_for
 from tokenreduce.common.words import counted, whole
 from tokenreduce.core.flops import gmacs
@@ -110,19 +110,7 @@ class VisionTask:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{key} is an int >= {least}, not {value!r}")
-        if self.amp is not None and self.amp not in AMP:
-            raise ValueError(f"amp is {', '.join(AMP)} or None, not {self.amp!r}")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device is cpu, cuda or cuda:N, not {self.device!r}") from error
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device is cpu, cuda or cuda:N, not {self.device!r}: memory is measured on these only")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            have = torch.cuda.device_count()
-            raise ValueError(
-                f"there is no device {self.device!r}: torch sees {have} CUDA devices; choose another or cpu"
-            )
+        check_place(self.device, self.amp)
 
     # -- the task ------------------------------------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
@@ -313,7 +301,8 @@ class VisionTask:
         """Answers to the ``unit``-th batch, in one of :attr:`processes`. The model is as before afterwards."""
         assert self._source is not None
         loaded, images = self._source
-        batch, problems = self._groups.get(unit) or images.group(unit, self.batch)
+        places = range(unit * self.batch, min((unit + 1) * self.batch, len(images)))
+        batch, problems = self._groups.get(unit) or images.group(places)
         if self._fits(loaded, images):
             self._groups[unit] = batch, problems
         if batch is None:

@@ -15,7 +15,7 @@ from tokenreduce.bench.models import Loaded
 from tokenreduce.bench.reading import Problem
 from tokenreduce.common.words import counted
 
-__all__ = ["AMP", "VisionPart", "answer", "inference", "merged"]
+__all__ = ["VisionPart", "answer", "check_place", "inference", "merged"]
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +38,21 @@ class VisionPart(NamedTuple):
     finite: Tensor
     problems: list[Problem]
     notes: list[str]
+
+
+def check_place(device: str, amp: str | None) -> None:
+    """Raise ``ValueError`` for a device that is not there, or no CPU or CUDA device, and for another ``amp``."""
+    if amp is not None and amp not in AMP:
+        raise ValueError(f"amp is {', '.join(AMP)} or None, not {amp!r}")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is cpu, cuda or cuda:N, not {device!r}") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is cpu, cuda or cuda:N, not {device!r}: memory is measured on these only")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise ValueError(f"there is no device {device!r}: torch sees {have} CUDA devices; choose another or cpu")
 
 
 @contextmanager

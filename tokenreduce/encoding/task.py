@@ -16,15 +16,14 @@ from tokenreduce.bench.data import Images
 from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.bench.reading import Problem
 from tokenreduce.bench.sources import all_images
+from tokenreduce.bench.vision_parts import check_place, inference
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.registry import parse
 from tokenreduce.core.trace import record
 from tokenreduce.encoding.features import features
 from tokenreduce.patching import describe, patched
 
-__all__ = ["AMP", "Encoding", "Features"]
-
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["Encoding", "Features"]
 
 
 class Features(NamedTuple):
@@ -86,8 +85,7 @@ class Encoding:
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ValueError(f"{key} is an int >= 1, not {value!r}")
-        if self.amp is not None and self.amp not in AMP:
-            raise ValueError(f"amp is {', '.join(AMP)} or None, not {self.amp!r}")
+        check_place(self.device, self.amp)
         if wrong := [r.spec() for r in self.reducers if r.stage != "encoder"]:
             raise ValueError(f"{', '.join(wrong)} acts outside of the encoder; features come from the encoder alone")
 
@@ -155,25 +153,20 @@ class Encoding:
         ids: list[int] = []
         vectors: list[Tensor] = []
         problems: list[Problem] = []
-        all_ids = range(unit * self.rows, min((unit + 1) * self.rows, len(self.images)))
+        places = range(unit * self.rows, min((unit + 1) * self.rows, len(self.images)))
         with patched(self.loaded.model, *reducers) if reducers else nullcontext():
-            for start in range(all_ids.start, all_ids.stop, self.batch):
-                some = [(i, self.images.read(i)) for i in range(start, min(start + self.batch, all_ids.stop))]
-                good = [(i, x) for i, x in some if isinstance(x, Tensor)]
-                problems += [x for _, x in some if isinstance(x, Problem)]
-                if good:
-                    vectors.append(self._vectors(torch.stack(_one_size([x for _, x in good]))))
-                    ids += [i for i, _ in good]
+            for start in range(0, len(places), self.batch):
+                batch, broken = self.images.group(places[start : start + self.batch])
+                problems += broken
+                if batch is not None:
+                    vectors.append(self._vectors(batch.x))
+                    ids += batch.ids.tolist()
         made = torch.cat(vectors).numpy() if vectors else np.zeros((0, 0), np.float32)
-        places = [self.images.source.where(self.images.items[i]) for i in ids]
-        return Features(np.asarray(ids, np.int64), places, made.astype(np.float16) if self.half else made, problems)
+        where = [self.images.source.where(self.images.items[i]) for i in ids]
+        return Features(np.asarray(ids, np.int64), where, made.astype(np.float16) if self.half else made, problems)
 
     def _vectors(self, x: Tensor) -> Tensor:
-        kind = torch.device(self.device).type
-        with (
-            torch.inference_mode(),
-            torch.autocast(kind, dtype=AMP[self.amp]) if self.amp is not None else nullcontext(),
-        ):
+        with inference(self.device, self.amp):
             out = features(self.loaded, x.to(self.device)).float()
         if not bool(out.isfinite().all()):
             raise ValueError(f"{self.model} gave NaN or infinite features{'; try another --amp' if self.amp else ''}")
@@ -200,13 +193,3 @@ class Encoding:
 
     def _broken(self) -> list[Problem]:
         return [p for i in range(min(5, len(self.images))) if isinstance(p := self.images.read(i), Problem)]
-
-
-def _one_size(images: list[Tensor]) -> list[Tensor]:
-    shapes = sorted({tuple(x.shape) for x in images})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"the model's transform gives images of different sizes {shapes[:3]}, which do not fit into one batch; use "
-            "--batch 1, or a checkpoint whose processor crops to one size"
-        )
-    return images
