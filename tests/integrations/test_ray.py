@@ -66,11 +66,17 @@ def test_features_are_those_of_one_process(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_table_of_a_benchmark_is_that_of_one_process(tmp_path: Path) -> None:
-    words = ["bench", "vlm", "--limit", "12", "--batch", "4", "--repeats", "0", "--budgets", "0.25", "--methods"]
-    words += ["divprune", "--json"]
+@pytest.mark.parametrize(
+    ("task", "option"),
+    [
+        ("vlm --limit 12 --budgets 0.25 --methods divprune", "--workers"),
+        ("vision --model digits-vit --limit 12 --budgets 0.5 --methods tome", "--processes"),
+    ],
+)
+def test_the_table_of_a_benchmark_is_that_of_one_process(tmp_path: Path, task: str, option: str) -> None:
+    words = ["bench", *task.split(), "--batch", "4", "--repeats", "0", "--json"]
     rows = []
-    for name, more in {"one": [], "ray": ["--workers", "2", "--engine", "ray"]}.items():
+    for name, more in {"one": [], "ray": [option, "2", "--engine", "ray"]}.items():
         done = CliRunner().invoke(app, [*words, *more, "--out", str(tmp_path / name)])
         assert done.exit_code == 0, done.output
         lines = (tmp_path / name / "rows.jsonl").read_text().splitlines()
