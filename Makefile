@@ -138,7 +138,7 @@ performance: $(VENV)/bench.stamp  ## the clock measurements of docs/performance.
 	$(BIN)/python -m tokenreduce.bench.performance.compiled --markdown docs/performance.md
 
 performance-estimate: $(VENV)/dev.stamp  ## estimated against measured speed-ups, on an idle machine
-	$(BIN)/python -m tokenreduce.bench.performance.estimate --markdown docs/performance.md
+	$(BIN)/python -m tokenreduce.bench.performance.estimate --full --markdown docs/performance.md
 
 performance-vlm: $(VENV)/hf.stamp  ## the same for image language models
 	$(BIN)/python -m tokenreduce.bench.performance.language
