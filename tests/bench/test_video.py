@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,8 @@ def test_methods_that_look_at_the_same_share_the_tower(folder, monkeypatch):
 
 
 def test_a_budget_is_reached_in_visual_tokens(task):
+    task = replace(task, against="tokens")
+    task.prepare()
     row = task.measure(tr.parse("evs:keep=0.25"))
     assert row["visual_share"] == pytest.approx(0.25)
     assert row["tokens_per_frame"] == pytest.approx(EACH / 4)

@@ -22,7 +22,7 @@ from tokenreduce.bench.picture import style
 from tokenreduce.bench.questions import Item, load_questions, matches, normalised
 from tokenreduce.bench.report import rebuild
 from tokenreduce.bench.sweep import Solver, points, sweep
-from tokenreduce.bench.task import Task
+from tokenreduce.bench.task import FLOPS, Task
 from tokenreduce.bench.vlm import VlmTask
 from tokenreduce.cli import app
 from tokenreduce.core.undo import reducers_of
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(folder):
-    made = VlmTask(folder, "world", limit=26, batch=7, repeats=1)
+    made = VlmTask(folder, "world", limit=26, batch=7, repeats=1, against="tokens")
     made.prepare()
     return made
 
@@ -93,9 +93,10 @@ def cache(lengths) -> int:
 
 
 # -- rows
-def test_it_is_a_task_with_an_axis_of_its_own(task):
+def test_it_is_a_task_whose_budgets_are_flops_or_visual_tokens(task):
     assert isinstance(task, Task)
     assert task.axis.key == "visual_share"
+    assert VlmTask("some/folder").axis == FLOPS
     assert json.loads(json.dumps(task.settings()))["limit"] == 26
     methods = task.methods()
     assert {"divprune", "random@projector", "fastv", "random@language", "tome", "random@encoder"} <= set(methods)
@@ -221,9 +222,33 @@ def test_points_hold_the_projector_baselines_whatever_the_stage(folder, task):
     assert combined[-1].budget == pytest.approx(0.38, abs=0.011)
 
 
+def test_a_budget_is_a_share_of_the_flops_of_tower_and_prefill(folder, tmp_path):
+    made = VlmTask(folder, "world", limit=12, repeats=0, stages=("projector", "language"))
+    run = sweep(made, tmp_path, methods=["divprune", "fastv"], budgets=(0.85,))
+    rows = {r["id"]: r for r in run.rows}
+    assert run.errors == []
+    base = rows["unreduced"]["flops"]
+    assert made.spent(()) == made.flops(()) == base
+    for name in ("divprune@0.85", "resize@projector@0.85", "random@projector@0.85"):
+        assert rows[name]["share"] == rows[name]["flops"] / base == pytest.approx(0.85, abs=0.02), name
+    # What a search asks of two questions is what all of them cost.
+    keep = tr.parse(rows["divprune@0.85"]["spec"], stage="projector")
+    assert made.flops(keep) == rows["divprune@0.85"]["flops"]
+    assert made.spent(keep) == pytest.approx(made.flops(keep), rel=0.01)
+    # Which questions are hard is what the smaller input says at the same cost.
+    small, mine = (rows[name]["right"] for name in ("resize@projector@0.85", "divprune@0.85"))
+    assert len(small) == 12
+    hard = [b == "1" for a, b in zip(small, mine, strict=True) if a == "0"]
+    assert rows["divprune@0.85"]["hard"] == pytest.approx(sum(hard) / len(hard))
+    assert "hard" not in rows["resize@projector@0.85"]
+    assert "hard %" in {c.label for c in columns([run])}
+    with rebuild([tmp_path])[1]["csv"].open() as file:
+        assert "right" not in next(csv.reader(file))
+
+
 def test_sweep_resume_and_report(folder, tmp_path):
     def run(methods=("divprune", "fastv")):
-        made = VlmTask(folder, "world", limit=14, repeats=0)
+        made = VlmTask(folder, "world", limit=14, repeats=0, against="tokens")
         return sweep(made, tmp_path, methods=methods, budgets=(0.5, 0.1), reduce=["tome:r=4+divprune:keep=10"])
 
     first = run()
@@ -427,7 +452,7 @@ def test_the_command_measures_and_reports(folder, tmp_path):
     assert (out / "report.html").exists()
     info = json.loads((out / "run.json").read_text())
     assert "--methods 'divprune,fast*'" in info["command"]
-    assert info["axis"]["key"] == "visual_share"
+    assert info["axis"]["key"] == "share"
     # The same sweep on another number of questions is another run.
     other = call(*given[:5], 13, *given[6:], "--methods", "divprune", "--out", out)
     assert other.exit_code == 2
@@ -440,7 +465,7 @@ def test_the_command_measures_and_reports(folder, tmp_path):
         (("--model", "some/folder"), "--data is needed for some/folder"),
         (("--full", "--limit", 3), "--full or --limit"),
         (("--stage", "cache"), "stages are among projector, language, encoder"),
-        (("--budgets", "1.5"), "a share of the unreduced visual tokens in (0, 1]"),
+        (("--budgets", "1.5"), "a share of the unreduced FLOPs in (0, 1]"),
         (("--methods", "fastv", "--stage", "projector"), "fastv acts at stage language"),
     ],
 )

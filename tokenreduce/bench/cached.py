@@ -29,6 +29,7 @@ class CacheTask(VlmTask):
 
     stages: tuple[str, ...] = ("cache",)
     answer_tokens: int = 24
+    against: str = "kv"
 
     metric: ClassVar[str] = "forced_agreement"
     baselines: ClassVar[tuple[str, ...]] = ("random@cache", "recent")
@@ -37,9 +38,9 @@ class CacheTask(VlmTask):
     }  # fmt: skip
     probed: ClassVar[int] = 16
     measured: ClassVar[tuple[str, ...]] = ("cache",)
-    axis: ClassVar[Axis] = Axis(
-        "kv_share", "KV bytes", "bytes of keys and values behind the prefill, % of the unreduced model's"
-    )
+    axes: ClassVar[Mapping[str, Axis]] = {
+        "kv": Axis("kv_share", "KV bytes", "bytes of keys and values behind the prefill, % of the unreduced model's")
+    }
 
     _forced: Forced | None = field(default=None, init=False, repr=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenreduce.bench.groups import MARKS
 from tokenreduce.bench.methods import TOLERANCE, UNREDUCED
 from tokenreduce.bench.names import label
 from tokenreduce.bench.picture import metric_label, percent
@@ -98,6 +99,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("found", "found %", _share, "share of the kinds in a scene that are among its highest logits, percent", 2),
     Column("top1", "top-1 %", _share, "top-1 accuracy in percent, with its standard error"),
     Column("top5", "top-5 %", _share, "top-5 accuracy in percent", 6),
+    Column("hard", "hard %", _share,
+           "share of right answers among samples that `resize` does not answer at the same cost, percent", 1),
+    Column("simple", "simple %", _share, "the same among samples that `resize` answers", 7),
     Column("agreement", "agree %", _share, "share of inputs with the unreduced model's answer", 2),
     Column("kv_share", "KV %", _share, "bytes of keys and values behind the prefill, percent of the unreduced model's"),
     Column("forced_agreement", "long agree %", _share,
@@ -129,7 +133,7 @@ COLUMNS: tuple[Column, ...] = (
 BY_TYPE = "accuracy_"
 KNOWN = {c.key: c for c in COLUMNS}
 #: Keys of a row that are not results.
-INTERNAL = ("id", "method", "budget", "spec", "settings", "notes", "problems", "error", "traceback", "wall_s")
+INTERNAL = ("id", "method", "budget", "spec", "settings", "notes", "problems", "error", "traceback", "wall_s", MARKS)
 
 
 def ordered(run: Run) -> list[dict[str, Any]]:

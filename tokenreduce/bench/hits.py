@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NEIGHBOURS", "Answers", "agreement", "neighbours", "ranks", "scores"]
+__all__ = ["NEIGHBOURS", "Answers", "agreement", "correct", "neighbours", "ranks", "scores"]
 
 #: Neighbours and temperature of the k-nn classifier for models without a head (DINO, 2104.14294).
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -40,18 +40,26 @@ def scores(answers: Answers, classes: int) -> dict[str, float | None]:
     share of images whose n labels are the n best classes, and ``found`` the share of the labels that are among them,
     averaged over images. The first of each comes with its standard error.
     """
-    n = len(answers.y)
+    n, share = len(answers.y), _found(answers)
+    first = int((share == 1).sum()) / n
     if answers.y.ndim == 1:
-        hits = answers.top == answers.y[:, None]
-        first, first_key = int(hits[:, 0].sum()) / n, "top1"
+        first_key, hits = "top1", answers.top == answers.y[:, None]
         more = {"top5": int(hits.any(1).sum()) / n if classes > 5 else None}
     else:
-        counted = _first(answers)
-        found = (answers.y[:, :, None] == counted[:, None, :]).any(2) & (answers.y >= 0)
-        share = found.sum(1) / (answers.y >= 0).sum(1)
-        first, first_key = int((share == 1).sum()) / n, "accuracy"
-        more = {"found": float(share.double().mean())}
+        first_key, more = "accuracy", {"found": float(share.double().mean())}
     return {first_key: first, f"{first_key}_stderr": math.sqrt(first * (1 - first) / n), **more}
+
+
+def correct(answers: Answers) -> dict[int, bool]:
+    """By position, whether an image counts as right in the first accuracy of :func:`scores`."""
+    return dict(zip(answers.ids.tolist(), (_found(answers) == 1).tolist(), strict=True))
+
+
+def _found(answers: Answers) -> Tensor:
+    """Share (n,) of the labels of an image that are among as many best classes."""
+    y = answers.y[:, None] if answers.y.ndim == 1 else answers.y
+    found = (y[:, :, None] == _first(answers)[:, None, :]).any(2) & (y >= 0)
+    return found.sum(1) / (y >= 0).sum(1)  # type: ignore[no-any-return]
 
 
 def agreement(answers: Answers, baseline: Answers) -> float:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenreduce.bench.columns import COLUMNS, Column, cell, columns, label, misses, ordered
+from tokenreduce.bench.groups import MARKS
 from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.page import write_html
 from tokenreduce.bench.picture import curves, pareto
@@ -123,7 +124,7 @@ def write_csv(runs: Sequence[Run], path: str | Path) -> Path:
     errors = [f"{run.metric}_stderr" for run in runs]
     everything = dict.fromkeys(
         key for run in runs for row in run.rows for key, value in row.items()
-        if key not in (*OWN, "settings", "traceback") and (key in known or not isinstance(value, dict | list))
+        if key not in (*OWN, "settings", "traceback", MARKS) and (key in known or not isinstance(value, dict | list))
     )  # fmt: skip
     metrics = dict.fromkeys([*(run.metric for run in runs), *errors])
     first = [k for k in dict.fromkeys([*known, *metrics]) if k in everything]

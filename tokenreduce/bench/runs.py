@@ -17,6 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from tokenreduce.bench.groups import grouped
 from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.common.files import append, cannot_write, make_folder, write_text
 from tokenreduce.common.words import plain
@@ -100,7 +101,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int, str]:
 
 def _latest(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
     last = {r["id"]: r for r in rows}
-    return [last.pop(p) for p in order if p in last] + list(last.values())
+    return grouped([last.pop(p) for p in order if p in last] + list(last.values()))
 
 
 def load_run(folder: str | Path) -> Run:

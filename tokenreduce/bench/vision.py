@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.bench.data import Batch, Images, load_data
-from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, neighbours, scores
+from tokenreduce.bench.groups import MARKS, marks
+from tokenreduce.bench.hits import NEIGHBOURS, Answers, agreement, correct, neighbours, scores
 from tokenreduce.bench.models import Loaded, load_model
 from tokenreduce.bench.reading import Problem
 from tokenreduce.bench.vision_clock import clocked
@@ -228,6 +229,7 @@ class VisionTask:
             **scores(answers, classes),
             "agreement": agreement(answers, ready.baseline),
             "images": n,
+            MARKS: marks(range(len(ready.images)), correct(answers)),
             "problems": len(ready.images.problems),
             **clock,
             "notes": self._notes(ready, reducers, answers, [*cost.notes, *trace.notes]),

@@ -10,6 +10,7 @@ import typer
 from tokenreduce.cli.bench import Extent, data_of, run
 from tokenreduce.cli.engines import Address, Engine, pool_maker
 from tokenreduce.cli.options import (
+    Against,
     Answer,
     BenchJson,
     Dtype,
@@ -30,7 +31,7 @@ from tokenreduce.cli.shared import quiet_bars
 __all__ = ["command"]
 
 #: Budgets where --budgets says nothing, without and with --full.
-BUDGETS = ("0.25", "0.5,0.25,0.1")
+BUDGETS = {"flops": ("0.35", "0.75,0.5,0.35"), "tokens": ("0.25", "0.5,0.25,0.1")}
 #: Questions where --limit and --full say nothing.
 QUICK = 96
 
@@ -52,8 +53,8 @@ FrameCacheSize = Annotated[
 Budgets = Annotated[
     str | None,
     typer.Option(
-        help="Shares of the visual tokens that stay, averaged over the language model's layers; 0.25 by default, "
-        "0.5,0.25,0.1 with --full."
+        help="Shares of --axis that are left; 0.35 by default, 0.75,0.5,0.35 with --full; of tokens 0.25 and "
+        "0.5,0.25,0.1."
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions to ask; 96 by default.")]
@@ -86,6 +87,7 @@ def command(
     out: RunFolder = Path("runs/video"),
     fresh: Fresh = False,
     full: Full = False,
+    axis: Against = "flops",
     as_json: BenchJson = False,
 ) -> None:
     """Video language models: accuracy by question type, tokens per frame, FLOPs, time of every part and KV cache.
@@ -95,6 +97,8 @@ def command(
     """
     data = data_of(model, data, "a JSONL file or a folder")
     extent = Extent.of(ctx)
+    if axis not in BUDGETS:
+        raise ValueError(f"--axis is one of {', '.join(BUDGETS)}, not {axis!r}")
     if frames is not None and fps is not None:
         raise ValueError("give --frames or --fps, not both")
     from tokenreduce.bench.video import VideoTask
@@ -104,9 +108,9 @@ def command(
     task = VideoTask(
         model=model, data=data, layout=layout, split=split, frames=frames, fps=fps, sampling=sampling,
         frame_cache=frame_cache, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
-        repeats=extent.repeats, max_new_tokens=max_new_tokens, few=extent.few, workers=workers,
+        repeats=extent.repeats, against=axis, max_new_tokens=max_new_tokens, few=extent.few, workers=workers,
         engine=pool_maker(engine, address, workers), stages=tuple(s.strip() for s in stage.split(",") if s.strip()),
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
     quiet_bars()
-    run(ctx, {out: task}, budgets=BUDGETS, device=place)
+    run(ctx, {out: task}, budgets=BUDGETS[axis], device=place)

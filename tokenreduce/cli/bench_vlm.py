@@ -11,6 +11,7 @@ from tokenreduce.cli.bench import Extent, data_of, run
 from tokenreduce.cli.bench_server import Concurrency, Keep, Prompt, Server, Timeout, ask_server, check_local
 from tokenreduce.cli.engines import Address, Engine, pool_maker
 from tokenreduce.cli.options import (
+    Against,
     Answer,
     BenchJson,
     Dtype,
@@ -30,7 +31,9 @@ from tokenreduce.cli.shared import quiet_bars
 __all__ = ["command"]
 
 #: Budgets where --budgets says nothing, without and with --full.
-BUDGETS = ("0.25,0.1", "0.5,0.25,0.1")
+BUDGETS = {
+    "flops": ("0.35", "0.75,0.5,0.35"), "tokens": ("0.25,0.1", "0.5,0.25,0.1"), "kv": ("0.25,0.1", "0.5,0.25,0.1"),
+}  # fmt: skip
 #: Questions where --limit and --full say nothing.
 QUICK = 180
 #: Words of the longest answer in the second world, in place of the default.
@@ -43,15 +46,12 @@ Data = Annotated[
 Budgets = Annotated[
     str | None,
     typer.Option(
-        help="Shares of the visual tokens that stay, averaged over the language model's layers; 0.25,0.1 by default, "
-        "0.5,0.25,0.1 with --full."
+        help="Shares of --axis that are left; 0.35 by default, 0.75,0.5,0.35 with --full; of tokens and kv 0.25,0.1 "
+        "and 0.5,0.25,0.1."
     ),
 ]
 #: What --axis takes, and the stages that are measured then.
-AXES = {"tokens": "projector,language,encoder", "kv": "cache"}
-Against = Annotated[
-    str, typer.Option(help="What budgets are shares of: tokens, or kv (bytes of keys and values, long answers).")
-]
+AXES = {"flops": "projector,language,encoder", "tokens": "projector,language,encoder", "kv": "cache"}
 Stages = Annotated[
     str | None,
     typer.Option(help="Stages to measure: projector,language,encoder; cache with --axis kv."),
@@ -81,7 +81,7 @@ def command(
     out: RunFolder = Path("runs/vlm"),
     fresh: Fresh = False,
     full: Full = False,
-    axis: Against = "tokens",
+    axis: Against = "flops",
     server: Server = None,
     concurrency: Concurrency = 32,
     keep: Keep = None,
@@ -91,8 +91,9 @@ def command(
 ) -> None:
     """Image language models: accuracy by question type, visual tokens, FLOPs, time to first token and KV cache.
 
-    Budgets are shares of the visual tokens, averaged over the language model's layers. With --axis kv, methods of the
-    cache stage are measured: budgets are shares of the bytes of keys and values, and answers are long. With --server
+    Budgets are shares of the FLOPs of vision encoder and prefill; with --axis tokens, of the visual tokens, averaged
+    over the language model's layers. With --axis kv, methods of the cache stage are measured: budgets are shares of the
+    bytes of keys and values, and answers are long. With --server
     the questions go to an OpenAI-compatible server: accuracy, prompt tokens, latency and throughput. A killed run
     continues where it stopped when the same command is given again.
     """
@@ -100,7 +101,7 @@ def command(
         return ask_server(ctx, QUICK)
     check_local(ctx)
     if axis not in AXES:
-        raise ValueError(f"--axis is {' or '.join(AXES)}, not {axis!r}")
+        raise ValueError(f"--axis is one of {', '.join(AXES)}, not {axis!r}")
     stages = tuple(s.strip() for s in (stage or AXES[axis]).split(",") if s.strip())
     if "cache" in stages and axis != "kv":
         raise ValueError(
@@ -122,8 +123,8 @@ def command(
     task = kind(
         model=model, data=data, split=split, limit=extent.most(QUICK), batch=batch, device=place, dtype=dtype,
         repeats=extent.repeats, max_new_tokens=max_new_tokens,
-        stages=stages, few=extent.few, workers=workers, engine=pool_maker(engine, address, workers),
+        stages=stages, against=axis, few=extent.few, workers=workers, engine=pool_maker(engine, address, workers),
     )  # fmt: skip
     extent.say(extent.cut("asking", QUICK, "question"), stages=True, as_json=as_json)
     quiet_bars()
-    run(ctx, {out: task}, budgets=BUDGETS, device=place)
+    run(ctx, {out: task}, budgets=BUDGETS[axis], device=place)

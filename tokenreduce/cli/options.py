@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "Answer", "AnyDevice", "AsJson", "BenchJson", "Classes", "Dtype", "Fresh", "Full", "Llm", "LlmDevice",
+    "Against", "Answer", "AnyDevice", "AsJson", "BenchJson", "Classes", "Dtype", "Fresh", "Full", "Llm", "LlmDevice",
     "Methods", "Reduce", "Repeats", "RunFolder", "Split", "Stage", "Workers",
 ]  # fmt: skip
 
@@ -38,6 +38,14 @@ Stage = Annotated[
 Split = Annotated[str, typer.Option(help="Part of the world to ask about.")]
 Answer = Annotated[
     int, typer.Option(min=1, help="Longest answer; the world is answered with one word, world2 with up to 64.")
+]
+Against = Annotated[
+    str,
+    typer.Option(
+        "--axis",
+        help="What budgets are shares of: flops, tokens (visual ones in the language model), or, of pictures, kv "
+        "(bytes of keys and values, long answers).",
+    ),
 ]
 RunFolder = Annotated[Path, typer.Option("--out", "-o", help="Run folder; an earlier run in it is continued.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out first.")]

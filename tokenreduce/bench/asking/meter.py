@@ -50,32 +50,37 @@ class Meter:
         self.visual = [visual_columns(runner.loaded.model, question) for question in self.probes]
         self.depth = len(describe(runner.stock).language.layers)
         self._costs: dict[tuple[Reducer, ...], Cost] = {}
+        self._dense: list[int] = []  # FLOPs of the unreduced model by probe, once counted
 
-    def spent(self, reducers: Sequence[Reducer]) -> float:
-        """Visual tokens per question, averaged over the layers of the language model."""
+    def spent(self, reducers: Sequence[Reducer], flops: bool = False) -> float:
+        """Visual tokens per question, averaged over the layers of the language model; or FLOPs per question."""
         model, totals = self.runner.loaded.model, [int(v.sum()) for v in self.visual]
         if not reducers:
-            return sum(totals) / len(totals)
+            return self.cost(()).flops if flops else sum(totals) / len(totals)
         seen: list[tuple[int, ...]] = []
+        spent: list[int] = []
         few = FEW if len(set(totals)) == 1 else len(totals)
         with patched(model, *reducers), quiet():
             for question, visual in zip(self._searched, self.visual, strict=True):
-                with record(model, flops=False) as trace:
+                with record(model, flops=flops) as trace:
                     self.runner.prefill(model, question)
                 seen.append(layers_of(trace.steps, visual, self.depth)[1])
+                spent.append(trace.flops if flops else 0)
                 if len(seen) == few and len(set(seen)) == 1 and not _ragged(trace):
                     break
+        if flops:  # questions differ in length: how much fewer those take that were asked
+            return self.cost(()).flops * sum(spent) / sum(self._dense[: len(spent)])
         return sum(map(sum, seen)) / len(seen) / self.depth
 
     def cost(self, reducers: tuple[Reducer, ...]) -> Cost:
         """What a prefill costs; counted once for each ``reducers``. The model is as before afterwards."""
         if reducers not in self._costs:
             with patched(self.runner.loaded.model, *reducers) if reducers else nullcontext():
-                self._costs[reducers] = self.count()
+                self._costs[reducers] = self.count(() if reducers else self._dense)
         return self._costs[reducers]
 
-    def count(self) -> Cost:
-        """What a prefill of the model costs as it is now, patched or not."""
+    def count(self, each: list[int] | tuple[()] = ()) -> Cost:
+        """What a prefill of the model costs as it is now, patched or not; FLOPs of every probe go into ``each``."""
         model = self.runner.loaded.model
         encoders: list[int | None] = []
         layers: list[tuple[int, ...]] = []
@@ -89,6 +94,8 @@ class Meter:
             layers.append(layers_of(trace.steps, visual, self.depth)[1])
             encoders.append(patches_left(model, question, patches_of(model, question), trace.steps))
             notes += trace.notes
+        if isinstance(each, list):
+            each[:] = flops
         n = len(layers)
         if (
             len({tuple(row[i] / row[0] for i in range(self.depth)) for row in layers if row[0]}) > 1

@@ -18,7 +18,8 @@ from tokenreduce.bench.asking.meter import Clock, Meter, clock
 from tokenreduce.bench.asking.runner import Answers, Runner
 from tokenreduce.bench.asking.served import STAGES, Served, served
 from tokenreduce.bench.asking.source import Source
-from tokenreduce.bench.task import Axis
+from tokenreduce.bench.groups import MARKS, marks
+from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.bench.vlms import DTYPES, LoadedVlm, load_vlm, pick_device
 from tokenreduce.bench.workers import Pool, PoolMaker, Workers, devices_for
 from tokenreduce.common.words import counted
@@ -27,7 +28,15 @@ from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import record
 from tokenreduce.patching import describe, patched
 
-__all__ = ["QuestionTask"]
+__all__ = ["AXES", "QuestionTask"]
+
+#: By name, what budgets may be shares of.
+AXES = {
+    "flops": FLOPS,
+    "tokens": Axis(
+        "visual_share", "visual tokens", "visual tokens, mean over the language model's layers, % of the unreduced ones"
+    ),
+}
 
 
 @dataclass
@@ -56,10 +65,12 @@ class QuestionTask(ABC):
         max_new_tokens: longest answer where answers are texts.
         stages: which methods the sweep tries; with ``few`` only :attr:`well_known` ones, besides the baselines.
         workers: processes that share the questions, each with the model; what is counted and clocked is this one's.
+        against: what budgets are shares of, one of :data:`AXES`.
         engine: makes these processes: on this machine, or on others (:mod:`tokenreduce.integrations.ray_data`).
 
-    Budgets are shares of the visual tokens, averaged over the layers of the language model: a method before it and one
-    inside it cost the same there, while the vision encoder's FLOPs are fixed. Bad settings raise ``ValueError``.
+    Budgets are shares of FLOPs of vision encoder and prefill, or of the visual tokens, averaged over the layers of the
+    language model: a method before it and one inside it cost the same there, but one inside the encoder saves more.
+    Bad settings raise ``ValueError``.
     """
 
     model: str = "world-llava"
@@ -75,6 +86,7 @@ class QuestionTask(ABC):
     stages: tuple[str, ...] = STAGES[:3]
     few: bool = False
     workers: int = 1
+    against: str = "flops"
     engine: PoolMaker = Workers
 
     name: ClassVar[str]
@@ -89,10 +101,9 @@ class QuestionTask(ABC):
     films: ClassVar[bool] = False
     #: What makes the times of a row.
     clock: ClassVar[Clock] = staticmethod(clock)
+    #: By name, what budgets may be shares of.
+    axes: ClassVar[Mapping[str, Axis]] = AXES
     metric: ClassVar[str] = "accuracy"
-    axis: ClassVar[Axis] = Axis(
-        "visual_share", "visual tokens", "visual tokens, mean over the language model's layers, % of the unreduced ones"
-    )
 
     _state: _Ready | None = field(default=None, init=False, repr=False)
     _loaded: Runner | None = field(default=None, init=False, repr=False)
@@ -109,9 +120,16 @@ class QuestionTask(ABC):
         self.stages = tuple(dict.fromkeys(self.stages))
         if not self.stages or any(s not in self.measured for s in self.stages):
             raise ValueError(f"stages are among {', '.join(self.measured)}, not {', '.join(self.stages) or 'none'}")
+        if self.against not in self.axes:
+            raise ValueError(f"against is one of {', '.join(self.axes)}, not {self.against!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
         pick_device(self.device)
+
+    @property
+    def axis(self) -> Axis:
+        """What budgets are shares of."""
+        return self.axes[self.against]
 
     @abstractmethod
     def source(self) -> Source:
@@ -120,7 +138,10 @@ class QuestionTask(ABC):
     # -- the task ------------------------------------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
         """Everything that makes two rows comparable (``workers`` only changes how fast answers come)."""
-        keys = ("model", "data", "split", "limit", "batch", "device", "dtype", "repeats", "max_new_tokens", "seed")
+        keys = (
+            "model", "data", "split", "limit", "batch", "device", "dtype", "repeats", "max_new_tokens", "seed",
+            "against",
+        )  # fmt: skip
         return {key: getattr(self, key) for key in keys}
 
     def prepare(self) -> None:
@@ -237,8 +258,8 @@ class QuestionTask(ABC):
         return [found[key] for key in sorted(found)]
 
     def spent(self, reducers: Sequence[Reducer]) -> float:
-        """Visual tokens per question, averaged over the layers of the language model: what budgets are shares of."""
-        return self.meter.spent(reducers)
+        """What budgets are shares of, per question."""
+        return self.meter.spent(reducers, self.axis == FLOPS)
 
     def flops(self, reducers: Sequence[Reducer]) -> int:
         """FLOPs of vision encoder and prefill per question: the mean over the first :attr:`probed`, each run alone."""
@@ -273,6 +294,7 @@ class QuestionTask(ABC):
             **runner.source.graded(answers.said),
             "agreement": sum(same) / len(same),
             "questions": len(answers.right),
+            MARKS: marks((item.id for item in runner.items), answers.right),
             "problems": len(runner.source.problems),
             "cache_bytes": cost.cache,
             **times,
