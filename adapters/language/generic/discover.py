@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import GenerationMixin
 
@@ -17,6 +18,8 @@ from tokenreduce.adapters.language.generic.towers import vision_in
 __all__ = ["KINDS", "discover", "parameters_of", "placeholders", "refusal"]
 
 KINDS = ("image", "video")
+#: The first release of transformers in which features are handed on in one form.
+SINCE = "5.18"
 
 
 def parameters_of(function: Any) -> tuple[str, ...]:
@@ -54,10 +57,15 @@ def discover(model: nn.Module) -> Language | None:
 
     Raises ``TypeError`` for one that cannot be reduced exactly, with the reason.
     """
-    found = _inner(model) if hasattr(GenerationMixin, "_expand_multimodal_outputs") else None
-    if found is None:  # earlier releases hand features on in forms of their own
+    found = _inner(model)
+    if found is None:
         return None
     name, inner = found
+    if not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+        raise TypeError(
+            f"{type(model).__name__} is not supported: models are found by their structure with transformers {SINCE} or "
+            f"newer, earlier releases hand features on in forms of their own; this is {transformers.__version__}"
+        )
     ids = placeholders(inner.config)
     generator = _generator(model, inner)
     why = refusal(inner, generator)

@@ -108,6 +108,13 @@ def test_refused_by_name(around: Callable[[Any], nn.Module]) -> None:
     assert not any("tokenreduce" in name for m in model.modules() for name in vars(m))
 
 
+def test_earlier_releases_are_told_apart_from_models_without_placeholders(monkeypatch) -> None:
+    monkeypatch.delattr(hf.GenerationMixin, "_expand_multimodal_outputs")
+    with pytest.raises(TypeError, match=r"VipLlavaForConditionalGeneration is not supported.*5\.18 or newer"):
+        tr.patch(vip_llava(), "divprune:keep=0.5")
+    tr.patch(hf.CLIPModel(hf.CLIPConfig(vision_config=VISION)), "tome:r=2")  # nothing else is held up
+
+
 def test_the_inner_model_alone_is_found_too() -> None:
     inner = vip_llava().model
     assert tr.describe(inner).stages == ("projector", "encoder")
