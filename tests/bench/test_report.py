@@ -232,23 +232,28 @@ def test_several_runs_and_another_metric(run: Run, tmp_path: Path) -> None:
         assert both.width == 2 * single.width
 
 
-def test_a_failing_method_does_not_flatten_the_others() -> None:
+def test_the_axis_is_linear_from_the_lowest_to_the_highest() -> None:
     from matplotlib.figure import Figure
 
-    def heights(values: list[float]) -> tuple[bool, list[float]]:
-        axes = Figure().subplots()
-        compressed = picture._scale(axes, values, values[0])
-        to_axes = axes.transData + axes.transAxes.inverted()
-        return compressed, [float(to_axes.transform((0, v))[1]) for v in values]
+    axes = Figure().subplots()
+    picture._scale(axes, [90.0, 88.0, 10.0], 100.0)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = [float(to_axes.transform((0, v))[1]) for v in (100.0, 90.0, 88.0, 10.0)]
+    assert 0 < places[3] < 0.1 < 0.9 < places[0] < 1
+    assert (places[1] - places[2]) / (places[1] - places[3]) == pytest.approx(2 / 80)
 
-    compressed, places = heights([90.0, 88.0, 85.0, 10.0])
-    assert compressed
-    assert places[0] - places[1] > 0.15  # linear would be 0.02
-    assert places == sorted(places, reverse=True)
-    assert 0 < places[-1] < places[0] < 1
-    compressed, places = heights([90.0, 88.0, 70.0])
-    assert not compressed
-    assert (places[0] - places[1]) / (places[0] - places[2]) == pytest.approx(0.1)
+
+def test_a_panel_tells_its_finding_and_standard_errors(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    run = sweep(FakeTask(), tmp_path, methods=["tome"], budgets=(0.5,))
+    axes = Figure().subplots()
+    lines = curves(run)
+    picture._panel(axes, run, lines, style(lines))
+    assert axes.get_title(loc="left").replace("\n", " ").startswith("50 % of the FLOPs: tome keeps")
+    assert len(axes.containers) == len(lines) - 1  # bars of all but the unreduced model
+    assert axes.get_yscale() == "linear"
+    assert "better" in [t.get_text() for t in axes.texts]
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fake_task import FakeTask
 from tokenreduce.bench.columns import KNOWN, cell
 from tokenreduce.bench.report import rebuild, table
 from tokenreduce.bench.sweep import sweep
-from tokenreduce.bench.times import ITSELF, consistent, speed_keys, within_noise
+from tokenreduce.bench.times import consistent, floor, speed_keys, within_noise
 from tokenreduce.measure.timing import Speedup
 
 
@@ -34,11 +34,22 @@ def test_noise_is_marked() -> None:
     assert not within_noise(speed_keys(sure))
     assert within_noise(speed_keys(unsure))
     assert within_noise({"speedup": 1.2, "speedup_low": 0.0, "speedup_high": None})  # one round
-    assert not within_noise(speed_keys(ITSELF))
     assert not within_noise({"speedup": 1.0})  # a run of an earlier version says nothing
     column = KNOWN["speedup"]
     assert cell(speed_keys(sure), column) == "1.25x"
     assert cell(speed_keys(unsure), column) == "≈1.10x"
+
+
+def test_the_floor_of_noise_is_the_unreduced_model_against_itself() -> None:
+    base = speed_keys(floor(Speedup.of([1.02, 1.03, 1.08])))
+    assert (base["speedup"], base["speedup_low"], base["speedup_high"]) == (1.0, 1.0, 1.08)
+    assert cell({"id": "unreduced", **base}, KNOWN["speedup"]) == "1.00-1.08x"
+    # Sure to be faster by its own rounds, but by less than the model differs from itself.
+    inside, beyond = (consistent(speed_keys(Speedup.of([x - 0.01, x, x + 0.01])), base) for x in (1.05, 1.2))
+    assert within_noise(inside)
+    assert not within_noise(beyond)
+    assert cell(inside, KNOWN["speedup"]) == "≈1.05x"
+    assert (beyond["speedup_noise_low"], beyond["speedup_noise_high"]) == (1.0, 1.08)
 
 
 class Timed(FakeTask):
@@ -46,7 +57,7 @@ class Timed(FakeTask):
 
     def measure(self, reducers):
         row = super().measure(reducers)
-        speedup = Speedup.of([0.9, 1.1, 1.2]) if reducers else ITSELF
+        speedup = Speedup.of([0.9, 1.1, 1.2]) if reducers else floor(Speedup.of([0.98, 1.0, 1.01]))
         return {**row, **speed_keys(speedup), "first_token_s": 0.1386 if reducers else 0.1279}
 
 
@@ -61,7 +72,7 @@ def test_a_report_never_contradicts_itself(tmp_path: Path) -> None:
     made = table(runs, 200)
     assert "≈ as fast within noise" in str(made.caption)
     shown = [str(c) for column in made.columns if str(column.header) == "speed-up" for c in column._cells]
-    assert shown[0] == "1.00x"
+    assert shown[0] == "0.98-1.01x"
     assert set(shown[1:]) == {"≈1.10x"}
     # A run that continues in another process has its reference in the file.
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)

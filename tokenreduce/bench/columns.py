@@ -9,8 +9,7 @@ from typing import Any
 
 from tokenreduce.bench.groups import MARKS
 from tokenreduce.bench.methods import TOLERANCE, UNREDUCED
-from tokenreduce.bench.names import label
-from tokenreduce.bench.picture import metric_label, percent
+from tokenreduce.bench.names import label, metric_label, percent
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.task import FLOPS, Axis
 from tokenreduce.bench.times import within_noise
@@ -108,8 +107,9 @@ COLUMNS: tuple[Column, ...] = (
            "tokens of the unreduced model's long answers that would have come, percent, with the standard error", 1),
     Column("perplexity", "perplexity", lambda v: f"{v:.3g}", "of the unreduced model's long answers", 2),
     Column("speedup", "speed-up", lambda v: f"{v:.2f}x",
-           "clock time of the stock model over this one: interleaved, median of per-round ratios; ≈ where the interval "
-           "(speedup_low, speedup_high) includes 1, so that the difference is within noise"),
+           "clock time of the stock model over this one: interleaved, median of per-round ratios; of the unreduced "
+           "model the interval of its own ratio, the floor of noise; ≈ inside that floor, and where a row's interval "
+           "(speedup_low, speedup_high) includes 1"),
     Column("first_token_s", "first token", seconds,
            "time to the first token of one question, vision encoder and prefill: the unreduced model's median, "
            "and that over the speed-up", 4),
@@ -184,6 +184,8 @@ def cell(row: dict[str, Any], column: Column, axis: Axis = FLOPS) -> str:
     if column.key == axis.key and misses(row, axis):
         return f"*{column.text(value)}"
     error = row.get(f"{column.key}_stderr")
+    if column.key == "speedup" and row.get("id") == UNREDUCED and row.get("speedup_high") is not None:
+        return f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}x"
     if column.key == "speedup" and within_noise(row):
         return f"≈{column.text(value)}"
     return column.text(value) + (f" ±{column.text(error)}" if error is not None else "")

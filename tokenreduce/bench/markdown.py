@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.columns import BY_TYPE, Column, again, cell, columns, label, notes, ordered
+from tokenreduce.bench.finding import finding
 from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.runs import Run
 from tokenreduce.common.files import write_text
@@ -42,6 +43,8 @@ def _run(run: Run, several: bool) -> list[str]:
     if again(run):
         parts.append(f"Made by `{again(run)}`; {hardware.get('cpu', 'unknown processor')}, "
                      f"{hardware.get('threads', '?')} threads.\n")  # fmt: skip
+    if said := finding(run):
+        parts.append(f"**{said}**\n")
     shown = [c for c in columns([run]) if c.key not in LEFT_OUT]
     costs = [c for c in shown if not c.key.startswith(BY_TYPE)]
     kinds = [c for c in shown if c.key.startswith(BY_TYPE)]
@@ -54,9 +57,8 @@ def _run(run: Run, several: bool) -> list[str]:
         if kinds:
             parts.append("By question type:\n")
             parts.append(_table(run, group, kinds))
-    said = notes(run)
-    if said:
-        parts.append("\n".join(f"- {line.strip()}" for line in said) + "\n")
+    if told := notes(run):
+        parts.append("\n".join(f"- {line.strip()}" for line in told) + "\n")
     return parts
 
 

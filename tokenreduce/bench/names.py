@@ -8,7 +8,19 @@ from typing import Any
 from tokenreduce.bench.methods import UNREDUCED
 from tokenreduce.core.specs import split_specs
 
-__all__ = ["label"]
+__all__ = ["label", "metric_label", "percent"]
+
+METRICS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+
+
+def metric_label(key: str) -> str:
+    """How pictures and tables call a metric."""
+    return METRICS.get(key, key.replace("_", " "))
+
+
+def percent(key: str) -> bool:
+    """Whether a metric is a fraction that is printed in percent (all of ours but raw scores named so)."""
+    return not key.endswith("_score")
 
 
 def label(row: dict[str, Any]) -> str:

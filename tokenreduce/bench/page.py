@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.bench.columns import INTERNAL, Column, again, cell, columns, compact, failure, label, notes, ordered
+from tokenreduce.bench.finding import finding
 from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.picture import need
 from tokenreduce.bench.plot import trade_axes, trade_plot
@@ -19,25 +20,30 @@ from tokenreduce.common.words import counted
 __all__ = ["write_html"]
 
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1240px;
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --soft: #555; --line: #e4e4e4; --code: #f4f4f4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --paper: #16181c; --soft: #a8a8a8; --line: #33363c; --code: #22252b; }
+  .plotly-graph-div text { fill: #c8c8c8 !important; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1240px;
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; }
 h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.lead { color: #555; margin-top: 0; }
+.lead { color: var(--soft); margin-top: 0; }
+.finding { font-size: 1.15rem; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; }
-th { text-align: right; border-bottom: 2px solid #444; padding: 3px 9px; white-space: nowrap; background: #fff; }
+th { text-align: right; border-bottom: 2px solid var(--soft); padding: 3px 9px; white-space: nowrap; }
 table.rows th { cursor: pointer; }
-td { text-align: right; padding: 2px 9px; border-bottom: 1px solid #eee; white-space: nowrap;
+td { text-align: right; padding: 2px 9px; border-bottom: 1px solid var(--line); white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th.l, td.l { text-align: left; }
 td.w { white-space: normal; }
-tr.first td { border-top: 1px solid #999; }
-tr.base td { color: #777; }
+tr.first td { border-top: 1px solid var(--soft); }
+tr.base td { color: var(--soft); }
 tr.top td { font-weight: 600; }
-tr.error td { color: #b00020; }
-pre { background: #f4f4f4; padding: .7rem 1rem; overflow-x: auto; font-size: 13px; }
+tr.error td { color: #d04050; }
+pre { background: var(--code); padding: .7rem 1rem; overflow-x: auto; font-size: 13px; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; }
 """
@@ -73,14 +79,16 @@ def write_html(runs: Sequence[Run], path: str | Path, command: str = "") -> Path
             f'<p class="lead">{_e(what or run.info.get("task", ""))}: {done}; '
             f"started {_e(run.info.get('started', '?'))}</p>"
         )
+        if said := finding(run):
+            parts.append(f'<p class="finding">{_e(said)}</p>')
         for figure in _figures(run):
             parts.append(figure.to_html(full_html=False, include_plotlyjs=not included, config={"displaylogo": False}))
             included = True
         parts.append("<h2>Rows</h2><p>Click a heading to sort. Grey rows are the baselines that every table shows.</p>")
         parts.append(_html_rows(run))
-        said = notes(run)
-        if said:
-            parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{_e(line)}</li>" for line in said) + "</ul>")
+        if told := notes(run):
+            listed = "".join(f"<li>{_e(line)}</li>" for line in told)
+            parts.append(f"<details><summary>{counted(len(told), 'note')}</summary><ul>{listed}</ul></details>")
         parts += [_html_errors(run)]
         for title, key in (("Settings", "settings"), ("Versions", "versions"), ("Hardware", "hardware")):
             if run.info.get(key):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tokenreduce.bench.finding import finding
 from tokenreduce.bench.methods import UNREDUCED, is_baseline
-from tokenreduce.bench.names import label
+from tokenreduce.bench.names import label, metric_label, percent
 from tokenreduce.bench.runs import OTHER_OUT, Run
 from tokenreduce.common.files import writing
 
-__all__ = ["COLOURS", "curves", "metric_label", "pareto", "percent", "style"]
+__all__ = ["COLOURS", "curves", "error_of", "pareto", "style"]
 
+#: Points of a text: legible when the picture is shown 400 pixels wide.
+FONT = 11
 #: Distinct at small size on white; more methods than colours start again with another marker.
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6ab02", "#56b4e9", "#7b3fb0", "#a6362c",
@@ -31,17 +33,6 @@ GREYS = {
 }
 #: By the stage in a full name, where several stages have the baseline.
 BASELINE_MARKERS = {"projector": "+", "language": "1"}
-METRICS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
-
-
-def metric_label(key: str) -> str:
-    """How pictures and tables call a metric."""
-    return METRICS.get(key, key.replace("_", " "))
-
-
-def percent(key: str) -> bool:
-    """Whether a metric is a fraction that is printed in percent (all of ours but raw scores named so)."""
-    return not key.endswith("_score")
 
 
 def need(library: str, what: str) -> Any:
@@ -75,6 +66,11 @@ def style(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
             out[name] = (COLOURS[place % len(COLOURS)], "solid", MARKERS[place // len(COLOURS) % len(MARKERS)])
             place += 1
     return out
+
+
+def error_of(row: dict[str, Any], metric: str) -> float:
+    """The standard error of a row's metric, 0 where none is known."""
+    return float(row.get(f"{metric}_stderr") or 0.0)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -120,7 +116,7 @@ def pareto(runs: Sequence[Run], path: str | Path) -> Path:
     panels = [(run, lines) for run, lines in panels if lines]
     if not panels:
         raise ValueError("there is no measured row to draw yet; run `tokenreduce bench` first")
-    figure = Figure(figsize=(8.6 * len(panels), 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.4 * len(panels), 5.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     styles = style(name for _, lines in panels for name in lines)
     for i, (run, lines) in enumerate(panels):
@@ -147,14 +143,16 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
         if top is not None and swept:
             xs, ys = [*xs, 100.0], [*ys, by * top[run.metric]]
         grey = is_baseline(name)
-        axes.plot(xs, ys, color=colour, linestyle=dashes[dash], linewidth=1.4 if grey else 1.6, zorder=2 if grey else 3,
-                  marker=marker, markersize=4.5, markevery=list(range(len(swept))))  # fmt: skip
+        axes.plot(xs, ys, color=colour, linestyle=dashes[dash], linewidth=1.4 if grey else 1.8, zorder=2 if grey else 3,
+                  marker=marker, markersize=5.5, markevery=list(range(len(swept))))  # fmt: skip
+        axes.errorbar(xs[: len(swept)], ys[: len(swept)], [by * error_of(r, run.metric) for r in swept], fmt="none",
+                      ecolor=colour, elinewidth=1, capsize=2, alpha=0.7, zorder=2)  # fmt: skip
         single = [r for r in rows if r["id"] == r["spec"]]
         axes.plot([100 * r[cost] for r in single], [by * r[run.metric] for r in single], color=colour, marker="P",
                   linestyle="none", markersize=7, zorder=4)  # fmt: skip
         for row in single:
             axes.annotate(label(row), (100 * row[cost], by * row[run.metric]), xytext=(6, -9),
-                          textcoords="offset points", fontsize=7, color=colour, zorder=6,
+                          textcoords="offset points", fontsize=FONT - 2, color=colour, zorder=6,
                           path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
         if swept:
             ends.append((name, xs[0], ys[0], colour))
@@ -163,50 +161,30 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
         axes.axhline(value, color="#202020", linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
         axes.plot([100 * top[cost]], [value], marker="*", markersize=13, color="#202020", linestyle="none", zorder=5)
         axes.annotate(f"unreduced {value:.1f}{' %' if by == 100 else ''}", (100 * top[cost], value), xytext=(2, 8),
-                      textcoords="offset points", ha="right", fontsize=8, color="#202020")  # fmt: skip
+                      textcoords="offset points", ha="right", fontsize=FONT - 1, color="#202020")  # fmt: skip
     values = [by * r[run.metric] for rows in lines.values() for r in rows]
-    compressed = _scale(axes, values, None if top is None else by * top[run.metric])
+    _scale(axes, values, 100.0 if by == 100 else max(values))
     _label(axes, ends)
     settings = run.info.get("settings", {})
-    axes.set_title(" · ".join(str(settings[k]) for k in ("model", "data") if settings.get(k)) or run.folder.name,
-                   fontsize=10, loc="left")  # fmt: skip
-    axes.set_xlabel(f"{run.axis.title} (cheaper to the left)", fontsize=9)
-    unit = ", %" if by == 100 else ""
-    axes.set_ylabel(metric_label(run.metric) + unit + (" (log scale of the drop)" if compressed else ""), fontsize=9)
-    axes.tick_params(labelsize=8)
+    what = " on ".join(str(settings[k]) for k in ("model", "data") if settings.get(k)) or run.folder.name
+    axes.set_title("\n".join([*textwrap.wrap(finding(run), 66), what]), fontsize=FONT, loc="left")
+    axes.set_xlabel(run.axis.title, fontsize=FONT)
+    axes.set_ylabel(metric_label(run.metric) + (", %" if by == 100 else ""), fontsize=FONT)
+    axes.annotate("better", (0.015, 0.985), (0.115, 0.9), xycoords="axes fraction", textcoords="axes fraction",
+                  fontsize=FONT, color="#404040", ha="center", va="center",
+                  arrowprops={"arrowstyle": "->", "color": "#404040"})  # fmt: skip
+    axes.tick_params(labelsize=FONT - 1)
     axes.grid(True, color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _scale(axes: Any, values: Sequence[float], top: float | None) -> bool:
-    """Set the limits. Where one bad method would flatten all others, the axis becomes log(1 + drop); True then."""
-    low, high = min(values), max(values)
-    if top is None or high - low <= 30:
-        room = max(high - low, 1e-6)
-        axes.set_ylim(low - 0.06 * room, high + 0.1 * room)
-        return False
-
-    def forward(y: Any) -> Any:
-        return np.sign(y - top) * np.log1p(np.abs(y - top))
-
-    def inverse(z: Any) -> Any:
-        return top + np.sign(z) * np.expm1(np.abs(z))
-
-    axes.set_yscale("function", functions=(forward, inverse))
-    ends = forward(np.array([low, high]))
-    room = ends[1] - ends[0]
-    bottom, ceiling = (float(v) for v in inverse(ends + room * np.array([-0.05, 0.1])))
-    axes.set_ylim(bottom, ceiling)
-    ticks: list[int] = []
-    for step in (20, 10, 5, 2, 1):
-        for tick in range(-(-int(low) // step) * step, int(high) + 1, step):
-            if all(abs(forward(tick) - forward(t)) > 0.055 * room for t in ticks):
-                ticks.append(tick)
-    axes.set_yticks(ticks, [str(t) for t in ticks])
-    axes.set_yticks([], minor=True)
-    return True
+def _scale(axes: Any, values: Sequence[float], top: float) -> None:
+    """A linear axis from the lowest value to ``top``."""
+    low, top = min(values), max(top, max(values))
+    room = max(top - low, 1e-6)
+    axes.set_ylim(low - 0.05 * room, top + 0.07 * room)
 
 
 def _label(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
@@ -214,12 +192,12 @@ def _label(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
     if not ends:
         return
     left = min(x for _, x, _, _ in ends)
-    room = 0.17 * (100 - left + 1)
-    names = max(0.8, 0.062 * max(len(name) for name, *_ in ends))  # full names need more than short ones
+    room = 0.22 * (100 - left + 1)
+    names = max(0.8, 0.07 * max(len(name) for name, *_ in ends))  # full names need more than short ones
     axes.set_xlim(left - (0.45 + names) * room, 100 + 0.15 * room)
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform((x, y))[1]) for _, x, y, _ in ends]
-    for (name, x, y, colour), place in zip(ends, spread(heights, 0.037, 0.02, 0.98), strict=True):
+    for (name, x, y, colour), place in zip(ends, spread(heights, 0.046, 0.02, 0.98), strict=True):
         axes.annotate(
             name,
             (x, y),
@@ -227,7 +205,7 @@ def _label(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
             textcoords=axes.get_xaxis_transform(),
             ha="right",
             va="center",
-            fontsize=8,
+            fontsize=FONT - 1,
             color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
         )

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from tokenreduce.bench.columns import cell, columns, label
 from tokenreduce.bench.methods import UNREDUCED, is_baseline
-from tokenreduce.bench.picture import curves, metric_label, need, percent, style
+from tokenreduce.bench.names import metric_label, percent
+from tokenreduce.bench.picture import curves, error_of, need, style
 from tokenreduce.bench.runs import Run
 from tokenreduce.measure.plots import CLEAR
 
@@ -110,6 +111,12 @@ def trade_plot(run: Run, against: str = "cost", *, height: int = 520, below: boo
                 mode="markers" if name == UNREDUCED else "lines+markers",
                 line={"color": colour, "dash": dash, "width": 2},
                 marker={"symbol": SYMBOLS.get(marker, "star"), "size": 14 if name == UNREDUCED else 8, "color": colour},
+                error_y={
+                    "array": [by * error_of(r, run.metric) for r in rows],
+                    "color": colour,
+                    "thickness": 1,
+                    "width": 3,
+                },
                 hovertext=hover,
                 hoverinfo="text",
             )
@@ -120,6 +127,11 @@ def trade_plot(run: Run, against: str = "cost", *, height: int = 520, below: boo
                 x=[x for x, _ in best], y=[y for _, y in best], name="Pareto front", mode="lines", hoverinfo="skip",
                 line={"color": "rgba(0,0,0,0.35)", "width": 1, "shape": "hv"},
             )
+        )  # fmt: skip
+    if axis.cheaper_left and points:
+        figure.add_annotation(
+            text="better", showarrow=True, xref="paper", yref="paper", x=0.01, y=0.99, ax=46, ay=30, arrowhead=2,
+            arrowcolor="#808080", font={"color": "#808080"},
         )  # fmt: skip
     figure.update_layout(
         template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 30, "b": 55}, xaxis_title=_e(axis.title),

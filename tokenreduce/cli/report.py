@@ -44,6 +44,7 @@ def command(
 def facts(runs: Any, files: Any) -> dict[str, Any]:
     """Rows as tables have them, notes, and the names of the files, as JSON can carry them."""
     from tokenreduce.bench.columns import label, notes, ordered
+    from tokenreduce.bench.finding import finding
 
     return {
         "runs": [
@@ -51,7 +52,7 @@ def facts(runs: Any, files: Any) -> dict[str, Any]:
                 "folder": str(run.folder), "task": run.info.get("task"), "metric": run.metric, "axis": run.axis.key,
                 "settings": run.info.get("settings", {}), "problems": run.info.get("problems") or [],
                 "rows": [{"label": label(row), **row} for row in ordered(run)], "notes": notes(run),
-                "missing": run.missing,
+                "missing": run.missing, "finding": finding(run),
             }
             for run in runs
         ],
@@ -62,6 +63,7 @@ def facts(runs: Any, files: Any) -> dict[str, Any]:
 def present(runs: Any, files: Any, apart: bool = False) -> None:
     """Table, notes and the names of the files; with ``apart`` a table for each run."""
     from tokenreduce.bench.columns import notes
+    from tokenreduce.bench.finding import finding
     from tokenreduce.bench.report import table
 
     screen = console()
@@ -76,3 +78,6 @@ def present(runs: Any, files: Any, apart: bool = False) -> None:
                 screen.say(name + line, "dim")
     for path in files.values():
         screen.say(f"wrote {path}")
+    for run in runs:
+        if said := finding(run):
+            screen.say(f"{run.folder.name}: {said}" if len(runs) > 1 else said, "bold")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tokenreduce.bench.asking.runner import Runner, quiet
 from tokenreduce.bench.asking.shared import Shared
 from tokenreduce.bench.questions import Item
-from tokenreduce.bench.times import ITSELF, speed_keys
+from tokenreduce.bench.times import floor, speed_keys
 from tokenreduce.bench.tower_clock import tower_clock
 from tokenreduce.common.words import whole
 from tokenreduce.core.reducer import Reducer
@@ -136,9 +136,10 @@ def clock(meter: Meter, reduced: bool, rounds: int) -> dict[str, float | None]:
             share = own / total
         elif reduced:
             share = None  # kernels run behind the CPU's clock
+    faster = times["stock"].against(times["this"])
     return {
         "first_token_s": times["this"].median,
-        **speed_keys(times["stock"].against(times["this"]) if reduced else ITSELF),
+        **speed_keys(faster if reduced else floor(faster)),
         "reduction_share": share,
     }
 
@@ -157,8 +158,9 @@ def tower_too(meter: Meter, reduced: bool, rounds: int) -> dict[str, float | Non
     a, b = (seconds[1 : 1 + rounds] for seconds in (stock, mine))
     if len(a) != rounds or len(b) != rounds:
         return out
-    speedup = Speedup.of(x / y for x, y in zip(a, b, strict=True)) if reduced else ITSELF
-    return {**out, "tower_s": statistics.median(b), **speed_keys(speedup, "tower_speedup")}
+    speedup = Speedup.of(x / y for x, y in zip(a, b, strict=True))
+    faster = speedup if reduced else floor(speedup)
+    return {**out, "tower_s": statistics.median(b), **speed_keys(faster, "tower_speedup")}
 
 
 def _ragged(trace: Trace) -> bool:
