@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,6 +92,18 @@ class _Slots:
         return replace(self, queries=self.queries[:, :, first:], rows=rows)
 
 
+@dataclass(frozen=True, eq=False)
+class _Told(Record):
+    """What is known of slots whatever they hold: ``visual`` (B,H,N), ``valid`` as evidence takes it, the columns ``at``
+    (B*Hkv,N), the number of real tokens ``seen`` (B,1), and what methods found of these marks."""
+
+    visual: Tensor
+    valid: Tensor | None
+    at: Tensor
+    seen: Tensor
+    marks: dict[Hashable, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Viewer:
     """Makes evidence for ``method``, which acts in a language model of ``depth`` layers; ``turning`` is its rotation,
@@ -114,20 +127,35 @@ class Viewer:
         if prefill:
             slots = slots.last_queries(self.method.query_rows())
         columns, state = call.columns, call.state.get(Running, call.index)
-        b, heads, n, _ = slots.keys.shape
+        heads, n = slots.keys.shape[1:3]
         length, total = columns.length, columns.length if prefill else forward.past + forward.new
-        visual, at = columns.is_visual(slots.columns), slots.columns.at
+        told = self._told(call, slots, total)
         rows = None if slots.queries is None else slots.queries.unflatten(1, (heads, -1)).flatten(0, 1)
         evidence = CacheEvidence(
             slots.keys.flatten(0, 1), slots.values.flatten(0, 1), queries=rows, kv_heads=heads, layer=call.index,
-            depth=self.depth, visual=_by_head(visual), valid=_valid(slots.columns), step=total - length,
-            scores=None if state is None else grown(state.scores, n), mask=slots.rows, columns=_folded(at, b, heads),
+            depth=self.depth, visual=_by_head(told.visual), valid=told.valid, step=total - length,
+            scores=None if state is None else grown(state.scores, n), mask=slots.rows, columns=told.at,
             scale=getattr(call.layer.self_attn, "scaling", None), softcap=softcap_of(call.layer.self_attn),
-            seen=columns.real_count(total), frame_of=self._frames(call, at, visual), rotary=slots.rotary,
+            seen=told.seen, frame_of=self._frames(call, slots.columns.at, told.visual), rotary=slots.rotary,
             prompt_slots=None if state is None else state.prompt_slots, memory=None if state is None else state.memory,
-            mrope=self.mrope,
+            mrope=self.mrope, marks=told.marks,
         )  # fmt: skip
-        return CacheView(evidence, ColumnIndex(_folded(at, b, heads)), slots.order)
+        return CacheView(evidence, ColumnIndex(told.at), slots.order)
+
+    def _told(self, call: LayerCall, slots: _Slots, total: int) -> _Told:
+        """What is known of ``slots``: in a prompt once for all layers behind one cut, of which no key left yet."""
+        state, key, (b, heads, n) = call.forward.state, None, slots.keys.shape[:3]
+        if call.prefill and call.index not in call.columns.held:
+            cut = call.columns.cut_at(call.index)
+            key = None if cut is None else cut.layer, heads, n, slots.order is None
+            if (known := state.get(_Told, key)) is not None:
+                return known
+        at = slots.columns.at
+        told = _Told(
+            call.columns.is_visual(slots.columns), _valid(slots.columns), _folded(at, b, heads),
+            call.columns.real_count(total),
+        )  # fmt: skip
+        return told if key is None else state.put(told, key)
 
     def _slots(self, call: LayerCall, queries: Tensor | None) -> _Slots:
         layer = call.cache.layers[call.index]

@@ -15,7 +15,7 @@ from tokenreduce.adapters.language.indices import ColumnIndex
 from tokenreduce.adapters.language.site import LayerCall
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
-from tokenreduce.core.plan import Merge, Plan
+from tokenreduce.core.plan import Merge, Plan, Prune
 from tokenreduce.core.trace import CacheStep, active
 
 __all__ = ["check_layer", "shown", "thin"]
@@ -36,7 +36,7 @@ def thin(method: CacheReducer, plan: Plan, view: CacheView, call: LayerCall) -> 
     layer, evidence = call.cache.layers[call.index], view.evidence
     before = _nbytes(layer)
     if not plan.is_identity:
-        merged = isinstance(plan, Merge) or not bool(plan.untouched().all())
+        merged = isinstance(plan, Merge) or not (isinstance(plan, Prune) or bool(plan.untouched().all()))
         keys = plan.reduce(evidence.keys) if not merged or method.merges_keys(evidence) else plan.gather(evidence.keys)
         values, heads = plan.reduce(evidence.values), (evidence.batch, evidence.kv_heads)
         layer.keys, layer.values = (t.unflatten(0, heads).contiguous() for t in (keys, values))

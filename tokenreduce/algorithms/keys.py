@@ -65,8 +65,19 @@ def left_by_prompt(evidence: CacheEvidence) -> Tensor:
 
 def covered(keep: Keep | Tensor, evidence: CacheEvidence, what: str) -> bool:
     """Whether a budget keeps all that it counts, so that nothing need be scored."""
-    among = candidates(evidence, what)
-    return bool((budget(keep, among) >= among.sum(1, keepdim=True)).all())
+
+    def all_stay() -> bool:
+        among = candidates(evidence, what)
+        return bool((_budget(keep, evidence, what) >= among.sum(1, keepdim=True)).all())
+
+    return all_stay() if isinstance(keep, Tensor) else evidence.marked(("covered", keep, what), all_stay)
+
+
+def _budget(keep: Keep | Tensor, evidence: CacheEvidence, what: str) -> Tensor:
+    """:func:`budget` of the :func:`candidates`."""
+    if isinstance(keep, Tensor):
+        return budget(keep, candidates(evidence, what))
+    return evidence.marked(("budget", keep, what), lambda: budget(keep, candidates(evidence, what)))
 
 
 def check_rows(evidence: CacheEvidence, rows: int) -> None:
@@ -114,8 +125,8 @@ def best_slots(
 ) -> Tensor:
     """(B*Hkv,N) bool: the slots that :func:`keep_best_slots` keeps; raises as it does."""
     among = candidates(evidence, what)
-    wanted = budget(keep, among)
-    stay, free = evidence.there & ~among, among
+    wanted = _budget(keep, evidence, what)
+    stay, free = evidence.marked(("others", what), lambda: evidence.there & ~among), among
     if always is not None:
         fixed = among & always
         held = fixed.sum(1, keepdim=True)

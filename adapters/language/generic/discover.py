@@ -63,8 +63,8 @@ def discover(model: nn.Module) -> Language | None:
     name, inner = found
     if not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
         raise TypeError(
-            f"{type(model).__name__} is not supported: models are found by their structure with transformers {SINCE} or "
-            f"newer, earlier releases hand features on in forms of their own; this is {transformers.__version__}"
+            f"{type(model).__name__} is not supported: models are found by their structure with transformers {SINCE} "
+            f"or newer, earlier releases hand features on in forms of their own; this is {transformers.__version__}"
         )
     ids = placeholders(inner.config)
     generator = _generator(model, inner)

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 import tokenreduce as tr
 from tokenreduce.bench.performance import fixed
 from tokenreduce.bench.performance.fixed import TINY, generate, measure, methods
+from tokenreduce.bench.performance.language_operators import count as counted
+from tokenreduce.bench.performance.prefills import shell
 from tokenreduce.bench.performance.shapes import build, prompt
 from tokenreduce.measure.operators import entered
 
@@ -90,3 +92,14 @@ def test_layers_of_a_padded_batch_share_their_mask(stage):
     count, names = entered_for_a_layer(stage, {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask})
     assert count <= (80 if stage == "cache" else 20)  # heads of a layer hold other keys than those of the next
     assert names & {"decode_mask", "held_mask"}
+
+
+def test_a_prompt_tells_what_its_layers_share_once() -> None:
+    """Which slots are there and which are visual is worked out for the first layer, and found again in the others."""
+    count = {}
+    for layers in (2, 4):
+        shape = replace(TINY, llm=(TINY.llm[0], layers, *TINY.llm[2:]))
+        stock, given = build(shape), prompt(shape)
+        model = tr.patch(shell(stock), methods(shape.visual)["cache"])
+        count[layers] = counted(model, given).prefill - counted(stock, given).prefill
+    assert (count[4] - count[2]) / 2 <= 80  # 108 where every layer does it for itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from tokenreduce.core.evidence.attention import need
 from tokenreduce.core.plan import take
 
 __all__ = ["CacheEvidence", "Rotary"]
+
+T = TypeVar("T")
 
 #: Rows of attention that are computed at once where a method sums over many of them: bounds memory, N x N never exists.
 _BLOCK = 256
@@ -66,6 +69,7 @@ class CacheEvidence:
         memory: (B*Hkv,M) what ``remember`` returned in the step before.
         rotary: rotary tables, for methods that undo a rotation.
         mrope: whether positions are places in time and image, so that keys of different places must not be averaged.
+        marks: what was found of ``visual`` and ``valid`` so far (:meth:`marked`), of another layer with the same ones.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class CacheEvidence:
         memory: Tensor | None = None,
         rotary: Rotary | None = None,
         mrope: bool = False,
+        marks: dict[Hashable, Any] | None = None,
     ) -> None:
         if keys.dim() != 3 or values.shape[:2] != keys.shape[:2]:
             raise ValueError(
@@ -109,6 +114,7 @@ class CacheEvidence:
         self._columns, self._seen, self._frame_of, self._memory = columns, seen, frame_of, memory
         self._valid = valid
         self._known: dict[Hashable, Tensor] = {}
+        self._marks = {} if marks is None else marks
         for name, given in (("attention", attention), ("queries", queries)):
             if given is not None and (given.dim() != 4 or given.shape[0] != keys.shape[0]):
                 raise ValueError(
@@ -164,27 +170,39 @@ class CacheEvidence:
             self._known[key] = compute()
         return self._known[key]
 
+    def marked(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """``compute()`` of which slots are there and which are visual, and of nothing else: it is asked once for each
+        ``key``, and once for all layers whose slots are the same."""
+        if key not in self._marks:
+            self._marks[key] = compute()
+        return self._marks[key]  # type: ignore[no-any-return]
+
     # -- which slots -----------------------------------------------------------------------------------------------
     @property
     def there(self) -> Tensor:
         """(B*Hkv,N) bool: slots that hold a token."""
+        return self.marked("there", self._there)
+
+    def _there(self) -> Tensor:
         if self._valid is None:
             return torch.ones(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device)
         return self.fold(self._valid.bool())
 
     @property
     def all_there(self) -> bool:
-        return self._valid is None or bool(self._valid.all())
+        valid = self._valid
+        return valid is None or self.marked("all", lambda: bool(valid.all()))
 
     @property
     def visual(self) -> Tensor:
         """(B*Hkv,N) bool: slots that hold visual tokens. Raises ``ValueError`` where none are marked."""
-        return self.fold(need(self._visual, "visual").bool()) & self.there
+        marks = need(self._visual, "visual")
+        return self.marked("visual", lambda: self.fold(marks.bool()) & self.there)
 
     @property
     def counts(self) -> Tensor:
         """(B*Hkv,1) slots that are there."""
-        return self.there.sum(1, keepdim=True)
+        return self.marked("counts", lambda: self.there.sum(1, keepdim=True))
 
     @property
     def columns(self) -> Tensor:
