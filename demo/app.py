@@ -63,16 +63,12 @@ def launch(
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(root / "files")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from tokenreduce.demo import overview
-
     page = build(store, root / "runs")
     _, url, public = page.launch(
         server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, show_error=True,
         max_file_size=MOST_UPLOAD, ssr_mode=False, theme=theme(), css=CSS, footer_links=[], enable_monitoring=False,
         max_threads=THREADS,
     )  # fmt: skip
-    if runs := overview.fitting(store)[0]:
-        store.warm(overview.model_of(runs[0]))
     if wait:
         # Like Ctrl-C, so that the folder is deleted then, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

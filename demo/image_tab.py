@@ -38,8 +38,8 @@ def add(store: Store, opens: Callable[..., Any]) -> None:
 def _inputs(store: Store) -> dict[str, Any]:
     first = store.images[0]
     model = gr.Dropdown(models(store.images), value=first, label="Model", elem_id="image-model", filterable=False)
-    # The page does not wait for an embedded model; what it can do is known when somebody sees the tab. One of the user's
-    # own that cannot be loaded is told at once.
+    # The page does not wait for an embedded model; what it can do is known when somebody sees the tab. An own one that
+    # cannot be loaded is told at once.
     names = store.methods(first)["encoder"] if first == store.own else list_methods(stage="encoder")
     method = method_dropdown("encoder", names, START[0], "image-method", label="Method")
     keep = keep_slider("Patch tokens left after the last layer, %", START[1], "image-keep")

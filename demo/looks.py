@@ -63,6 +63,7 @@ footer {{ display: none !important; }}
 .gradio-container {{ max-width: 1320px !important; }}
 .gallery-examples .grid-wrap {{ overflow-x: hidden; }}
 .gallery-examples .grid-container {{ grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }}
+.gallery-row, .gallery-row .grid-wrap {{ height: auto !important; min-height: 0 !important; overflow: hidden; }}
 .gallery-row .grid-container {{ grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }}
 {_TEXTS}{_TABLES}{_PLOTS}{_NARROW}"""
 

@@ -154,8 +154,8 @@ def drawn(run: Run, asked: Asked, height: int = 430) -> Any:
             trace.update(opacity=0.55)
     if whole := next((r for r in run.good if r["id"] == UNREDUCED), None):
         figure.add_annotation(
-            text=f"unreduced {_value(run, whole)}", x=100, y=100 * whole[run.metric], xanchor="right", yanchor="top",
-            yshift=-10, xshift=8, showarrow=False, font={"size": 12},
+            text=f"unreduced {_value(run, whole)}", x=100, y=100 * whole[run.metric], xanchor="right", yanchor="bottom",
+            yshift=9, xshift=8, showarrow=False, font={"size": 12},
         )  # fmt: skip
     figure.add_vline(x=100 * asked.budget, line={"color": "#808080", "width": 1.5, "dash": "dash"})
     for text, x, y in _names(run, asked.budget, chosen):

@@ -217,7 +217,7 @@ class Events:
             spec = label(row)
             if run.info.get("task") == "vlm":
                 with (yield from in_turn(self.store.turn, self._waits)):
-                    seen = asked_of(self.store.copy(name), run, row, picture, asked.question)
+                    seen = asked_of(self.store.copy(name), row, picture, asked.question)
                 yield self._computed(seen, spec)
                 return
             loaded = self.store.image(name)

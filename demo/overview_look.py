@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 
 from tokenreduce.bench.columns import in_bytes, label, seconds
-from tokenreduce.bench.runs import Run
 from tokenreduce.common.words import counted
 from tokenreduce.core.registry import parse
 from tokenreduce.demo.answers import put
@@ -61,7 +60,7 @@ def clocked(loaded: Any, seen: Seen, picture: Picture) -> Line:
     return ("time of one image", *_times(*times))
 
 
-def asked_of(loaded: Any, run: Run, row: dict[str, Any], picture: Picture, question: int) -> Seen:
+def asked_of(loaded: Any, row: dict[str, Any], picture: Picture, question: int) -> Seen:
     """A question about ``picture`` to a language model, a copy that may be patched, without and with the method of
     ``row``. Raises what :func:`~tokenreduce.measure.generation.compare` raises."""
     text, truth = picture.questions[question]

@@ -85,7 +85,7 @@ def _seen(run: Run, number: int, values: dict[str, Any]) -> dict[str, Any]:
     out["answers"] = gr.HTML(elem_id="overview-answers")
     gr.Markdown(f"{KEPT} Other pictures, held out from training:", elem_classes="hint")
     out["gallery"] = gr.Gallery(
-        [p.image for p in pictures_of(run)], show_label=False, columns=6, height=None, allow_preview=False,
+        [p.image for p in pictures_of(run)], show_label=False, columns=6, height=110, allow_preview=False,
         object_fit="contain", elem_id="overview-pictures", elem_classes="gallery-row", buttons=[], interactive=False,
     )  # fmt: skip
     return out

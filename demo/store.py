@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from typing import Any
 
@@ -58,15 +57,6 @@ class Store:
     def language(self, name: str) -> LoadedVlm:
         """A language model by one of :attr:`languages`. Raises what :func:`load_vlm` raises, and ``ValueError``."""
         return self._get(name, self.languages, lambda: _language(name, self.device))
-
-    def warm(self, name: str) -> None:
-        """Load a model in a thread of its own, before somebody asks for it, who then gets the error if there is one."""
-
-        def load() -> None:
-            with contextlib.suppress(Exception):
-                self.language(name) if name in self.languages else self.image(name)
-
-        threading.Thread(target=load, daemon=True).start()
 
     def copy(self, name: str) -> LoadedVlm:
         """:meth:`language` as a copy that may be patched; weights are shared."""

@@ -1,4 +1,4 @@
-"""What happens on the trade-off tab when a visitor does something there."""
+"""What happens on the tab Measure when a visitor does something there."""
 
 from __future__ import annotations
 

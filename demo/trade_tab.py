@@ -1,4 +1,4 @@
-"""The trade-off tab: a sweep on an embedded benchmark with a live Pareto plot, or an earlier run."""
+"""The tab Measure: a sweep on an embedded benchmark with a live Pareto plot, or an earlier run."""
 
 from __future__ import annotations
 

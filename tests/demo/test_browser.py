@@ -212,7 +212,7 @@ def test_the_embedded_model_answers_right(page) -> None:
 
 def test_a_small_sweep_runs_stops_and_comes_out_as_csv(page, files) -> None:
     page.tab("Measure")
-    page.until(lambda: page.find("trade-run").is_displayed(), "the trade-off tab")
+    page.until(lambda: page.find("trade-run").is_displayed(), "the tab Measure")
     page.choose("trade-bench", "digits-vit")
     page.until(lambda: "tome" in page.text("trade-methods"), "methods")
     page.number("trade-inputs", 50)
@@ -272,7 +272,7 @@ def test_a_second_visitor_is_told_the_place_in_the_queue(url, shots, tmp_path) -
     with visit(url, shots, tmp_path) as first, visit(url, shots, tmp_path) as second:
         for visitor in (first, second):
             visitor.tab("Measure")
-            visitor.until(lambda visitor=visitor: visitor.find("trade-run").is_displayed(), "the trade-off tab")
+            visitor.until(lambda visitor=visitor: visitor.find("trade-run").is_displayed(), "the tab Measure")
             visitor.until(lambda visitor=visitor: "tome" in visitor.text("trade-methods"), "methods")
         first.find("trade-run").click()
         first.until(lambda: re.match(r"\d+ of \d+ rows", first.text("trade-state")), "a sweep")
