@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
-from tokenreduce.bench.columns import KNOWN, Column, cell, columns, label, misses, ordered
+from tokenreduce.bench.columns import cell, columns, label, misses, ordered
 from tokenreduce.bench.finding import finding
 from tokenreduce.bench.methods import UNREDUCED, is_baseline
 from tokenreduce.bench.picture import spread
@@ -105,14 +105,9 @@ def slider_of(run: Run) -> tuple[float, float, float]:
     return tenths[-1] / 10, tenths[0] / 10, step / 10
 
 
-def snapped(run: Run, percent: float, before: float) -> float:
-    """The budget that a slider at ``percent`` means: the nearest one. One step away from the budget ``before``, where a
-    key of the arrows leads, it is the next one on that side."""
-    budgets = budgets_of(run)
-    if before in budgets and 0 < abs(percent - 100 * before) <= slider_of(run)[2] * 1.01:
-        at = budgets.index(before) + (1 if percent < 100 * before else -1)
-        return budgets[min(max(at, 0), len(budgets) - 1)]
-    return min(budgets, key=lambda b: (abs(100 * b - percent), b))
+def snapped(run: Run, percent: float) -> float:
+    """The budget that a slider at ``percent`` means: the nearest that was measured."""
+    return min(budgets_of(run), key=lambda b: (abs(100 * b - percent), b))
 
 
 def choices_at(run: Run, budget: float) -> list[tuple[str, str]]:
@@ -136,10 +131,10 @@ def headline(run: Run, budget: float) -> str:
 
 def table_at(run: Run, budget: float) -> tuple[list[str], list[list[str]]]:
     """Headers and body of the small table; the first column is the method."""
-    known = {c.key: c for c in columns([run])}
+    known, rows = {c.key: c for c in columns([run])}, rows_at(run, budget)
     keys = dict.fromkeys((run.metric, *SHOWN[:2], run.axis.key, *SHOWN[2:]))
-    shown: list[Column] = [known.get(k, KNOWN[k]) for k in keys if k in known]
-    body = [[row["method"], *(cell(row, c, run.axis) for c in shown)] for row in rows_at(run, budget)]
+    shown = [known[k] for k in keys if k in known and any(row.get(k) is not None for row in rows)]
+    body = [[row["method"], *(cell(row, c, run.axis) for c in shown)] for row in rows]
     return ["method", *(c.label for c in shown)], body
 
 

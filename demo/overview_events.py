@@ -38,22 +38,22 @@ __all__ = ["CLICKS", "Events", "Widgets", "values_of"]
 
 Updates = Iterator[dict[Any, Any]]
 
-#: A point of the plot that is clicked on goes into a field that is not seen: Gradio's plot has no such event.
+#: Who clicks on a point of the plot presses a button that is not seen: Gradio's plot has no such event.
 CLICKS = """() => {
   const told = (plot) => plot.on('plotly_click', (event) => {
     const id = event.points.map(p => p.customdata).find(Boolean);
-    const field = document.querySelector('#overview-clicked textarea, #overview-clicked input');
-    if (!id || !field) return;
-    field.value = id + ' ' + Date.now();
-    field.dispatchEvent(new Event('input', {bubbles: true}));
+    if (!id) return;
+    window.tokenreducePoint = id;
+    document.querySelector('#overview-point').click();
   });
   setInterval(() => {
     const plot = document.querySelector('#overview-plot .js-plotly-plot');
     if (plot && plot.on && !plot.dataset.told) { plot.dataset.told = 'yes'; told(plot); }
   }, 500);
 }"""
+POINT = "(_, ...values) => [window.tokenreducePoint || '', ...values]"
 #: Where the page lies, for its link: only the browser knows.
-HERE = "(...values) => [...values.slice(0, -1), location.origin + location.pathname]"
+HERE = "() => [location.origin + location.pathname]"
 #: The address follows, so that going back to the page finds what was left; what is not ours in it stays.
 ADDRESS = """(link) => {
   const to = new URL(link, location.href);
@@ -66,7 +66,7 @@ ADDRESS = """(link) => {
 @dataclass(frozen=True, eq=False)
 class Widgets:
     """What is on the tab; ``at`` (the budget) and ``picture`` (its number) are what the server keeps for a visitor;
-    ``here`` and ``clicked`` are fields that are not seen."""
+    ``here``, ``clicked`` and ``point`` are not seen."""
 
     run: gr.Dropdown
     budget: gr.Slider
@@ -86,6 +86,7 @@ class Widgets:
     link: gr.Textbox
     here: gr.Textbox
     clicked: gr.Textbox
+    point: gr.Button
     at: gr.State
     picture: gr.State
 
@@ -122,9 +123,12 @@ def values_of(run: Run, asked: Asked, here: str = "") -> dict[str, Any]:
     questions = [(text, i) for i, (text, _) in enumerate(picture.questions)]
     return {
         "run": model_of(run), "at": asked.budget, "picture": asked.picture,
-        "budget": {"minimum": least, "maximum": most, "step": step, "value": 100 * asked.budget, "label": label_},
+        "budget": {"minimum": least, "maximum": most, "step": step, "value": round(100 * asked.budget, 1), "label": label_},
         "method": {"choices": choices_at(run, asked.budget), "value": asked.method},
-        "question": {"choices": questions, "value": asked.question, "visible": run.info.get("task") == "vlm"},
+        "question": {
+            "choices": questions, "value": asked.question if questions else None,
+            "visible": run.info.get("task") == "vlm",
+        },
         "headline": headline_of(run, asked.budget),
         "plot": drawn(run, asked), "table": {"value": {"headers": heads, "data": body}},
         "python": python_of(row), "shell": shell_of(run, row, picture, asked.question),
@@ -146,13 +150,15 @@ class Events:
         seen = [on.warning, *on.computed]
         page.load(None, None, None, js=CLICKS)
         first = [
-            page.load(self.opened, [on.here], on.chosen, js=HERE, **quiet),
-            on.budget.input(self.slid, [on.budget, *on.controls], on.chosen, **follow),
+            page.load(self.opened, [on.here], [*on.chosen, on.here], js=HERE, **quiet),
+            on.budget.input(
+                self.slid, [on.budget, *on.controls], [c for c in on.chosen if c is not on.budget], **follow
+            ),
             gr.on([on.method.input, on.question.input], self.turned, on.controls, on.chosen, **follow),
             on.run.input(self.switched, [on.run, on.here], on.chosen, **follow),
             on.gallery.select(self.picked, on.controls, on.chosen, **follow),
             on.table.select(self.pointed, on.controls, on.chosen, **follow),
-            on.clicked.input(self.clicked, [on.clicked, *on.controls], on.chosen, **follow),
+            on.point.click(self.clicked, [on.clicked, *on.controls], on.chosen, js=POINT, **follow),
         ]
         then = [
             event.then(
@@ -161,22 +167,28 @@ class Events:
             for event in first
         ]  # fmt: skip
         clear_at_once([on.run.input, on.gallery.select, on.question.input], on.computed, then)
+        # Not before: what the slider is set to meanwhile would come between the digits that somebody types.
+        on.budget.release(self.settled, [on.budget, on.run], on.budget, **quiet)
         on.link.change(None, on.link, None, js=ADDRESS, **quiet)
 
     def opened(self, here: str, request: gr.Request) -> dict[Any, Any]:
-        """What the link asks for."""
+        """What the link asks for, and where the page lies."""
         try:
             query = {str(k): str(v) for k, v in dict(request.query_params).items()}
             asked, wrong = read_link([*self.runs.values()], query)
-            return {**self._chosen(asked, here, whole=True), self.on.warning: said(wrong)}
+            return {**self._chosen(asked, here, whole=True), self.on.warning: said(wrong), self.on.here: here}
         except Exception as error:
             return {self.on.warning: fault(error)}
 
     def slid(self, percent: float, *controls: Any) -> dict[Any, Any]:
         """Another budget: the nearest that was measured."""
         asked, here = self._asked(*controls)
-        budget = snapped(self.runs[asked.run], percent, asked.budget)
-        return self._at(replace(asked, budget=budget), here)
+        made = self._at(replace(asked, budget=snapped(self.runs[asked.run], percent)), here)
+        return {on: value for on, value in made.items() if on is not self.on.budget}
+
+    def settled(self, percent: float, name: str) -> float:
+        """Where the slider is put when it is let go."""
+        return round(100 * snapped(self._run(name), percent), 1)
 
     def turned(self, *controls: Any) -> dict[Any, Any]:
         return self._chosen(*self._asked(*controls))
@@ -198,10 +210,9 @@ class Events:
         known = [r["method"] for r in rows_at(self.runs[asked.run], asked.budget)]
         return self._chosen(replace(asked, method=told if told in known else BEST), here)
 
-    def clicked(self, told: str, *controls: Any) -> dict[Any, Any]:
+    def clicked(self, point: str, *controls: Any) -> dict[Any, Any]:
         """A point of the plot: its budget and method."""
         asked, here = self._asked(*controls)
-        point = told.rpartition(" ")[0]
         row = next((r for r in self.runs[asked.run].good if r["id"] == point), None)
         if row is None or row not in rows_at(self.runs[asked.run], row.get("budget") or 0.0):
             return {}
@@ -236,12 +247,12 @@ class Events:
         return self.runs[name]
 
     def _asked(
-        self, name: str, budget: float, how: str, number: int, question: int | None, here: str
+        self, name: str, budget: float, how: str, number: int, question: int | None, here: str | None
     ) -> tuple[Asked, str]:
         run = self._run(name)
         questions = the_picture(run, number).questions
         place = question if isinstance(question, int) and 0 <= question < len(questions) else 0
-        return Asked(name, budget, how, number, place), here
+        return Asked(name, budget, how, number, place), here or ""
 
     def _at(self, asked: Asked, here: str) -> dict[Any, Any]:
         """What another budget changes; a method that has no row there gives way to the best one, and that is said."""

@@ -30,7 +30,7 @@ def add(store: Store, runs: Sequence[Run], why: str, page: gr.Blocks) -> None:
     values = values_of(first, asked)
     hidden: dict[str, Any] = {
         "here": gr.Textbox(visible=False), "at": gr.State(asked.budget), "picture": gr.State(asked.picture),
-        "clicked": gr.Textbox(visible="hidden", elem_id="overview-clicked"),
+        "clicked": gr.Textbox(visible=False), "point": gr.Button(visible="hidden", elem_id="overview-point"),
     }  # fmt: skip
     with gr.Row():
         controls = _controls(runs, values)
@@ -50,7 +50,7 @@ def _controls(runs: Sequence[Run], values: dict[str, Any]) -> dict[str, Any]:
             [(title_of(r), model_of(r)) for r in runs], value=model_of(runs[0]), label="Model", elem_id="overview-run",
             filterable=False, min_width=220,
         ),
-        "budget": Slider(**values["budget"], elem_id="overview-budget", min_width=280),
+        "budget": Slider(**values["budget"], elem_id="overview-budget", min_width=280, buttons=[]),
         "method": gr.Dropdown(**values["method"], label="Method", elem_id="overview-method", min_width=220),
     }  # fmt: skip
 
