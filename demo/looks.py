@@ -36,6 +36,7 @@ _TABLES = """
 .answers td:first-child { min-width: 11rem; }
 .answers tr.r0 td { font-weight: 600; }
 .pair { width: 100%; }
+.pair td, .pair th { border-color: var(--border-color-primary) !important; }
 .pair td, .pair th { padding: 4px 8px !important; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .pair td:first-child, .pair th:first-child { min-width: 4.6rem; overflow-wrap: normal; }
 .pair td:first-child { color: var(--body-text-color-subdued); }

@@ -30,6 +30,8 @@ BEST = "best"
 SHOWN = ("hard", "found", "share", "speedup", "kv_share")
 #: So many of the best methods are named in the plot, beside the chosen one and chance.
 NAMED = 3
+#: Of the plot; they would hide what is written there, and dragging and a double click do what one needs.
+BUTTONS = ("zoom", "pan", "select", "lasso2d", "zoomIn", "zoomOut", "autoScale", "resetScale", "toImage")
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def drawn(run: Run, asked: Asked, height: int = 430) -> Any:
     # What a visitor has zoomed into stays when the slider moves.
     figure.update_layout(
         showlegend=False, uirevision=model_of(run), margin={"t": 12, "b": 45, "l": 50, "r": 10},
-        modebar={"remove": ["select", "lasso2d", "zoomIn", "zoomOut", "autoScale", "toImage"]},
+        modebar={"remove": [*BUTTONS]},
     )  # fmt: skip
     return figure
 

@@ -119,11 +119,13 @@ def values_of(run: Run, asked: Asked, here: str = "") -> dict[str, Any]:
     row, picture = row_of(run, asked), the_picture(run, asked.picture)
     heads, body = table_at(run, asked.budget)
     least, most, step = slider_of(run)
-    label_ = f"Budget: % of the unreduced {run.axis.label}"
     questions = [(text, i) for i, (text, _) in enumerate(picture.questions)]
     return {
         "run": model_of(run), "at": asked.budget, "picture": asked.picture,
-        "budget": {"minimum": least, "maximum": most, "step": step, "value": round(100 * asked.budget, 1), "label": label_},
+        "budget": {
+            "minimum": least, "maximum": most, "step": step, "value": round(100 * asked.budget, 1),
+            "label": f"Budget: % of the unreduced {run.axis.label}",
+        },
         "method": {"choices": choices_at(run, asked.budget), "value": asked.method},
         "question": {
             "choices": questions, "value": asked.question if questions else None,
@@ -193,9 +195,10 @@ class Events:
     def turned(self, *controls: Any) -> dict[Any, Any]:
         return self._chosen(*self._asked(*controls))
 
-    def switched(self, name: str, here: str) -> dict[Any, Any]:
+    def switched(self, name: str, here: str | None) -> dict[Any, Any]:
         """Another model: its budgets, methods and pictures."""
-        return self._chosen(start(self._run(name)), here, whole=True)
+        made = self._chosen(start(self._run(name)), here or "", whole=True)
+        return {**made, self.on.gallery: gr.Gallery(made[self.on.gallery], selected_index=None)}
 
     def picked(self, event: gr.SelectData, *controls: Any) -> dict[Any, Any]:
         """Another picture, with the first question about it."""

@@ -64,7 +64,10 @@ def _told(values: dict[str, Any]) -> dict[str, Any]:
 
 def _measured(values: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"plot": gr.Plot(values["plot"], show_label=False, elem_id="overview-plot")}
-    gr.Markdown(WHAT + " Click on a point or on a row to see it on the picture.", elem_classes="hint")
+    gr.Markdown(
+        WHAT + " A * marks what misses the budget. Click on a point or on a row to see it on the picture.",
+        elem_classes="hint",
+    )
     out["table"] = gr.Dataframe(
         **values["table"], elem_id="overview-rows", interactive=False, show_label=False, max_height=300, buttons=[]
     )
@@ -79,7 +82,7 @@ def _seen(run: Run, number: int, values: dict[str, Any]) -> dict[str, Any]:
             enlarged(the_picture(run, number).image), label="The picture", elem_id="overview-before", **look
         )  # fmt: skip
         after = gr.Image(label="What is left of it", elem_id="overview-after", **look)
-    out = {"before": before, "after": after}
+    out: dict[str, Any] = {"before": before, "after": after}
     out["about"] = gr.HTML(elem_id="overview-about", elem_classes="said")
     out["question"] = gr.Dropdown(**values["question"], label="Question", elem_id="overview-question", filterable=False)
     out["answers"] = gr.HTML(elem_id="overview-answers")
