@@ -114,7 +114,7 @@ class Events:
 
     def visited(self, seen: ImageComparison | None, *controls: Any) -> Updates:
         """The first visit loads the model and shows something without a click."""
-        yield {}
+        yield {self.on.warning: ""}
         if seen is None:
             yield from self.switched(*controls)
 

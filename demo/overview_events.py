@@ -218,7 +218,7 @@ class Events:
         asked, here = self._asked(*controls)
         row = next((r for r in self.runs[asked.run].good if r["id"] == point), None)
         if row is None or row not in rows_at(self.runs[asked.run], row.get("budget") or 0.0):
-            return {}
+            return {self.on.warning: gr.update()}
         return self._at(replace(asked, budget=row["budget"], method=row["method"]), here)
 
     def look(self, name: str, budget: float, how: str, number: int, question: int, here: str) -> Updates:
@@ -238,9 +238,9 @@ class Events:
             with (yield from in_turn(self.store.turn, self._waits)):
                 seen = looked_at(loaded, row, picture)
             yield self._computed(seen, spec)
-            with (yield from in_turn(self.store.turn, lambda _: {})):
+            with (yield from in_turn(self.store.turn, lambda told: {on.about: said(told)})):
                 line = clocked(loaded, seen, picture)
-            yield {on.answers: table_of([*seen.lines, line], spec)}
+            yield {on.about: said(seen.about), on.answers: table_of([*seen.lines, line], spec)}
         except Exception as error:
             yield {on.warning: fault(error), on.after: None, on.about: "", on.answers: ""}
 

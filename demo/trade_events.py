@@ -114,7 +114,7 @@ class Events:
     def stopping(self, request: gr.Request) -> dict[Any, Any]:
         on = self.on
         if not self.sweeps.runs(str(request.session_hash)):
-            return {}  # it ended just now, and has said so
+            return {on.state: gr.update()}  # it ended just now, and has said so
         told = said("stopping; a row that is being measured ends first ...")
         return {on.state: told, on.stop: gr.Button(interactive=False)}
 
