@@ -16,6 +16,8 @@ _PLOTS = """
 .js-plotly-plot .annotation-text-g .bg { fill: var(--background-fill-primary) !important; }
 .js-plotly-plot .gridlayer path { stroke: var(--border-color-primary) !important; }
 .js-plotly-plot .zerolinelayer path { stroke: var(--body-text-color-subdued) !important; }
+/* It would hide what is written there; dragging and a double click do what one needs. */
+#overview-plot .modebar { display: none !important; }
 .js-plotly-plot .modebar-group { background: transparent !important; }
 .js-plotly-plot .modebar-btn .icon path { fill: var(--body-text-color-subdued) !important; }
 .dark .js-plotly-plot :is(.scatterlayer, .barlayer, .legendlines, .legendsymbols) {

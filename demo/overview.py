@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 from tokenreduce.bench.columns import cell, columns, label, misses, ordered
 from tokenreduce.bench.finding import finding
 from tokenreduce.bench.methods import UNREDUCED, is_baseline
+from tokenreduce.bench.names import percent
 from tokenreduce.bench.picture import spread
 from tokenreduce.bench.plot import trade_plot
 from tokenreduce.bench.runs import Run
@@ -30,8 +31,6 @@ BEST = "best"
 SHOWN = ("hard", "found", "share", "speedup", "kv_share")
 #: So many of the best methods are named in the plot, beside the chosen one and chance.
 NAMED = 3
-#: Of the plot; they would hide what is written there, and dragging and a double click do what one needs.
-BUTTONS = ("zoom", "pan", "select", "lasso2d", "zoomIn", "zoomOut", "autoScale", "resetScale", "toImage")
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def drawn(run: Run, asked: Asked, height: int = 430) -> Any:
             trace.update(opacity=0.55)
     if whole := next((r for r in run.good if r["id"] == UNREDUCED), None):
         figure.add_annotation(
-            text=f"unreduced {_value(run, whole)}", x=100, y=100 * whole[run.metric], xanchor="right", yanchor="bottom",
+            text=f"unreduced {_value(run, whole)}", x=100, y=_scaled(run, whole), xanchor="right", yanchor="bottom",
             yshift=9, xshift=8, showarrow=False, font={"size": 12},
         )  # fmt: skip
     figure.add_vline(x=100 * asked.budget, line={"color": "#808080", "width": 1.5, "dash": "dash"})
@@ -160,20 +159,29 @@ def drawn(run: Run, asked: Asked, height: int = 430) -> Any:
             text=text, x=x, y=y, xanchor="left", xshift=9, showarrow=False, font={"size": 12},
             bgcolor="rgba(255,255,255,0.8)", borderpad=0,
         )  # fmt: skip
+    # Room above the lines for what is written there.
+    values = [_scaled(run, r) for r in run.good if r.get(run.metric) is not None]
+    room = max(values) - min(values) or 1.0
+    figure.update_yaxes(range=[min(values) - 0.05 * room, max(values) + 0.15 * room])
     # What a visitor has zoomed into stays when the slider moves.
     figure.update_layout(
         showlegend=False, uirevision=model_of(run), margin={"t": 12, "b": 45, "l": 50, "r": 10},
-        modebar={"remove": [*BUTTONS]},
     )  # fmt: skip
     return figure
+
+
+def _scaled(run: Run, row: dict[str, Any]) -> float:
+    """The metric of a row as the plot has it."""
+    return float(row[run.metric]) * (100.0 if percent(run.metric) else 1.0)
 
 
 def _names(run: Run, budget: float, chosen: str) -> list[tuple[str, float, float]]:
     rows = [r for r in rows_at(run, budget) if r.get(run.axis.key) is not None and not misses(r, run.axis)]
     mine = [r for r in rows if not is_baseline(r["method"])][:NAMED]
     mine += [r for r in rows if r not in mine and (r["method"] == chosen or r["method"].startswith("random"))]
-    values = [100 * r[run.metric] for r in mine]
-    places = spread(values, 5.0, min([0.0, *values]), max([100.0, *values]))
+    values, every = [_scaled(run, r) for r in mine], [_scaled(run, r) for r in run.good if run.metric in r]
+    room = max(every) - min(every)
+    places = spread(values, 0.06 * room, min(every) - 0.03 * room, max(every) + 0.1 * room)
     return [(r["method"], 100 * r[run.axis.key], y) for r, y in zip(mine, places, strict=True)]
 
 
