@@ -97,7 +97,8 @@ def _contents(wheel: Path, version: str) -> None:
     there = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tokenreduce").rglob("*.py")}
     for room in ("adapters", "demo", "video", "vision"):
         there |= {f"tokenreduce/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / room).rglob("*.py")}
-    there |= {f"tokenreduce/{f}" for f in ("py.typed", "zoo/weights/digits-vit.safetensors")}
+    data = ("py.typed", "zoo/weights/digits-vit.safetensors", "demo/stored/world-vit-2.jsonl")
+    there |= {f"tokenreduce/{f}" for f in data}
     there |= {f"tokenreduce-{version}.dist-info/{f}" for f in ("METADATA", "entry_points.txt", "licenses/LICENSE")}
     lost = sorted(there - set(names))
     need(not lost, f"the wheel lacks {lost[:5]}: is the package listed in pyproject.toml?")

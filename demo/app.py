@@ -31,18 +31,22 @@ def build(store: Any, folder: Path) -> Any:
     """The page as ``gradio.Blocks``. ``folder`` takes the runs of visitors, each in one of its own."""
     import gradio as gr
 
-    from tokenreduce.demo import ask_tab, image_tab, trade_tab
+    from tokenreduce.demo import ask_tab, image_tab, overview, overview_tab, trade_tab
 
+    runs, why = overview.fitting(store)
+    first = "overview" if runs else "image" if store.images else "ask"
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 1800), fill_width=True) as page:
         gr.Markdown(LEAD)
-        with gr.Tabs():
+        with gr.Tabs(selected=first):
+            with gr.Tab("Trade-off", id="overview"):
+                overview_tab.add(store, runs, why, page)
             if store.images:
-                with gr.Tab("Image", id="image"):
-                    image_tab.add(store, page)
+                with gr.Tab("Image", id="image") as tab:
+                    image_tab.add(store, page.load if first == "image" else tab.select)
             with gr.Tab("Ask", id="ask") as tab:
                 ask_tab.add(store, tab)
-            with gr.Tab("Trade-off", id="trade"):
-                trade_tab.add(store, page, folder)
+            with gr.Tab("Measure", id="trade") as tab:
+                trade_tab.add(store, page, tab, folder)
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     return page
 

@@ -8,13 +8,11 @@ from PIL import Image
 
 from tokenreduce.bench.columns import seconds
 from tokenreduce.bench.models import Loaded
-from tokenreduce.demo.common import (
-    literal,
-)
+from tokenreduce.demo.common import literal
 from tokenreduce.measure.image import ImageComparison
 from tokenreduce.zoo.examples import Example, digit_examples, scene2_examples, scene_examples
 
-__all__ = ["SEVERAL", "drawn", "enlarged", "examples_of", "facts", "probabilities", "thumbnails"]
+__all__ = ["SEVERAL", "drawn", "enlarged", "examples_of", "facts", "in_flops", "probabilities", "thumbnails"]
 
 #: Models whose classes do not exclude each other: their outputs are probabilities one by one.
 SEVERAL = ("world-vit", "world-vit-2")
@@ -47,7 +45,7 @@ def facts(comparison: ImageComparison, clock: tuple[Any, Any] | None, batch: int
             f"{b.tokens[-1]}",
             f"{a.tokens[-1] / b.tokens[-1]:.2f}x fewer",
         ),
-        ("FLOPs of one image", _flops(a.flops), _flops(b.flops), f"{100 * b.flops / a.flops:.1f} %"),
+        ("FLOPs of one image", in_flops(a.flops), in_flops(b.flops), f"{100 * b.flops / a.flops:.1f} %"),
     ]
     name = f"time for {batch} images"
     if clock is None:
@@ -61,7 +59,11 @@ def facts(comparison: ImageComparison, clock: tuple[Any, Any] | None, batch: int
     return "\n".join([*lines, "", *(f"Note: {literal(note)}" for note in comparison.notes)])
 
 
-def _flops(value: float) -> str:
+def in_flops(value: float) -> str:
+    """
+    >>> in_flops(1.5e9), in_flops(2.5e6)
+    ('1.50 G', '2.5 M')
+    """
     return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,13 +73,15 @@ class Events:
     def __init__(self, store: Store, widgets: Widgets) -> None:
         self.store, self.on = store, widgets
 
-    def connect(self, page: gr.Blocks) -> None:
-        """Tie the methods to the page."""
+    def connect(self, opens: Callable[..., Any]) -> None:
+        """Tie the methods to the page; ``opens`` is the event of a visitor who sees the tab."""
         on = self.on
         # A small note that runs along: it is how Gradio tells those who wait for other visitors.
         quiet: dict[str, Any] = {**HEAVY, "show_progress": "minimal", "show_progress_on": on.keep}
         runs = gr.on([on.method.input, on.keep.input, on.batch.input], self.run, on.controls, on.shown, **quiet)
-        first = page.load(self.run, on.controls, on.shown, **HEAVY, show_progress="minimal")
+        first = opens(
+            self.visited, [on.seen, *on.controls], [*on.shown, on.method, on.gallery], **HEAVY, show_progress="minimal"
+        )
         other = [on.upload.upload, on.gallery.select, on.model.input]
         clear_at_once(other, on.answers, [runs, first])
         on.upload.upload(self.uploaded, [on.upload, *on.controls], on.shown, **HEAVY)
@@ -109,6 +111,12 @@ class Events:
             yield {on.warning: "", on.table: facts(made, clock, int(n))}
         except Exception as error:
             yield {on.warning: fault(error), **on.cleared()}
+
+    def visited(self, seen: ImageComparison | None, *controls: Any) -> Updates:
+        """The first visit loads the model and shows something without a click."""
+        yield {self.on.warning: ""}
+        if seen is None:
+            yield from self.switched(*controls)
 
     def uploaded(self, path: str, name: str, *rest: Any) -> Updates:
         on = self.on

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
+from tokenreduce.core.registry import list_methods
 from tokenreduce.demo.common import Slider, keep_slider, message, method_dropdown, models
 from tokenreduce.demo.image import thumbnails
 from tokenreduce.demo.image_events import Events, Widgets
@@ -22,21 +24,24 @@ ABOUT = (
 )
 
 
-def add(store: Store, page: gr.Blocks) -> None:
-    """Build the tab inside ``page``."""
+def add(store: Store, opens: Callable[..., Any]) -> None:
+    """Build the tab; ``opens`` ties a function to the moment when a visitor first sees it."""
     states: dict[str, Any] = {"picture": gr.State(None, time_to_live=3600), "seen": gr.State(None, time_to_live=3600)}
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             inputs = _inputs(store)
         with gr.Column(scale=5, min_width=300):
             answers = _answers()
-    Events(store, Widgets(**inputs, **answers, **states, truth=gr.State(""))).connect(page)
+    Events(store, Widgets(**inputs, **answers, **states, truth=gr.State(""))).connect(opens)
 
 
 def _inputs(store: Store) -> dict[str, Any]:
     first = store.images[0]
     model = gr.Dropdown(models(store.images), value=first, label="Model", elem_id="image-model", filterable=False)
-    method = method_dropdown("encoder", store.methods(first)["encoder"], START[0], "image-method", label="Method")
+    # The page does not wait for an embedded model; what it can do is known when somebody sees the tab. An own one that
+    # cannot be loaded is told at once.
+    names = store.methods(first)["encoder"] if first == store.own else list_methods(stage="encoder")
+    method = method_dropdown("encoder", names, START[0], "image-method", label="Method")
     keep = keep_slider("Patch tokens left after the last layer, %", START[1], "image-keep")
     batch = gr.Dropdown([1, 8, 32], value=8, label="Images per timed forward", elem_id="image-batch", filterable=False)
     gr.Markdown("Examples, held out from training:", elem_classes="hint")

@@ -13,8 +13,11 @@ _PLOTS = """
 .js-plotly-plot .main-svg { background: transparent !important; }
 .js-plotly-plot .main-svg > .bg, .js-plotly-plot .legend > .bg { fill: transparent !important; }
 .js-plotly-plot :is(.xaxislayer-above, .yaxislayer-above, .infolayer) text { fill: var(--body-text-color) !important; }
+.js-plotly-plot .annotation-text-g .bg { fill: var(--background-fill-primary) !important; }
 .js-plotly-plot .gridlayer path { stroke: var(--border-color-primary) !important; }
 .js-plotly-plot .zerolinelayer path { stroke: var(--body-text-color-subdued) !important; }
+/* It would hide what is written there; dragging and a double click do what one needs. */
+#overview-plot .modebar { display: none !important; }
 .js-plotly-plot .modebar-group { background: transparent !important; }
 .js-plotly-plot .modebar-btn .icon path { fill: var(--body-text-color-subdued) !important; }
 .dark .js-plotly-plot :is(.scatterlayer, .barlayer, .legendlines, .legendsymbols) {
@@ -26,6 +29,7 @@ _TEXTS = """
 :is(.message, .said) .html-container { padding: 0 !important; }
 .message p, .said p { margin: 0; white-space: pre-line; }
 .hint p, .small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; }
+.headline { font-size: 1.2rem; font-weight: 600; line-height: 1.4; margin: 0; overflow-wrap: anywhere; }
 .asked { overflow-wrap: anywhere; margin: 0 0 .4rem; }
 """
 _TABLES = """
@@ -33,6 +37,11 @@ _TABLES = """
 .answers td, .answers th { padding: 4px 10px !important; text-align: left; }
 .answers td:first-child { min-width: 11rem; }
 .answers tr.r0 td { font-weight: 600; }
+.pair { width: 100%; }
+.pair td, .pair th { border-color: var(--border-color-primary) !important; }
+.pair td, .pair th { padding: 4px 8px !important; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.pair td:first-child, .pair th:first-child { min-width: 4.6rem; overflow-wrap: normal; }
+.pair td:first-child { color: var(--body-text-color-subdued); }
 .facts td, .facts th { word-break: normal; overflow-wrap: normal; }
 table { font-variant-numeric: tabular-nums; }
 """
@@ -40,6 +49,7 @@ table { font-variant-numeric: tabular-nums; }
 _NARROW = """
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
+  .pair td, .pair th { padding: 3px 4px !important; font-size: .8rem; }
   .facts td, .facts th { padding: 4px 5px !important; font-size: .8rem; }
   .answers, .answers thead, .answers tbody, .answers tr { border: 0 !important; padding: 0 !important; margin: 0; }
   .answers, .answers thead, .answers tbody { display: block; width: 100%; }
@@ -56,6 +66,8 @@ footer {{ display: none !important; }}
 .gradio-container {{ max-width: 1320px !important; }}
 .gallery-examples .grid-wrap {{ overflow-x: hidden; }}
 .gallery-examples .grid-container {{ grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }}
+.gallery-row, .gallery-row .grid-wrap {{ height: auto !important; min-height: 0 !important; overflow: hidden; }}
+.gallery-row .grid-container {{ grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }}
 {_TEXTS}{_TABLES}{_PLOTS}{_NARROW}"""
 
 

@@ -1,4 +1,4 @@
-"""What the trade-off tab does: sweeps on the benchmarks of a page, one after the other, and earlier runs."""
+"""What the tab Measure does: sweeps on the benchmarks of a page, one after the other, and earlier runs."""
 
 from __future__ import annotations
 

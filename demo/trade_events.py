@@ -1,4 +1,4 @@
-"""What happens on the trade-off tab when a visitor does something there."""
+"""What happens on the tab Measure when a visitor does something there."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from tokenreduce.bench.runs import Run
 from tokenreduce.demo.common import clear_at_once, fault, received, said
 from tokenreduce.demo.trade import WAITING, Sweeps, drawn, files_of, methods_of, rows_of, said_of, title_of
 
-__all__ = ["Events", "first_methods"]
+__all__ = ["FIRST", "Events", "first_methods"]
 
 Updates = Iterator[dict[Any, Any]]
+
+FIRST = "Choose methods and press Run: the plot grows row by row."
 
 
 @dataclass(frozen=True, eq=False)
 class Widgets:
-    """What is on the tab; ``held`` is the run that is shown, which the server keeps for a visitor."""
+    """What is on the tab; ``held`` (the run that is shown) and ``opened`` are what the server keeps for a
+    visitor."""
 
     bench: gr.Dropdown
     methods: gr.Dropdown
@@ -37,6 +40,7 @@ class Widgets:
     as_html: gr.DownloadButton
     table: gr.Dataframe
     held: gr.State
+    opened: gr.State
 
     @property
     def settings(self) -> list[Any]:
@@ -74,17 +78,19 @@ class Events:
     def __init__(self, sweeps: Sweeps, widgets: Widgets) -> None:
         self.sweeps, self.on = sweeps, widgets
 
-    def connect(self, page: gr.Blocks) -> None:
+    def connect(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Tie the methods to the page."""
         on = self.on
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         # Sweeps line up behind each other in `Sweeps`, which tells them their place; Gradio's own line would not.
+        visit = tab.select(self.visited, [on.opened, on.bench], [on.opened, on.warning, on.state, on.methods], **quiet)
         on.go.click(
             self.start, [*on.settings, on.against], on.shown, concurrency_id="sweep", concurrency_limit=WAITING, **quiet
         )
         # The word first: what the sweep says when it has stopped must come behind it.
         on.stop.click(self.stopping, None, [on.state, on.stop], **quiet).then(self.halt, None, None, **quiet)
         clear_at_once([on.bench.input, on.earlier.upload], [on.plot])
+        clear_at_once([on.bench.input], [], [visit])  # whose methods must not come behind those of another benchmark
         on.bench.input(self.switched, on.bench, on.shown, **quiet)
         on.against.input(self.turned, [on.held, on.against], [on.warning, on.plot], **quiet)
         on.earlier.upload(self.load, [on.earlier, on.against], on.shown, **quiet)
@@ -108,7 +114,7 @@ class Events:
     def stopping(self, request: gr.Request) -> dict[Any, Any]:
         on = self.on
         if not self.sweeps.runs(str(request.session_hash)):
-            return {}  # it ended just now, and has said so
+            return {on.state: gr.update()}  # it ended just now, and has said so
         told = said("stopping; a row that is being measured ends first ...")
         return {on.state: told, on.stop: gr.Button(interactive=False)}
 
@@ -141,6 +147,19 @@ class Events:
             yield {on.state: "", on.methods: gr.Dropdown(names, value=first_methods(names))}
         except Exception as error:
             yield {on.warning: fault(error), on.state: "", on.methods: gr.Dropdown([], value=[])}
+
+    def visited(self, before: bool, what: str | None) -> Updates:
+        """The first visit loads the model, to see what it can do."""
+        on = self.on
+        yield {on.opened: True}
+        if before or what is None:
+            return
+        try:
+            yield {on.state: said("loading the model ...")}
+            names = methods_of(self.sweeps.store, self.sweeps.known[what])
+            yield {on.state: said(FIRST), on.methods: gr.Dropdown(names, value=first_methods(names))}
+        except Exception as error:
+            yield {on.warning: fault(error), on.state: ""}
 
     def left(self, request: gr.Request) -> None:
         self.sweeps.leave(str(request.session_hash))

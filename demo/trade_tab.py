@@ -1,4 +1,4 @@
-"""The trade-off tab: a sweep on an embedded benchmark with a live Pareto plot, or an earlier run."""
+"""The tab Measure: a sweep on an embedded benchmark with a live Pareto plot, or an earlier run."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import gradio as gr
 
 from tokenreduce.demo.common import Slider, message, said
 from tokenreduce.demo.store import Store
-from tokenreduce.demo.trade import BUDGETS, Sweeps, methods_of
-from tokenreduce.demo.trade_events import Events, Widgets, first_methods
+from tokenreduce.demo.trade import BUDGETS, Sweeps
+from tokenreduce.demo.trade_events import FIRST, Events, Widgets
 
 __all__ = ["Widgets", "add"]
 
 AXES = {"flops": "FLOPs", "tokens": "tokens", "clock": "measured time"}
 
 
-def add(store: Store, page: gr.Blocks, folder: Path) -> None:
-    """Build the tab inside ``page``; runs go to ``folder``, each visitor's into one of its own."""
+def add(store: Store, page: gr.Blocks, tab: gr.Tab, folder: Path) -> None:
+    """Build the ``tab`` of ``page``; runs go to ``folder``, each visitor's into one of its own."""
     sweeps = Sweeps(store, folder)
     if not sweeps.known:
         gr.Markdown("There is no benchmark for this model: start the page with `--data FOLDER` (labelled images).")
-    held = gr.State(None, time_to_live=3600)
+    states: dict[str, Any] = {"held": gr.State(None, time_to_live=3600), "opened": gr.State(False)}
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            settings = _settings(store, sweeps.known)
+            settings = _settings(sweeps.known)
         with gr.Column(scale=5, min_width=300):
             results = _results()
-    Events(sweeps, Widgets(**settings, **results, held=held)).connect(page)
+    Events(sweeps, Widgets(**settings, **results, **states)).connect(page, tab)
 
 
-def _settings(store: Store, known: dict[str, str]) -> dict[str, Any]:
-    first = next(iter(known), None)
-    names = methods_of(store, known[first]) if first else []
+def _settings(known: dict[str, str]) -> dict[str, Any]:
     out: dict[str, Any] = {
-        "bench": gr.Dropdown(list(known), value=first, label="Benchmark", elem_id="trade-bench", filterable=False),
+        "bench": gr.Dropdown(
+            list(known), value=next(iter(known), None), label="Benchmark", elem_id="trade-bench", filterable=False
+        ),
         "methods": gr.Dropdown(
-            names, value=first_methods(names), multiselect=True, label="Methods",
+            [], value=[], multiselect=True, label="Methods",
             elem_id="trade-methods", info="random, uniform and resize are in every sweep, and the unreduced model",
         ),
         "budgets": gr.CheckboxGroup(
@@ -61,9 +61,7 @@ def _settings(store: Store, known: dict[str, str]) -> dict[str, Any]:
 def _results() -> dict[str, Any]:
     out: dict[str, Any] = {
         "warning": message("trade-message"),
-        "state": gr.HTML(
-            said("Choose methods and press Run: the plot grows row by row."), elem_id="trade-state", elem_classes="said"
-        ),
+        "state": gr.HTML(said(FIRST), elem_id="trade-state", elem_classes="said"),
         "against": gr.Radio(
             [(text, key) for key, text in AXES.items()], value="flops", label="Accuracy against",
             elem_id="trade-against",

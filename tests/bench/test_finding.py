@@ -50,3 +50,12 @@ def test_without_rows_that_can_be_compared_there_is_none() -> None:
     assert finding(_run()) == ""
     assert finding(_run(_row("random", 0.6))) == ""
     assert finding(_run(_row("tofu", 0.9, share=0.9))) == ""
+
+
+def test_it_is_about_the_budget_that_is_asked_for() -> None:
+    run = _run(_row("tofu", 0.97), _row("evit", 0.9, 0.5), _row("random", 0.5, 0.5), _row("ats", 0.9, 0.25, share=0.6))
+    assert finding(run, 0.5) == "50 % of the FLOPs: evit keeps 90.0 of 98.0 % (top-1 accuracy); random 50.0 %"
+    assert finding(run, 0.35) == finding(run)
+    assert finding(run, 0.25) == "", "its only row misses it"
+    with pytest.raises(ValueError, match=r"no row at the budget 0\.4; there are: 0\.5, 0\.35, 0\.25"):
+        finding(run, 0.4)

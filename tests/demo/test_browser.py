@@ -90,7 +90,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_first_page_shows_the_trade_without_a_click(image_tab) -> None:
+def test_the_image_tab_shows_the_trade_without_a_click(image_tab) -> None:
     assert image_tab.picture("image-before") != image_tab.picture("image-after")
     assert "FLOPs of one image" in image_tab.text("image-facts")
     assert "100%" in image_tab.text("image-reduced")
@@ -211,8 +211,8 @@ def test_the_embedded_model_answers_right(page) -> None:
 
 
 def test_a_small_sweep_runs_stops_and_comes_out_as_csv(page, files) -> None:
-    page.tab("Trade-off")
-    page.until(lambda: page.find("trade-run").is_displayed(), "the trade-off tab")
+    page.tab("Measure")
+    page.until(lambda: page.find("trade-run").is_displayed(), "the tab Measure")
     page.choose("trade-bench", "digits-vit")
     page.until(lambda: "tome" in page.text("trade-methods"), "methods")
     page.number("trade-inputs", 50)
@@ -255,7 +255,7 @@ def test_an_earlier_run_is_shown_literally_and_goes_with_the_benchmark(url, shot
     info = {"task": "vision", "metric": "top1", "settings": {"model": ODD, "data": "_d_"}, "axis": axis}
     (tmp_path / "run.json").write_text(json.dumps(info))
     with visit(url, shots, tmp_path) as page:
-        page.tab("Trade-off")
+        page.tab("Measure")
         page.upload("trade-load", tmp_path / "rows.jsonl", tmp_path / "run.json")
         page.until(lambda: page.text("trade-state") == f"{ODD} on _d_: 2 rows, 1 failed", "what it says itself")
         page.until(
@@ -271,8 +271,8 @@ def test_an_earlier_run_is_shown_literally_and_goes_with_the_benchmark(url, shot
 def test_a_second_visitor_is_told_the_place_in_the_queue(url, shots, tmp_path) -> None:
     with visit(url, shots, tmp_path) as first, visit(url, shots, tmp_path) as second:
         for visitor in (first, second):
-            visitor.tab("Trade-off")
-            visitor.until(lambda visitor=visitor: visitor.find("trade-run").is_displayed(), "the trade-off tab")
+            visitor.tab("Measure")
+            visitor.until(lambda visitor=visitor: visitor.find("trade-run").is_displayed(), "the tab Measure")
             visitor.until(lambda visitor=visitor: "tome" in visitor.text("trade-methods"), "methods")
         first.find("trade-run").click()
         first.until(lambda: re.match(r"\d+ of \d+ rows", first.text("trade-state")), "a sweep")
@@ -295,6 +295,7 @@ def test_a_second_visitor_is_told_the_place_in_the_queue(url, shots, tmp_path) -
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_plots_and_hints_can_be_read_in(theme: str, url, shots, tmp_path) -> None:
     with visit(url, shots, tmp_path, theme=theme) as visitor:
+        visitor.tab("Image")
         visitor.until(lambda: timed(visitor) and visitor.every("image-plot", ".main-svg"), "the first picture")
         visitor.shot(f"image_{theme}")
         grey = visitor.pixels("image-plot", ".js-plotly-plot").astype(int)
@@ -314,8 +315,9 @@ def test_plots_and_hints_can_be_read_in(theme: str, url, shots, tmp_path) -> Non
 
 def test_a_narrow_page_fits(url, shots, tmp_path) -> None:
     with visit(url, shots, tmp_path, width=400, height=2400) as phone:
+        phone.tab("Image")
         phone.until(lambda: timed(phone), "the first picture")
-        for tab, first in (("Image", "image-model"), ("Ask", "ask-go"), ("Trade-off", "trade-run")):
+        for tab, first in (("Image", "image-model"), ("Ask", "ask-go"), ("Measure", "trade-run")):
             phone.tab(tab)
             phone.until(lambda first=first: phone.find(first).is_displayed(), tab)
             wide, room = phone.browser.execute_script(
@@ -327,6 +329,7 @@ def test_a_narrow_page_fits(url, shots, tmp_path) -> None:
 
 def test_a_narrow_page_shows_both_reductions_and_titles_apart(url, shots, tmp_path) -> None:
     with visit(url, shots, tmp_path, width=400, height=3600) as phone:
+        phone.tab("Image")
         phone.until(lambda: timed(phone) and phone.every("image-plot", ".main-svg"), "the first picture")
         titles = phone.boxes("image-plot", ".infolayer .annotation-text, #image-plot .infolayer .annotation text")
         titles = list({(b["left"], b["top"]): b for b in titles}.values())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stored_rows
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -19,6 +20,7 @@ pytest.importorskip("plotly")
 import gradio as gr
 
 from tokenreduce.bench.turns import Turns
+from tokenreduce.demo import stored
 from tokenreduce.demo.answers import NAMES, put, reducers_from
 from tokenreduce.demo.app import build
 from tokenreduce.demo.ask import missing
@@ -199,10 +201,22 @@ def test_the_ask_tab_says_when_there_is_no_model(store, tmp_path: Path) -> None:
 
 def test_a_page_has_every_tab_and_no_public_endpoint(store, tmp_path: Path) -> None:
     page = build(store, tmp_path)
-    assert [b.label for b in page.blocks.values() if isinstance(b, gr.Tab)] == ["Image", "Ask", "Trade-off"]
+    assert [b.label for b in page.blocks.values() if isinstance(b, gr.Tab)] == ["Trade-off", "Image", "Ask", "Measure"]
     assert page.enable_queue is not False
     assert page._queue.max_size is not None
     assert not page.api_open
+
+
+def test_a_page_without_stored_rows_opens_on_another_tab_and_says_why(store, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(stored, "FOLDER", tmp_path)
+    page = build(store, tmp_path)
+    (tabs,) = (b for b in page.blocks.values() if isinstance(b, gr.Tabs))
+    assert tabs.selected == "image"
+    texts = [html.unescape(b.value or "") for b in page.blocks.values() if isinstance(b, gr.HTML)]
+    assert any("there are stored rows of no model" in text for text in texts)
+    monkeypatch.setattr(stored, "FOLDER", stored_rows.write(tmp_path / "stored"))
+    (tabs,) = (b for b in build(store, tmp_path).blocks.values() if isinstance(b, gr.Tabs))
+    assert tabs.selected == "overview"
 
 
 def test_benchmarks_and_their_methods(store) -> None:

@@ -1,4 +1,4 @@
-"""The work of the trade-off tab, without a page: sweeps of several visitors, and earlier runs."""
+"""The work of the tab Measure, without a page: sweeps of several visitors, and earlier runs."""
 
 from __future__ import annotations
 

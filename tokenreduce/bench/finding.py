@@ -1,4 +1,4 @@
-"""What a sweep found, in one sentence: the best method at the smallest budget, what it keeps, its speed, and random."""
+"""What a sweep found, in one sentence: the best method at a budget, what it keeps, its speed, and random."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from tokenreduce.bench.times import within_noise
 __all__ = ["finding"]
 
 
-def finding(run: Run) -> str:
+def finding(run: Run, budget: float | None = None) -> str:
     """For example "35 % of the FLOPs: visionzip keeps 95.0 of 98.1 % (accuracy), 1.70x faster; random 61.2 %".
 
-    "" where nothing was measured that a sentence could be about. Rows that miss their budget do not count. The best is
-    the first of those with the highest value; how many others lie within its standard error is said.
+    It is about ``budget``, one of those that the run has rows at, or about the smallest. "" where nothing was measured
+    that a sentence could be about. Rows that miss their budget do not count. The best is the first of those with the
+    highest value; how many others lie within its standard error is said. Raises ``ValueError`` for a budget that the
+    run has no row at.
     """
+    had = {r["budget"] for r in run.rows if r.get("budget") is not None and r["id"] != UNREDUCED}
+    if budget is not None and budget not in had:
+        there = ", ".join(f"{b:g}" for b in sorted(had, reverse=True)) or "none"
+        raise ValueError(f"the run has no row at the budget {budget!r}; there are: {there}")
     rows = [r for r in run.good if r.get(run.metric) is not None]
     whole = next((r for r in rows if r["id"] == UNREDUCED), None)
     swept = [r for r in rows if r.get("budget") is not None and r["id"] != UNREDUCED and not misses(r, run.axis)]
     mine = [r for r in swept if not is_baseline(r["method"])]
-    if whole is None or not mine:
-        return ""
-    budget = min(r["budget"] for r in mine)
+    if budget is None:
+        budget = min((r["budget"] for r in mine), default=None)
     mine = [r for r in mine if r["budget"] == budget]
+    if whole is None or budget is None or not mine:
+        return ""
     best = max(mine, key=lambda r: r[run.metric])
     near = [r for r in mine if r is not best and best[run.metric] - r[run.metric] <= _error(best, run.metric)]
     said = f"{100 * budget:.4g} % of the {run.axis.label}: {_name(best)} keeps {_keeps(best, whole, run.metric)}"

@@ -118,6 +118,7 @@ def trade_plot(run: Run, against: str = "cost", *, height: int = 520, below: boo
                     "width": 3,
                 },
                 hovertext=hover,
+                customdata=[r["id"] for r in rows],  # which row a click means
                 hoverinfo="text",
             )
         )

@@ -28,7 +28,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:1.")] = "auto",
     data: Annotated[
         str | None,
-        typer.Option(help="Labelled images for the trade-off tab of your own image model, as bench takes them."),
+        typer.Option(help="Labelled images for the tab Measure of your own image model, as bench takes them."),
     ] = None,
     classes: Annotated[
         str | None, typer.Option(help="Class names of your own model: a text file with one per line, or 'imagenet'.")
