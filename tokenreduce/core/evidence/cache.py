@@ -121,9 +121,9 @@ class CacheEvidence:
                     f"{name} has shape (batch * kv_heads, query heads of each, rows, ...), not {tuple(given.shape)} "
                     f"for {keys.shape[0]} rows"
                 )
-        for name, marks in (("visual", visual), ("valid", valid)):
-            if marks is not None and (marks.shape[-1] != self.n or marks.shape[0] not in (self.batch, keys.shape[0])):
-                raise ValueError(f"{name} has shape (batch, slots) {(self.batch, self.n)}, not {tuple(marks.shape)}")
+        for name, given in (("visual", visual), ("valid", valid)):
+            if given is not None and (given.shape[-1] != self.n or given.shape[0] not in (self.batch, keys.shape[0])):
+                raise ValueError(f"{name} has shape (batch, slots) {(self.batch, self.n)}, not {tuple(given.shape)}")
 
     # -- sizes -----------------------------------------------------------------------------------------------------
     @property
