@@ -16,7 +16,7 @@ from tokenreduce.zoo.world2 import IMAGE_TYPES, LONG, READING, SPLITS, scene
 
 
 def test_questions_are_of_every_type_and_long_answers_are_graded() -> None:
-    source = Pictures("world2", "test", 2 * len(IMAGE_TYPES), 0)
+    source = Pictures("world2-all", "test", 2 * len(IMAGE_TYPES), 0)
     assert [item.type for item in source.items] == 2 * list(IMAGE_TYPES)
     assert source.items[0].open().size == (224, 224)
     said = {item.id: item.answers[0] for item in source.items}
@@ -27,6 +27,14 @@ def test_questions_are_of_every_type_and_long_answers_are_graded() -> None:
     said[listed.id] = " ".join(listed.answers[0].split()[:2])
     assert 0 < source.graded(said)["elements_list"] < 1
     assert not source.read(listed, said[listed.id])[1]
+
+
+def test_questions_are_of_the_types_that_the_model_has_learned(monkeypatch) -> None:
+    card = {"learned": "colour_of, read", "accuracy": 0.97}
+    monkeypatch.setattr(weights, "read_card", lambda name, folder=None: card)
+    assert [item.type for item in Pictures("world2", "test", 4, 0).items] == ["colour_of", "read"] * 2
+    card["learned"] = ""
+    assert len({item.type for item in Pictures("world2", "test", len(IMAGE_TYPES), 0).items}) == len(IMAGE_TYPES)
 
 
 def test_questions_of_the_first_world_are_graded_as_before() -> None:

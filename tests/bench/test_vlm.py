@@ -427,7 +427,7 @@ def test_bad_models_and_data(tmp_path, monkeypatch):
         VlmTask("digits-vit", limit=2).prepare()
     with pytest.raises(ValueError, match="unknown split"):
         VlmTask(split="exam", limit=2).prepare()
-    with pytest.raises(ValueError, match="world, world2 or a JSONL file"):
+    with pytest.raises(ValueError, match="world, world2, world2-all or a JSONL file"):
         load_questions("questions.txt")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_questions(str(tmp_path / "no.jsonl"))

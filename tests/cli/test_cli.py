@@ -164,29 +164,23 @@ def test_bench_measures_reports_and_continues(tmp_path: Path, fake: list[FakeTas
     assert len(fake[3].measured) == 1 + 2 * 4
 
 
-def test_bench_vision_measures_both_embedded_models_into_folders_of_their_own(
-    tmp_path: Path, fake: list[FakeTask]
-) -> None:
+def test_bench_vision_measures_the_second_world_where_nothing_is_said(tmp_path: Path, fake: list[FakeTask]) -> None:
     first = call("bench", "vision", "--out", tmp_path, "--budgets", "0.5")
     assert first.exit_code == 0, first.output
-    assert [(t.given["model"], t.given["data"], t.given["few"]) for t in fake] == [
-        ("digits-vit", "digits", True), ("world-vit", "world", True),
-    ]  # fmt: skip
-    assert first.stdout.count("unreduced  ") == 2  # two tables
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "digits-vit", "world-vit", "rows.csv", "pareto.png", "report.html",
-    }  # fmt: skip
-    # A killed run: the second folder lost its last row, and only that is measured again.
-    rows = tmp_path / "world-vit" / "rows.jsonl"
+    assert [(t.given["model"], t.given["data"], t.given["few"]) for t in fake] == [("world-vit-2", "world2", True)]
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "rows.jsonl", "rows.csv", "pareto.png", "report.html"}
+    assert first.stdout.rstrip().splitlines()[-1].startswith("50 % of the FLOPs: ")  # the finding comes last
+    # A killed run: the folder lost its last row, and only that is measured again.
+    rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     again = call("bench", "vision", "--out", tmp_path, "--budgets", "0.5")
-    assert "6 of 6 rows are there already" in again.stdout
-    assert [len(t.measured) for t in fake[2:]] == [0, 1]
-    only = call("bench", "vision", "--data", "world", "--out", tmp_path / "world-vit", "--budgets", "0.5")
+    assert "5 of 6 rows are there already" in again.stdout
+    assert len(fake[1].measured) == 1
+    only = call("bench", "vision", "--data", "world", "--out", tmp_path / "world", "--budgets", "0.5")
     assert only.exit_code == 0, only.output
-    assert (fake[4].given["model"], fake[4].measured) == ("world-vit", [])
+    assert fake[2].given["model"] == "world-vit"
     assert not call("bench", "vision", "--full", "--out", tmp_path / "full").exit_code
-    assert [(t.given["few"], t.given["limit"]) for t in fake[5:]] == [(False, None)] * 2
+    assert [(t.given["few"], t.given["limit"]) for t in fake[3:]] == [(False, None)]
 
 
 def test_a_failing_row_is_listed_and_the_status_is_1(tmp_path: Path, fake: list[FakeTask], monkeypatch) -> None:

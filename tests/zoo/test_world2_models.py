@@ -19,7 +19,6 @@ from tokenreduce.zoo import (
     world2_batches,
     world2_lessons,
     world2_words,
-    world_llava,
     world_llava2,
     world_vit,
     world_vit2,
@@ -27,7 +26,7 @@ from tokenreduce.zoo import (
 from tokenreduce.zoo.clip_twin import clip_state, timm_state
 from tokenreduce.zoo.training import Schedule
 from tokenreduce.zoo.world2 import IMAGE_TYPES, scene
-from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF
+from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF, PLATE_OF
 from tokenreduce.zoo.world_words import EOS
 
 TINY = world2_lessons.Course(seen=40, keep=(24,), renumber=0.3, shift=0.3, long=0.5, scenes=2, questions=3)
@@ -43,7 +42,7 @@ def vit():
 @pytest.fixture(scope="module")
 def llava(vit):
     torch.manual_seed(1)
-    model = world_llava2.grown(world_llava.build())
+    model = world_llava2.build()
     model.model.vision_tower.load_state_dict(clip_state(vit.state_dict()))
     return model.eval()
 
@@ -58,7 +57,7 @@ def test_one_encoder_is_timm_clip_and_tower_bit_for_bit(vit, llava) -> None:
         layer = clip_model(x, output_hidden_states=True).hidden_states[-2][:, 1:]
         tower = llava.model.vision_tower(x, output_hidden_states=True).hidden_states[-2][:, 1:]
         assert torch.equal(layer, tower)
-        trained, whole = world_vit2.look(vit, x)
+        trained, whole, _ = world_vit2.look(vit, x)
     torch.testing.assert_close(layer, trained[:, 1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole, pooled, atol=1e-5, rtol=1e-5)
     back = timm_state(clip_state(vit.state_dict()))
@@ -103,8 +102,36 @@ def test_targets_say_what_is_in_the_picture() -> None:
         assert ranks.max() == len(s.objects) - 1
         assert int(want["count"][i]) == len(s.objects)
         assert torch.equal(want["owned"][i], torch.from_numpy(s.labels.owners.ravel() >= 0))
-    loss = world_vit2.losses(world_vit2.Pretraining(world_vit2.build())(world_vit.pixels(made.pixels)), want)
-    assert loss.isfinite()
+    model, x = world_vit2.Pretraining(world_vit2.build()), world_vit.pixels(made.pixels)
+    plain, looks = world_vit2.losses(model(x), want), world_vit2.losses(model(x, looks=True), want, looks=1.0)
+    assert plain.isfinite()
+    assert looks > plain
+
+
+def test_where_the_class_token_should_look() -> None:
+    """At places in the first layers; in the last ones at every thing and character as much, whatever its size."""
+    grid = torch.arange(784)[None]
+    owner = torch.full((1, 784), -1)
+    owner[0, :30], owner[0, 100:102], owner[0, 200:260] = 0, CHARACTER_OF, CHARACTER_OF + PLATE_OF
+    apart = -((grid // 28 - 13.5) ** 2 + (grid % 28 - 13.5) ** 2) / (2 * world_vit2.SPREAD**2)
+    early = apart.log_softmax(-1)[None, :, None].expand(world_vit2.EARLY, 1, 3, -1)
+    fair = torch.zeros(1, 784)
+    fair[0, :30], fair[0, 100:102] = 0.5 / 30, 0.5 / 2
+    alike = torch.zeros(1, 784)
+    alike[owner >= 0] = 1 / int((owner >= 0).sum())
+
+    def lost(late: torch.Tensor) -> float:
+        rows = late.clamp(min=1e-9).log()[None, :, None].expand(world_vit2.LATE, 1, 3, -1)
+        return float(world_vit2.looking(torch.cat([early, rows]), owner, grid))
+
+    assert lost(fair) == pytest.approx(0, abs=1e-4)
+    # A share by patches: 30 / 92 and 2 / 92 instead of a half each.
+    assert lost(alike) == pytest.approx(-(np.log(30 / 92) + np.log(2 / 92)) / 2 - np.log(2), rel=1e-3)
+    heads = torch.zeros(3, 784)
+    heads[0, :30], heads[1, 100:102], heads[2, 300] = 1 / 30, 0.5, 1.0  # heads may share the work
+    rows = heads.clamp(min=1e-9).log()[None, None].expand(world_vit2.LATE, 1, 3, -1)
+    assert float(world_vit2.looking(torch.cat([early, rows]), owner, grid)) == pytest.approx(np.log(1.5), rel=1e-3)
+    assert lost(fair) < float(world_vit2.looking(torch.cat([0 * early - np.log(784), rows]), owner, grid))
 
 
 # -- lessons -----------------------------------------------------------------------------------------------------------
@@ -130,9 +157,16 @@ def test_lessons_show_everything_and_point_at_what_is_said(long: float) -> None:
             said = np.flatnonzero(after >= 0)
             assert after[said[-1]] == EOS
             assert np.array_equal(asked[said[1:]], after[said[:-1]])
-            for place in np.flatnonzero((points >= 0) & (points < CHARACTER_OF)):
-                thing = s.objects[points[place]]
-                assert words[after[place]] in (thing.kind, thing.colour, "left", "right", "top", "bottom", "yes")
+            read = points[:, 1]  # where the word itself is
+            for place in np.flatnonzero((read >= 0) & (read < CHARACTER_OF)):
+                thing = s.objects[read[place]]
+                said = (thing.kind, thing.colour, "left", "right", "top", "bottom", "yes", "no")
+                assert words[after[place]] in said
+            for place in np.flatnonzero((read >= CHARACTER_OF) & (read < CELL_OF)):
+                sign, letter = divmod(int(read[place]) - CHARACTER_OF, 10)
+                assert words[after[place]] in (s.signs[sign].text[letter], s.signs[sign].colour)
+            # Nothing is looked at first that is not there.
+            assert set(points[:, 0].tolist()) <= {-1, *np.unique(s.labels.owners).tolist()}
 
 
 def test_a_lesson_is_a_function_of_its_step() -> None:
@@ -163,31 +197,33 @@ def test_packed_questions_equal_single_ones_with_fewer_key_heads(vit, llava, lon
         with torch.no_grad():
             out = llava(**inputs, output_attentions=True)
         torch.testing.assert_close(logits[0, j, : len(ids)], out.logits[0, -len(ids) :], atol=5e-3, rtol=1e-3)
-        own = out.attentions[world_llava2.POINT][0, : world_llava2.POINTERS, -len(ids) :, 1:785].mean(0)
-        torch.testing.assert_close(attended[0, j, : len(ids)], own, atol=1e-4, rtol=1e-2)
+        for k, layer in enumerate(world_llava2.POINT):
+            own = out.attentions[layer][0, : world_llava2.POINTERS, -len(ids) :, 1:785].mean(0)
+            torch.testing.assert_close(attended[0, j, : len(ids), :, k], own, atol=1e-4, rtol=1e-2)
     llava.set_attn_implementation({"text_config": "sdpa"})
 
 
 def test_pointing_is_the_share_of_attention_at_the_right_tokens() -> None:
-    made = {"owners": torch.tensor([[0, 0, 1, -1]]), "points": torch.tensor([[[0, 1, -1, 9]]])}
+    points = torch.tensor([[[0, 1, -1, 9]]])
+    made = {"owners": torch.tensor([[0, 0, 1, -1]]), "points": torch.stack([points, torch.full_like(points, -1)], -1)}
     attended = torch.tensor([[[0.25, 0.25, 0.3, 0.2], [0.0, 0.0, 0.5, 0.0], [1, 0, 0, 0], [1, 0, 0, 0]]])[:, None]
+    attended = attended[..., None].repeat(1, 1, 1, 1, 2)
     assert float(world_llava2.pointing(attended, made)) == pytest.approx(-np.log(0.5 + 1e-4), rel=1e-3)
-    none = {"owners": made["owners"], "points": torch.full((1, 1, 4), -1)}
+    # The second look counts as much, and has words of its own.
+    made["points"][0, 0, 2, 1] = 0
+    attended[0, 0, 2, :, 1] = torch.tensor([0.1, 0.1, 0.8, 0.0])
+    want = -(2 * np.log(0.5 + 1e-4) + np.log(0.2 + 1e-4)) / 3
+    assert float(world_llava2.pointing(attended, made)) == pytest.approx(want, rel=1e-3)
+    none = {"owners": made["owners"], "points": torch.full((1, 1, 4, 2), -1)}
     assert float(world_llava2.pointing(attended, none)) == 0
 
 
-def test_the_language_model_starts_as_the_first_one() -> None:
-    torch.manual_seed(2)
-    old = world_llava.build()
-    new = world_llava2.grown(old)
-    mine, theirs = (m.model.language_model for m in (new, old))
-    assert torch.equal(mine.layers[3].self_attn.q_proj.weight, theirs.layers[3].self_attn.q_proj.weight)
-    key = theirs.layers[3].self_attn.k_proj.weight
-    assert mine.config.num_key_value_heads == 2 < mine.config.num_attention_heads
-    torch.testing.assert_close(mine.layers[3].self_attn.k_proj.weight[:32], (key[:32] + key[32:64]) / 2)
-    rows = len(theirs.embed_tokens.weight)
-    assert torch.equal(mine.embed_tokens.weight[:rows], theirs.embed_tokens.weight)
-    assert new.lm_head.weight is mine.embed_tokens.weight
+def test_the_language_model_has_groups_of_query_heads(llava) -> None:
+    text = llava.config.text_config
+    assert (text.num_attention_heads, text.num_key_value_heads) == (6, 2)
+    assert llava.lm_head.weight is llava.model.language_model.embed_tokens.weight
+    assert max(world_llava2.POINT) < text.num_hidden_layers
+    assert text.num_attention_heads // text.num_key_value_heads > world_llava2.POINTERS
 
 
 @pytest.mark.slow
@@ -195,7 +231,7 @@ def test_training_goes_on_from_a_checkpoint_and_from_weights(tmp_path, vit, llav
     course = replace(TINY, long=0.5)
     stages = [world_llava2.Stage("a", Schedule(4, batch=2, lr=1e-3), course)]
     rows = []
-    train = dict(encoder=vit, start=world_llava.build(), workers=0, stages=stages, save_every=2, report=rows.append)
+    train = dict(encoder=vit, workers=0, stages=stages, save_every=2, report=rows.append)
     world_llava2.train(tmp_path / "one", **train, stop_after=0.0)
     one = world_llava2.train(tmp_path / "one", **train)
     two = world_llava2.train(tmp_path / "two", **train)

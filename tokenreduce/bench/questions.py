@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Item", "load_questions", "matches", "normalised"]
+__all__ = ["SECOND", "Item", "load_questions", "matches", "normalised"]
 
 #: What ``limit=None`` means for the generated world, which has no end.
 WORLD_QUESTIONS = 2400
+#: Questions about the second world: of the types that its model has learned, and of all.
+SECOND = ("world2", "world2-all")
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Item:
 
 
 def load_questions(data: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Item]:
-    """The questions of ``data``: ``world`` or ``world2`` (generated from the seeds of ``split``, types in turn) or a
-    JSONL file with lines ``{"image": path, "question": ..., "answer": ..., "type": ...}``.
+    """The questions of ``data``: ``world``, ``world2`` or ``world2-all`` (generated from the seeds of ``split``, types
+    in turn) or a JSONL file with lines ``{"image": path, "question": ..., "answer": ..., "type": ...}``. Of the second
+    world ``world2`` asks the types that ``world-llava-2`` has learned, ``world2-all`` every one.
 
     Paths are relative to the file; ``answer`` may list several that count; ``type`` may be left out. ``limit``
     questions are drawn by ``seed``; without a limit the file is taken whole, and a world gives 2,400.
@@ -52,10 +55,10 @@ def load_questions(data: str, split: str = "test", limit: int | None = None, see
     """
     if data == "world":
         return _world(split, WORLD_QUESTIONS if limit is None else limit, seed)
-    if data == "world2":
-        return _world2(split, WORLD_QUESTIONS if limit is None else limit, seed)
+    if data in SECOND:
+        return _world2(split, WORLD_QUESTIONS if limit is None else limit, seed, data)
     if not data.endswith((".jsonl", ".json")):
-        raise ValueError(f"questions are world, world2 or a JSONL file (questions.jsonl), not {data!r}")
+        raise ValueError(f"questions are world, world2, world2-all or a JSONL file (questions.jsonl), not {data!r}")
     items = _read(Path(data).expanduser())
     if limit is not None and limit < len(items):
         items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
@@ -72,12 +75,12 @@ def _world(split: str, questions: int, seed: int) -> list[Item]:
     return [Item(i, c.text, (c.answer,), c.type, Image.fromarray(c.about.image)) for i, c in enumerate(asked)]
 
 
-def _world2(split: str, questions: int, seed: int) -> list[Item]:
+def _world2(split: str, questions: int, seed: int, data: str) -> list[Item]:
     from PIL import Image
 
-    from tokenreduce.zoo.evaluation2 import cases
+    from tokenreduce.zoo.evaluation2 import cases, learned_types
 
-    asked = cases(split, seed, questions)
+    asked = cases(split, seed, questions, learned_types() if data == SECOND[0] else None)
     return [Item(i, c.text, (c.answer,), c.type, Image.fromarray(c.about.image)) for i, c in enumerate(asked)]
 
 

@@ -41,7 +41,10 @@ LONGEST = 64
 
 Data = Annotated[
     str | None,
-    typer.Option(help='world, world2, or a JSONL file: {"image": path, "question": ..., "answer": ..., "type": ...}.'),
+    typer.Option(
+        help="world, world2 (what world-llava-2 has learned), world2-all, or a JSONL file: "
+        '{"image": path, "question": ..., "answer": ..., "type": ...}.'
+    ),
 ]
 Budgets = Annotated[
     str | None,
@@ -62,7 +65,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Questions per forward.")]
 
 def command(
     ctx: typer.Context,
-    model: Llm = "world-llava",
+    model: Llm = "world-llava-2",
     data: Data = None,
     split: Split = "test",
     stage: Stages = None,
@@ -111,10 +114,11 @@ def command(
     data = data_of(model, data, "a JSONL file with questions")
     extent = Extent.of(ctx)
     from tokenreduce.bench.cached import CacheTask
+    from tokenreduce.bench.questions import SECOND
     from tokenreduce.bench.vlm import VlmTask
     from tokenreduce.bench.vlms import pick_device
 
-    if data == "world2" and max_new_tokens == 16:
+    if data in SECOND and max_new_tokens == 16:
         max_new_tokens = LONGEST
     place = str(pick_device(device))
     if axis == "kv" and workers > 1:

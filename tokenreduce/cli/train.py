@@ -36,6 +36,10 @@ From = Annotated[
         "default they start from the first world's.",
     ),
 ]
+Stages = Annotated[
+    str | None,
+    typer.Option(help="Only these stages of the training (world-*-2), such as named,whole; needs a folder of its own."),
+]
 #: Options whose names are not those of the arguments.
 SPELT = {"compiled": "compile", "start": "from"}
 Export = Annotated[bool, typer.Option("--export", help="Write weights and card into --out when training has ended.")]
@@ -50,6 +54,7 @@ def command(
     compiled: Compiled = False,
     encoder: Encoder = None,
     start: From = None,
+    stages: Stages = None,
     export: Export = False,
 ) -> None:
     """Train an embedded model from scratch, or continue where an earlier call stopped."""
@@ -60,20 +65,24 @@ def command(
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes is a positive number, not {minutes:g}")
     more: dict[str, Any] = {"workers": workers, "compiled": compiled or None, "encoder": encoder}
+    more["stages"] = None if stages is None else tuple(name.strip() for name in stages.split(","))
     more["start"] = weights.FOLDER if start == "embedded" else None if start is None else Path(start)
     more = {k: v for k, v in more.items() if v is not None}
     for option in more:
         if option not in lesson.takes:
             raise ValueError(f"--{SPELT.get(option, option)} is not for {name}")
+    steps = lesson.steps_of(more.get("stages"))
     folder = out or Path("runs") / f"train-{name}"
     make_folder(folder, "choose another folder with --out")
     screen = console()
     model, at = _trained(lesson, folder, screen, device=device, minutes=minutes, **more)
-    if at is not None and at < lesson.steps:
-        screen.say(f"stopped at step {at} of {lesson.steps}; the same command with more --minutes continues")
+    if at is not None and at < steps:
+        screen.say(f"stopped at step {at} of {steps}; the same command with more --minutes continues")
     if export:
         given = {"device": device, "minutes": minutes, **more, "compile": more.get("compiled", False)}
         given.pop("compiled", None)
+        if stages is not None:
+            given["stages"] = stages
         if given.pop("start", None) is not None:
             given["from"] = start
         _export(model, name, folder, screen, again(["train", name], given, {"device": "cpu", "compile": False}))
@@ -81,7 +90,8 @@ def command(
 
 def _trained(lesson: Trainable, folder: Path, screen: Screen, **settings: Any) -> tuple[Any, int | None]:
     """Train with a bar; the model, and the step that was reached in this call, None where nothing was left to do."""
-    recorded, steps = lesson.recorded(), lesson.steps
+    chosen = settings.get("stages")
+    recorded, steps = {} if chosen else lesson.recorded(), lesson.steps_of(chosen)
     last: dict[str, Any] = {}
     if found := sorted(folder.glob("checkpoint*.pt")):
         screen.say(f"continuing from {found[-1]}")

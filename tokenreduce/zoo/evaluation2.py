@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tokenreduce.patching import patched
+from tokenreduce.zoo import weights
 from tokenreduce.zoo.evaluation import Case, drawn
 from tokenreduce.zoo.world2 import IMAGE_TYPES, LETTERS, LONG, SPLITS, Score, ask, scene, score
 from tokenreduce.zoo.world2.questions import beside
 from tokenreduce.zoo.world2_words import processor
 
-__all__ = ["LONGEST", "Case", "cases", "evaluate", "size_of"]
+__all__ = ["LONGEST", "Case", "cases", "evaluate", "learned_types", "size_of"]
 
 #: Words of the longest answer, a description, with its end.
 LONGEST = 64
@@ -38,6 +40,14 @@ def cases(split: str = "test", seed: int = 0, questions: int = 400, types: Colle
         lambda name, at: scene(at, document=1.0 if name == "cell" else 0.4),
         lambda name, made, at: ask(made, at, 1, name)[0],
     )  # fmt: skip
+
+
+def learned_types(folder: Path = weights.FOLDER) -> tuple[str, ...]:
+    """The question types that the ``world-llava-2`` in ``folder`` has learned, as its card says; all without a card."""
+    if "world-llava-2" not in weights.stored(folder):
+        return IMAGE_TYPES
+    said = str(weights.read_card("world-llava-2", folder).get("learned", ""))
+    return tuple(t for t in IMAGE_TYPES if t in said.split(", ")) or IMAGE_TYPES
 
 
 def size_of(case: Case) -> int | None:

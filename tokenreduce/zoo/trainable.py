@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ TRAINABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "digits-vit": ("tokenreduce.zoo.digits", ()),
     "world-vit": ("tokenreduce.zoo.world_vit", ("workers", "compiled")),
     "world-llava": ("tokenreduce.zoo.world_llava", ("workers", "compiled", "encoder")),
-    "world-vit-2": ("tokenreduce.zoo.world_vit2", ("workers", "compiled", "start")),
-    "world-llava-2": ("tokenreduce.zoo.world_llava2", ("workers", "encoder", "start")),
+    "world-vit-2": ("tokenreduce.zoo.world_vit2", ("workers", "compiled", "start", "stages")),
+    "world-llava-2": ("tokenreduce.zoo.world_llava2", ("workers", "encoder", "start", "stages")),
 }
-#: Whose encoder a model looks with, and whose weights it starts from where none are given.
+#: Whose encoder a model looks with, and whose weights it starts from where none are given (nobody's if not here).
 ENCODERS = {"world-llava": "world-vit", "world-llava-2": "world-vit-2"}
-STARTS = {"world-vit-2": "world-vit", "world-llava-2": "world-llava"}
+STARTS = {"world-vit-2": "world-vit"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Trainable:
     """A model that can be trained again. ``takes`` are the words besides ``device`` and ``minutes`` that :meth:`train`
     takes for it: ``workers`` (processes that make training data), ``compiled`` (through ``torch.compile``), ``encoder``
     (folder of an exported world-vit or world-vit-2), ``start`` (folder of exported weights of this model to go on
-    from, :data:`.weights.FOLDER` for the embedded ones)."""
+    from, :data:`.weights.FOLDER` for the embedded ones), ``stages`` (names of those to go through, instead of all)."""
 
     name: str
     module: str
@@ -42,9 +42,21 @@ class Trainable:
     @property
     def steps(self) -> int:
         """Steps of the whole training, over all stages."""
-        module = importlib.import_module(self.module)
-        stages = getattr(module, "STAGES", None)
-        return int(module.SCHEDULE.steps if stages is None else sum(s.schedule.steps for s in stages))
+        return self.steps_of(None)
+
+    def steps_of(self, stages: Sequence[str] | None) -> int:
+        """Steps of ``stages``, of all where it is None. Raises ``ValueError`` for a name that is none of them."""
+        if stages is None and not hasattr(importlib.import_module(self.module), "STAGES"):
+            return int(importlib.import_module(self.module).SCHEDULE.steps)
+        return int(sum(s.schedule.steps for s in self._stages(stages)))
+
+    def _stages(self, names: Sequence[str] | None) -> tuple[Any, ...]:
+        all_ = importlib.import_module(self.module).STAGES
+        known = {s.name: s for s in all_}
+        for name in names or ():
+            if name not in known:
+                raise ValueError(f"{self.name} has no stage {name!r}; its stages: {', '.join(known)}")
+        return tuple(all_ if names is None else (known[name] for name in names))
 
     def recorded(self) -> dict[int, tuple[float, float]]:
         """By step, loss and accuracy that the card of the embedded weights tells of their own training."""
@@ -68,11 +80,13 @@ class Trainable:
         strange = [word for word in more if word not in self.takes]
         if strange:
             raise ValueError(f"{self.name} takes no {strange[0]}; it takes: {', '.join(self.takes) or 'nothing more'}")
+        if more.get("stages") is not None:
+            more["stages"] = self._stages(more["stages"])
         for word, name in (("encoder", ENCODERS.get(self.name)), ("start", STARTS.get(self.name))):
-            if word in self.takes and name is not None:
-                given = more.get(word)
-                other = name if given is None or word == "encoder" else self.name
-                more[word] = zoo.load(str(other), folder=given or weights.FOLDER).model
+            given = more.pop(word, None)
+            other = name if given is None or word == "encoder" else self.name
+            if word in self.takes and other is not None:
+                more[word] = zoo.load(other, folder=given or weights.FOLDER).model
         module = importlib.import_module(self.module)
         model: nn.Module = module.train(folder, device=device, stop_after=minutes, report=report, **more)
         return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +12,13 @@ from tokenreduce.zoo.world2.scenes import Scene, scene
 from tokenreduce.zoo.world2.vocabulary import TEXTURES
 from tokenreduce.zoo.world_batches import seeds
 
-__all__ = ["Sights", "choose", "ranks", "sights"]
+__all__ = ["FEW", "FULL", "SPARSE", "Sights", "choose", "ranks", "sights"]
 
 #: Scenes that teach the encoder hold much, because everything in them is supervision; a quarter are as others are.
-FULL = dict(objects=(2, 8), signs=(4, 8), document=0.6)
-SPARSE = dict(objects=(3, 10), signs=(1, 3), document=0.3)
+FULL: dict[str, Any] = dict(objects=(2, 8), signs=(4, 8), document=0.6)
+SPARSE: dict[str, Any] = dict(objects=(3, 10), signs=(1, 3), document=0.3)
+#: What the classifier is asked about. Where nearly every character occurs, naming them teaches nothing.
+FEW: dict[str, Any] = dict(objects=(3, 6), signs=(1, 2), document=0.0)
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,13 @@ def choose(owned: np.ndarray, kept: int, rng: np.random.Generator, blind: bool =
     return np.sort(np.argsort(-score, -1)[..., :kept], -1)
 
 
-def sights(step: int, *, batch: int, seed: int, split: str = "train") -> Sights:
-    """``batch`` labelled pictures."""
+def sights(
+    step: int, *, batch: int, seed: int, split: str = "train",
+    scenes: Sequence[dict[str, Any]] = (SPARSE, FULL, FULL, FULL),
+) -> Sights:  # fmt: skip
+    """``batch`` labelled pictures, of each of ``scenes`` (settings of :func:`.scene`) in turn."""
     rng = np.random.default_rng((22, seed, step))
-    made = [scene(s, **(SPARSE if i % 4 == 0 else FULL)) for i, s in enumerate(seeds(split, batch, rng))]  # type: ignore[arg-type]
+    made = [scene(s, **scenes[i % len(scenes)]) for i, s in enumerate(seeds(split, batch, rng))]
     return Sights(
         np.stack([m.image for m in made]), np.stack([labels(m) for m in made]),
         np.array([TEXTURES.index(m.background) for m in made]), np.array([len(m.objects) for m in made]),

@@ -3,6 +3,7 @@ shows, and at which token every word of an answer is read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,8 @@ from tokenreduce.zoo.world_words import EOS, PAD
 __all__ = ["SHOWN", "Course", "Lesson", "lesson", "pointers"]
 
 N = GRID * GRID
-#: Words that a token can show: what it is, its colour, left/right, top/bottom, and two places (on a sign, in a table).
+#: Words that a token can show: what it is, its colour, left/right, top/bottom, and two places (on a sign, in a table;
+#: of a thing its number from the left).
 SHOWN = 6
 _KINDS, _COLOURS, _CHARACTERS, _ORDINALS, _NUMBERS = (
     np.array([IDS[w] for w in words]) for words in (KINDS, COLOURS, CHARACTERS, ORDINALS, NUMBERS)
@@ -60,8 +62,9 @@ class Lesson:
 
     ``pixels`` (B,224,224,3) uint8; ``seen`` (B,S) patches; ``keep`` (B,K) indices into ``seen``; ``positions`` (B,1+K)
     of ``<bos>`` and the tokens, ``text`` (B,) of the first word; ``words`` (B,Q,T); ``next`` (B,Q,T) the word that
-    should come behind, -1 inside a question; ``points`` (B,Q,T) owner of the token at which that word is read, -1 for
-    none; ``types`` Q names per sample; ``shows`` (B,K,6) word ids, -1 for none; ``owners`` (B,K).
+    should come behind, -1 inside a question; ``points`` (B,Q,T,2) owners of the tokens that lead to that word and at
+    which it is read, -1 for none; ``types`` Q names per sample; ``shows`` (B,K,6) word ids, -1 for none; ``owners``
+    (B,K).
     """
 
     pixels: np.ndarray
@@ -139,7 +142,7 @@ def _rows(made: list[Scene], asked: list[list[Question]]) -> tuple[np.ndarray, n
     most = max(len(a) + len(b) for row in texts for a, b in row)
     most = -(-most // 4) * 4
     words = np.full((len(made), len(asked[0]), most), PAD)
-    after, points = np.full((2, *words.shape), -1)
+    after, points = np.full(words.shape, -1), np.full((*words.shape, 2), -1)
     for i, (m, row) in enumerate(zip(made, asked, strict=True)):
         for j, question in enumerate(row):
             ask_, said = texts[i][j]
@@ -150,36 +153,49 @@ def _rows(made: list[Scene], asked: list[list[Question]]) -> tuple[np.ndarray, n
     return words, after, points
 
 
-def pointers(made: Scene, question: Question) -> list[int]:
-    """Owner (see :data:`~.scenes.CHARACTER_OF`) at which each word of the answer can be read, -1 for none."""
+def pointers(made: Scene, question: Question) -> list[tuple[int, int]]:
+    """For each word of the answer two owners (see :data:`~.scenes.CHARACTER_OF`), -1 for none: where to look first
+    (the thing that the question names, or what was said before) and where the word can be read."""
     words = question.text.split()
-    last, n = words[-1], len(question.answer.split())
-    if question.type in ("colour_of", "side"):
-        return [i for i, t in enumerate(made.objects) if t.kind == last]
-    if question.type == "kind_of":
-        return [i for i, t in enumerate(made.objects) if t.colour == last]
-    if question.type == "exist":
-        return [next((i for i, t in enumerate(made.objects) if [t.colour, t.kind] == words[-2:]), -1)]
-    if question.type in ("at_kind", "at_colour"):
-        return [_in_quarter(made, words[-2] == "top", words[-1] == "left")]
-    if question.type == "other_kind":
-        own = next(t for t in made.objects if t.kind == last)
-        return [i for i, t in enumerate(made.objects) if t is not own and t.colour == own.colour]
-    if question.type in ("read", "letter"):
-        i = next(i for i, s in enumerate(made.signs) if s.colour == last)
-        first = ORDINALS.index(words[3]) if question.type == "letter" else 0
-        return [CHARACTER_OF + 10 * i + first + j for j in range(n)]
-    if question.type == "where_read":
-        sign = beside(made, next(t for t in made.objects if t.kind == last))
-        i = made.signs.index(sign)  # type: ignore[arg-type]
-        return [CHARACTER_OF + 10 * i + j for j in range(n)]
-    if question.type == "cell":
-        return [CELL_OF + 3 * (NUMBERS.index(words[4]) - 1) + NUMBERS.index(words[6]) - 1]
-    if question.type == "list":
-        return [i for i in range(len(made.objects)) for _ in range(2)]
-    if question.type == "describe":
-        return _described(made, n)
-    return [-1] * n
+    n = len(question.answer.split())
+    if question.type in _LEADS:
+        return _LEADS[question.type](made, words, n)
+    there = _THERE[question.type](made, words) if question.type in _THERE else -1
+    return [(there, there)] * n
+
+
+def _called(made: Scene, kind: str) -> int:
+    return next(i for i, t in enumerate(made.objects) if t.kind == kind)
+
+
+def _sign(made: Scene, colour: str) -> int:
+    return next(i for i, s in enumerate(made.signs) if s.colour == colour)
+
+
+def _one(made: Scene, **what: str) -> int:
+    """The first thing of this kind and colour, -1 for none."""
+    return next((i for i, t in enumerate(made.objects) if all(getattr(t, k) == v for k, v in what.items())), -1)
+
+
+def _other(made: Scene, words: list[str], _: int) -> list[tuple[int, int]]:
+    own = _called(made, words[-1])
+    colour = made.objects[own].colour
+    return [(own, i) for i, t in enumerate(made.objects) if i != own and t.colour == colour]
+
+
+def _beside(made: Scene, words: list[str], n: int) -> list[tuple[int, int]]:
+    thing = _called(made, words[-1])
+    i = made.signs.index(beside(made, made.objects[thing]))  # type: ignore[arg-type]
+    return [(thing, CHARACTER_OF + 10 * i), *_spelt(i, n)[1:]]
+
+
+def _listed(made: Scene, _: list[str], __: int) -> list[tuple[int, int]]:
+    return [at for i in range(len(made.objects)) for at in ((max(i - 1, 0), i), (i, i))]
+
+
+def _spelt(sign: int, n: int) -> list[tuple[int, int]]:
+    own = CHARACTER_OF + 10 * sign
+    return [(own + max(j - 1, 0), own + j) for j in range(n)]
 
 
 def _in_quarter(made: Scene, top: bool, left: bool) -> int:
@@ -188,19 +204,43 @@ def _in_quarter(made: Scene, top: bool, left: bool) -> int:
     return there[0] if len(there) == 1 else -1
 
 
-def _described(made: Scene, n: int) -> list[int]:
-    out = [-1]  # the background
+def _described(made: Scene, _: list[str], n: int) -> list[tuple[int, int]]:
+    out = [(-1, -1)]  # the background
     for i in range(len(made.objects)):
-        out += [-1, i, i]
+        out += [(i - 1, -1), (max(i - 1, 0), i), (i, i)]
     for i, sign in enumerate(made.signs):
         own = CHARACTER_OF + 10 * i
-        out += [-1, -1, own, *(own + j for j in range(len(sign.text)))]
-    return out + [-1] * (n - len(out))
+        before = own - 10 if i else -1
+        out += [(before, -1), (before, -1), (before, own), *_spelt(i, len(sign.text))]
+    return out + [(-1, -1)] * (n - len(out))
+
+
+#: By type, the owner at which an answer of one word is read.
+_THERE: dict[str, Callable[[Scene, list[str]], int]] = {
+    "colour_of": lambda made, words: _called(made, words[-1]),
+    "side": lambda made, words: _called(made, words[-1]),
+    "kind_of": lambda made, words: _one(made, colour=words[-1]),
+    "exist": lambda made, words: _one(made, colour=words[-2], kind=words[-1]),
+    "at_kind": lambda made, words: _in_quarter(made, words[-2] == "top", words[-1] == "left"),
+    "at_colour": lambda made, words: _in_quarter(made, words[-2] == "top", words[-1] == "left"),
+    "letter": lambda made, words: CHARACTER_OF + 10 * _sign(made, words[-1]) + ORDINALS.index(words[3]),
+    "cell": lambda made, words: CELL_OF + 3 * (NUMBERS.index(words[4]) - 1) + NUMBERS.index(words[6]) - 1,
+}
+#: By type, both owners of every word, where the way there is another one.
+_LEADS: dict[str, Callable[[Scene, list[str], int], list[tuple[int, int]]]] = {
+    "relation": lambda made, words, _: [(_called(made, words[2]), _called(made, words[-1]))],
+    "other_kind": _other,
+    "other_count": lambda made, words, _: [(_called(made, words[-1]), -1)],
+    "read": lambda made, words, n: _spelt(_sign(made, words[-1]), n),
+    "where_read": _beside,
+    "list": _listed,
+    "describe": _described,
+}
 
 
 def _shows(made: Scene, known: np.ndarray, flat: np.ndarray) -> np.ndarray:
     """(K,6) words that the tokens ``flat`` show; ``known`` (6,N) are the labels of the picture."""
-    kind, colour, character, slot, owner, _ = known[:, flat]
+    kind, colour, character, slot, owner, rank = known[:, flat]
     shows = np.full((len(flat), SHOWN), -1)
     shows[:, 0] = np.where(kind >= 0, _KINDS[kind], np.where(character >= 0, _CHARACTERS[character], -1))
     shows[owner < 0, 0] = IDS[made.background]
@@ -210,6 +250,7 @@ def _shows(made: Scene, known: np.ndarray, flat: np.ndarray) -> np.ndarray:
     row, column = np.divmod(flat, GRID)
     for k, (axis, low, high) in enumerate(((column, "left", "right"), (row, "top", "bottom"))):
         shows[:, 2 + k] = np.where(kind >= 0, np.where(axis < GRID // 2, IDS[low], IDS[high]), -1)
+    shows[rank >= 0, 4] = _NUMBERS[1 + rank[rank >= 0]]
     sign, cell = (slot >= 0) & (slot < 4), slot >= 4
     shows[sign, 4] = _ORDINALS[slot[sign]]
     shows[cell, 4], shows[cell, 5] = _NUMBERS[1 + (slot[cell] - 4) // 3], _NUMBERS[1 + (slot[cell] - 4) % 3]

@@ -94,10 +94,11 @@ def architecture(clip: dict[str, Any], text: dict[str, Any], longest: int) -> An
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.image_std = (STD,)  # type: ignore[assignment]
+    narrow = (128 / text["hidden_size"]) ** 0.5
     with torch.no_grad():  # the usual 0.02 is for widths of thousands; here it would never leave chance
         for name, p in model.named_parameters():
             if p.dim() > 1 and "vision_tower" not in name:
-                p.normal_(std=0.035 if "o_proj" in name or "down_proj" in name else 0.07)
+                p.normal_(std=narrow * (0.035 if "o_proj" in name or "down_proj" in name else 0.07))
     model.generation_config.max_new_tokens = longest
     model.generation_config.max_length = None
     return model

@@ -2,8 +2,10 @@
 
 It starts from ``world-vit`` (:func:`grown`: the position table interpolated) and learns what every patch shows (kind,
 colour, character, its place on the sign or in the document, rank from the left, texture, row and column; read where
-LLaVA reads, at layer -2) and what the whole shows (on the class token). Most steps see 128 of the 784 patches, those
-that show something first: a seventh of the time, and it carries over to all of them. As for ``world-vit``, one set of
+LLaVA reads, at layer -2) and what the whole shows (on the class token). A second part teaches the class token to name
+what is there in pictures that hold little, and where to look: at every thing and character alike in the two last
+layers, at places alone in the first (:func:`looking`). Most steps see 128 of the 784 patches, those that show something
+first: a seventh of the time, and it carries over to all of them. As for ``world-vit``, one set of
 weights is a timm classifier, a ``CLIPVisionModel`` (:func:`as_clip`) and a tower, bit for bit.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,20 @@ from torch import Tensor, nn
 
 from tokenreduce.zoo.stages import fit_stages
 from tokenreduce.zoo.training import Schedule, half
-from tokenreduce.zoo.world2.scenes import SIZES, scene
+from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF, PLATE_OF, SIZES, scene
 from tokenreduce.zoo.world2.signs import LETTERS
 from tokenreduce.zoo.world2.vocabulary import CANVAS, CHARACTERS, COLOURS, GRID, KINDS, SPLITS, TEXTURES
-from tokenreduce.zoo.world2_batches import Sights, choose, sights
+from tokenreduce.zoo.world2_batches import FEW, FULL, SPARSE, Sights, choose, sights
 from tokenreduce.zoo.world_vit import CLIP as OLD
-from tokenreduce.zoo.world_vit import WIDTH, WorldTransform, _class_row, architecture, as_clip, pixels
+from tokenreduce.zoo.world_vit import (
+    WIDTH,
+    WorldTransform,
+    _class_logits,
+    _class_row,
+    architecture,
+    as_clip,
+    pixels,
+)
 
 __all__ = [
     "CLIP", "LABELS", "STAGES", "Stage", "World2Transform", "accuracy", "as_clip", "build", "facts",
@@ -45,17 +55,27 @@ SLOTS, MOST_RIGHT = 4 + 9, 10
 @dataclass(frozen=True)
 class Stage:
     """A part of the training: it starts from the weights before it with an optimiser of its own and sees ``keep`` of
-    the 784 patches."""
+    the 784 patches of ``scenes``. ``named`` weighs what the class token says, ``looks`` where it looks."""
 
     name: str
     schedule: Schedule
     keep: int
+    scenes: tuple[dict[str, Any], ...] = field(default=(SPARSE, FULL, FULL, FULL), hash=False)
+    named: float = 0.7
+    looks: float = 0.0
 
 
+#: Scenes that the class token can name, beside those that teach the patches.
+_NAMED = (FEW, FEW, SPARSE, FULL)
 STAGES = (
-    Stage("subset", Schedule(4_000, batch=16, lr=2e-3, warmup=150, seed=20), 128),
-    Stage("whole", Schedule(120, batch=16, lr=3e-4, warmup=20, seed=21), GRID * GRID),
+    Stage("subset", Schedule(6_000, batch=16, lr=2e-3, warmup=150, final=0.2, seed=20), 128),
+    Stage("named", Schedule(5_000, batch=16, lr=1.5e-3, warmup=100, final=0.1, seed=22), 128, _NAMED, 2.0, 0.3),
+    Stage("whole", Schedule(250, batch=16, lr=4e-4, warmup=20, seed=21), GRID * GRID, _NAMED, 2.0, 0.3),
 )
+#: The class token looks by place in this many first layers, and at what it names in this many last ones.
+EARLY, LATE = 2, 2
+#: A Gaussian of so many patches around the middle.
+SPREAD = 10.0
 
 
 def build() -> nn.Module:
@@ -88,12 +108,38 @@ def embed(vit: Any, x: Tensor, keep: Tensor | None = None) -> Tensor:
     return vit.norm_pre(torch.cat([first.to(x.dtype), x], 1))  # type: ignore[no-any-return]
 
 
-def look(vit: Any, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What layer -2 gives (B,1+K,C), and the pooled class token (B,C)."""
-    x = embed(vit, x, keep)
-    for block in vit.blocks[:-1]:
-        x = block(x)
-    return x, vit.norm(_class_row(vit.blocks[-1], x))[:, 0]
+def look(vit: Any, x: Tensor, keep: Tensor | None = None, rows: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """What layer -2 gives (B,1+K,C), the pooled class token (B,C), and how it attends to the patches in the layers
+    ``rows``, log-probabilities (R,B,H,K)."""
+    x, seen = embed(vit, x, keep), []
+    for i, block in enumerate(vit.blocks):
+        if i in rows:
+            seen.append(_class_logits(block.attn, block.norm1(x))[..., 0, 1:].float().log_softmax(-1))
+        if i < len(vit.blocks) - 1:
+            x = block(x)
+    return x, vit.norm(_class_row(vit.blocks[-1], x))[:, 0], torch.stack(seen) if seen else x.new_zeros(0)
+
+
+def looking(rows: Tensor, owner: Tensor, where: Tensor) -> Tensor:
+    """How far class attention ``rows`` (R,B,H,K) of the first ``EARLY`` and last ``LATE`` layers is from what it should
+    be, at least 0.
+
+    In the first ones a Gaussian around the middle, whatever is there (``where`` (B,K) are the patches): the divergence
+    KL(Gaussian | row). In the last ones the same share for every owner (B,K), a thing or a character, over the mean of
+    the heads: that of the uniform distribution over owners. The plates of signs are nobody's.
+    """
+    y, x = (((axis - (GRID - 1) / 2) ** 2) / (2 * SPREAD**2) for axis in (where // GRID, where % GRID))
+    place = (-y - x).log_softmax(-1)[:, None]
+    early = (place.exp() * (place - rows[:EARLY])).sum(-1).mean()
+    plate = (owner >= CHARACTER_OF) & (owner % 10 == PLATE_OF) & (owner < CELL_OF)
+    owner = torch.where(plate, -1, owner)
+    same = (owner[:, None] == owner[..., None]).float()
+    # What the owner of every patch gets, (LATE,B,K).
+    shares = torch.einsum("lbk,bkj->lbj", rows[-LATE:].exp().mean(2), same)
+    weight = (owner >= 0) / same.sum(-1)  # every owner counts once
+    count = weight.sum(-1).clamp(min=1)
+    apart = -((shares.clamp(min=1e-6).log() * weight).sum(-1) / count) - count.log()
+    return early + apart.mean()
 
 
 class Pretraining(nn.Module):
@@ -113,9 +159,11 @@ class Pretraining(nn.Module):
         self.dense = nn.Linear(WIDTH, sum(dense.values()))
         self.whole = nn.Linear(WIDTH, sum(whole.values()))
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> dict[str, Tensor]:
-        tokens, pooled = look(self.vit, x, keep)
-        out = {"labels": self.vit.head(pooled)}
+    def forward(self, x: Tensor, keep: Tensor | None = None, looks: bool = False) -> dict[str, Tensor]:
+        depth = len(self.vit.blocks)
+        rows = (*range(EARLY), *range(depth - LATE, depth)) if looks else ()
+        tokens, pooled, seen = look(self.vit, x, keep, rows)
+        out = {"labels": self.vit.head(pooled)} | ({"rows": seen} if looks else {})
         for part, logits in (("dense", self.dense(self.norm(tokens[:, 1:]))), ("whole", self.whole(pooled))):
             names, sizes = zip(*self.sizes[part], strict=True)
             out.update(zip(names, logits.split(sizes, -1), strict=True))
@@ -139,15 +187,15 @@ def targets(made: Sights, keep: np.ndarray, device: str) -> dict[str, Tensor]:
     found = dict(
         kind=torch.where(kind >= 0, kind, len(KINDS)), colour=torch.where(colour >= 0, colour, len(COLOURS)),
         character=torch.where(character >= 0, character, len(CHARACTERS)), slot=torch.where(slot >= 0, slot, SLOTS),
-        rank=rank, owned=owner >= 0, texture=background[:, None].expand_as(kind), row=where // GRID,
+        rank=rank, owner=owner, owned=owner >= 0, texture=background[:, None].expand_as(kind), row=where // GRID,
         column=where % GRID, labels=torch.cat([table.amax(2), several(characters, len(CHARACTERS))], 1),
         colours=table.amax(1), pairs=pairs, background=background, count=torch.from_numpy(made.count),
     )  # fmt: skip
     return {k: v.to(device) for k, v in found.items()}
 
 
-def losses(out: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
-    """The sum of all losses. Most patches show nothing, and count a tenth."""
+def losses(out: dict[str, Tensor], want: dict[str, Tensor], named: float = 0.7, looks: float = 0.0) -> Tensor:
+    """The sum of all losses. Most patches show nothing, and count a tenth. See :class:`Stage`."""
     owned = want["owned"].float()
     weight = owned + 0.1 * (1 - owned)
 
@@ -168,7 +216,8 @@ def losses(out: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
     whole = several("labels", 3.0) + several("colours", 1.0) + several("pairs", 10.0)
     ones = F.cross_entropy(out["background"].float(), want["background"])
     ones = ones + F.cross_entropy(out["count"].float(), want["count"])
-    return shows + 0.5 * places + 0.7 * (whole + 0.3 * ones)
+    where = looks * looking(out["rows"], want["owner"], want["row"] * GRID + want["column"]) if looks else 0.0
+    return shows + 0.5 * places + named * (whole + 0.3 * ones) + where
 
 
 @torch.no_grad()
@@ -221,9 +270,7 @@ def accuracy(model: nn.Module, split: str = "test", *, scenes: int = 400) -> dic
     found: dict[str, list[float]] = {name: [] for name in parts}
     first = SPLITS[split].start
     for start in range(0, scenes, 20):
-        made = [
-            scene(first + s, objects=(3, 6), signs=(1, 2), document=0.0) for s in range(start, min(start + 20, scenes))
-        ]
+        made = [scene(first + s, **FEW) for s in range(start, min(start + 20, scenes))]
         logits = model(pixels(np.stack([m.image for m in made])).to(device)).cpu()
         there = torch.zeros(len(made), len(LABELS))
         for row, m in zip(there, made, strict=True):
@@ -259,7 +306,7 @@ def train(
     workers: int = 1,
     compiled: bool = False,
     stages: Sequence[Stage] = STAGES,
-    save_every: int = 200,
+    save_every: int = 500,
     report: Callable[[dict[str, Any]], None] = print,
 ) -> nn.Module:
     """Train from ``start`` (a ``world-vit``, which is :func:`grown`, or a ``world-vit-2`` to go on from), or from
@@ -274,16 +321,20 @@ def train(
     def loss(stage: Stage, made: Sights, step: int) -> Tensor:
         keep = choose(made.labels[:, 4] >= 0, stage.keep, np.random.default_rng((23, step)))
         want = targets(made, keep, device)
-        return losses(forward(pixels(made.pixels).to(device), torch.from_numpy(keep).to(device)), want)
+        out = forward(pixels(made.pixels).to(device), torch.from_numpy(keep).to(device), stage.looks > 0)
+        return losses(out, want, stage.named, stage.looks)
 
     def judge(_: Stage) -> dict[str, Any]:
         found = held_out(model, device=device)
-        return {**found, "accuracy": found["character"]}
+        named = {f"({k} named)": v for k, v in accuracy(model.vit, "validation", scenes=60).items()}
+        return {**found, **named, "accuracy": found["character"]}
 
     fit_stages(
         model, stages, out, loss=loss, judge=judge, device=device, stop_after=stop_after, workers=workers,
         save_every=save_every, report=report,
-        draw=lambda stage: functools.partial(sights, batch=stage.schedule.batch, seed=stage.schedule.seed),
+        draw=lambda stage: functools.partial(
+            sights, batch=stage.schedule.batch, seed=stage.schedule.seed, scenes=stage.scenes
+        ),
     )  # fmt: skip
     for block in model.vit.blocks:
         block.attn.fused_attn = True

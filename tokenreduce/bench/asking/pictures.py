@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenreduce.bench.asking.source import Batch, Opened, knows_the_world, processed, runs
-from tokenreduce.bench.questions import Item, load_questions, matches
+from tokenreduce.bench.questions import SECOND, Item, load_questions, matches
 from tokenreduce.bench.vlms import LoadedVlm
 from tokenreduce.common.images import as_rgb
 from tokenreduce.measure.question import Question, ask, prompt_text
@@ -33,7 +33,7 @@ class Pictures:
 
     def graded(self, said: Mapping[int, str]) -> dict[str, float]:
         """Of the second world: ``elements``, the share of what long answers should tell that they tell, by type."""
-        if self.data != "world2":
+        if self.data not in SECOND:
             return {}
         from tokenreduce.zoo.world2 import LONG, READING, score
 
