@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per worker: small models gain nothing from more, and workers would fight over cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: bench results results-first test test-slow test-all test-oldest test-vllm test-lmms test-ray serve-demo serve-throughput lint typecheck \
+.PHONY: bench results results-second test test-slow test-all test-oldest test-vllm test-lmms test-ray serve-demo serve-throughput lint typecheck \
 	imports wheel docs pictures release-check performance performance-vlm performance-estimate gpu clean
 
 $(BIN)/python:
@@ -34,27 +34,24 @@ bench: $(VENV)/bench.stamp  ## the main job on the embedded models: tables, pict
 	$(BIN)/tokenreduce bench video
 
 # A method that does not fit the model is a row with its error on the page, no reason to stop.
-results: $(VENV)/bench.stamp  ## every method of every stage at three budgets: docs/results.md
-	-$(BIN)/tokenreduce bench vision --methods '*' --budgets 0.75,0.5,0.35 --limit 500 --repeats 0 \
-		--out runs/results/world-vit-2
-	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.75,0.5,0.35 --limit 180 --repeats 0 --out runs/results/pictures
-	-$(BIN)/tokenreduce bench video --budgets 0.75,0.5,0.35 --limit 120 --repeats 0 --out runs/results/clips --methods \
+results: $(VENV)/bench.stamp  ## every method of every stage at three budgets, on the first world: docs/results.md
+	-$(BIN)/tokenreduce bench vision --model world-vit --methods '*' --budgets 0.75,0.5,0.35 --limit 500 --repeats 0 \
+		--out runs/results/world-vit
+	-$(BIN)/tokenreduce bench vlm --model world-llava --axis tokens --methods '*' --budgets 0.5,0.25,0.1 --limit 480 \
+		--repeats 0 --out runs/results/pictures
+	-$(BIN)/tokenreduce bench video --budgets 0.5,0.25,0.1 --limit 120 --repeats 0 --out runs/results/clips --methods \
 		'dycoke,evs,fastvid,flashvid,frame-merge,holitom*,ppllava,prunevid*,token-shuffle,vidcom2,framefusion,fastervlm,visionzip,divprune,aim-merge,fastv'
-	-$(BIN)/tokenreduce bench vlm --axis kv --methods '*' --budgets 0.5,0.25 --limit 48 --repeats 0 --out runs/results/cache
-	$(BIN)/tokenreduce report runs/results/world-vit-2 runs/results/pictures runs/results/clips runs/results/cache \
+	-$(BIN)/tokenreduce bench vlm --model world-llava --axis kv --methods '*' --budgets 0.5,0.25 --limit 48 --repeats 0 \
+		--out runs/results/cache
+	$(BIN)/tokenreduce report runs/results/world-vit runs/results/pictures runs/results/clips runs/results/cache \
 		--out runs/results --markdown docs/results.md
 
-results-first: $(VENV)/bench.stamp  ## the same on the models of the first world: docs/results-first.md
-	-$(BIN)/tokenreduce bench vision --model world-vit --methods '*' --budgets 0.75,0.5,0.35 --limit 500 --repeats 0 \
-		--out runs/first/world-vit
-	-$(BIN)/tokenreduce bench vlm --model world-llava --axis tokens --methods '*' --budgets 0.5,0.25,0.1 --limit 480 \
-		--repeats 0 --out runs/first/pictures
-	-$(BIN)/tokenreduce bench video --axis tokens --budgets 0.5,0.25,0.1 --limit 120 --repeats 0 --out runs/first/clips \
-		--methods 'dycoke,evs,fastvid,flashvid,frame-merge,holitom*,ppllava,prunevid*,token-shuffle,vidcom2,framefusion,fastervlm,visionzip,divprune,aim-merge,fastv'
-	-$(BIN)/tokenreduce bench vlm --model world-llava --axis kv --methods '*' --budgets 0.5,0.25 --limit 48 --repeats 0 \
-		--out runs/first/cache
-	$(BIN)/tokenreduce report runs/first/world-vit runs/first/pictures runs/first/clips runs/first/cache \
-		--out runs/first --markdown docs/results-first.md
+results-second: $(VENV)/bench.stamp  ## the same on the second world by FLOPs: docs/results-second.md, and what the demo shows at once
+	-$(BIN)/tokenreduce bench vision --methods '*' --budgets 0.75,0.5,0.35 --limit 500 --repeats 0 \
+		--out runs/second/scenes
+	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.75,0.5,0.35 --limit 110 --repeats 0 --out runs/second/pictures
+	$(BIN)/tokenreduce report runs/second/scenes runs/second/pictures --out runs/second --markdown docs/results-second.md
+	$(BIN)/python -m tokenreduce.demo.stored runs/second/scenes runs/second/pictures
 
 test: $(VENV)/dev.stamp  ## fast tests
 	$(PYTEST) -m "not slow and not gpu"

@@ -160,6 +160,15 @@ def test_a_budget_is_reached_in_visual_tokens(task):
     assert task.flops(tr.parse("tome:r=12")) < task.flops(())
 
 
+def test_a_share_of_the_flops_counts_the_tower_of_every_clip(folder):
+    made = VideoTask(folder, "world", limit=4, repeats=0)
+    assert made.against == "flops"
+    for text in ("evs:keep=0.25", "evs:keep=1.0", "tome:r=12"):
+        method = tr.parse(text)
+        assert made.spent(method) == pytest.approx(made.flops(method), rel=0.01), text
+    assert made.spent(()) == made.flops(())
+
+
 def test_fewer_frames_of_the_world(folder):
     made = VideoTask(folder, "world", limit=6, frames=4, repeats=0)
     row = made.measure(())

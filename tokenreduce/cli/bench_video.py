@@ -31,7 +31,7 @@ from tokenreduce.cli.shared import quiet_bars
 __all__ = ["command"]
 
 #: Budgets where --budgets says nothing, without and with --full.
-BUDGETS = {"flops": ("0.35", "0.75,0.5,0.35"), "tokens": ("0.25", "0.5,0.25,0.1")}
+BUDGETS = {"tokens": ("0.25", "0.5,0.25,0.1"), "flops": ("0.5", "0.75,0.5,0.35")}
 #: Questions where --limit and --full say nothing.
 QUICK = 96
 
@@ -53,8 +53,8 @@ FrameCacheSize = Annotated[
 Budgets = Annotated[
     str | None,
     typer.Option(
-        help="Shares of --axis that are left; 0.35 by default, 0.75,0.5,0.35 with --full; of tokens 0.25 and "
-        "0.5,0.25,0.1."
+        help="Shares of --axis that are left; 0.25 by default, 0.5,0.25,0.1 with --full; of flops 0.5 and "
+        "0.75,0.5,0.35."
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions to ask; 96 by default.")]
@@ -87,13 +87,15 @@ def command(
     out: RunFolder = Path("runs/video"),
     fresh: Fresh = False,
     full: Full = False,
-    axis: Against = "flops",
+    axis: Against = "tokens",
     as_json: BenchJson = False,
 ) -> None:
     """Video language models: accuracy by question type, tokens per frame, FLOPs, time of every part and KV cache.
 
-    Clips that are missing or broken and answers that are not among the options are listed and left out. A killed run
-    continues where it stopped when the same command is given again.
+    Budgets are shares of the visual tokens, averaged over the language model's layers: the encoder sees every frame
+    whole, so that methods behind it could not come down to a share of the FLOPs (--axis flops). Clips that are missing
+    or broken and answers that are not among the options are listed and left out. A killed run continues where it
+    stopped when the same command is given again.
     """
     data = data_of(model, data, "a JSONL file or a folder")
     extent = Extent.of(ctx)

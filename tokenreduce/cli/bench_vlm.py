@@ -32,10 +32,10 @@ __all__ = ["command"]
 
 #: Budgets where --budgets says nothing, without and with --full.
 BUDGETS = {
-    "flops": ("0.35", "0.75,0.5,0.35"), "tokens": ("0.25,0.1", "0.5,0.25,0.1"), "kv": ("0.25,0.1", "0.5,0.25,0.1"),
+    "flops": ("0.5,0.35", "0.75,0.5,0.35"), "tokens": ("0.25,0.1", "0.5,0.25,0.1"), "kv": ("0.25,0.1", "0.5,0.25,0.1"),
 }  # fmt: skip
 #: Questions where --limit and --full say nothing.
-QUICK = 180
+QUICK = 110
 #: Words of the longest answer in the second world, in place of the default.
 LONGEST = 64
 
@@ -49,8 +49,8 @@ Data = Annotated[
 Budgets = Annotated[
     str | None,
     typer.Option(
-        help="Shares of --axis that are left; 0.35 by default, 0.75,0.5,0.35 with --full; of tokens and kv 0.25,0.1 "
-        "and 0.5,0.25,0.1."
+        help="Shares of --axis that are left; 0.5,0.35 by default, 0.75,0.5,0.35 with --full; of tokens and kv "
+        "0.25,0.1 and 0.5,0.25,0.1."
     ),
 ]
 #: What --axis takes, and the stages that are measured then.
@@ -59,7 +59,7 @@ Stages = Annotated[
     str | None,
     typer.Option(help="Stages to measure: projector,language,encoder; cache with --axis kv."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Questions to ask; 180 by default.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions to ask; 110 by default.")]
 Batch = Annotated[int, typer.Option(min=1, help="Questions per forward.")]
 
 

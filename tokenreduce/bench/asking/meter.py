@@ -60,8 +60,10 @@ class Meter:
         seen: list[tuple[int, ...]] = []
         spent: list[int] = []
         few = FEW if len(set(totals)) == 1 else len(totals)
+        # What is shared was made without being counted.
+        asked = self.probes if flops else self._searched
         with patched(model, *reducers), quiet():
-            for question, visual in zip(self._searched, self.visual, strict=True):
+            for question, visual in zip(asked, self.visual, strict=True):
                 with record(model, flops=flops) as trace:
                     self.runner.prefill(model, question)
                 seen.append(layers_of(trace.steps, visual, self.depth)[1])
