@@ -170,7 +170,7 @@ def _panel(axes: Any, run: Run, lines: dict[str, list[dict[str, Any]]], styles: 
     axes.set_title("\n".join([*textwrap.wrap(finding(run), 66), what]), fontsize=FONT, loc="left")
     axes.set_xlabel(run.axis.title, fontsize=FONT)
     axes.set_ylabel(metric_label(run.metric) + (", %" if by == 100 else ""), fontsize=FONT)
-    axes.annotate("better", (0.015, 0.985), (0.115, 0.9), xycoords="axes fraction", textcoords="axes fraction",
+    axes.annotate("better", (0.84, 0.2), (0.93, 0.09), xycoords="axes fraction", textcoords="axes fraction",
                   fontsize=FONT, color="#404040", ha="center", va="center",
                   arrowprops={"arrowstyle": "->", "color": "#404040"})  # fmt: skip
     axes.tick_params(labelsize=FONT - 1)
@@ -193,7 +193,7 @@ def _label(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
         return
     left = min(x for _, x, _, _ in ends)
     room = 0.22 * (100 - left + 1)
-    names = max(0.8, 0.07 * max(len(name) for name, *_ in ends))  # full names need more than short ones
+    names = max(0.8, 0.085 * max(len(name) for name, *_ in ends))  # full names need more than short ones
     axes.set_xlim(left - (0.45 + names) * room, 100 + 0.15 * room)
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform((x, y))[1]) for _, x, y, _ in ends]
