@@ -149,8 +149,11 @@ def test_answers_are_read_at_the_owners_that_are_named(scenes):
         for q in ask(s, s.seed, 12):
             at = pointers(s, q)
             assert len(at) == len(q.answer.split())
-            for owner, word in zip(at, q.answer.split(), strict=True):
-                if owner < 0 or q.type in ("side", "exist"):
+            for (first, owner), word in zip(at, q.answer.split(), strict=True):
+                if first >= 0 and q.type in ("where_read", "other_kind", "other_count", "relation"):
+                    checked["first"] += 1
+                    assert first >= CHARACTER_OF or s.objects[first].kind in q.text.split()
+                if owner < 0 or q.type in ("side", "exist", "relation"):
                     continue
                 checked[q.type] += 1
                 if owner < CHARACTER_OF:
@@ -161,7 +164,7 @@ def test_answers_are_read_at_the_owners_that_are_named(scenes):
                 else:
                     sign, j = s.signs[(owner - CHARACTER_OF) // 10], owner % 10
                     assert word == sign.text[j] or (q.type == "describe" and word == sign.colour)
-    assert {"colour_of", "kind_of", "read", "letter", "where_read", "cell", "list", "describe"} <= set(checked)
+    assert {"first", "colour_of", "kind_of", "read", "letter", "where_read", "cell", "list", "describe"} <= set(checked)
 
 
 def test_the_sign_next_to_a_thing_is_the_nearest_by_far(scenes):
