@@ -27,6 +27,13 @@ def missing() -> str:
     return ""
 
 
+def shots(tmp_path_factory: Any) -> Path:
+    """Where screenshots go: TOKENREDUCE_DEMO_SHOTS, to be looked at, or a folder that is thrown away."""
+    folder = Path(os.environ.get("TOKENREDUCE_DEMO_SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _chromium() -> str | None:
     return next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 

@@ -147,7 +147,7 @@ class Viewer:
         state, key, (b, heads, n) = call.forward.state, None, slots.keys.shape[:3]
         if call.prefill and call.index not in call.columns.held:
             cut = call.columns.cut_at(call.index)
-            key = None if cut is None else cut.layer, heads, n, slots.order is None
+            key = None if cut is None else cut.layer, heads, n, slots.order is None, slots.keys.device
             if (known := state.get(_Told, key)) is not None:
                 return known
         at = slots.columns.at

@@ -7,7 +7,7 @@ import torch
 from cached import LAYOUTS, cached, plain_rows
 
 import tokenreduce as tr
-from tokenreduce.algorithms.keys import standing
+from tokenreduce.algorithms.keys import keep_best_slots, standing
 
 
 @pytest.mark.parametrize("groups", [1, 2, 7])
@@ -63,3 +63,18 @@ def test_padding_behind_the_prompt_changes_nothing_else(spec):
     together = (method.plan(cached(layouts)).sources() >= 0)[2:, :12]
     alone = method.plan(cached((layouts[1][:12],), samples=[1])).sources() >= 0
     assert torch.equal(together, alone)
+
+
+def test_layers_that_share_marks_tell_one_key_from_all() -> None:
+    marks: dict = {}
+    keys = torch.randn(2, 5, 4)
+    visual = torch.tensor([[False, True, True, True, False]])
+    first, second, third = (
+        tr.CacheEvidence(keys, keys, kv_heads=2, visual=visual, layer=i, depth=3, marks=marks) for i in range(3)
+    )
+    scores = torch.arange(5.0).expand(2, -1)
+    one, every = keep_best_slots(scores, 1, first), keep_best_slots(scores, 1.0, second)
+    assert one.representatives().tolist() == [[0, 3, 4]] * 2
+    assert every.is_identity
+    assert keep_best_slots(scores, 1, third).representatives().tolist() == [[0, 3, 4]] * 2
+    assert third.visual is first.visual

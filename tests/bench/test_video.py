@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,8 +147,6 @@ def test_methods_that_look_at_the_same_share_the_tower(folder, monkeypatch):
 
 
 def test_a_budget_is_reached_in_visual_tokens(task):
-    task = replace(task, against="tokens")
-    task.prepare()
     row = task.measure(tr.parse("evs:keep=0.25"))
     assert row["visual_share"] == pytest.approx(0.25)
     assert row["tokens_per_frame"] == pytest.approx(EACH / 4)
@@ -161,8 +158,8 @@ def test_a_budget_is_reached_in_visual_tokens(task):
 
 
 def test_a_share_of_the_flops_counts_the_tower_of_every_clip(folder):
-    made = VideoTask(folder, "world", limit=4, repeats=0)
-    assert made.against == "flops"
+    assert VideoTask(folder).against == "tokens"
+    made = VideoTask(folder, "world", limit=4, repeats=0, against="flops")
     for text in ("evs:keep=0.25", "evs:keep=1.0", "tome:r=12"):
         method = tr.parse(text)
         assert made.spent(method) == pytest.approx(made.flops(method), rel=0.01), text

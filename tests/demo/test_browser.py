@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(demo_browser.missing()),
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory) -> Path:
-    folder = Path(os.environ.get("TOKENREDUCE_DEMO_SHOTS") or tmp_path_factory.mktemp("shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return demo_browser.shots(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -20,9 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(demo_browser.missing()),
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory) -> Path:
-    folder = Path(os.environ.get("TOKENREDUCE_DEMO_SHOTS") or tmp_path_factory.mktemp("shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return demo_browser.shots(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

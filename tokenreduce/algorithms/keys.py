@@ -70,14 +70,20 @@ def covered(keep: Keep | Tensor, evidence: CacheEvidence, what: str) -> bool:
         among = candidates(evidence, what)
         return bool((_budget(keep, evidence, what) >= among.sum(1, keepdim=True)).all())
 
-    return all_stay() if isinstance(keep, Tensor) else evidence.marked(("covered", keep, what), all_stay)
+    return all_stay() if isinstance(keep, Tensor) else evidence.marked(("covered", *_told_apart(keep), what), all_stay)
 
 
 def _budget(keep: Keep | Tensor, evidence: CacheEvidence, what: str) -> Tensor:
     """:func:`budget` of the :func:`candidates`."""
     if isinstance(keep, Tensor):
         return budget(keep, candidates(evidence, what))
-    return evidence.marked(("budget", keep, what), lambda: budget(keep, candidates(evidence, what)))
+    key = ("budget", *_told_apart(keep), what)
+    return evidence.marked(key, lambda: budget(keep, candidates(evidence, what)))
+
+
+def _told_apart(keep: Keep) -> tuple[type, Keep]:
+    """One key and all keys, 1 and 1.0, are the same to a dict."""
+    return type(keep), keep
 
 
 def check_rows(evidence: CacheEvidence, rows: int) -> None:

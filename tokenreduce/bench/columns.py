@@ -95,7 +95,7 @@ COLUMNS: tuple[Column, ...] = (
            "visual tokens, mean over the layers of the language model, in percent of the unreduced model's"),
     Column("share", "FLOPs %", _share, "FLOPs in percent of the unreduced model"),
     Column("accuracy", "accuracy %", _share, "share of right answers in percent, with its standard error"),
-    Column("found", "found %", _share, "share of the kinds in a scene that are among its highest logits, percent", 2),
+    Column("found", "found %", _share, "share of the labels of a scene that are among its highest logits, percent", 2),
     Column("top1", "top-1 %", _share, "top-1 accuracy in percent, with its standard error"),
     Column("top5", "top-5 %", _share, "top-5 accuracy in percent", 6),
     Column("hard", "hard %", _share,

@@ -44,6 +44,7 @@ class VideoTask(QuestionTask):
     fps: float | None = None
     sampling: str = "uniform"
     frame_cache: float = GIGABYTES
+    against: str = "tokens"  # the tower sees every frame whole: methods behind it cannot come down to a share of FLOPs
 
     name: ClassVar[str] = "video"
     films: ClassVar[bool] = True

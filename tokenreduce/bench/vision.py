@@ -247,8 +247,8 @@ class VisionTask:
             notes.append(f"the model has no head: top-1 is the leave-one-out accuracy of {k} nearest neighbours")
         if self.metric == "accuracy":
             notes.append(
-                "a scene counts as right when its kinds are the highest logits, as many as it has; "
-                "found is the share of the kinds that are among them"
+                "a scene counts as right when its labels are the highest logits, as many as it has; "
+                "found is the share of the labels that are among them"
             )
         if self.repeats and len(ready.probe) < self.batch:
             notes.append(

@@ -21,7 +21,7 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-#: The models that ship with the package, the default first, with the data of each.
+#: The models that ship with the package, with the data of each.
 EMBEDDED = {"world-llava": "world", "world-llava-2": "world2"}
 
 
