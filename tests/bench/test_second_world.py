@@ -11,8 +11,8 @@ from tokenreduce.bench.models import load_model
 from tokenreduce.bench.resolve import resolve
 from tokenreduce.bench.vlms import is_vlm, load_vlm
 from tokenreduce.cli.bench import data_of
-from tokenreduce.zoo import weights
-from tokenreduce.zoo.world2 import IMAGE_TYPES, LONG, READING, SPLITS, scene
+from tokenreduce.zoo import evaluation2, weights
+from tokenreduce.zoo.world2 import IMAGE_TYPES, LONG, READING, SPLITS, VIDEO_TYPES, scene
 
 
 def test_questions_are_of_every_type_and_long_answers_are_graded() -> None:
@@ -50,8 +50,16 @@ def test_names_lead_to_their_own_data_and_what_is_not_learned_is_refused() -> No
     assert is_vlm("world-llava-2")
     with pytest.raises(ValueError, match="classifies images; embedded models that answer questions: world-llava, "):
         load_vlm("world-vit-2")
-    with pytest.raises(ValueError, match="world-llava-2 has learned pictures only"):
-        load_clips("world2")
+
+
+def test_clips_of_the_second_world_are_of_the_types_that_are_asked_for() -> None:
+    learned = evaluation2.learned_types(VIDEO_TYPES)
+    for data, types in (("world2", learned), ("world2-all", VIDEO_TYPES)):
+        found = load_clips(data, limit=len(types))
+        assert tuple(item.type for item in found.items) == types
+        assert found.items[0].image.shape == (evaluation2.FRAMES, 224, 224, 3)
+    with pytest.raises(ValueError, match="layout 'world' is for --data world, world2, world2-all, not clips"):
+        load_clips("clips", "world")
 
 
 def test_labels_are_what_is_in_the_picture() -> None:

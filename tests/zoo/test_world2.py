@@ -26,7 +26,7 @@ from tokenreduce.zoo.world2 import (
 from tokenreduce.zoo.world2.clips import frame_labels
 from tokenreduce.zoo.world2.questions import beside
 from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF, PLATE_OF
-from tokenreduce.zoo.world2_lessons import pointers
+from tokenreduce.zoo.world2_pointers import film_pointers, pointers
 
 SEEDS = range(SPLITS["test"].start, SPLITS["test"].start + 40)
 
@@ -225,6 +225,30 @@ def test_what_was_read_meanwhile_was_there_all_the_while(clips):
         thing = next(a for a in c.objects if a.kind == words[-1])
         frames = [f for f in range(len(c.frames)) if (t := thing.at(f)) and t.colour == words[-4]]
         assert {" ".join(c.sign_at(f).text) for f in frames} == {q.answer}
+
+
+def test_answers_about_clips_are_read_in_the_frames_that_are_named(clips):
+    checked = Counter()
+    for c in clips:
+        for q in ask(c, c.seed, 20):
+            at = film_pointers(c, q)
+            words = q.answer.split()
+            assert len(at) == len(words)
+            for (lead, read), word in zip(at, words, strict=True):
+                for owner, start, stop in (lead, read):
+                    if owner < 0:
+                        assert (q.type, q.answer) == ("appear", "no")
+                    else:  # the token is there in some of these frames
+                        assert any(owner in frame_labels(c, f).owners for f in range(start, stop)), q
+                if q.type in ("order", "first", "last"):
+                    assert c.objects[read[0]].kind == word
+                elif q.type == "colour_at":
+                    assert {c.objects[read[0]].at(f).colour for f in range(max(read[1], c.objects[read[0]].entry),
+                                                                           read[2])} == {word}  # fmt: skip
+                elif q.type == "read_at":
+                    assert {c.sign_at(f).text[read[0] - CHARACTER_OF] for f in range(*read[1:])} == {word}
+                checked[q.type] += 1
+    assert set(checked) == set(VIDEO_TYPES)
 
 
 def test_bad_settings_of_clips_are_named():

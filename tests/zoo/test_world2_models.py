@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from tokenreduce.zoo import (
     evaluation2,
     world2_batches,
+    world2_films,
     world2_lessons,
     world2_words,
     world_llava2,
@@ -25,9 +26,10 @@ from tokenreduce.zoo import (
 )
 from tokenreduce.zoo.clip_twin import clip_state, timm_state
 from tokenreduce.zoo.training import Schedule
-from tokenreduce.zoo.world2 import IMAGE_TYPES, scene
+from tokenreduce.zoo.video_inputs import video_inputs
+from tokenreduce.zoo.world2 import IMAGE_TYPES, VIDEO_TYPES, clip, scene
 from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF, PLATE_OF
-from tokenreduce.zoo.world_words import EOS
+from tokenreduce.zoo.world_words import EOS, IMAGE
 
 TINY = world2_lessons.Course(seen=40, keep=(24,), renumber=0.3, shift=0.3, long=0.5, scenes=2, questions=3)
 WHOLE = replace(TINY, seen=784, keep=(784,), renumber=0.0, shift=0.0)
@@ -143,7 +145,7 @@ def test_lessons_show_everything_and_point_at_what_is_said(long: float) -> None:
     rng.random()
     for i, seed in enumerate(world2_batches.seeds("train", 2, rng)):
         s = scene(seed)
-        assert np.array_equal(made.pixels[i], s.image)
+        assert np.array_equal(made.pixels[i, 0], s.image)
         flat = made.seen[i][made.keep[i]]
         assert np.array_equal(made.positions[i], [0, *(1 + flat)])
         assert set(range(len(s.objects))) <= set(made.owners[i].tolist())
@@ -157,7 +159,7 @@ def test_lessons_show_everything_and_point_at_what_is_said(long: float) -> None:
             said = np.flatnonzero(after >= 0)
             assert after[said[-1]] == EOS
             assert np.array_equal(asked[said[1:]], after[said[:-1]])
-            read = points[:, 1]  # where the word itself is
+            read = points[:, 1, 0]  # where the word itself is
             for place in np.flatnonzero((read >= 0) & (read < CHARACTER_OF)):
                 thing = s.objects[read[place]]
                 said = (thing.kind, thing.colour, "left", "right", "top", "bottom", "yes", "no")
@@ -166,14 +168,46 @@ def test_lessons_show_everything_and_point_at_what_is_said(long: float) -> None:
                 sign, letter = divmod(int(read[place]) - CHARACTER_OF, 10)
                 assert words[after[place]] in (s.signs[sign].text[letter], s.signs[sign].colour)
             # Nothing is looked at first that is not there.
-            assert set(points[:, 0].tolist()) <= {-1, *np.unique(s.labels.owners).tolist()}
+            assert set(points[:, 0, 0].tolist()) <= {-1, *np.unique(s.labels.owners).tolist()}
+
+
+def test_lessons_of_clips_say_what_happens_to_every_token() -> None:
+    course = replace(TINY, video=1.0, clips=3, keep_frame=(12,), renumber=0, shift=0, video_questions=8)
+    made = world2_films.any_lesson(3, course=course, seed=4)
+    words = {i: w for w, i in world2_words.IDS.items()}
+    assert made.pixels.shape == (3, 16, 224, 224, 3)
+    assert made.seen.shape == (48, 4 * 24)
+    assert made.tells.shape == (3, 16 * 12, 3)
+    assert (made.prefix == IMAGE).sum() == 16 * 12
+    rng = np.random.default_rng((26, 4, 3))
+    for i, seed in enumerate(world2_batches.seeds("train", 3, rng)):
+        c = clip(seed, frames=16)
+        assert np.array_equal(made.pixels[i], c.frames)
+        for k, (owner, frame) in enumerate(zip(made.owners[i], made.frame[i], strict=True)):
+            shown = [words[w] for w in made.shows[i, k] if w >= 0]
+            if not 0 <= owner < CHARACTER_OF:
+                assert (made.tells[i, k] == -1).all()
+                continue
+            actor = c.objects[owner]
+            assert shown[:2] == [actor.kind, actor.at(frame).colour]
+            motion, event, rank = made.tells[i, k]
+            assert rank == owner
+            before = actor.at(frame - 1)
+            assert event == (1 if before is None else 2 if before.colour != shown[1] else 0)
+            assert motion == (-1 if before is None else ("left", "right", "still").index(actor.motion))
+        # A token of the last frame stands behind the words "frame" and the tokens of the frames before.
+        last = made.positions[i][-12:] - (1 + 197 * 15) - 1
+        assert np.array_equal(made.seen[16 * i + 15].reshape(-1, 4)[made.keep[16 * i + 15], 0],
+                              last // 14 * 56 + last % 14 * 2)  # fmt: skip
 
 
 def test_a_lesson_is_a_function_of_its_step() -> None:
-    a, b, c = (world2_lessons.lesson(n, course=TINY, seed=0) for n in (7, 7, 8))
+    a, b, c = (world2_films.any_lesson(n, course=replace(TINY, video=0.5), seed=0) for n in (7, 7, 8))
     assert np.array_equal(a.words, b.words)
     assert np.array_equal(a.keep, b.keep)
     assert not np.array_equal(a.pixels, c.pixels)
+    kinds = [world2_films.any_lesson(n, course=replace(TINY, video=0.5, clips=1), seed=0) for n in range(6)]
+    assert {made.pixels.shape[1] for made in kinds} == {1, 16}
 
 
 # -- packed questions --------------------------------------------------------------------------------------------------
@@ -184,8 +218,8 @@ def test_packed_questions_equal_single_ones_with_fewer_key_heads(vit, llava, lon
     tuning = world_llava2.Tuning(llava, vit).eval()
     tensors = world_llava2._tensors(made, "cpu")
     with torch.no_grad():
-        features = tuning.see(world_vit.pixels(made.pixels), tensors["seen"])
-        hidden, _, attended = tuning.read(features, tensors)
+        features = tuning.see(world_vit.pixels(made.pixels[:, 0]), tensors["seen"])
+        hidden, _, attended, _ = tuning.read(features, tensors)
         logits = torch.nn.functional.linear(hidden, llava.lm_head.weight)
     processor = world2_words.processor()
     words = {i: w for w, i in world2_words.IDS.items()}
@@ -193,7 +227,7 @@ def test_packed_questions_equal_single_ones_with_fewer_key_heads(vit, llava, lon
     for j in range(made.words.shape[1]):
         ids = made.words[0, j][made.words[0, j] > 0]
         text = " ".join(words[int(t)] for t in ids)
-        inputs = processor(images=Image.fromarray(made.pixels[0]), text=f"<image> {text}", return_tensors="pt")
+        inputs = processor(images=Image.fromarray(made.pixels[0, 0]), text=f"<image> {text}", return_tensors="pt")
         with torch.no_grad():
             out = llava(**inputs, output_attentions=True)
         torch.testing.assert_close(logits[0, j, : len(ids)], out.logits[0, -len(ids) :], atol=5e-3, rtol=1e-3)
@@ -203,18 +237,40 @@ def test_packed_questions_equal_single_ones_with_fewer_key_heads(vit, llava, lon
     llava.set_attn_implementation({"text_config": "sdpa"})
 
 
+def test_packed_questions_about_a_clip_equal_single_ones(vit, llava) -> None:
+    """With all tokens a lesson is what :func:`video_inputs` makes of the clip."""
+    course = replace(
+        TINY, video=1.0, clips=1, seen_frame=196, keep_frame=(196,), renumber=0, shift=0, video_questions=1
+    )
+    made = world2_films.any_lesson(0, course=course, seed=0)
+    tuning = world_llava2.Tuning(llava, vit).eval()
+    tensors = world_llava2._tensors(made, "cpu")
+    with torch.no_grad():
+        out = tuning.read(tuning.see(world_vit.pixels(made.pixels[0]), tensors["seen"]), tensors)
+        logits = torch.nn.functional.linear(out.hidden, llava.lm_head.weight)
+    assert [tuple(told.shape) for told in out.told] == [(1, 16 * 196, 3), (1, 16 * 196, 3), (1, 16 * 196, 6)]
+    words = {i: w for w, i in world2_words.IDS.items()}
+    ids = made.words[0, 0][made.words[0, 0] > 0]
+    inputs = video_inputs(llava, [made.pixels[0]], [" ".join(words[int(t)] for t in ids)])
+    with torch.no_grad():
+        single = llava(**inputs).logits[0, -len(ids) :]
+    torch.testing.assert_close(logits[0, 0, : len(ids)], single, atol=5e-3, rtol=1e-3)
+
+
 def test_pointing_is_the_share_of_attention_at_the_right_tokens() -> None:
-    points = torch.tensor([[[0, 1, -1, 9]]])
-    made = {"owners": torch.tensor([[0, 0, 1, -1]]), "points": torch.stack([points, torch.full_like(points, -1)], -1)}
+    owners = torch.tensor([[[0, 1, -1, 9]]])
+    points = torch.stack([owners, torch.full_like(owners, -1)], -1)  # (1,1,4,2)
+    points = torch.stack([points, torch.zeros_like(points), torch.ones_like(points)], -1)
+    made = {"owners": torch.tensor([[0, 0, 1, -1]]), "points": points, "frame": torch.zeros(1, 4, dtype=torch.long)}
     attended = torch.tensor([[[0.25, 0.25, 0.3, 0.2], [0.0, 0.0, 0.5, 0.0], [1, 0, 0, 0], [1, 0, 0, 0]]])[:, None]
     attended = attended[..., None].repeat(1, 1, 1, 1, 2)
     assert float(world_llava2.pointing(attended, made)) == pytest.approx(-np.log(0.5 + 1e-4), rel=1e-3)
     # The second look counts as much, and has words of its own.
-    made["points"][0, 0, 2, 1] = 0
+    made["points"][0, 0, 2, 1, 0] = 0
     attended[0, 0, 2, :, 1] = torch.tensor([0.1, 0.1, 0.8, 0.0])
     want = -(2 * np.log(0.5 + 1e-4) + np.log(0.2 + 1e-4)) / 3
     assert float(world_llava2.pointing(attended, made)) == pytest.approx(want, rel=1e-3)
-    none = {"owners": made["owners"], "points": torch.full((1, 1, 4, 2), -1)}
+    none = {**made, "points": torch.full((1, 1, 4, 2, 3), -1)}
     assert float(world_llava2.pointing(attended, none)) == 0
 
 
@@ -228,7 +284,7 @@ def test_the_language_model_has_groups_of_query_heads(llava) -> None:
 
 @pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint_and_from_weights(tmp_path, vit, llava) -> None:
-    course = replace(TINY, long=0.5)
+    course = replace(TINY, long=0.5, video=0.5, clips=1, keep_frame=(8,), video_questions=2)
     stages = [world_llava2.Stage("a", Schedule(4, batch=2, lr=1e-3), course)]
     rows = []
     train = dict(encoder=vit, workers=0, stages=stages, save_every=2, report=rows.append)
@@ -246,9 +302,9 @@ def test_training_goes_on_from_a_checkpoint_and_from_weights(tmp_path, vit, llav
 def test_cases_are_the_same_every_time_and_of_every_type() -> None:
     a, b = (evaluation2.cases("test", 3, 36) for _ in range(2))
     assert [(c.text, c.answer) for c in a] == [(c.text, c.answer) for c in b]
-    assert [c.type for c in a] == [*IMAGE_TYPES, *IMAGE_TYPES]
+    assert [c.type for c in a] == [*IMAGE_TYPES, *VIDEO_TYPES, *IMAGE_TYPES][:36]
     assert {evaluation2.size_of(c) for c in a if c.type == "read"} <= {6, 8, 10, 12, 16}
-    for bad in (dict(split="tset"), dict(types=["order"]), dict(questions=0), dict(types=[])):
+    for bad in (dict(split="tset"), dict(types=["oder"]), dict(questions=0), dict(types=[])):
         with pytest.raises(ValueError, match=r"unknown|questions is"):
             evaluation2.cases(**bad)
 
@@ -262,14 +318,17 @@ def test_evaluate_scores_words_and_elements_and_unpatches(llava, monkeypatch) ->
 
     monkeypatch.setattr(evaluation2, "_answers", answers)
     out = tr.zoo.evaluate(llava, "divprune:keep=16", questions=36)
-    assert out["accuracy"] == pytest.approx(34 / 36)
+    assert out["accuracy"] == pytest.approx(35 / 36)
+    assert out["image"] == pytest.approx(27 / 28)
+    assert out["video"] == 1
     assert out["list"] == 0
     assert 0.3 < out["list_elements"] < out["list_words"] < 1
     assert out["read"] == out["read_elements"] == 1
 
 
 def test_answers_come_from_generate(llava) -> None:
-    case = evaluation2.cases("test", 0, 1, ["read"])
-    said = evaluation2._answers(llava, world2_words.processor(), case, 3)
-    assert len(said) == 1
-    assert set(said[0].split()) <= set(world2_words.IDS)
+    for name in ("read", "read_at"):
+        case = evaluation2.cases("test", 0, 1, [name])
+        said = evaluation2._answers(llava, world2_words.processor(), case, 3)
+        assert len(said) == 1
+        assert set(said[0].split()) <= set(world2_words.IDS)

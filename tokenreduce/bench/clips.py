@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenreduce.bench.mvbench import MVBENCH, MVBENCH_RATE
-from tokenreduce.bench.questions import WORLD_QUESTIONS, Item, normalised
+from tokenreduce.bench.questions import SECOND, WORLD_QUESTIONS, Item, normalised
 from tokenreduce.common.words import are, counted
 
-__all__ = ["LAYOUTS", "ClipItem", "Clips", "chosen", "lettered", "load_clips"]
+__all__ = ["LAYOUTS", "WORLDS", "ClipItem", "Clips", "chosen", "lettered", "load_clips"]
 
+#: Data that is generated.
+WORLDS = ("world", *SECOND)
 LAYOUTS = ("auto", "world", "jsonl", "mvbench", "videomme", "egoschema")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -54,14 +56,15 @@ def load_clips(data: str, layout: str = "auto", split: str = "test", limit: int 
     """The questions of ``data``.
 
     Args:
-        data: ``world`` (clips generated from the seeds of ``split``, types in turn), a JSONL file, or a folder.
+        data: ``world``, ``world2`` or ``world2-all`` (clips generated from the seeds of ``split``, types in turn; of
+            the second world those that ``world-llava-2`` has learned, or all), a JSONL file, or a folder.
         layout: "auto" looks at what is there. "jsonl": lines ``{"video": path, "question": ..., "answer": ...,
             "options": [...], "type": ...}``, options and type optional, paths relative to the file; with options, the
             answer is one of them or its letter; a video may be a folder of frames, ``"fps"`` of them per second.
             "mvbench": json/TASK.json and video/. "videomme": Parquet or JSON with
             videoID, question, options, answer, and data/VIDEOID.mp4; the type is the duration, or the task_type.
             "egoschema": questions.json, subset_answers.json and videos/Q_UID.mp4.
-        limit: that many of the questions, drawn by ``seed``; without it all, and 2,400 of the world.
+        limit: that many of the questions, drawn by ``seed``; without it all, and 2,400 of a world.
 
     A line that is no question, or whose answer is not among the options, is a problem and no error. Whether clips are
     there and whole shows when they are read.
@@ -71,18 +74,15 @@ def load_clips(data: str, layout: str = "auto", split: str = "test", limit: int 
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, not {layout!r}")
-    if data == "world" and layout in ("auto", "world"):
-        return Clips(_world(split, WORLD_QUESTIONS if limit is None else limit, seed), {})
-    if data == "world2":
-        raise ValueError(
-            "clips of the second world are not asked: world-llava-2 has learned pictures only so far; use --data world "
-            "with world-llava, or tokenreduce.zoo.world2.clip and ask to write a JSONL file for another model"
-        )
+    if data in WORLDS and layout in ("auto", "world"):
+        return Clips(_world(data, split, WORLD_QUESTIONS if limit is None else limit, seed), {})
     if layout == "world":
-        raise ValueError(f"layout 'world' is for --data world, not {data}")
+        raise ValueError(f"layout 'world' is for --data {', '.join(WORLDS)}, not {data}")
     path = Path(data).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; give world, a JSONL file ({EXAMPLE}) or a folder with clips")
+        raise FileNotFoundError(
+            f"there is no {path}; give world, world2, a JSONL file ({EXAMPLE}) or a folder with clips"
+        )
     kind = _layout(path) if layout == "auto" else layout
     items: list[ClipItem] = []
     problems: dict[int, dict[str, str]] = {}
@@ -155,10 +155,16 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
 _Make = Callable[[int], ClipItem]
 
 
-def _world(split: str, questions: int, seed: int) -> list[ClipItem]:
-    from tokenreduce.zoo.evaluation import KINDS_OF_TYPES, cases
+def _world(data: str, split: str, questions: int, seed: int) -> list[ClipItem]:
+    from tokenreduce.zoo import evaluation, evaluation2
+    from tokenreduce.zoo.world2 import VIDEO_TYPES
 
-    asked: Sequence[Any] = cases(split, seed, questions, KINDS_OF_TYPES["video"])
+    asked: Sequence[Any]
+    if data == "world":
+        asked = evaluation.cases(split, seed, questions, evaluation.KINDS_OF_TYPES["video"])
+    else:
+        types = evaluation2.learned_types(VIDEO_TYPES) if data == SECOND[0] else VIDEO_TYPES
+        asked = evaluation2.cases(split, seed, questions, types)
     return [ClipItem(i, c.text, (c.answer,), c.type, c.about.frames) for i, c in enumerate(asked)]
 
 
@@ -166,7 +172,7 @@ def _layout(path: Path) -> str:
     """What a file or folder looks like."""
     if path.is_file():
         if path.suffix not in (".jsonl", ".json"):
-            raise ValueError(f"questions about clips are world, a JSONL file or a folder, not {path}")
+            raise ValueError(f"questions about clips are world, world2, a JSONL file or a folder, not {path}")
         return "jsonl"
     if any((path / "json").glob("*.json")):
         return "mvbench"

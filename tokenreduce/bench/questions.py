@@ -79,8 +79,9 @@ def _world2(split: str, questions: int, seed: int, data: str) -> list[Item]:
     from PIL import Image
 
     from tokenreduce.zoo.evaluation2 import cases, learned_types
+    from tokenreduce.zoo.world2 import IMAGE_TYPES
 
-    asked = cases(split, seed, questions, learned_types() if data == SECOND[0] else None)
+    asked = cases(split, seed, questions, learned_types() if data == SECOND[0] else IMAGE_TYPES)
     return [Item(i, c.text, (c.answer,), c.type, Image.fromarray(c.about.image)) for i, c in enumerate(asked)]
 
 

@@ -12,11 +12,12 @@ from tokenreduce.bench.asking.task import QuestionTask
 from tokenreduce.bench.clip_frames import Sampler
 from tokenreduce.bench.clips import LAYOUTS
 from tokenreduce.bench.frame_cache import GIGABYTES, FrameCache
+from tokenreduce.bench.questions import SECOND
 
 __all__ = ["FRAMES", "VideoTask"]
 
-#: Frames of a clip where nothing is said.
-FRAMES = 8
+#: Frames of a clip where nothing is said, and of clips of the second world.
+FRAMES, SECOND_FRAMES = 8, 16
 
 
 @dataclass
@@ -26,15 +27,15 @@ class VideoTask(QuestionTask):
     Args:
         data, split, limit, seed, layout: see :func:`~tokenreduce.bench.clips.load_clips`.
         frames, fps, sampling: see :class:`~tokenreduce.bench.clip_frames.Sampler`; 8 frames where neither of the first
-            two is given.
+            two is given, 16 of clips of the second world.
         frame_cache: gigabytes of decoded frames that are kept on the disk between runs; 0 keeps none.
 
     A question with options is asked with a letter before each, and the letter of the answer counts, or its text.
-    ``world-llava``, and any model whose tokenizer has every word of the world as one token, gets questions in its own
-    form and answers with the likeliest word; a processor that takes videos gets videos with their true times; any other
-    model gets one image per frame. A row also has ``frames``, ``tokens_per_frame`` that enter the language model,
-    ``decode_s`` to read the frames (None where they are generated or kept), ``tower_s`` of the vision tower with its
-    projector, and ``tower_speedup`` against the stock one, all of one clip. Bad settings raise ``ValueError``.
+    ``world-llava``, ``world-llava-2``, and any model whose tokenizer has every word of the world as one token, get
+    questions in their own form and answer with the likeliest words; a processor that takes videos gets videos with
+    their true times; any other model gets one image per frame. A row also has ``frames``, ``tokens_per_frame`` that
+    enter the language model, ``decode_s`` (None where frames are generated or kept), ``tower_s`` of the vision tower
+    with its projector, and ``tower_speedup`` against the stock one, all of one clip. Bad settings raise ``ValueError``.
     """
 
     limit: int | None = 120
@@ -61,7 +62,7 @@ class VideoTask(QuestionTask):
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, not {self.layout!r}")
         if self.frames is None and self.fps is None:
-            self.frames = FRAMES
+            self.frames = SECOND_FRAMES if self.data in SECOND else FRAMES
         self._sampler = Sampler(self.frames, self.fps, self.sampling, FrameCache.usual(self.frame_cache))
 
     def source(self) -> Films:

@@ -38,12 +38,13 @@ QUICK = 96
 Data = Annotated[
     str | None,
     typer.Option(
-        help='world, a JSONL file ({"video": path, "question": ..., "answer": ..., "options": [...], "type": ...}; '
+        help="world, world2 (what world-llava-2 has learned), world2-all, a JSONL file "
+        '({"video": path, "question": ..., "answer": ..., "options": [...], "type": ...}; '
         "options and type may be left out), or a folder of MVBench, Video-MME or EgoSchema."
     ),
 ]
 Layout = Annotated[str, typer.Option(help="jsonl, mvbench, videomme or egoschema; auto looks at what is there.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a clip, spread evenly; 8 by default.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a clip, spread evenly; 8 by default, 16 of world2.")]
 Fps = Annotated[float | None, typer.Option(help="Frames per second, in place of --frames.")]
 Sampling = Annotated[str, typer.Option(help="uniform, or diverse: the --frames that differ most as small pictures.")]
 FrameCacheSize = Annotated[

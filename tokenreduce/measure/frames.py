@@ -35,9 +35,9 @@ def frames_question(
     """``prompt`` about ``frames``, shown at ``times`` (seconds; one per second by default).
 
     ``loaded`` has a ``name``, ``model`` and ``processor`` (:func:`tokenreduce.bench.vlms.load_vlm`). ``world-llava``
-    gets its own form, frames pooled to 49 tokens each; a processor that takes videos gets one, with these frames and
-    times; every other model gets one image per frame, in order. Raises ``ValueError`` for an empty prompt, no frame,
-    another number of times than frames, and whatever the processor refuses.
+    and ``world-llava-2`` get their own form, frames pooled to 49 and 196 tokens each; a processor that takes videos
+    gets one, with these frames and times; every other model gets one image per frame, in order. Raises ``ValueError``
+    for an empty prompt, no frame, another number of times than frames, and whatever the processor refuses.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something about the video")
@@ -45,7 +45,7 @@ def frames_question(
         raise ValueError("no frame is given; give at least one")
     if times is not None and len(times) != len(frames):
         raise ValueError(f"{len(times)} times for {len(frames)} frames; give one for each")
-    if loaded.name == "world-llava":
+    if loaded.name in ("world-llava", "world-llava-2"):
         return own_form(loaded, frames, prompt)
     if takes_videos(loaded.processor):
         return _as_video(loaded.processor, frames, prompt, times)
@@ -53,7 +53,7 @@ def frames_question(
 
 
 def own_form(loaded: Any, frames: Sequence[Image.Image], prompt: str) -> Question:
-    """:func:`frames_question` in the form of ``world-llava``: "frame <image> frame <image> ... question"."""
+    """:func:`frames_question` in the form of the embedded models: "frame <image> frame <image> ... question"."""
     from tokenreduce.zoo.video_inputs import clip_pixels, video_inputs
 
     clip = np.stack([np.asarray(as_rgb(frame)) for frame in frames])

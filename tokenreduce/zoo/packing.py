@@ -7,7 +7,7 @@ same result as one pass per question, at a fraction of the cost.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,21 +18,21 @@ __all__ = ["packed"]
 
 
 def packed(
-    language: Any, prefix: Tensor, positions: Tensor, questions: Tensor, places: Tensor, *, tap: int | None = None,
+    language: Any, prefix: Tensor, positions: Tensor, questions: Tensor, places: Tensor, *, taps: Collection[int] = (),
     watch: Callable[[int, Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Final hidden states (B,Q,T,D), normalised, of ``questions`` (B,Q,T,D) behind ``prefix`` (B,P,D), embeddings both.
 
     ``language`` is a ``LlamaModel``; ``positions`` (B,P) and ``places`` (B,Q,T) are position ids. Also returns what the
-    prefix is behind layer ``tap``, (B,P,D). ``watch(layer, weights)`` sees how the questions attend to the prefix in
-    every layer, (B,H,Q,T,P).
+    prefix is behind the layers ``taps``, (B,P,D) each. ``watch(layer, weights)`` sees how the questions attend to the
+    prefix in every layer, (B,H,Q,T,P).
     """
     q, t, d = questions.shape[1:]
     b, p = positions.shape
     x = torch.cat([prefix, questions.flatten(1, 2)], 1)
     cos, sin = language.rotary_emb(x, torch.cat([positions, places.flatten(1)], 1))
     cos, sin = cos[:, :, None], sin[:, :, None]
-    tapped = None
+    tapped = []
     for i, module in enumerate(language.layers):
         attn, mlp = module.self_attn, module.mlp
         weights = (
@@ -45,8 +45,8 @@ def packed(
         see = None if watch is None else functools.partial(watch, i)
         eps = module.input_layernorm.variance_epsilon
         x = _layer(x, cos, sin, weights, p, q, t, attn.head_dim, eps, skip, see)
-        if i == tap:
-            tapped = x[:, :p]
+        if i in taps:
+            tapped.append(x[:, :p])
     return language.norm(x).view(b, q, t, d), tapped
 
 

@@ -1,4 +1,4 @@
-"""Clips as inputs of a plain ``LlavaForConditionalGeneration``: frames encoded as pictures and pooled to 49 tokens.
+"""Clips as inputs of a plain ``LlavaForConditionalGeneration``: frames encoded as pictures, 2x2 tokens pooled to one.
 
 LLaVA has no videos; what it has is the argument ``mm_encoder_outputs``, features made before the call, which
 ``forward`` and ``generate`` take instead of pixels. A prompt reads "frame <image> frame <image> ... question".
@@ -6,32 +6,39 @@ LLaVA has no videos; what it has is the argument ``mm_encoder_outputs``, feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from tokenreduce.zoo.world_lessons import GRID
-from tokenreduce.zoo.world_words import processor as make_processor
+from tokenreduce.zoo import world2_words, world_words
 
 __all__ = ["clip_pixels", "video_inputs"]
 
 
 def pool(features: torch.Tensor) -> torch.Tensor:
-    """(F,49,D) from the projected tokens (F,196,D) of frames: the mean of 2x2."""
-    return features.unflatten(1, (GRID // 2, 2, GRID // 2, 2)).mean((2, 4)).flatten(1, 2)
+    """(F,N/4,D) from the projected tokens (F,N,D) of frames with an even square grid: the mean of 2x2."""
+    half = math.isqrt(features.shape[1]) // 2
+    return features.unflatten(1, (half, 2, half, 2)).mean((2, 4)).flatten(1, 2)
+
+
+def _reading(model: Any, processor: Any) -> Any:
+    """``processor``, or the one of the world that ``model`` answers about."""
+    second = model.config.text_config.vocab_size == world2_words.SIZE
+    return processor or (world2_words if second else world_words).processor()
 
 
 def clip_pixels(clips: Sequence[np.ndarray], processor: Any = None) -> torch.Tensor:
-    """(frames of all clips,3,112,112): what the vision tower gets. Raises ``ValueError`` for a clip that is not
-    (T,H,W,3)."""
+    """(frames of all clips,3,S,S): what the vision tower gets, 112 or 224 pixels on a side as ``processor`` has it
+    (that of the first world where none is given). Raises ``ValueError`` for a clip that is not (T,H,W,3)."""
     from PIL import Image
 
     for clip in clips:
         if clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
             raise ValueError(f"a clip is (T,H,W,3) with at least one frame, not {tuple(clip.shape)}")
-    reading = processor or make_processor()
+    reading = processor or world_words.processor()
     frames = [Image.fromarray(np.asarray(f)) for clip in clips for f in clip]
     made: torch.Tensor = reading.image_processor(images=frames, return_tensors="pt")["pixel_values"]
     return made
@@ -48,15 +55,16 @@ def video_inputs(
 ) -> dict[str, Any]:
     """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``: one question about each clip.
 
-    ``clips`` are (T,112,112,3) uint8 frames (also as RGB of another size), ``texts`` the questions without
-    placeholders; shorter prompts are padded on the left. Make the inputs under the patch that is to act: a patched
-    model's features carry what its methods look at; ``pixels``, made by :func:`clip_pixels` before, are the same under
-    every patch. Raises ``ValueError`` for clips and texts of different number or
-    a clip that is not (T,H,W,3).
+    ``model`` is ``world-llava`` (frames of 112 px, 49 tokens each) or ``world-llava-2`` (224 px, 196 tokens, 16
+    frames); ``clips`` are (T,H,W,3) uint8 frames (resized where they have another size), ``texts`` the questions
+    without placeholders; shorter prompts are padded on the left. Make the inputs under the patch that is to act: a
+    patched model's features carry what its methods look at; ``pixels``, made by :func:`clip_pixels` before, are the
+    same under every patch. Raises ``ValueError`` for clips and texts of different number or a clip that is not
+    (T,H,W,3).
     """
     if len(clips) != len(texts) or not len(clips):
         raise ValueError(f"one question per clip: {len(clips)} clips and {len(texts)} questions")
-    reading = processor or make_processor()
+    reading = _reading(model, processor)
     pixel_values = clip_pixels(clips, reading) if pixels is None else pixels
     seen = model.model.get_image_features(
         pixel_values=pixel_values.to(model.device, model.dtype),

@@ -139,10 +139,10 @@ class Tuning(nn.Module):
         start = torch.where(marks[:, None], visual[:, order].float(), table(prefix))
         places = made["text"][:, None, None] + torch.arange(words.shape[2], device=words.device)
         hidden, tapped = packing.packed(
-            language, start, made["positions"], table(words), places.expand_as(words), tap=TAP
+            language, start, made["positions"], table(words), places.expand_as(words), taps=(TAP,)
         )
         unit = F.rms_norm(visual.float(), visual.shape[-1:])
-        return self.llava.lm_head(hidden), F.linear(unit, table.weight), self.motion(tapped[:, marks])  # type: ignore[index]
+        return self.llava.lm_head(hidden), F.linear(unit, table.weight), self.motion(tapped[0][:, marks])
 
 
 @torch.no_grad()

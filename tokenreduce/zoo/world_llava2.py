@@ -1,10 +1,11 @@
 """``world-llava-2``: a tiny language model that answers questions about the second world, also by reading.
 
 A real ``LlavaForConditionalGeneration``: the tower is ``world-vit-2``, frozen; a Llama of eight layers with six query
-and two key heads reads 784 tokens per picture. It is taught as ``world-llava`` was, with two more losses: every visual
-token is compared with the words for what it shows, and in two layers the first heads are told where to look: in one at
-what leads to the next word (the thing that the question names, what was said before), in a later one at where that word
-is read (:func:`pointing`).
+and two key heads reads 784 tokens per picture, and 196 per frame of a clip (:func:`~.video_inputs.video_inputs`). It is
+taught as ``world-llava`` was, with more losses: every visual token is compared with the words for what it shows; in two
+layers the first heads are told where to look: in one at what leads to the next word (the thing that the question names,
+what was said before), in a later one at where that word is read (:func:`pointing`); and tokens of clips are asked how
+their thing moves, whether it is new or of another colour, and how many came before it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,15 +25,17 @@ from tokenreduce.zoo import packing, world_vit2
 from tokenreduce.zoo.clip_twin import clip_state, timm_state
 from tokenreduce.zoo.stages import fit_stages
 from tokenreduce.zoo.training import Schedule, half
+from tokenreduce.zoo.world2.clip_questions import VIDEO_TYPES
 from tokenreduce.zoo.world2.questions import LONG
 from tokenreduce.zoo.world2.vocabulary import GRID
 from tokenreduce.zoo.world2_batches import sights
-from tokenreduce.zoo.world2_lessons import Course, Lesson, lesson
+from tokenreduce.zoo.world2_films import any_lesson
+from tokenreduce.zoo.world2_lessons import TELLS, Course, Lesson
 from tokenreduce.zoo.world2_words import IDS, SIZE
 from tokenreduce.zoo.world_llava import architecture, prepare
 from tokenreduce.zoo.world_vit import pixels
 from tokenreduce.zoo.world_vit2 import CLIP, embed
-from tokenreduce.zoo.world_words import BOS, EOS, PAD
+from tokenreduce.zoo.world_words import BOS, EOS, IMAGE, PAD
 
 __all__ = ["STAGES", "Stage", "Tuning", "build", "facts", "held_out", "train"]
 
@@ -41,12 +44,15 @@ TEXT = dict(
     num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     tie_word_embeddings=True,
 )  # fmt: skip
-#: Batches of 8 scenes that the card's accuracies are from: with 12 short questions each, and with the long ones.
-HELD_OUT = (20, 8)
+#: Batches that the card's accuracies are from: 8 scenes with 12 short questions each, 8 with the long ones, and 2 clips
+#: with 10 questions each.
+HELD_OUT = (20, 8, 32)
 #: From this accuracy on a type of question counts as learned.
 LEARNED = 0.9
 #: Layers, one per look, and the number of their query heads that are told where to look.
 POINT, POINTERS = (2, 5), 2
+#: Layers behind which tokens of clips are asked how they move, what happens to them and how many came before.
+TAPS = (2, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ _SEE = dict(
     colour_of=1.5, kind_of=1.5, exist=1.0, count_all=0.6, count_colour=1.0, side=0.7, relation=1.0, at_kind=1.0,
     at_colour=1.0, background=0.5, other_kind=1.0, other_count=0.7,
 )  # fmt: skip
+_FILM = dict(
+    order=2.0, first=0.7, last=1.0, count_events=1.5, read_at=2.0, colour_at=1.5, direction=1.0, appear=0.6,
+)  # fmt: skip
 STAGES = (
     Stage(
         "words", Schedule(1_500, batch=16, lr=1.5e-3, warmup=150, weight_decay=0.02, final=0.8, seed=30),
@@ -76,10 +85,18 @@ STAGES = (
         ),
     ),
     Stage(
-        "whole", Schedule(400, batch=8, lr=3e-4, warmup=20, weight_decay=0.02, seed=32),
+        "film", Schedule(3_200, batch=16, lr=1e-3, warmup=50, weight_decay=0.02, final=0.1, seed=33),
+        Course(
+            keep=(48, 64, 96), seen=160, renumber=0.3, shift=0.2, types={**_SEE, **_READ}, long=0.2, copy_colour=0.4,
+            scene=dict(document=0.6), video=0.7, video_types=_FILM, keep_frame=(8, 10, 14), clips=10,
+        ),
+    ),
+    Stage(
+        "whole", Schedule(500, batch=8, lr=3e-4, warmup=20, weight_decay=0.02, seed=34),
         Course(
             keep=(64, 196, GRID * GRID), seen=GRID * GRID, renumber=0.3, types={**_SEE, **_READ}, long=0.3,
-            copy_colour=0.4, blind=0.1, scenes=8, scene=dict(document=0.6),
+            copy_colour=0.4, blind=0.1, scenes=8, scene=dict(document=0.6), video=0.4, video_types=_FILM,
+            seen_frame=GRID * GRID // 4, keep_frame=(24, 98, GRID * GRID // 4), clips=1, video_questions=16,
         ),
     ),
 )  # fmt: skip
@@ -92,11 +109,13 @@ def build() -> Any:
 
 # -- training --------------------------------------------------------------------------------------------------------
 class Tuning(nn.Module):
-    """The model, and the encoder as timm has it, which can look at some of the patches only."""
+    """The model, the encoder as timm has it, which can look at some of the patches only, and heads that are thrown
+    away: what tokens of clips are asked (:data:`~.world2_lessons.TELLS`)."""
 
     def __init__(self, llava: Any, vit: nn.Module) -> None:
         super().__init__()
         self.llava = llava
+        self.tells = nn.ModuleList(nn.Linear(TEXT["hidden_size"], n) for n in TELLS.values())  # type: ignore[arg-type]
         llava.model.vision_tower.requires_grad_(False)
         self._vit = [vit.requires_grad_(False)]  # not a part: its weights are the tower's
 
@@ -109,28 +128,46 @@ class Tuning(nn.Module):
             x = block(x)
         return x[:, 1:]
 
-    def read(self, features: Tensor, made: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states (B,Q,T,D) of every question word, logits (B,K,V) of words that the visual tokens show,
-        and how the pointing heads attend to these tokens (B,Q,T,K,2)."""
+    def read(self, features: Tensor, made: dict[str, Tensor]) -> Read:
+        """What the language model makes of ``features`` (B*F,S,C) and the questions of a lesson."""
         inner = self.llava.model
         language, table = inner.language_model, inner.language_model.embed_tokens
-        words = made["words"]
-        kept = features.gather(1, made["keep"][..., None].expand(-1, -1, features.shape[-1]))
-        visual = inner.multi_modal_projector(kept)
-        first = table.weight[BOS].expand(len(words), 1, -1)
+        words, prefix, keep = made["words"], made["prefix"], made["keep"]
+        b, film = len(words), len(keep) > len(words)
+        if film:
+            visual = inner.multi_modal_projector(features).unflatten(1, (-1, 4)).mean(2)
+            visual = visual.gather(1, keep[..., None].expand(-1, -1, visual.shape[-1])).reshape(b, -1, visual.shape[-1])
+        else:
+            kept = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))
+            visual = inner.multi_modal_projector(kept)
+        marks = prefix == IMAGE
+        start = table(prefix).expand(b, -1, -1).index_copy(1, marks.nonzero()[:, 0], visual.float())
         places = made["text"][:, None, None] + torch.arange(words.shape[2], device=words.device)
-        found: list[Tensor] = []
+        attended: list[Tensor] = []
 
         def watch(layer: int, weights: Tensor) -> None:
             if layer in POINT:
-                found.append(weights[:, :POINTERS, ..., 1:].float().mean(1))
+                attended.append(weights[:, :POINTERS][..., marks].float().mean(1))
 
-        hidden, _ = packing.packed(
-            language, torch.cat([first, visual.float()], 1), made["positions"], table(words),
-            places.expand_as(words), watch=watch,
-        )  # fmt: skip
+        hidden, tapped = packing.packed(
+            language, start, made["positions"], table(words), places.expand_as(words), taps=set(TAPS), watch=watch
+        )
         unit = F.rms_norm(visual.float(), visual.shape[-1:])
-        return hidden, F.linear(unit, table.weight), torch.stack(found, -1)
+        told: list[Tensor] = []
+        if film:
+            behind = dict(zip(sorted(set(TAPS)), tapped, strict=True))
+            told = [head(behind[at][:, marks]) for head, at in zip(self.tells, TAPS, strict=True)]
+        return Read(hidden, F.linear(unit, table.weight), torch.stack(attended, -1), told)
+
+
+class Read(NamedTuple):
+    """Final hidden states (B,Q,T,D) of every question word, logits (B,K,V) of words that the visual tokens show, how
+    the pointing heads attend to these tokens (B,Q,T,K,2), and logits (B,K,n) of what tokens of clips are asked."""
+
+    hidden: Tensor
+    shown: Tensor
+    attended: Tensor
+    told: list[Tensor]
 
 
 def pointing(attended: Tensor, made: dict[str, Tensor]) -> Tensor:
@@ -139,29 +176,37 @@ def pointing(attended: Tensor, made: dict[str, Tensor]) -> Tensor:
 
     ``attended`` (B,Q,T,K,2). A word without such a token, or whose token is not kept, does not count.
     """
-    right = made["owners"][:, None, None, :, None] == made["points"][..., None, :]
-    at = (made["points"] >= 0) & right.any(-2)
+    own, first, stop = made["points"][..., None, :, :].unbind(-1)  # (B,Q,T,1,2)
+    frame = made["frame"][:, None, None, :, None]
+    right = (made["owners"][:, None, None, :, None] == own) & (frame >= first) & (frame < stop)
+    at = (made["points"][..., 0] >= 0) & right.any(-2)
     paid = (attended * right).sum(-2)[at]
     return -(paid + 1e-4).log().mean() if paid.numel() else attended.sum() * 0
 
 
-def losses(model: Tuning, made: dict[str, Tensor], out: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Words of answers, ``<eos>`` behind them (0.15), words that tokens show (0.5), where to look (0.3)."""
-    hidden, shown, attended = out
+def losses(model: Tuning, made: dict[str, Tensor], out: Read) -> Tensor:
+    """Words of answers, ``<eos>`` behind them (0.15), words that tokens show (0.5), where to look (0.3), and what
+    tokens of clips are asked (0.3 each)."""
     after = made["next"]
     here = after >= 0
-    logits = F.linear(hidden[here].float(), model.llava.lm_head.weight)
+    logits = F.linear(out.hidden[here].float(), model.llava.lm_head.weight)
     each = F.cross_entropy(logits, after[here], reduction="none")
     weight = torch.where(after[here] == EOS, 0.15, 1.0)
     said = (each * weight).sum() / weight.sum()
     shows = made["shows"]
     weight = (shows >= 0) * torch.tensor([1.0, 1.0, 0.3, 0.3, 0.7, 0.7], device=shows.device)
     weight = torch.where((made["owners"] < 0)[..., None], weight * 0.3, weight)  # background
-    named = -shown.float().log_softmax(-1).gather(-1, shows.clamp(min=0))
-    return said + 0.5 * (named * weight).sum() / weight.sum() + 0.3 * pointing(attended, made)
+    named = -out.shown.float().log_softmax(-1).gather(-1, shows.clamp(min=0))
+    total = said + 0.5 * (named * weight).sum() / weight.sum() + 0.3 * pointing(out.attended, made)
+    for logits, right in zip(out.told, made["tells"].unbind(-1), strict=False):
+        if bool((right >= 0).any()):
+            total = total + 0.3 * F.cross_entropy(logits.float().flatten(0, 1), right.flatten(), ignore_index=-1)
+    return total
 
 
-_FIELDS = ("seen", "keep", "positions", "text", "words", "next", "points", "shows", "owners")
+_FIELDS = (
+    "seen", "keep", "prefix", "positions", "text", "words", "next", "points", "shows", "owners", "frame", "tells",
+)  # fmt: skip
 
 
 def _tensors(made: Lesson, device: str) -> dict[str, Tensor]:
@@ -170,29 +215,35 @@ def _tensors(made: Lesson, device: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def held_out(
-    model: Tuning, *, device: str = "cpu", batches: int = 3, long: int = 1, split: str = "validation",
-    course: Course | None = None,
+    model: Tuning, *, device: str = "cpu", batches: int = 3, long: int = 1, films: int = 4,
+    per_frame: int = GRID * GRID // 16, split: str = "validation", course: Course | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Accuracy on scenes of ``split`` by question type, each word given the right ones before it, so that a whole
-    answer is right exactly when greedy decoding finds it: of whole answers, of the words of those with several
-    (``list_words``), and attention that goes where it should (``(pointing)``).
+    """Accuracy on scenes and clips of ``split`` by question type, each word given the right ones before it, so that a
+    whole answer is right exactly when greedy decoding finds it: of whole answers, of the words of those with several
+    (``list_words``), attention that goes where it should (``(pointing)``), and what tokens of clips tell (``(motion)``,
+    ``(event)``, ``(rank)``).
 
-    ``batches`` of 8 scenes with 12 questions each, and ``long`` ones that ask for long answers.
+    ``batches`` of 8 scenes with 12 questions each, ``long`` ones that ask for long answers, and ``films`` of 2 clips
+    with 10 questions each, of which ``per_frame`` tokens of a frame are kept, what shows something first.
     """
     was = model.training
     model.eval()
-    wide = dict(seen=GRID * GRID, keep=(GRID * GRID,), scenes=8)
+    pictures: dict[str, Any] = dict(seen=GRID * GRID, keep=(GRID * GRID,), scenes=8, copy_colour=0.35)
+    clips: dict[str, Any] = dict(seen_frame=GRID * GRID // 4, keep_frame=(per_frame,), clips=2, video=1.0)
+    plan = [Course(**pictures, types=_EVEN, scene=dict(document=0.6))] * batches
+    plan += [Course(**pictures, long=1.0, scene=dict(document=0.6))] * long + [Course(**clips)] * films
     right: dict[str, list[float]] = {}
-    for i in range(batches + long):
-        more: dict[str, Any] = dict(long=1.0) if i >= batches else dict(types=_EVEN)
-        used = course or Course(**wide, scene=dict(document=0.6), copy_colour=0.35, **more)  # type: ignore[arg-type]
-        made = lesson(i, course=used, seed=99, split=split)
+    for i, used in enumerate(plan):
+        made = any_lesson(i, course=course or used, seed=99, split=split)
         tensors = _tensors(made, device)
         with half(device):
-            features = model.see(pixels(made.pixels).to(device), tensors["seen"])
-            hidden, _, attended = model.read(features, tensors)
-            guess = F.linear(hidden.float(), model.llava.lm_head.weight).argmax(-1)
-        right.setdefault("(pointing)", []).append(float((-pointing(attended, tensors)).exp()))
+            features = model.see(pixels(made.pixels.reshape(-1, *made.pixels.shape[2:])).to(device), tensors["seen"])
+            out = model.read(features, tensors)
+            guess = F.linear(out.hidden.float(), model.llava.lm_head.weight).argmax(-1)
+        right.setdefault("(pointing)", []).append(float((-pointing(out.attended, tensors)).exp()))
+        for name, logits, wanted in zip(TELLS, out.told, tensors["tells"].unbind(-1), strict=False):
+            known = wanted >= 0
+            right.setdefault(f"({name})", []).append(float((logits.argmax(-1) == wanted)[known].float().mean()))
         asked = tensors["next"] >= 0
         good = (guess == tensors["next"]) & asked
         for b, names in enumerate(made.types):
@@ -202,9 +253,9 @@ def held_out(
                 if int(asked[b, q].sum()) > 2:
                     right.setdefault(f"{name}_words", []).append(float(good[b, q].sum() / asked[b, q].sum()))
     model.train(was)
-    out = {k: sum(v) / len(v) for k, v in sorted(right.items())}
-    every = [out[k] for k in (*_EVEN, *LONG) if k in out]
-    return {"all": sum(every) / len(every), **out}
+    found = {k: sum(v) / len(v) for k, v in sorted(right.items())}
+    every = [found[k] for k in (*_EVEN, *LONG, *VIDEO_TYPES) if k in found]
+    return {"all": sum(every) / len(every), **found}
 
 
 _EVEN = dict.fromkeys((*_SEE, *_READ), 1.0)
@@ -238,7 +289,7 @@ def train(
 
     def loss(_: Stage, made: Lesson, step: int) -> Tensor:
         tensors = _tensors(made, device)
-        features = model.see(pixels(made.pixels).to(device), tensors["seen"])
+        features = model.see(pixels(made.pixels.reshape(-1, *made.pixels.shape[2:])).to(device), tensors["seen"])
         return losses(model, tensors, model.read(features, tensors))
 
     def judge(_: Stage) -> dict[str, Any]:
@@ -248,7 +299,7 @@ def train(
     fit_stages(
         model, stages, out, loss=loss, judge=judge, device=device, stop_after=stop_after, workers=workers,
         save_every=save_every, report=report,
-        draw=lambda stage: functools.partial(lesson, course=stage.course, seed=stage.schedule.seed),
+        draw=lambda stage: functools.partial(any_lesson, course=stage.course, seed=stage.schedule.seed),
     )  # fmt: skip
     return model.llava.requires_grad_(True).eval()
 
@@ -258,19 +309,23 @@ def facts(model: Any) -> dict[str, Any]:
     over the types that are ``learned``, ``accuracy_of_all`` over all), data and limits."""
     vit = world_vit2.build()
     vit.load_state_dict(timm_state(model.model.vision_tower.state_dict()), strict=False)
-    found = held_out(Tuning(model, vit.eval()), batches=HELD_OUT[0], long=HELD_OUT[1], split="test")
+    batches, long, films = HELD_OUT
+    found = held_out(
+        Tuning(model, vit.eval()), batches=batches, long=long, films=films, per_frame=GRID * GRID // 4, split="test"
+    )
     model.requires_grad_(True)
-    learned = [t for t in (*_EVEN, *LONG) if found[t] >= LEARNED]
+    asked = (*_EVEN, *LONG, *VIDEO_TYPES)
+    learned = [t for t in asked if found[t] >= LEARNED]
     return {
         "accuracy": round(sum(found[t] for t in learned) / len(learned) if learned else 0.0, 4),
         "accuracy_of_all": round(found.pop("all"), 4),
         "learned": ", ".join(learned),
-        "not_learned": ", ".join(t for t in (*_EVEN, *LONG) if t not in learned) or "nothing of what it is asked",
+        "not_learned": ", ".join(t for t in asked if t not in learned) or "nothing of what it is asked",
         **{k: round(v, 4) for k, v in found.items() if not k.startswith("(")},
-        "questions": 8 * (12 * HELD_OUT[0] + len(LONG) * HELD_OUT[1]),
+        "questions": 8 * (12 * batches + len(LONG) * long) + 2 * 10 * films,
         "encoder": "world-vit-2, frozen",
-        "data": "questions about scenes of the second world (tokenreduce.zoo.world2), seeds of the train split",
-        "limits": "the question forms of tokenreduce.zoo.world2.questions about pictures; clips are not learned",
+        "data": "questions on scenes and clips of the second world (tokenreduce.zoo.world2), seeds of the train split",
+        "limits": "the question forms of tokenreduce.zoo.world2.questions and clip_questions; clips of 16 frames",
     }
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenreduce.bench.asking.shared import Shared
 from tokenreduce.bench.asking.source import Batch, Opened, knows_the_world, processed, runs
 from tokenreduce.bench.clip_frames import Sampler, Shown
-from tokenreduce.bench.clips import LETTERS, ClipItem, chosen, lettered, load_clips
+from tokenreduce.bench.clips import LETTERS, WORLDS, ClipItem, chosen, lettered, load_clips
 from tokenreduce.bench.questions import Item, matches
 from tokenreduce.bench.vlms import LoadedVlm
 from tokenreduce.common.words import whole
@@ -22,7 +22,7 @@ from tokenreduce.measure.question import Question, prompt_text
 
 __all__ = ["SHARED", "FilmAsker", "Films"]
 
-#: Clips of ``world-llava`` up to this many keep what the tower made of them, for methods that look at the same of it.
+#: Clips of an embedded model up to this many keep what the tower made of them, for methods that look at the same of it.
 SHARED = 256
 
 
@@ -68,7 +68,7 @@ class Films:
         return {}
 
     def asker(self, loaded: LoadedVlm) -> FilmAsker:
-        return FilmAsker(loaded, self.data == "world", len(self.items) <= SHARED)
+        return FilmAsker(loaded, self.data in WORLDS, len(self.items) <= SHARED)
 
     def columns(self, probes: Sequence[Question], row: dict[str, Any]) -> dict[str, Any]:
         """``frames`` of a clip, ``tokens_per_frame`` that enter the language model, ``decode_s`` to read the frames
@@ -82,7 +82,7 @@ class Films:
 
 
 class FilmAsker:
-    """``world``: clips are of the generated world; ``share``: methods that look at the same of the tower share what it
+    """``world``: clips are of a generated world; ``share``: methods that look at the same of the tower share what it
     made of a batch, where inputs hold that."""
 
     def __init__(self, loaded: LoadedVlm, world: bool, share: bool) -> None:
@@ -131,7 +131,7 @@ class FilmAsker:
         return Batch(items, processed(processor, texts, **given))
 
     def _own(self, items: list[Item], clips: list[Any], prompts: list[str]) -> Batch:
-        """The form of ``world-llava``, whose inputs hold features of the tower as it is patched."""
+        """The form of the embedded models, whose inputs hold features of the tower as it is patched."""
         from tokenreduce.zoo.video_inputs import clip_pixels, video_inputs
 
         processor = self.loaded.processor
