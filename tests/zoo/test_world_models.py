@@ -252,14 +252,15 @@ def test_packing_keeps_gaps_in_positions_and_taps_the_prefix(llava) -> None:
     positions = torch.tensor([[0, 2, 3, 9, 11, 12, 30]]).expand(2, -1)
     places = torch.tensor([40, 41, 42, 43]).expand(2, 3, -1)
     with torch.no_grad():
-        hidden, tapped = packing.packed(language, prefix, positions, questions, places, tap=1)
+        hidden, tapped = packing.packed(language, prefix, positions, questions, places, taps=(1, 3))
         for j in range(3):
             out = language(
                 inputs_embeds=torch.cat([prefix, questions[:, j]], 1),
                 position_ids=torch.cat([positions, places[:, j]], 1), output_hidden_states=True,
             )  # fmt: skip
             torch.testing.assert_close(hidden[:, j], out.last_hidden_state[:, 7:], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(tapped, out.hidden_states[2][:, :7], atol=1e-4, rtol=1e-4)
+            for behind, x in zip((1, 3), tapped, strict=True):
+                torch.testing.assert_close(x, out.hidden_states[behind + 1][:, :7], atol=1e-4, rtol=1e-4)
 
 
 # -- lessons -----------------------------------------------------------------------------------------------------------
