@@ -34,6 +34,7 @@ def test_every_budget_has_groups_of_its_own() -> None:
         [_row("random", "10")],
         [_row("resize", "101")],
         [_row("resize", "10", 0.25)],
+        [_row("resize", "10", share=0.54)],
     ],
 )
 def test_without_a_baseline_of_the_same_samples_there_are_no_groups(made) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenreduce.bench.groups import MARKS
-from tokenreduce.bench.methods import TOLERANCE, UNREDUCED
+from tokenreduce.bench.groups import MARKS, misses
+from tokenreduce.bench.methods import UNREDUCED
 from tokenreduce.bench.names import label, metric_label, percent
 from tokenreduce.bench.runs import Run
 from tokenreduce.bench.task import FLOPS, Axis
@@ -168,12 +168,6 @@ def columns(runs: Sequence[Run]) -> list[Column]:
             name = key.removeprefix(BY_TYPE)
             out.append(Column(key, f"{name} %", _share, f"accuracy on questions of type {name} in percent", 20))
     return out
-
-
-def misses(row: dict[str, Any], axis: Axis = FLOPS) -> bool:
-    """Whether a row costs something else than its budget, so that it cannot be compared with the others there."""
-    budget, share = row.get("budget"), row.get(axis.key)
-    return budget is not None and share is not None and abs(share - budget) > TOLERANCE
 
 
 def cell(row: dict[str, Any], column: Column, axis: Axis = FLOPS) -> str:

@@ -11,7 +11,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["MARKS", "grouped", "marks"]
+from tokenreduce.bench.methods import TOLERANCE
+from tokenreduce.bench.task import FLOPS, Axis
+
+__all__ = ["MARKS", "grouped", "marks", "misses"]
 
 #: The key of a row that holds its marks.
 MARKS = "right"
@@ -29,18 +32,25 @@ def marks(ids: Iterable[int], right: Mapping[int, bool]) -> str:
     return "".join(_UNUSED if i not in right else _RIGHT if right[i] else _WRONG for i in ids)
 
 
-def grouped(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def misses(row: dict[str, Any], axis: Axis = FLOPS) -> bool:
+    """Whether a row costs something else than its budget, so that it cannot be compared with the others there."""
+    budget, share = row.get("budget"), row.get(axis.key)
+    return budget is not None and share is not None and abs(share - budget) > TOLERANCE
+
+
+def grouped(rows: Iterable[dict[str, Any]], axis: Axis = FLOPS) -> list[dict[str, Any]]:
     """``rows`` with ``simple`` and ``hard``, the shares of right answers among the samples of their budget that the
     resize baseline answers and that it does not, each with its standard error, and the number of hard ones,
     ``hard_samples``.
 
-    A row without marks, or at whose budget no such baseline was measured, has neither; a group without samples is
-    None.
+    A row without marks, or at whose budget no such baseline was measured at that cost (``axis``), has neither; a group
+    without samples is None.
     """
     rows = list(rows)
     made: dict[Any, str] = {}
     for row in rows:
-        if row.get("method", "").partition("@")[0] == MAKER and not row.get("error") and row.get(MARKS):
+        maker = row.get("method", "").partition("@")[0] == MAKER and not row.get("error") and row.get(MARKS)
+        if maker and not misses(row, axis):
             made[row.get("budget")] = row[MARKS]
     return [_with_groups(row, made.get(row.get("budget"))) for row in rows]
 

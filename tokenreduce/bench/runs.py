@@ -99,9 +99,10 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int, str]:
     return rows, position, ""
 
 
-def _latest(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+def _latest(rows: list[dict[str, Any]], info: dict[str, Any]) -> list[dict[str, Any]]:
     last = {r["id"]: r for r in rows}
-    return grouped([last.pop(p) for p in order if p in last] + list(last.values()))
+    order = [last.pop(p) for p in info.get("points", []) if p in last] + list(last.values())
+    return grouped(order, Axis(**info["axis"]) if info.get("axis") else FLOPS)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -113,7 +114,7 @@ def load_run(folder: str | Path) -> Run:
         raise FileNotFoundError(f"{folder} is no run folder: it has no {INFO}{hint}")
     info = _read_info(folder)
     rows, _, wrong = read_lines(folder / ROWS)
-    return Run(folder, info, _latest(rows, info.get("points", [])), wrong)
+    return Run(folder, info, _latest(rows, info), wrong)
 
 
 def _read_info(folder: Path, name: str = INFO) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def read_run(rows: str | Path, info: str | Path | None = None) -> Run:
         if "visual_share" in keys:
             title = "visual tokens, mean over the language model's layers, % of the unreduced ones"
             told["axis"] = {"key": "visual_share", "label": "visual tokens", "title": title}
-    run = Run(rows.parent, told, _latest(found, told.get("points", [])), wrong)
+    run = Run(rows.parent, told, _latest(found, told), wrong)
     numbers = (run.metric, run.axis.key, "speedup", "mean_tokens", "mean_visual_tokens", "share", "budget")
     for row in run.rows:
         for key in numbers:
@@ -171,7 +172,7 @@ class RunWriter:
         row = plain(row)
         line = json.dumps(row, ensure_ascii=False) + "\n"
         append(self._handle, line.encode("utf-8", "backslashreplace"), self.run.folder / ROWS, OTHER_OUT)
-        self.run.rows = _latest([*self.run.rows, row], self.run.info.get("points", []))
+        self.run.rows = _latest([*self.run.rows, row], self.run.info)
         return row
 
     def update(self, **info: Any) -> None:
@@ -242,7 +243,7 @@ def _resume(folder: Path, info: dict[str, Any], handle: FileIO) -> Run:
             wrong += "; the row is whole and was kept"
         else:
             wrong += "; it was removed and its point is measured again"
-    return Run(folder, there, _latest(rows, there.get("points", [])), wrong)
+    return Run(folder, there, _latest(rows, there), wrong)
 
 
 def _differences(there: Any, now: Any, name: str) -> Iterator[str]:
