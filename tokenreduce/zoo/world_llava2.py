@@ -92,7 +92,14 @@ STAGES = (
         ),
     ),
     Stage(
-        "whole", Schedule(500, batch=8, lr=3e-4, warmup=20, weight_decay=0.02, seed=34),
+        "both", Schedule(1_000, batch=16, lr=8e-4, warmup=30, weight_decay=0.02, final=0.1, seed=35),
+        Course(
+            keep=(48, 64, 96), seen=160, renumber=0.3, shift=0.2, types={**_SEE, **_READ}, long=0.6, copy_colour=0.4,
+            scene=dict(document=0.6), video=0.4, video_types=_FILM, keep_frame=(8, 10, 14, 24), clips=8,
+        ),
+    ),
+    Stage(
+        "whole", Schedule(800, batch=8, lr=4e-4, warmup=20, weight_decay=0.02, seed=34),
         Course(
             keep=(64, 196, GRID * GRID), seen=GRID * GRID, renumber=0.3, types={**_SEE, **_READ}, long=0.3,
             copy_colour=0.4, blind=0.1, scenes=8, scene=dict(document=0.6), video=0.4, video_types=_FILM,
