@@ -25,11 +25,13 @@ from tokenreduce.adapters.language.given import Arrived, attach_given
 from tokenreduce.adapters.language.labels import attach_labels
 from tokenreduce.adapters.language.order import layer_sites
 from tokenreduce.adapters.language.projector.choose import Entry, attach_projector, compact_positions
+from tokenreduce.adapters.language.projector.embedded import settled
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.adapters.language.prompt import Start, WholePrefill, start, start_alone
 from tokenreduce.adapters.language.retrieval import attach_retrieval, check_owner, note_generation
 from tokenreduce.adapters.language.steps.deepstack import attach_deepstack
 from tokenreduce.adapters.language.towers import attach_encoder, cell_of, check_aside
+from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.undo import Undo
 
@@ -93,6 +95,8 @@ def _attach_start(found: Language, acting: Acting, arrived: Arrived, methods: st
 def _attach_entry(found: Language, acting: Acting, reducer: Reducer, towers: Any, undo: Undo) -> None:
     """The method before the language model, with what it looks at, and what others want to know there."""
     known = found.how == "table"
+    assert isinstance(reducer, Projector)
+    reducer = settled(found, reducer)
     compact = compact_positions(found, reducer, acting.windows, not known and has_axes(found.inner))
     entry = Entry(reducer, compact, acting.told, acting.scoring)
     attach_projector(found, entry, undo)

@@ -20,13 +20,15 @@ from tokenreduce.core.plan import Identity, Plan, Prune
 from tokenreduce.core.reducer import Reducer
 
 __all__ = [
-    "NEWLINES", "POSITIONS", "SCORES", "Projector", "Salient", "by_class", "check_clip", "check_layer", "kept",
-    "saliency", "share", "top",
+    "AUTO", "NEWLINES", "POSITIONS", "SCORES", "Projector", "Salient", "by_class", "check_clip", "check_layer",
+    "clip_named", "kept", "saliency", "share", "top",
 ]  # fmt: skip
 
 POSITIONS = ("compact", "original")
 NEWLINES = ("keep", "drop", "rank")
 SCORES = ("auto", "cls", "received")
+#: The setting ``clip`` of methods that leave it to the model: the CLIP that it names as that of its tower, or None.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,17 @@ def check_layer(layer: Look, name: str = "layer") -> None:
         )
 
 
+def clip_named(clip: str | None) -> bool:
+    """Whether the setting ``clip`` names a model."""
+    return clip is not None and clip != AUTO
+
+
 def check_clip(clip: str | None, sign: int | None) -> None:
     """Raise ``ValueError`` unless ``clip`` may name a CLIP model and ``sign`` is a sign, or they are None."""
     if clip is not None and not (isinstance(clip, str) and clip):
-        raise ValueError(f"clip is the Hub id or the folder of a CLIP model, or None, not {clip!r}")
+        raise ValueError(
+            f"clip is the Hub id or the folder of a CLIP model, an embedded one, 'auto' or None, not {clip!r}"
+        )
     if sign is not None and (isinstance(sign, bool) or sign not in (-1, 1)):
         raise ValueError(f"sign is -1, 1 or None, not {sign!r}")
 

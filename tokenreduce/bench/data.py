@@ -4,6 +4,7 @@
 ``digits``                             the MNIST digits of the zoo, 4,000 train and 1,000 test
 ``world``                              1,000 generated scenes with 3 to 6 things, labelled with all their kinds
 ``world2``                             1,000 of the second world, labelled with kinds of things and characters of signs
+``world2-one``                         1,000 of it with one thing each, labelled with its colour and kind ("red star")
 ``FOLDER`` or ``folder:FOLDER``        ``FOLDER/class/*.jpg`` or ``FOLDER/<split>/class/*.jpg``
 ``hf:FOLDER``                          what ``datasets.Dataset.save_to_disk`` wrote
 ``wds:PATTERN`` or ``*.tar``           webdataset shards, ``shard-{000..009}.tar`` or ``shard-*.tar``

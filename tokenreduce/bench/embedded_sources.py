@@ -12,7 +12,7 @@ from tokenreduce.bench.labels import digits_of, match_names
 from tokenreduce.bench.models import Loaded
 from tokenreduce.bench.reading import SPLITS, Classes, Read, Source, find_split
 
-__all__ = ["read_digits", "read_world", "read_world2"]
+__all__ = ["read_digits", "read_world", "read_world2", "read_world2_one"]
 
 
 # -- the embedded digits -----------------------------------------------------------------------------------------------
@@ -95,3 +95,31 @@ def read_world2(place: str, split: str, loaded: Loaded, classes: Classes) -> Rea
     most = max(map(len, there))
     labels = [(*(row := sorted(label[k] for k in kinds)), *[-1] * (most - len(row))) for kinds in there]
     return Read(_World2(), seeds, labels, names, notes)
+
+
+class _One(Source):
+    def open(self, item: Any) -> Image.Image:
+        return Image.fromarray(_scene_of_one(item).image)
+
+    def where(self, item: Any) -> str:
+        return f"scene of seed {item} of the second world, with one thing"
+
+
+def _scene_of_one(seed: int) -> Any:
+    from tokenreduce.zoo.world2 import scene
+    from tokenreduce.zoo.world2_texts import ONE
+
+    return scene(seed, **ONE)
+
+
+def read_world2_one(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
+    """Scenes with one thing; its colour and kind are the label, "red star", one of 96."""
+    from tokenreduce.zoo.world2 import SPLITS as SEEDS
+    from tokenreduce.zoo.world2_texts import PAIRS
+
+    found, notes = find_split(split, list(SEEDS), "world2-one")
+    index, names = match_names(PAIRS, loaded, classes, "world2-one")
+    label = dict(zip(PAIRS, index, strict=True))
+    seeds = list(SEEDS[found][:WORLD_SCENES])
+    things = [_scene_of_one(s).objects[0] for s in seeds]
+    return Read(_One(), seeds, [label[f"{t.colour} {t.kind}"] for t in things], names, notes)

@@ -3,6 +3,7 @@
 ========================================  ==================================================================
 ``digits-vit``, ``world-vit``,            the embedded ViTs for handwritten digits, for generated scenes and for those
 ``world-vit-2``                           of the second world
+``world-clip-2``                          the embedded CLIP of the second world (zero-shot)
 ``timm:NAME``                             ``timm.create_model``; ``NAME@FILE`` a local checkpoint, ``NAME@FOLDER``
                                           a folder with ``config.json`` and weights
 ``open_clip:NAME/TAG``                    zero-shot classification; TAG as open_clip has it (also a file)
@@ -29,7 +30,12 @@ from tokenreduce.common.model_names import options_of
 __all__ = ["EMBEDDED", "KINDS", "Loaded", "load_model"]
 
 #: Embedded classifiers and the size of their input.
-EMBEDDED = {"digits-vit": (1, 28, 28), "world-vit": (3, 112, 112), "world-vit-2": (3, 224, 224)}
+EMBEDDED = {
+    "digits-vit": (1, 28, 28),
+    "world-vit": (3, 112, 112),
+    "world-vit-2": (3, 224, 224),
+    "world-clip-2": (3, 224, 224),
+}
 #: What a model name may start with, for messages.
 KINDS = (
     *EMBEDDED,
@@ -73,4 +79,7 @@ def _embedded(name: str, device: torch.device | str) -> Loaded:
     from tokenreduce import zoo
 
     z = zoo.load(name, device=device)
+    if name == "world-clip-2":
+        plain = Loaded(z.model, name, "zero-shot", z.transform, EMBEDDED[name], templates="name")
+        return hf_models.with_towers(plain, z.tokenizer, torch.device(device))
     return Loaded(z.model, name, "classifier", z.transform, EMBEDDED[name], len(z.labels), z.labels)

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from tokenreduce.bench.embedded_sources import read_digits, read_world, read_world2
+from tokenreduce.bench.embedded_sources import read_digits, read_world, read_world2, read_world2_one
 from tokenreduce.bench.labels import check_numbers, match_names, shown
 from tokenreduce.bench.models import Loaded
 from tokenreduce.bench.reading import Classes, Problem, Read, Source, find_split
@@ -22,13 +22,16 @@ from tokenreduce.common.words import are, counted
 
 __all__ = ["EXTENSIONS", "READERS", "all_images", "kind_of"]
 
-KINDS = "digits, world, world2, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset shards)"
+KINDS = (
+    "digits, world, world2, world2-one, an image folder, hf:FOLDER (a saved Hugging Face data set), *.tar (webdataset "
+    "shards)"
+)
 
 
 def kind_of(name: str) -> tuple[str, str]:
     """The reader for a data set's name, and the place behind a prefix. Raises ``ValueError`` for anything else."""
     prefix, colon, place = name.partition(":")
-    if name in ("digits", "world", "world2"):
+    if name in ("digits", "world", "world2", "world2-one"):
         return name, ""
     if colon and prefix in ("folder", "hf", "wds"):
         if not place:
@@ -331,6 +334,7 @@ READERS: dict[str, Callable[[str, str, Loaded, Classes], Read]] = {
     "digits": read_digits,
     "world": read_world,
     "world2": read_world2,
+    "world2-one": read_world2_one,
     "folder": _read_folder,
     "hf": _read_hf,
     "wds": _read_wds,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 __all__ = ["TEMPLATES", "classifier", "imagenet_names", "read_classes", "templates"]
 
-#: openai: the 80 of the CLIP paper; simple: the 7 that its authors found to do nearly as well; one: a single prompt.
-TEMPLATES = ("openai", "simple", "one")
+#: openai: the 80 of the CLIP paper; simple: the 7 that its authors found to do nearly as well; one: a single prompt;
+#: name: the name of the class and nothing else.
+TEMPLATES = ("openai", "simple", "one", "name")
 
 
 def _open_clip(what: str) -> Any:
@@ -28,6 +29,8 @@ def templates(name: str) -> tuple[Callable[[str], str], ...]:
     """Prompt templates by name. Raises ``ValueError`` for another name, ``ImportError`` without open_clip."""
     if name == "one":
         return ("a photo of a {}.".format,)
+    if name == "name":
+        return (str,)
     if name not in TEMPLATES:
         raise ValueError(f"unknown templates {name!r}; choose from {', '.join(TEMPLATES)}")
     library = _open_clip("the prompt templates (templates=one needs none)")

@@ -26,25 +26,28 @@ __all__ = ["command"]
 #: Budgets where --budgets says nothing, without and with --full.
 BUDGETS = ("0.5,0.35", "0.75,0.5,0.35")
 #: Images per forward where --batch says nothing.
-BATCH, BATCHES = 64, {"world": 32, "world2": 8}
+BATCH, BATCHES = 64, {"world": 32, "world2": 8, "world2-one": 8}
 #: Embedded classifiers and their data, and the one that is measured when no model is named.
-EMBEDDED = {"world-vit-2": "world2", "world-vit": "world", "digits-vit": "digits"}
+EMBEDDED = {
+    "world-vit-2": "world2", "world-vit": "world", "digits-vit": "digits", "world-clip-2": "world2-one",
+}  # fmt: skip
 DEFAULT = "world-vit-2"
 #: Images per row where --limit and --full say nothing: the embedded digits whole, other data in part.
-QUICK = {"digits": None, "world": 200, "world2": 200}
+QUICK = {"digits": None, "world": 200, "world2": 200, "world2-one": 200}
 QUICK_ELSEWHERE = 1000
 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="world-vit-2 (the default), world-vit, digits-vit, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER."
+        help="world-vit-2 (the default), world-clip-2 (zero-shot), world-vit, digits-vit, timm:NAME, open_clip:NAME/TAG "
+        "or hf:ID_OR_FOLDER."
     ),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
-        help="digits, world, world2, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or webdataset "
-        "shards (*.tar); an embedded model has its own."
+        help="digits, world, world2, world2-one, an image folder (class/image.jpg), hf:FOLDER (a saved data set) or "
+        "webdataset shards (*.tar); an embedded model has its own."
     ),
 ]
 Split = Annotated[str, typer.Option(help="Part of the data to evaluate.")]

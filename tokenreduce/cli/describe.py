@@ -21,7 +21,8 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
-            help="digits-vit, world-vit, world-vit-2, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or a folder."
+            help="digits-vit, world-vit, world-vit-2, world-clip-2, timm:NAME, open_clip:NAME/TAG, hf:ID_OR_FOLDER or "
+            "a folder."
         ),
     ],
     reduce: Annotated[str | None, typer.Option(help="Methods to try, for example 'tome:r=13'.")] = None,

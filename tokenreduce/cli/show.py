@@ -16,7 +16,9 @@ __all__ = ["command"]
 def command(
     model: Annotated[
         str,
-        typer.Argument(help="digits-vit, world-vit, world-vit-2, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER."),
+        typer.Argument(
+            help="digits-vit, world-vit, world-vit-2, world-clip-2, timm:NAME, open_clip:NAME/TAG or hf:ID_OR_FOLDER."
+        ),
     ],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     reduce: Annotated[str, typer.Option(help="Methods, for example 'tome:r=13' or 'evit:keep=0.5'.")],

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 Name = Annotated[
-    str, typer.Argument(help="The model to train: digits-vit, world-vit, world-llava, world-vit-2 or world-llava-2.")
+    str,
+    typer.Argument(
+        help="The model to train: digits-vit, world-vit, world-llava, world-vit-2, world-llava-2 or world-clip-2."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for checkpoint and weights; runs/train-NAME.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]

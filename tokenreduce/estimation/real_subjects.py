@@ -17,7 +17,7 @@ __all__ = ["as_it_is", "embedded", "open_clip"]
 #: Inputs of the embedded models.
 SIZES = {
     "digits-vit": (1, 28, 28), "world-vit": (3, 112, 112), "world-llava": (3, 112, 112), "world-vit-2": (3, 224, 224),
-    "world-llava-2": (3, 224, 224),
+    "world-llava-2": (3, 224, 224), "world-clip-2": (3, 224, 224),
 }  # fmt: skip
 
 
@@ -33,6 +33,8 @@ def embedded(name: str, ask: Ask) -> Subject:
     model = zoo.load(name).model
     if name.startswith("world-llava"):
         return language_subject(name, model, model, Scale.between(model, model, {}), ask, lambda: model)
+    if name == "world-clip-2":  # pictures alone: a text is read once for all of them
+        return as_it_is(name, name, model.vision_model, size, "pixel_values")
     return as_it_is(name, name, model, size)
 
 
@@ -56,11 +58,12 @@ def open_clip(name: str, body: str, ask: Ask) -> Subject:
     return as_it_is(name, model_name, visual, (3, *side))
 
 
-def as_it_is(name: str, title: str, model: nn.Module, size: tuple[int, ...]) -> Subject:
-    """An encoder of images of ``size`` (C,H,W) that runs itself, on its device and in its dtype."""
+def as_it_is(name: str, title: str, model: nn.Module, size: tuple[int, ...], word: str = "x") -> Subject:
+    """An encoder of images of ``size`` (C,H,W), its argument ``word``, that runs itself, on its device and in its
+    dtype."""
     weights = next(model.parameters())
     x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weights.device, weights.dtype)
     return Subject(
         name, title, model, Scale.between(model, model, {}), sum(p.numel() for p in model.parameters()),
-        {"x": x}, lambda m, inputs: m(**inputs), lambda: model, encoder_sites, f"one image of {size[2]}x{size[1]}",
+        {word: x}, lambda m, inputs: m(**inputs), lambda: model, encoder_sites, f"one image of {size[2]}x{size[1]}",
     )  # fmt: skip

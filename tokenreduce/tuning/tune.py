@@ -146,7 +146,10 @@ def _scored(
 ) -> Scored:
     kind, name = resolve(model)
     if data is None:
-        own = {"world-vit": "world", "world-vit-2": "world2", "digits-vit": "digits", **LANGUAGE}
+        own = {
+            "world-vit": "world", "world-vit-2": "world2", "digits-vit": "digits", "world-clip-2": "world2-one",
+            **LANGUAGE,
+        }  # fmt: skip
         if name not in own:
             raise ValueError(f"data is needed for {model}: what tokenreduce bench takes, images or questions")
         data = own[name]

@@ -19,7 +19,7 @@ from torch import nn
 
 from tokenreduce.zoo import weights
 
-__all__ = ["ZooModel", "evaluate", "export", "load", "names"]
+__all__ = ["ZooModel", "evaluate", "export", "load", "names", "processor"]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,22 @@ def _world_llava2() -> _Entry:
     )  # fmt: skip
 
 
+def _world_clip2() -> _Entry:
+    from tokenreduce.zoo import world_clip2, world_vit2
+
+    return _Entry(
+        world_clip2.build, world_clip2.facts, world_vit2.World2Transform, world_clip2.LABELS, "hf",
+        world_clip2.processor,
+    )  # fmt: skip
+
+
 _ENTRIES: dict[str, Callable[[], _Entry]] = {
     "digits-vit": _digits,
     "world-vit": _world_vit,
     "world-llava": _world_llava,
     "world-vit-2": _world_vit2,
     "world-llava-2": _world_llava2,
+    "world-clip-2": _world_clip2,
 }
 
 
@@ -143,6 +153,12 @@ def load(name: str, *, device: torch.device | str = "cpu", folder: Path = weight
             stacklevel=2,
         )
     return ZooModel(model.eval().to(device), entry.transform(), entry.labels, card, entry.processor())
+
+
+def processor(name: str) -> Any:
+    """The processor of an embedded model, without its weights; None for a model that has none. Raises ``ValueError``
+    for an unknown name."""
+    return _entry(name).processor()
 
 
 def evaluate(vlm: Any, *reducers: Any, split: str = "test", seed: int = 0, questions: int = 400, **more: Any) -> dict:

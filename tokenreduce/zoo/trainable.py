@@ -22,9 +22,10 @@ TRAINABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "world-llava": ("tokenreduce.zoo.world_llava", ("workers", "compiled", "encoder")),
     "world-vit-2": ("tokenreduce.zoo.world_vit2", ("workers", "compiled", "start", "stages")),
     "world-llava-2": ("tokenreduce.zoo.world_llava2", ("workers", "encoder", "start", "stages")),
+    "world-clip-2": ("tokenreduce.zoo.world_clip2", ("workers", "encoder", "stages")),
 }
 #: Whose encoder a model looks with, and whose weights it starts from where none are given (nobody's if not here).
-ENCODERS = {"world-llava": "world-vit", "world-llava-2": "world-vit-2"}
+ENCODERS = {"world-llava": "world-vit", "world-llava-2": "world-vit-2", "world-clip-2": "world-vit-2"}
 STARTS = {"world-vit-2": "world-vit"}
 
 

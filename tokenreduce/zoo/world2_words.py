@@ -10,7 +10,7 @@ from typing import Any
 from tokenreduce.zoo import world_words as first
 from tokenreduce.zoo.world2.vocabulary import CANVAS, WORDS
 
-__all__ = ["IDS", "SIZE", "encode", "processor"]
+__all__ = ["IDS", "SIZE", "clip_tokenizer", "encode", "processor"]
 
 #: Token id of every word.
 IDS = {word: i for i, word in enumerate((*first.SPECIAL, *WORDS))}
@@ -38,3 +38,16 @@ def processor() -> Any:
         first.image_processor(CANVAS), first.tokenizer(IDS), patch_size=PATCH, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=first.TEMPLATE,
     )  # fmt: skip
+
+
+def clip_tokenizer(end: int) -> Any:
+    """The tokenizer of ``world-clip-2``: the same ids, ``<bos>`` in front, and a token ``<end>`` with the id ``end``
+    behind; padding to the right, of which the causal tower sees nothing."""
+    from tokenizers import processors
+
+    made = first.tokenizer({**IDS, "<end>": end})
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <end>", special_tokens=[("<bos>", first.BOS), ("<end>", end)]
+    )
+    made.eos_token, made.padding_side, made.model_max_length = "<end>", "right", 64
+    return made

@@ -110,8 +110,11 @@ STAGES = (
 
 
 def build() -> Any:
-    """The untrained architecture, a ``LlavaForConditionalGeneration``."""
-    return architecture(CLIP, TEXT, 64)  # a description has up to 61 words
+    """The untrained architecture, a ``LlavaForConditionalGeneration``; its config names its CLIP and its tokenizer,
+    which methods that compare patches with the question ask for."""
+    model = architecture(CLIP, TEXT, 64)  # a description has up to 61 words
+    model.config.clip_model, model.config.tokenizer_model = "world-clip-2", "world-llava-2"
+    return model
 
 
 # -- training --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.baseline import windows
-from tokenreduce.algorithms.projector import check_clip
+from tokenreduce.algorithms.projector import check_clip, clip_named
 from tokenreduce.algorithms.scoring import finite, inner, relevance, unit
 from tokenreduce.algorithms.temporal import Temporal, frames_of
 from tokenreduce.core.budget import check_count
@@ -52,7 +52,8 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
         logit_scale: factor on cosines; 100 is that of CLIP.
         pooling_temp: temperature of the second softmax of "double".
         clip: Hub id or folder of the CLIP model that the vision tower is from, such as
-            "openai/clip-vit-large-patch14-336"; None for relevance in the language model's space.
+            "openai/clip-vit-large-patch14-336", or an embedded one; None for relevance in the language model's space;
+            "auto" for the one that the language model names in its config, and None where it names none.
         sign: factor on the cosine, -1 or 1; None is 1, as published.
         positions, newlines: see :class:`~tokenreduce.algorithms.temporal.Temporal`.
 
@@ -83,7 +84,7 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
                 raise ValueError(f"{name} is a finite number above 0, not {value!r}")
 
     def required(self) -> tuple[str, ...]:
-        return ("text",) if self.clip is None else ("clip",)
+        return ("clip",) if clip_named(self.clip) else ("text",)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         t, n = frames_of(evidence)
@@ -113,7 +114,7 @@ class PPLLaVA(Temporal, name="ppllava", needs=("text",), paper="2411.02327", tit
 
     def similarity(self, evidence: VisualEvidence) -> Tensor:
         """(B,N) float32 cosines of the tokens behind the prefix to the question, times the sign; 0 without a word."""
-        if self.clip is None:
+        if not clip_named(self.clip):
             cosine = relevance(evidence)
         else:
             patches, text = evidence.clip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.algorithms.greedy import volume
-from tokenreduce.algorithms.projector import Projector, check_clip, kept, share
+from tokenreduce.algorithms.projector import AUTO, Projector, check_clip, clip_named, kept, share
 from tokenreduce.algorithms.scoring import clean, finite, gram, inner, relevance, unit
 from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan
@@ -35,8 +35,11 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
     Args:
         keep: tokens of an image that stay (the official number is per view); 128 or 64 of 576 in the paper.
         clip: Hub id or folder of the CLIP model that the vision tower is from, such as
-            "openai/clip-vit-large-patch14-336"; None for relevance in the language model's space.
-        sign: factor on the similarity, -1 or 1; None is -1 with ``clip`` and 1 without.
+            "openai/clip-vit-large-patch14-336", or "world-clip-2"; None for relevance in the language model's space;
+            "auto" for the CLIP that the language model names in its config (``clip_model``, as world-llava-2 does), and
+            None where it names none.
+        sign: factor on the similarity, -1 or 1; None is -1 with ``clip`` (1 where its patches were taught to answer
+            texts, as those of world-clip-2) and 1 without.
         theta: None as published, or how strongly relevance counts, in [0, 1): q becomes exp(theta / (2 (1 - theta)) q).
         positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
@@ -46,7 +49,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
     whole: ClassVar[bool] = True
 
     keep: int | float = 64
-    clip: str | None = field(default=None, kw_only=True)
+    clip: str | None = field(default=AUTO, kw_only=True)
     sign: int | None = field(default=None, kw_only=True)
     theta: float | None = field(default=None, kw_only=True)
 
@@ -57,7 +60,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
             raise ValueError(f"theta is a number in [0, 1) or None, not {self.theta!r}")
 
     def required(self) -> tuple[str, ...]:
-        return ("text",) if self.clip is None else ("clip",)
+        return ("clip",) if clip_named(self.clip) else ("text",)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         q, x = self.quality(evidence), clean(unit(evidence.projected.detach()), evidence)
@@ -74,7 +77,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
 
     def quality(self, evidence: VisualEvidence) -> Tensor:
         """(B,N) q of the tokens behind the prefix: above 0, and 1 for all where relevance is constant."""
-        if self.clip is None:
+        if not clip_named(self.clip):
             r = relevance(evidence)
         else:
             patches, text = evidence.clip
@@ -82,7 +85,7 @@ class CDPruner(Projector, name="cdpruner", needs=("text",), paper="2506.10967", 
             there = (text != 0).any(-1).sum(1).clamp(min=1)
             mean = text.sum(1, keepdim=True) / there[:, None, None]
             r = inner(unit(patches.detach()[:, patches.shape[1] - (evidence.n - evidence.prefix) :]), mean).squeeze(-1)
-        r = finite(r * (self.sign or (1 if self.clip is None else -1)), evidence).nan_to_num(neginf=-2.0)
+        r = finite(r * (self.sign or (-1 if clip_named(self.clip) else 1)), evidence).nan_to_num(neginf=-2.0)
         low, span = r.amin(1, keepdim=True), r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
         q = torch.where(span > 0, (r - low + 1e-6) / torch.where(span > 0, span, 1.0), 1.0)
         return q if self.theta is None else (q * (self.theta / (2 * (1 - self.theta)))).exp()

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.algorithms.projector import Projector, check_clip, top
+from tokenreduce.algorithms.projector import AUTO, Projector, check_clip, clip_named, top
 from tokenreduce.algorithms.scoring import finite, inner, relevance
 from tokenreduce.core.evidence import VisualEvidence
 from tokenreduce.core.plan import Plan, Pool
@@ -35,8 +35,11 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
             whole batch, which fails where nothing is an outlier.)
         iqr_factor: that factor.
         clip: Hub id or folder of the CLIP model that the vision tower is from, such as
-            "openai/clip-vit-large-patch14-336"; None for relevance in the language model's space.
-        sign: factor on the similarity, -1 or 1; None is -1 with ``clip`` and 1 without.
+            "openai/clip-vit-large-patch14-336", or "world-clip-2"; None for relevance in the language model's space;
+            "auto" for the CLIP that the language model names in its config (``clip_model``, as world-llava-2 does), and
+            None where it names none.
+        sign: factor on the similarity, -1 or 1; None is -1 with ``clip`` (1 where its patches were taught to answer
+            texts, as those of world-clip-2) and 1 without.
         positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
     Raises ``ValueError`` for values other than these.
@@ -47,7 +50,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
 
     keep: int | float | None = 0.21
     iqr_factor: float = field(default=1.5, kw_only=True)
-    clip: str | None = field(default=None, kw_only=True)
+    clip: str | None = field(default=AUTO, kw_only=True)
     sign: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
             raise ValueError(f"iqr_factor is a finite number >= 0, not {self.iqr_factor!r}")
 
     def required(self) -> tuple[str, ...]:
-        return ("text",) if self.clip is None else ("clip",)
+        return ("clip",) if clip_named(self.clip) else ("text",)
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         score, known = self.score(evidence)
@@ -77,7 +80,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
 
     def score(self, evidence: VisualEvidence) -> tuple[Tensor, Tensor]:
         """(B,N) logits of the weights of the tokens behind the prefix, and (B,) bool which samples have a text."""
-        if self.clip is None:
+        if not clip_named(self.clip):
             s = relevance(evidence)
             known = torch.zeros_like(s[:, 0], dtype=torch.bool)
             if evidence.text is not None:
@@ -87,7 +90,7 @@ class TRIM(Projector, name="trim", needs=("text",), paper="2409.10994", title="T
             text = text.detach()[:, :1]
             s = inner(patches.detach()[:, patches.shape[1] - (evidence.n - evidence.prefix) :], text).squeeze(-1)
             known = (text != 0).any(-1).squeeze(1)
-        return finite(s * (self.sign or (1 if self.clip is None else -1)), evidence), known
+        return finite(s * (self.sign or (-1 if clip_named(self.clip) else 1)), evidence), known
 
     def _mean_of_rest(self, evidence: VisualEvidence, best: Tensor, number: Tensor) -> Plan:
         """The prefix, the first ``number`` (B,) tokens of ``best`` (B,K) in raster order, and the mean of the others;

@@ -30,6 +30,7 @@ from tokenreduce.adapters.language.families import TOWER, Language
 from tokenreduce.adapters.language.generation import KEYWORD, Forward
 from tokenreduce.adapters.language.projector.brought import brought_in
 from tokenreduce.adapters.language.projector.clip_text import joint_space
+from tokenreduce.adapters.language.projector.embedded import check_tower, tokenizer_source
 from tokenreduce.adapters.language.projector.images import found_in, frames_in, places_in
 from tokenreduce.adapters.language.projector.placing import Part, place_group, told_of
 from tokenreduce.adapters.language.projector.questions import tokenizer_of
@@ -71,9 +72,8 @@ def attach_projector(found: Language, entry: Entry, undo: Undo) -> None:
     check_projector(found, reducer, entry.scoring)
     source = ""
     if "clip" in reducer.required():  # a wrong name shows here, not at the first prompt
-        joint_space(reducer.clip)  # type: ignore[attr-defined]
-        owner: Any = found.inner if found.generator is None else found.generator
-        source = str(owner.config.name_or_path)
+        check_tower(found, joint_space(reducer.clip))  # type: ignore[attr-defined]
+        source = tokenizer_source(found)
         tokenizer_of(source)
     undo.pre_hook(found.inner, _expect)
     projector = None if found.vision is None else found.vision.projector

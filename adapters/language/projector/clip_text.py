@@ -2,12 +2,13 @@
 
 A model such as LLaVA has the vision tower of a CLIP checkpoint, but neither its text tower nor its projections. Methods
 that compare patches with the question (TRIM, CDPruner) name that checkpoint; it is loaded when first used, without its
-vision tower, in float32, once per device.
+vision tower, in float32, once per device. ``world-clip-2`` ships with the package.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tokenreduce.common.known_words import check_words
 
 __all__ = ["ANSWER_FORMATS", "JointSpace", "joint_space", "question_texts"]
 
@@ -24,6 +27,8 @@ ANSWER_FORMATS = (
     "Answer with the option's letter from the given choices directly.",
 )
 LONG = ("wrap", "cut", "truncate")
+#: The models that ship with the package: above this room, so that they are found by name when one may be meant.
+ZOO = "tokenreduce.zoo"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +36,14 @@ class JointSpace:
     """The parts of a CLIP model that lead into its joint space of E dimensions; made by :func:`joint_space`.
 
     Args:
-        name: Hub id or folder.
+        name: Hub id, folder or embedded model.
         norm, visual: post-layernorm of the vision tower and the projection of its features.
         text, textual: text tower and the projection of its pooled output.
         tokenizer: its tokenizer.
         length: tokens that the text tower takes, 77 in OpenAI's models.
+        sign: -1 where patches answer a text inversely, as those of the published models, 1 where they were taught to
+            answer it (``patch_sign`` in the config).
+        patch: of an embedded model, the patch embedding of its vision tower, by which the tower is known.
     """
 
     name: str
@@ -45,6 +53,8 @@ class JointSpace:
     textual: nn.Linear
     tokenizer: Any
     length: int
+    sign: int = -1
+    patch: Tensor | None = None
 
     @torch.no_grad()
     def patches(self, features: Tensor) -> Tensor:
@@ -77,7 +87,7 @@ class JointSpace:
           segment and the end token in the last. The tower pools at the end token, so the others are rather arbitrary;
         - "truncate" leaves the first segment, as TRIM's code (arXiv 2409.10994).
 
-        Raises ``ValueError`` for another ``long``.
+        Raises ``ValueError`` for another ``long``, and for a word that a tokenizer of whole words does not know.
         """
         if long not in LONG:
             raise ValueError(f"long is one of {LONG}, not {long!r}")
@@ -96,6 +106,7 @@ class JointSpace:
         return out, valid
 
     def _segments(self, question: str, long: str) -> list[list[int]]:
+        check_words(self.tokenizer, question, f"clip={self.name!r}")
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         # Length is our matter: the tokenizer would warn about long questions.
         ids = self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
@@ -108,10 +119,11 @@ class JointSpace:
 
 
 def joint_space(name: str, device: torch.device | str = "cpu") -> JointSpace:
-    """The joint space of the CLIP model ``name``, a Hub id or a folder, on ``device``; loaded once and kept.
+    """The joint space of the CLIP model ``name``, an embedded one (``world-clip-2``), a Hub id or a folder, on
+    ``device``; loaded once and kept.
 
     Raises ``ValueError`` when there is no CLIP model with text tower and tokenizer under that name, ``ImportError``
-    without transformers.
+    without transformers, ``OSError`` for damaged embedded weights.
     """
     return _load(name, str(torch.device(device)))
 
@@ -119,13 +131,37 @@ def joint_space(name: str, device: torch.device | str = "cpu") -> JointSpace:
 @functools.lru_cache(maxsize=4)
 def _load(name: str, device: str) -> JointSpace:
     try:
-        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+        from transformers import CLIPModel
     except ImportError as error:
         raise ImportError("the setting clip needs transformers: pip install 'tokenreduce[hf]'") from error
     wanted = (
         "give the Hub id or the folder of a transformers CLIPModel, with text tower and tokenizer, such as "
-        "clip=openai/clip-vit-large-patch14-336"
+        "clip=openai/clip-vit-large-patch14-336, or clip=world-clip-2, which ships with the package"
     )
+    patch = None
+    zoo = importlib.import_module(ZOO)
+    if name in zoo.names():
+        made = zoo.load(name)
+        if not isinstance(made.model, CLIPModel):
+            raise ValueError(f"clip={name!r} is an embedded {type(made.model).__name__}, not a CLIPModel; {wanted}")
+        model, tokenizer = made.model, made.tokenizer
+        patch = model.vision_model.embeddings.patch_embedding.weight.detach().clone()
+    else:
+        model, tokenizer = _stored(name, wanted)
+    model = model.eval().requires_grad_(False)
+    # The vision tower itself is not among the parts, and its memory is given back.
+    parts = (model.vision_model.post_layernorm, model.visual_projection, model.text_model, model.text_projection)
+    norm, visual, text, textual = (part.to(device) for part in parts)
+    return JointSpace(
+        name, norm, visual, text, textual, tokenizer, model.config.text_config.max_position_embeddings,
+        int(getattr(model.config, "patch_sign", -1)), patch,
+    )  # fmt: skip
+
+
+def _stored(name: str, wanted: str) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder or the Hub; ``wanted`` ends the messages of errors."""
+    from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+
     where = (
         "the folder lacks a file" if Path(name).is_dir() else "there is no such folder, and no such model on the Hub"
     )
@@ -148,11 +184,7 @@ def _load(name: str, device: str) -> JointSpace:
     missing = sorted(k for k in info["missing_keys"] if k.startswith(needed))
     if missing:
         raise ValueError(f"clip={name!r} lacks weights: {', '.join(missing[:4])}; {wanted}")
-    model = model.eval().requires_grad_(False)
-    # The vision tower itself is not among the parts, and its memory is given back.
-    parts = (model.vision_model.post_layernorm, model.visual_projection, model.text_model, model.text_projection)
-    norm, visual, text, textual = (part.to(device) for part in parts)
-    return JointSpace(name, norm, visual, text, textual, tokenizer, model.config.text_config.max_position_embeddings)
+    return model, tokenizer
 
 
 def question_texts(

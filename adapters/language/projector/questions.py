@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tokenreduce.adapters.language.generation import Forward
 from tokenreduce.adapters.language.projector.brought import brought_in
-from tokenreduce.adapters.language.projector.clip_text import JointSpace, joint_space, question_texts
+from tokenreduce.adapters.language.projector.clip_text import ZOO, JointSpace, joint_space, question_texts
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.algorithms.sequence import question
 
@@ -65,9 +66,13 @@ def clip_question(forward: Forward, reducer: Projector, source: str, device: tor
 
 @functools.lru_cache(maxsize=4)
 def tokenizer_of(source: str) -> Any:
-    """The tokenizer of a language model. Raises ``ValueError`` where it cannot be loaded."""
+    """The tokenizer of a language model, an embedded one or from a folder or the Hub. Raises ``ValueError`` where it
+    cannot be loaded."""
     from transformers import AutoTokenizer
 
+    zoo = importlib.import_module(ZOO)
+    if source in zoo.names() and (own := zoo.processor(source)) is not None:
+        return own.tokenizer
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from tokenreduce.bench import zeroshot
 from tokenreduce.bench.loaders.loaded import Converted, Loaded, input_size
 from tokenreduce.bench.loaders.shared import NETWORK, first_lines, known, library
+from tokenreduce.common.known_words import check_words
 
-__all__ = ["load"]
+__all__ = ["load", "with_towers"]
 
 
 _TWO_TOWERS = ("clip", "siglip", "metaclip_2")
@@ -54,10 +55,13 @@ class _HfText:
     tokenizer: Any
     device: torch.device
     lower: bool
+    name: str
 
     def __call__(self, texts: list[str]) -> Tensor:
         # SigLIP was trained on lower-case text padded to full length; CLIP masks its padding, so the same is right.
         texts = [t.lower() for t in texts] if self.lower else texts
+        for text in texts:
+            check_words(self.tokenizer, text, self.name)
         length = self.model.config.text_config.max_position_embeddings
         batch = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
@@ -65,6 +69,13 @@ class _HfText:
             batch.pop("attention_mask", None)
         out = self.model.get_text_features(**{k: v.to(self.device) for k, v in batch.items()})
         return out if isinstance(out, Tensor) else out.pooler_output
+
+
+def with_towers(loaded: Loaded, tokenizer: Any, device: torch.device, lower: bool = False) -> Loaded:
+    """``loaded``, whose model has an image and a text tower, with what runs them on ``device``; ``lower`` for text in
+    lower case, padded to full length."""
+    encode = _HfText(loaded.model, tokenizer, device, lower, loaded.name)
+    return replace(loaded, forward=_hf_image_features, encode=encode)
 
 
 def load(name: str, source: str, options: dict[str, Any], device: torch.device) -> Loaded:
@@ -96,11 +107,8 @@ def load(name: str, source: str, options: dict[str, Any], device: torch.device) 
         model, _ = _hf_weights(get, transformers.AutoModel, name)
         zeroshot.templates(templates)
         tokenizer = get("tokenizer", transformers.AutoTokenizer.from_pretrained)
-        encode = _HfText(model.eval().to(device), tokenizer, device, config.model_type == "siglip")
-        return Loaded(
-            model, name, "zero-shot", transform, input_size(transform),
-            forward=_hf_image_features, encode=encode, templates=templates,
-        )  # fmt: skip
+        made = Loaded(model.eval().to(device), name, "zero-shot", transform, input_size(transform), templates=templates)
+        return with_towers(made, tokenizer, device, lower=config.model_type == "siglip")
     if classifies:
         model, _ = _hf_weights(get, transformers.AutoModelForImageClassification, name)
         count = int(config.num_labels)
