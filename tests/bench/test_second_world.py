@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import tokenreduce as tr
 from tokenreduce.bench.asking.pictures import Pictures
 from tokenreduce.bench.clips import load_clips
 from tokenreduce.bench.data import load_data
 from tokenreduce.bench.models import load_model
 from tokenreduce.bench.resolve import resolve
+from tokenreduce.bench.vision import VisionTask
 from tokenreduce.bench.vlms import is_vlm, load_vlm
 from tokenreduce.cli.bench import data_of
 from tokenreduce.zoo import evaluation2, weights
@@ -73,3 +76,34 @@ def test_labels_are_what_is_in_the_picture() -> None:
         made = scene(seed, objects=(3, 6), signs=(1, 2), document=0.0)
         there = {t.kind for t in made.objects} | {c for s in made.signs for c in s.text}
         assert {images.classes[i] for i in labels if i >= 0} == there
+
+
+# -- zero-shot ---------------------------------------------------------------------------------------------------------
+def test_the_embedded_clip_names_what_a_picture_shows() -> None:
+    loaded = load_model("world-clip-2")
+    assert (loaded.kind, loaded.input_size, loaded.templates) == ("zero-shot", (3, 224, 224), "name")
+    images = load_data("world2-one", "test", loaded, 24)
+    assert len(images.classes) == 96
+    assert len(set(images.labels)) > 15
+    for seed, label in zip(images.items, images.labels, strict=True):
+        (thing,) = scene(seed, objects=(1, 1), signs=(0, 0), document=0.0).objects
+        assert images.classes[label] == f"{thing.colour} {thing.kind}"
+    loaded = loaded.with_classes(images.classes)
+    with torch.no_grad():
+        guess = loaded.predict(torch.stack([images[i][1] for i in range(24)])).argmax(-1)
+    assert float((guess == torch.tensor(images.labels)).float().mean()) >= 0.9
+    kinds = loaded.with_classes(["star", "ring"])  # any names of the world will do
+    assert kinds.classifier is not None
+    assert kinds.classifier.shape == (64, 2)
+    with pytest.raises(ValueError, match="world-clip-2 does not know the word 'dog' of 'red dog'"):
+        loaded.with_classes(["red star", "red dog"])
+
+
+def test_methods_act_on_its_vision_tower_alone() -> None:
+    task = VisionTask("world-clip-2", "world2-one", limit=8, batch=8, repeats=0)
+    whole, reduced = task.measure(()), task.measure(tr.parse("tome:r=60"))
+    assert whole["tokens"][-1] == 785
+    assert reduced["tokens"][-1] == 785 - 6 * 60
+    assert whole["top1"] >= 0.87
+    assert reduced["flops"] < 0.8 * whole["flops"]
+    assert resolve("world-clip-2") == ("image", "world-clip-2")

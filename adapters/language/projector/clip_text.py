@@ -160,7 +160,7 @@ def _load(name: str, device: str) -> JointSpace:
 
 def _stored(name: str, wanted: str) -> tuple[Any, Any]:
     """Model and tokenizer from a folder or the Hub; ``wanted`` ends the messages of errors."""
-    from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+    from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
     where = (
         "the folder lacks a file" if Path(name).is_dir() else "there is no such folder, and no such model on the Hub"
@@ -174,8 +174,9 @@ def _stored(name: str, wanted: str) -> tuple[Any, Any]:
         raise ValueError(f"clip={name!r} is a model of type {kind!r}, not 'clip'; {wanted}")
     try:
         loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        tokenizer = CLIPTokenizer.from_pretrained(name)
-    except OSError as error:
+        # Not CLIPTokenizer: it would read the words of world-clip-2, saved to a folder, as letters.
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
         raise ValueError(absent) from error
     model, info = loaded
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what the library makes of no files
