@@ -34,7 +34,8 @@ def embedded(name: str, ask: Ask) -> Subject:
     if name.startswith("world-llava"):
         return language_subject(name, model, model, Scale.between(model, model, {}), ask, lambda: model)
     if name == "world-clip-2":  # pictures alone: a text is read once for all of them
-        return as_it_is(name, name, model.vision_model, size, "pixel_values")
+        tower: Any = model.vision_model
+        return as_it_is(name, name, tower, size, "pixel_values")
     return as_it_is(name, name, model, size)
 
 
