@@ -47,7 +47,7 @@ def without(monkeypatch):
 # -- names -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["", "resnet50", "tim:vit", "timm:", "hf:", "open_clip:"])
 def test_unknown_names_list_the_valid_prefixes(name):
-    named = r"digits-vit, world-vit, world-vit-2, timm:NAME.*open_clip:NAME/TAG, hf:ID_OR_FOLDER"
+    named = r"digits-vit, world-vit, world-vit-2, world-clip-2, timm:NAME.*open_clip:NAME/TAG, hf:ID_OR_FOLDER"
     with pytest.raises(ValueError, match=named):
         load_model(name)
 
