@@ -39,8 +39,8 @@ QUICK_ELSEWHERE = 1000
 Model = Annotated[
     str | None,
     typer.Option(
-        help="world-vit-2 (the default), world-clip-2 (zero-shot), world-vit, digits-vit, timm:NAME, open_clip:NAME/TAG "
-        "or hf:ID_OR_FOLDER."
+        help="world-vit-2 (the default), world-clip-2 (zero-shot), world-vit, digits-vit, timm:NAME, "
+        "open_clip:NAME/TAG or hf:ID_OR_FOLDER."
     ),
 ]
 Data = Annotated[
