@@ -45,6 +45,7 @@ def attach(model: nn.Module, reducers: tuple[Reducer, ...], undo: Any) -> None:
     if not towers and language is None:
         raise unsupported(model)
     stages = stages_of(towers, language)
+    reducers = tuple(part for reducer in reducers for part in reducer.parts())
     for reducer in reducers:
         if reducer.stage not in stages:
             raise ValueError(

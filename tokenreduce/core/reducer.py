@@ -209,6 +209,17 @@ class Reducer:
         """Whether the method does something in 0-based ``layer`` of ``depth``. Raises ``ValueError`` if it cannot."""
         return True
 
+    def parts(self) -> tuple[Reducer, ...]:
+        """What acts where this method is put: itself, and behind it others at later stages where its settings say so.
+        They are no methods that a user names; their :meth:`spec` is this one's."""
+        return (self,)
+
+    def segments(self, evidence: Any) -> Tensor | None:
+        """(B,T) 0-based segment of every frame, for methods with :attr:`merges_frames`: asked of what the last of their
+        merges left (a :class:`~tokenreduce.core.evidence.FrameEvidence`), for the evidence of a method before the
+        language model. None where nobody wants to know."""
+        return None
+
     def required(self) -> tuple[str, ...]:
         """The evidence that these settings need; :attr:`needs` unless a method overrides it."""
         return self.needs

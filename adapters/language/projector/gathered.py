@@ -99,9 +99,11 @@ class Gathering:
         first, device = alike[0], self.x.device
         views = torch.tensor([i.views for i in alike], device=device).flatten()
         blocks = {b: encoded.evidence(b, views) for b in encoded.blocks}
+        merged = {b: shares for b in encoded.blocks if (shares := encoded.shares(b, views)) is not None}
         plans = {b: plan for b in encoded.blocks if (plan := encoded.plan_at(b, views)) is not None}
         out: dict[str, Any] = {
             "blocks": blocks, "plans": plans, "feature": encoded.vision.feature, "tower_depth": encoded.vision.depth,
+            "merged": merged, "segments": encoded.segments(views),
         }  # fmt: skip
         if encoded.features is not None and first.rows is not None:
             flat = encoded.features.flatten(0, 1)

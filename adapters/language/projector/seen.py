@@ -127,7 +127,9 @@ class Encoded:
         def rows(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[views]
 
-        q, k = (t.detach().index_select(0, views.to(t.device)) for t in (q, k))
+        frames = self._frames(block)  # of those that are left in front of the block
+        at = views if frames is None else frames.rows().to(views.device)[views]
+        q, k = (t.detach().index_select(0, at.to(t.device)) for t in (q, k))
         return _of_patches(
             Attention(
                 q, k, size=None if state is None else rows(state.size), cls=self.vision.cls,
@@ -136,6 +138,29 @@ class Encoded:
             ),
             block, self.vision.depth, int(self.vision.cls),
         )  # fmt: skip
+
+    def _frames(self, block: int) -> FrameState | None:
+        """The frames that are left in front of ``block``, None where all are."""
+        state = self.states[block - 1] if block and len(self.states) >= block else None
+        return state if isinstance(state, FrameState) else None
+
+    def shares(self, block: int, views: Tensor) -> Tensor | None:
+        """(videos,T,T) of whole videos ``views`` (V,), see :meth:`FrameState.shares`, of frames that ``block`` merged;
+        None where it merged none."""
+        state = self.states[block] if len(self.states) > block else None
+        if not isinstance(state, FrameState) or state is self._frames(block):
+            return None
+        shares = state.shares()
+        return None if shares is None else shares[(views[:: shares.shape[1]] // shares.shape[1]).to(shares.device)]
+
+    def segments(self, views: Tensor) -> Tensor | None:
+        """(videos,T) segments of the frames of whole videos ``views`` (V,), -1 for those that went; None where no
+        method in the tower says them."""
+        state = self.reduced
+        if not isinstance(state, FrameState) or state.segments is None:
+            return None
+        known, frames = torch.cat(state.segments), len(state.segments[0])
+        return None if len(views) % frames else known[views.to(known.device)].view(-1, frames)
 
     def plan_at(self, block: int, views: Tensor) -> Plan | None:
         """The plan from the patches at the tower's entry to those that ``block`` saw, None when they are all there."""

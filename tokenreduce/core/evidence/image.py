@@ -55,17 +55,19 @@ class TowerEvidence(VisualEvidence):
     """A tower block's evidence on the patches of all views (B*V,P+n,...), read as evidence on tokens (B,N,...).
 
     ``plan`` leads from the patches at the tower's entry to those that this block saw, where a method merged inside the
-    tower. With a ``prefix`` the tokens are the class token and the N visual ones.
+    tower; ``frames`` (B,V,V) are the shares of all frames in each, where one merged them behind this block. With a
+    ``prefix`` the tokens are the class token and the N visual ones.
     """
 
     def __init__(
-        self, patches: BaseEvidence, origin: Origin, x: Tensor, *, prefix: int = 0, plan: Plan | None = None
-    ) -> None:
+        self, patches: BaseEvidence, origin: Origin, x: Tensor, *, prefix: int = 0, plan: Plan | None = None,
+        frames: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             x, _OfTokens(patches.attention, self.map), protected=prefix, cls=patches.cls, layer=patches.layer,
             depth=patches.depth,
         )  # fmt: skip
-        self.patches, self.origin, self.plan = patches, origin, plan
+        self.patches, self.origin, self.plan, self._shares = patches, origin, plan, frames
 
     def per_token(self, score: Callable[[Any], Tensor]) -> Tensor:
         """``score`` (B*V,P+n,...) of the patches, taken to the tokens (B,N,...)."""
@@ -76,6 +78,8 @@ class TowerEvidence(VisualEvidence):
         if self.plan is not None:
             t = self.plan.expand(t)
         p, b = self.patches.prefix, self.batch
+        if self._shares is not None:
+            t = (self._shares.to(t.dtype) @ t.reshape(b, self._shares.shape[1], -1)).view(t.shape)
         body = t[:, p:]
         out = self.origin.map(body.reshape(b, -1, *body.shape[2:]))
         return out if not self.prefix else torch.cat([t[:, :1].reshape(b, -1, *t.shape[2:])[:, :1], out], 1)
@@ -102,6 +106,8 @@ class ImageEvidence(VisualEvidence):
         through: see :class:`VisualEvidence`.
         pooled: ``(attention (B*V,n), vector (B*V,C))`` of the tower's pooling head.
         is_vision: whether ``x`` are features before the projector.
+        segments: see :class:`VisualEvidence`.
+        merged: tower block -> (B,V,V) shares of all frames in each, where a method merged frames behind that block.
     """
 
     def __init__(
@@ -126,11 +132,13 @@ class ImageEvidence(VisualEvidence):
         pooled: PoolingHead | tuple[Tensor, Tensor] | None = None,
         is_vision: bool = False,
         through: Through | tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
+        segments: Tensor | None = None,
+        merged: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self.blocks, self.plans = dict(blocks or {}), dict(plans or {})
+        self.blocks, self.plans, self.merged = dict(blocks or {}), dict(plans or {}), dict(merged or {})
         super().__init__(
             x, protected=prefix, text=text, text_valid=text_valid, size=size, times=times, pixels=pixels, clip=clip,
-            through=through,
+            through=through, segments=segments,
             crops=origin.crops, cls=any(b.cls for b in self.blocks.values()),
         )  # fmt: skip
         self.origin, self._features, self.own = origin, features, own
@@ -172,7 +180,10 @@ class ImageEvidence(VisualEvidence):
                 f"this method looks at layer {look} of the vision encoder, which the evidence lacks: let the method's "
                 f"tower_blocks() name it"
             )
-        return TowerEvidence(self.blocks[block], self.origin, self.x, prefix=self.prefix, plan=self.plans.get(block))
+        return TowerEvidence(
+            self.blocks[block], self.origin, self.x, prefix=self.prefix, plan=self.plans.get(block),
+            frames=self.merged.get(block),
+        )  # fmt: skip
 
     def per_token(self, score: Callable[[Any], Tensor]) -> Tensor:
         return self._block(None).per_token(score) if self.blocks else super().per_token(score)
@@ -265,7 +276,8 @@ class ImageEvidence(VisualEvidence):
             plans={i: p.rows_at(rows) for i, p in self.plans.items()}, feature=self.feature,
             tower_depth=self.tower_depth, text=pick(self.text), text_valid=pick(self.text_valid), clip=clip,
             projected=pick(self._projected), size=pick(self.size), times=pick(self.times), prefix=self.prefix,
-            pixels=pick(self._pixels),
+            pixels=pick(self._pixels), segments=pick(self._segments),
+            merged={i: some(shares) for i, shares in self.merged.items()},
             pooled=None if self._pooled is None else self._pooled.cut(some),
             through=None if self._through is None else self._through.cut(some),
         )  # fmt: skip
@@ -284,5 +296,5 @@ class ImageEvidence(VisualEvidence):
             x, self.origin, features=x, own=self.own, blocks=self.blocks, plans=self.plans, feature=self.feature,
             tower_depth=self.tower_depth, text=self.text, text_valid=self.text_valid, clip=self._clip, size=size,
             projected=self.projected, times=self.times, prefix=prefix, pixels=self._pixels, pooled=self._pooled,
-            is_vision=True, through=self._through,
+            is_vision=True, through=self._through, segments=self._segments, merged=self.merged,
         )  # fmt: skip

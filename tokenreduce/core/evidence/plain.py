@@ -40,7 +40,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence, DiffusionEvide
             :class:`~tokenreduce.core.evidence.attention.Attention`.
         before, origin: see :class:`EncoderEvidence` and :class:`LanguageEvidence`.
         prompt, norm, frame_of, place_of, history, scores, earlier, held: see :class:`LanguageEvidence`.
-        text_valid, pixels, clip, crops, through: see :class:`VisualEvidence`.
+        text_valid, pixels, clip, crops, through, segments: see :class:`VisualEvidence`.
         timestep: see :class:`DiffusionEvidence`.
         films, marks: what ``frame_of`` and ``scores`` were called before.
     """
@@ -89,6 +89,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence, DiffusionEvide
         through: Through | tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
         origin: Tensor | None = None,
         timestep: Tensor | float | None = None,
+        segments: Tensor | None = None,
     ) -> None:
         if films is not None or marks is not None:
             warnings.warn("films is frame_of now, and marks is scores", DeprecationWarning, stacklevel=2)
@@ -116,6 +117,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence, DiffusionEvide
             entry=entry, before=before, text=text, text_valid=text_valid, times=times, crops=crops, clip=clip,
             pixels=pixels, visual=visual, prompt=prompt, norm=norm, frame_of=frame_of, history=history, scores=scores,
             earlier=earlier, place_of=place_of, held=held, through=through, origin=origin, timestep=timestep,
+            segments=segments,
         )  # fmt: skip
 
     def samples(self, rows: Tensor) -> Evidence:
@@ -141,7 +143,7 @@ class Evidence(EncoderEvidence, VisualEvidence, LanguageEvidence, DiffusionEvide
             text_valid=pick(self.text_valid), pixels=pick(self._pixels), crops=self.crops,
             place_of=pick(self._place_of), held=pick(self.held), origin=pick(self.origin),
             through=None if self._through is None else self._through.cut(some), timestep=self.timestep,
-            clip=None if self._clip is None else self._clip.cut(some, some),
+            clip=None if self._clip is None else self._clip.cut(some, some), segments=pick(self._segments),
         )  # fmt: skip
 
     def tokens_at(self, row: int, where: Tensor) -> Evidence:

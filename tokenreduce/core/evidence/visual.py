@@ -33,6 +33,8 @@ class VisualEvidence(BaseEvidence):
         pixels: (B,N,P) the pixels of every token's area, of the tokens behind the prefix.
         through: ``(rows (B,N,E), projector)``: what enters the projector for every token behind the prefix, and the
             projector on such rows (...,E) as a function to embeddings (...,D), float32.
+        segments: (B,T) 0-based segment of every frame of a video, as a method in the tower found them; -1 for a frame
+            that it took out, whose tokens stand for nothing.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class VisualEvidence(BaseEvidence):
         clip: Joint | tuple[Tensor, Tensor] | None = None,
         pixels: Tensor | None = None,
         through: Through | tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
+        segments: Tensor | None = None,
         **core: Any,
     ) -> None:
         super().__init__(x, *args, **core)
         self.text, self.text_valid, self.times, self.crops = text, text_valid, times, crops
-        self._pixels = pixels
+        self._pixels, self._segments = pixels, segments
         self._clip = None if clip is None else Joint(*clip)
         self._through = None if through is None else Through(*through)
 
@@ -98,6 +101,13 @@ class VisualEvidence(BaseEvidence):
         if self._through is None:
             raise ValueError("this method needs through, which the evidence lacks: give Evidence(through=...)")
         return self._through
+
+    @property
+    def segments(self) -> Tensor:
+        """(B,T) segments of frames, see above; one frame is one."""
+        if self._segments is None and self.frames == 1:
+            return torch.zeros(self.batch, 1, dtype=torch.long, device=self.x.device)
+        return need(self._segments, "segments")
 
     # -- places --------------------------------------------------------------------------------------------------------
     @property
