@@ -12,10 +12,11 @@ projectors) reads as it was written. Parts that read tokens between two layers (
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,14 @@ from tokenreduce.adapters.encoders.packed_layout import (
     Laid,
     between,
     bounds_of,
+    embeds_pixels,
     holders_of,
     laid_out,
     packs,
     stack_of,
     start_of,
 )
+from tokenreduce.adapters.encoders.packed_pixels import PackedPixels
 from tokenreduce.adapters.encoders.packed_reading import BOUNDS, LONGEST, FlatReading, RowReading
 from tokenreduce.adapters.encoders.qwen import _SEEN, EVIDENCE, FAMILIES, _Block
 from tokenreduce.adapters.encoders.rebuilding import entered_of, note_entered
@@ -51,9 +54,25 @@ __all__ = ["PackedLayer", "attach", "refusal", "tower_of", "towers"]
 
 #: Our towers' outputs have all their patches by themselves.
 EXPANDS = True
-#: The layout of the row that is on its way through a tower.
-_LAYOUT: ContextVar[Laid | None] = ContextVar("tokenreduce_layout", default=None)
 _ON_ROW = "_tokenreduce_row"
+
+
+class _Call(NamedTuple):
+    """What a tower was called with: where patches are, and their pixels where a method looks at them."""
+
+    laid: Laid
+    pixels: PackedPixels | None
+
+
+class _Row(NamedTuple):
+    """The same of the row in front of the first layer."""
+
+    layout: Layout | None
+    pixels: PackedPixels | None
+
+
+#: What is known of the row that is on its way through a tower.
+_CALL: ContextVar[_Call | None] = ContextVar("tokenreduce_call", default=None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,11 @@ class PackedLayer(StructuredLayer, _Block):
         recipe, site = self._tokenreduce_recipe, self._tokenreduce_site
         given = _Given({**dict(zip(recipe.arguments, args, strict=False)), **kwargs})
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        packed = self._begin(site, hidden_states, _row(hidden_states) if site.layer == 0 else None)
+        row = _row(hidden_states) if site.layer == 0 else _Row(None, None)
+        packed = self._begin(site, hidden_states, row.layout)
+        if site.entry is not None:
+            given.checked(packed)
+            x, packed = self._drop_at_input(site, site.entry, x, packed, row.pixels)
         first = x if site.leads else None
         if site.reducer is not None and site.reducer.rebuilds:
             note_entered(x, entered_of(hidden_states))
@@ -120,7 +143,7 @@ class PackedLayer(StructuredLayer, _Block):
             assert reducer is not None
             x, packed = self._shrink(site, reducer, x, packed, given, seen, middle)  # type: ignore[arg-type]
         trace = active()
-        if trace is not None and where in (None, "input"):
+        if trace is not None and where is None and site.entry is None:
             self._tell_all(trace, site, packed)
         return x, packed
 
@@ -196,25 +219,30 @@ def _taken(name: str, value: Any, rows: Tensor, total: int) -> Any:
     raise ValueError(f"{name} {tuple(value.shape)} runs along patches in a way that a patched tower does not know")
 
 
-def _row(x: Tensor) -> Layout | None:
-    """The layout of a row, which stays with it where a checkpoint runs the layer again."""
-    found: Layout | None = getattr(x, _ON_ROW, None)
-    laid = _LAYOUT.get()
-    if found is None and laid is not None:
-        found = laid.row(x)
+def _row(x: Tensor) -> _Row:
+    """What is known of a row, which stays with it where a checkpoint runs the layer again."""
+    found: _Row | None = getattr(x, _ON_ROW, None)
+    call = _CALL.get()
+    if found is None and call is not None:
+        found = _Row(call.laid.row(x), call.pixels)
         setattr(x, _ON_ROW, found)
-    return found
+    return _Row(None, None) if found is None else found
 
 
 # -- the tower ---------------------------------------------------------------------------------------------------------
-def enter(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook on a tower: where the patches of every image are."""
-    _LAYOUT.set(laid_out(tower, args, kwargs))
+def enter(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, looks: Reducer | None = None) -> None:
+    """Pre-hook on a tower: where the patches of every image are, and their pixels where a method ``looks`` at them."""
+    laid, pixels = laid_out(tower, args, kwargs), None
+    if looks is not None:
+        rows = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
+        across = bool(getattr(looks, "temporal", False))
+        pixels = PackedPixels.of(tower.patch_embed, rows, laid.grids, laid.unit, laid.order, across)
+    _CALL.set(_Call(laid, pixels))
 
 
 def leave(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Hook behind a tower, and behind errors in it: hidden states of layers in between get all patches."""
-    _LAYOUT.set(None)
+    _CALL.set(None)
     if isinstance(output, dict):
         for name, value in output.items():
             output[name] = _whole(value)
@@ -251,7 +279,7 @@ def tower_of(name: str, module: Any) -> RowTower:
     stock = parts(type(layers[0]))[0]
     return RowTower(
         name, module, f"transformers {type(module).__name__}", tuple(layers), {stock: mixed(stock, PackedLayer)}, 0,
-        False, None, EVIDENCE, "post", resizes=False, recipe=recipe,
+        False, None, (*EVIDENCE, "pixels") if embeds_pixels(module) else EVIDENCE, "post", resizes=False, recipe=recipe,
     )  # fmt: skip
 
 
@@ -322,7 +350,8 @@ def attach(tower: Tower, reducers: tuple[Reducer, ...], undo: Undo) -> None:
         refuse_patched(type(attn))
         hear(core_of(attn), undo, copies)
         undo.set(block, RECIPE, tower.recipe)
-    undo.pre_hook(module, enter)
+    looks = next((r for r in reducers if r.drops_at_input), None)
+    undo.pre_hook(module, enter if looks is None else functools.partial(enter, looks=looks))
     undo.hook(module, leave, with_kwargs=True, always=True)
     for part in _beside(module):
         undo.pre_hook(part, give_all)

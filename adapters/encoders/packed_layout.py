@@ -20,7 +20,9 @@ from tokenreduce.adapters.encoders.hf_structure import core_of, projects
 from tokenreduce.adapters.encoders.packed import Layout
 from tokenreduce.core.mixing import parts
 
-__all__ = ["Laid", "between", "bounds_of", "holders_of", "keeps", "laid_out", "packs", "stack_of", "start_of"]
+__all__ = [
+    "Laid", "between", "bounds_of", "embeds_pixels", "holders_of", "keeps", "laid_out", "packs", "stack_of", "start_of",
+]  # fmt: skip
 
 #: Arguments that say the sizes of images: (frames, rows, columns) or (rows, columns) of patches, and of pixels.
 _GRIDS = ("grid_thw", "image_grid_thw", "target_sizes")
@@ -253,6 +255,24 @@ def laid_out(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Laid:
     grids = [[int(n) for n in (row if len(row) == 3 else (1, *row))] for row in rows]
     merge = _unit(tower, given)
     return Laid(grids, merge, _order(tower, sizes, merge))
+
+
+def embeds_pixels(tower: Any) -> bool:
+    """Whether every row that ``tower`` is called with is the pixels of one patch, (channels, frames, rows, columns),
+    and its first layer gets what its ``patch_embed`` makes of each: by a convolution as large as the patch, behind
+    which nothing makes other tokens."""
+    embed = getattr(tower, "patch_embed", None)
+    made = getattr(embed, "proj", None)
+    if not isinstance(made, nn.Conv3d) or start_of(tower) or _sizes(tower) == _PIXELS:
+        return False
+    side = getattr(embed, "patch_size", None)
+    shape = (getattr(embed, "temporal_patch_size", None), side, side)
+    whole = made.kernel_size == made.stride == shape and made.in_channels == getattr(embed, "in_channels", None)
+    return whole and not any(made.padding) and any(
+        isinstance(n, ast.Call) and ast.unparse(n.func) == "self.patch_embed"
+        and [ast.unparse(a) for a in n.args[:1]] == [next(iter([*_takes(tower)][1:]), "")]
+        for tree in _code(tower) for n in ast.walk(tree)
+    )  # fmt: skip
 
 
 def _rows(sizes: Any) -> list[Any]:

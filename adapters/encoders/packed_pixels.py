@@ -29,11 +29,21 @@ class PackedPixels:
     frames: int
 
     @classmethod
-    def of(cls, tower: Any, rows: Tensor, grids: list[list[int]], order: Tensor | None, temporal: bool) -> PackedPixels:
-        """From what ``tower`` is called with; ``temporal``: all frames of a video are one row."""
+    def of(
+        cls, embed: Any, rows: Tensor, grids: list[list[int]], merge: int, order: Tensor | None, temporal: bool
+    ) -> PackedPixels:
+        """From the ``rows`` that a tower is called with, what ``embed``s them, (frames, rows, columns) of patches of
+        every image, and ``merge`` x ``merge`` patches of a unit; ``temporal``: all frames of a video are one row.
+
+        Raises ``ValueError`` for rows that are not the pixels of these patches.
+        """
         longest = max((t for t, _, _ in grids), default=1) if temporal else 1
-        layout = Layout.of(grids, tower.spatial_merge_size, order, rows.device, longest)
-        embed = tower.patch_embed
+        layout, size = Layout.of(grids, merge, order, rows.device, longest), embed.proj.weight[0].numel()
+        if tuple(rows.shape) != (sum(t * h * w for t, h, w in grids), size):
+            raise ValueError(
+                f"a method looks at pixels, and {tuple(rows.shape)} are not those of the patches of images {grids}, "
+                f"with {size} numbers each; give the tower what its processor makes"
+            )
         return cls(rows.detach(), layout, order, embed.in_channels, embed.temporal_patch_size)
 
     def units(self, place: Tensor, scale: tuple[float, ...]) -> Tensor:

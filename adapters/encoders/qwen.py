@@ -333,7 +333,9 @@ def lay_out(
     more: dict[str, Any] = {LAYOUT: layout}
     if looks is not None:
         across = bool(getattr(looks, "temporal", False))
-        more[PIXELS] = PackedPixels.of(tower, pixels, grids.tolist(), order, across)
+        more[PIXELS] = PackedPixels.of(
+            tower.patch_embed, pixels, grids.tolist(), tower.spatial_merge_size, order, across
+        )
     return args, {**kwargs, **more}
 
 

@@ -63,7 +63,7 @@ def served(found: Language, towers: Sequence[tuple[ModuleType, Tower]]) -> list[
         return []
     ((adapter, tower),) = towers
     if getattr(adapter, "EXPANDS", False):  # whatever class of the table it is, it can run plainly here
-        return [(Inside(packed_found), packed_found.tower_of(tower.name, tower.module))]
+        return [(Inside(packed_found), replace(packed_found.tower_of(tower.name, tower.module), std=tower.std))]
     tower = replace(tower, hands="inside" if tower.hands == "inside" else "all")
     return [(Inside(adapter), replace(tower, resizes=False))]
 

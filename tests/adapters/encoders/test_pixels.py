@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from families import FAMILIES, OTHERS, first_tensor
-from vlms import IMAGE, VLMS, prompts
+from toys.checks import plain
+from vlms import IMAGE, VLMS, encodes_before, prompts
 from vlms_masked import close, generate, hidden, layers_of
 
 import tokenreduce as tr
@@ -173,10 +174,10 @@ def test_in_front_of_methods_inside():
 GRIDS = torch.tensor([[1, 8, 8], [2, 4, 12], [1, 4, 8]])
 
 
-def packed():
+def packed(grids=GRIDS):
     """Patches (P,96) of two images and a video of two temporal positions, where 2x2 units repeat."""
     g, rows = torch.Generator().manual_seed(3), []
-    for t, h, w in GRIDS.tolist():
+    for t, h, w in grids.tolist():
         units = torch.randint(0, 256, (t, h // 2, w // 2, 4, 3, 2, 16), generator=g).float()
         if t == 1:
             units[..., 1, :] = units[..., 0, :]
@@ -188,10 +189,10 @@ def packed():
     return torch.cat(rows) / 127.5 - 1
 
 
-def units_left(pixels, method):
+def units_left(pixels, method, grids=GRIDS):
     """(N,) bool by hand, in the order of the images."""
     out, at = [], 0
-    for t, h, w in GRIDS.tolist():
+    for t, h, w in grids.tolist():
         n = h // 2 * (w // 2)
         here = pixels[at : at + t * n * 4].view(t, h // 2, w // 2, -1)
         at += t * n * 4
@@ -219,19 +220,30 @@ def units_left(pixels, method):
     return torch.cat(out)
 
 
+#: Towers of no table, whose layers compute by what was read of their code.
+FOUND = ("qwen3_5", "qwen3_5_moe", "glm4v", "qwen3_vl_moe", "exaone4_5")
+
+
+def tower_named(name):
+    if name in FOUND and not encodes_before():
+        pytest.skip("earlier releases have no discovered families")
+    return (plain(name)[0] if name in FOUND else VLMS[name].model).model.visual
+
+
 @pytest.mark.parametrize("method", ["pixelprune", "pixel-diff"])
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", *FOUND])
 @torch.no_grad()
 def test_a_packed_tower_is_the_stock_one_on_the_units_that_stay(name, method):
     """Rows and rotary tables of the kept patches enter the stock blocks, and every block's boundaries are counted anew;
     mergers, DeepStack's too, make tokens of what is left."""
-    tower, pixels = VLMS[name].model.model.visual, packed()
-    stay = units_left(pixels, method)
+    grids = GRIDS[::2] if name == "glm4v" else GRIDS  # which is given the frames of a video one by one
+    tower, pixels = tower_named(name), packed(grids)
+    stay = units_left(pixels, method, grids)
     order = torch.arange(len(stay))
-    if name == "qwen2_5_vl":
+    if hasattr(tower, "fullatt_block_indexes"):
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
 
-        order = get_vision_window_index(GRIDS, 2, tower.window_size, tower.patch_size)[0]
+        order = get_vision_window_index(grids, 2, tower.window_size, tower.patch_size)[0]
     rows = stay[order].repeat_interleave(4)
     before = torch.cat([torch.zeros(1, dtype=torch.long), rows.long().cumsum(0)])
 
@@ -252,18 +264,18 @@ def test_a_packed_tower_is_the_stock_one_on_the_units_that_stay(name, method):
     hooks = [b.register_forward_pre_hook(gather, with_kwargs=True) for b in tower.blocks]
     hooks += [m.register_forward_hook(scatter) for m in mergers]
     try:
-        want = tower(pixels, grid_thw=GRIDS)
+        want = tower(pixels, grid_thw=grids)
     finally:
         for hook in hooks:
             hook.remove()
     with tr.patched(tower, method), tr.record(tower, flops=False) as trace:
-        got = tower(pixels, grid_thw=GRIDS)
-    assert 0.2 < float(stay.float().mean()) < 0.9
+        got = tower(pixels, grid_thw=grids)
+    assert 0.2 < float(stay.float().mean()) < 0.9 or (name, method) == ("glm4v", "pixel-diff")
     assert sum(s.patches for s in trace.steps if s.layer == 0) == 4 * int(stay.sum())
     pairs = [(got.pooler_output, want.pooler_output)]
     deep = [getattr(out, "deepstack_features", None) or () for out in (got, want)]
     pairs += list(zip(*deep, strict=True))
-    assert len(pairs) == (4 if name == "qwen3_vl" else 1)
+    assert len(pairs) == 1 + len(getattr(tower, "deepstack_merger_list", ()))
     for mine, right in pairs:
         torch.testing.assert_close(mine[stay], right[stay], rtol=1e-4, atol=1e-4 * float(right.abs().max()))
 

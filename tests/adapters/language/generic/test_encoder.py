@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from toys.build import IMAGE, TABLE, families
 from toys.checks import FORWARD, REFUSED, STOCK_FAILS, plain, toy
-from toys.inputs import row_of
-from toys.oracles import generate, relative
-from toys.towers import dropped_inside
-from vlms import encodes_before
+from toys.inputs import features, row_of
+from toys.oracles import generate, relative, short_prompts
+from toys.towers import compact_too, dropped_inside
+from vlms import VIDEO, VLMS, encodes_before, prompts
 
 import tokenreduce as tr
 from tokenreduce.adapters import encoder_refusal
 from tokenreduce.adapters.language.find import find
+from tokenreduce.adapters.language.generic.towers import has_axes
 
 pytestmark = pytest.mark.skipif(not encodes_before(), reason="earlier releases have no discovered families")
 
@@ -68,10 +70,15 @@ def test_keep_all_and_unpatch_are_bit_identical(name):
     assert not [k for m in model.modules() for k in vars(m) if "tokenreduce" in k]
 
 
-@pytest.mark.parametrize("spec", ["tofu:keep=0.6", "evit:keep=0.6", "tome:keep=0.6+divprune:keep=0.5+fastv:keep=0.6"])
+@pytest.mark.parametrize("spec", [
+    "tofu:keep=0.6", "evit:keep=0.6", "tome:keep=0.6+divprune:keep=0.5+fastv:keep=0.6", "pixelprune:keep=0.6",
+    "pixel-diff:keep=0.6+divprune:keep=0.5",
+])  # fmt: skip
 @pytest.mark.parametrize("name", ["qwen3_5", "glm4v", "mistral3", "minicpmv4_6"])
 def test_a_padded_batch_is_its_rows(name, spec):
     here = toy(name)
+    if "pixel" in spec and not all("pixels" in t.evidence for t in tr.describe(here.model).towers):
+        pytest.skip("its tower shows no pixels, which is refused by name")
     spec += ",layer=2" if "fastv" in spec else ""
     with tr.patched(here.model, spec), tr.record(here.model, flops=False) as trace:
         sequences, logits = generate(here.model, here.inputs)
@@ -83,6 +90,84 @@ def test_a_padded_batch_is_its_rows(name, spec):
     acted = {s.stage for s in trace.steps if s.plan is not None}
     assert acted >= ({"encoder"} if name == "minicpmv4_6" else {"encoder", "projector"})
     assert relative(logits, here.logits) > 1e-3
+
+
+@pytest.mark.parametrize("spec", ["pixelprune:keep=0.4", "pixel-diff:keep=0.7"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "glm4v", "exaone4_5"])
+def test_units_dropped_by_pixels_are_left_out_of_the_stock_prompt(name, spec):
+    """The stock language model on prompts without the columns of dropped units, row by row, so that linear attention
+    has no key to hide; with M-RoPE positions are those of the full prompt. What the tower makes of the others is tested
+    in tests/adapters/encoders/test_pixels.py."""
+    here = toy(name)
+    (tower,) = tr.describe(here.model).towers
+    with tr.patched(tower.module, spec), tr.record(tower.module, flops=False) as trace:
+        ready = features(here.model, here.inputs)
+    stay = here.inputs["input_ids"] != IMAGE
+    places = {s.plan.n: iter(s.plan.places()) for s in trace.steps if s.plan is not None}  # of images of a size
+    stay[~stay] = torch.cat([next(places[units]) for units in (16, 8, 16)])
+    with tr.patched(here.model, spec), tr.record(here.model, flops=False) as trace:
+        sequences, logits = generate(here.model, here.inputs)
+    (step,) = (s for s in trace.steps if s.stage == "projector")
+    assert torch.equal(step.plan.sources() >= 0, stay)
+    compact = not has_axes(here.model.model) and compact_too(here.model)
+    want = short_prompts(replace(here, ready=ready), stay, sequences, compact=compact)
+    assert relative(logits, want) < 1e-5
+    assert relative(logits, here.logits) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+@torch.no_grad()
+def test_a_still_video_is_its_first_frame(name):
+    """And one unit of every later one: a video's frames are compared with those before, and the language model is the
+    stock one on what it would be given but for the columns of the others."""
+    model = toy(name).model
+    inputs, entered = prompts(VLMS["qwen3_vl"], ((6, "v"),)), {}
+    pixels = inputs["pixel_values_videos"]
+    inputs["pixel_values_videos"] = torch.cat([pixels[:32], pixels[:32]])
+    stock = model(**inputs, logits_to_keep=1).logits
+    with tr.patched(model, "pixel-diff"), tr.record(model, flops=False) as trace:
+        got = model(**inputs, logits_to_keep=1).logits
+    assert trace.steps[0].plan.places().sum(1).tolist() == [8, 1]
+    stay = next(s for s in trace.steps if s.stage == "projector").plan.sources() >= 0
+    video = inputs["input_ids"] == VIDEO
+    assert torch.equal(stay[video], torch.arange(16) < 9)
+    assert stay[~video].all()
+    hook = model.model.language_model.register_forward_pre_hook(lambda m, a, k: entered.update(k), with_kwargs=True)
+    with tr.patched(model.model.visual, "pixel-diff"):
+        model(**inputs)
+    hook.remove()
+    (columns,) = (row.nonzero().flatten() for row in stay)
+    out = model.model.language_model(
+        inputs_embeds=entered["inputs_embeds"][:, columns], position_ids=entered["position_ids"][..., columns]
+    )
+    assert relative(got, model.lm_head(out.last_hidden_state[:, -1:])) < 1e-5
+    assert relative(got, stock) > 1e-3
+
+
+@pytest.mark.parametrize("spec", ["pixelprune:keep=1.0", "pixel-diff:keep=1.0"])
+def test_all_pixels_are_the_stock_model_and_unpatched_it_is_again(spec):
+    here = toy("qwen3_5")
+    with tr.patched(here.model, spec):
+        same = generate(here.model, here.inputs)
+    with tr.patched(here.model, "pixelprune:keep=0.5"):
+        generate(here.model, here.inputs, 1)
+    for got in (same, generate(here.model, here.inputs)):
+        assert torch.equal(got[0], here.sequences)
+        assert torch.equal(got[1], here.logits)
+
+
+def test_levels_are_those_of_the_processor():
+    """Qwen3.5's divides by one half, as that of every Qwen3; rows that are no pixels are refused."""
+    model, inputs = plain("qwen3_5")
+    with pytest.raises(ValueError, match="give std"):
+        tr.patch(model, "pixelprune:tolerance=2")
+    model.config.name_or_path = "somebody/qwen3-5-of-no-cache"
+    assert tr.describe(model).towers[0].std == (0.5,)
+    assert {"pixelprune", "pixel-diff"} <= set(tr.describe(model).methods("encoder"))
+    tr.unpatch(tr.patch(model, "pixelprune:tolerance=2"))
+    model.config.name_or_path = ""
+    with tr.patched(model.model.visual, "pixelprune"), pytest.raises(ValueError, match="not those of the patches"):
+        model.model.visual(inputs["pixel_values"][:, :48], grid_thw=inputs["image_grid_thw"])
 
 
 def test_what_a_budget_leaves_of_units_is_what_the_language_model_sees():
