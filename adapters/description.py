@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ class Description:
     denoisers: tuple[Any, ...] = ()
     #: Whether frames of a video run through one tower as a batch, so that they can merge in there.
     films: bool = False
+    #: Whether one of the last two decoder layers has a sliding window.
+    slides: bool = False
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -43,7 +46,8 @@ class Description:
         return stages_of(self.towers, self.language)
 
     def methods(self, stage: str | None = None) -> list[str]:
-        """Methods of ``stage`` (by default the first that the model has) that its sites can serve."""
+        """Methods of ``stage`` (by default the first that the model has) that its sites can serve, with settings that
+        fit: no block or layer that is not there, and tables where one is needed."""
         from tokenreduce.core.registry import get_class, list_methods
 
         stage = self.stages[0] if stage is None else stage
@@ -54,12 +58,26 @@ class Description:
             return list_methods(stage=stage)
         if stage != "encoder":
             given = [self.language.projector if stage == "projector" else self.language.evidence]
+        kinds = {name: get_class(name, stage) for name in list_methods(stage=stage)}
         return [
-            name
-            for name in list_methods(stage=stage)
-            if all(need in evidence for evidence in given for need in get_class(name, stage).needs)
-            and (stage != "encoder" or _fits_input(get_class(name, stage), self.towers, self.films))
-        ]
+            name for name, kind in kinds.items()
+            if all(need in evidence for evidence in given for need in kind.needs)
+            and (self._fits_towers(kind) if stage == "encoder" else not (kind.unwindowed and self.slides))
+        ]  # fmt: skip
+
+    def _fits_towers(self, method: type[Reducer]) -> bool:
+        """Whether the towers have the blocks of an encoder method, in front of those that a language model reads where
+        it sets tokens aside; see frames as a batch for one that merges them; and take the images of one that makes them
+        smaller, of which no prompt has placeholders for all patches."""
+        last = min((len(t.blocks) - 1 for t in self.towers), default=-1)
+        if method.rebuilds and self.language is not None and self.language.how == "table":
+            last = min(last, self.language.vision.feature)
+        if method.first_block > last:
+            return False
+        if method.merges_frames:
+            return self.films
+        shrinks = method.position == "input" and "pixels" not in method.needs
+        return not shrinks or (self.language is None and all(t.resizes for t in self.towers))
 
     def __str__(self) -> str:
         lines = [self.model]
@@ -103,16 +121,6 @@ class Description:
     __repr__ = __str__
 
 
-def _fits_input(method: type[Reducer], towers: tuple[Tower, ...], frames: bool) -> bool:
-    """Whether towers take the images of a method that makes them smaller, have the blocks of one that sets tokens
-    aside, two in front of a third, and see ``frames`` as a batch for one that merges them, if it is one."""
-    if method.rebuilds and any(len(t.blocks) < 3 for t in towers):
-        return False
-    if method.merges_frames:
-        return frames
-    return method.position != "input" or "pixels" in method.needs or all(t.resizes for t in towers)
-
-
 def describe(model: Any, *, detail: bool = False) -> Description:
     """The sites of ``model``; with ``detail``, what happens at each decoder layer of a patched one, in order. Raises
     ``TypeError`` for a model without adapter."""
@@ -129,6 +137,18 @@ def describe(model: Any, *, detail: bool = False) -> Description:
     layers: tuple[Any, ...] = ()
     if detail and language is not None:
         layers = tuple(importlib.import_module("tokenreduce.adapters.language.site").sites_in(language.layers))
+    slides = language is not None and language.served and _slides(language)
     return Description(
-        type(model).__name__, towers, reducers_of(model), language, layers, note_of(model), films=films
+        type(model).__name__, towers, reducers_of(model), language, layers, note_of(model), films=films, slides=slides
     )  # fmt: skip
+
+
+def _slides(language: Any) -> bool:
+    """Whether one of the last two decoder layers of ``language`` has a sliding window."""
+    if "language" not in language.stages:
+        return False
+    window = importlib.import_module("tokenreduce.adapters.language.decoders").window_of
+    depth = len(language.layers)
+    with contextlib.suppress(ValueError):  # attention of another kind, for which every method says so
+        return any(window(language.text.config, i) is not None for i in range(max(depth - 2, 0), depth))
+    return False

@@ -97,6 +97,7 @@ class PackedLayer(StructuredLayer, _Block):
         packed = self._begin(site, hidden_states, row.layout)
         if site.entry is not None:
             given.checked(packed)
+            assert row.pixels is not None  # the tower's hook knows them where it knows the layout
             x, packed = self._drop_at_input(site, site.entry, x, packed, row.pixels)
         first = x if site.leads else None
         if site.reducer is not None and site.reducer.rebuilds:

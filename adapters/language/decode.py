@@ -196,7 +196,8 @@ def check_decode(acting: list[list[Reducer]], windows: list[int | None], layers:
     first = next(i for i, here in enumerate(acting) if method in here)
     if any(w is not None for w in windows[max(first - 1, 0) :]):
         raise ValueError(
-            f"{method.spec()} chooses again in decode, which layers with sliding windows are not supported for"
+            f"{method.spec()} chooses again in decode, which layers with sliding windows are not supported for; "
+            + ("set revive=false" if hasattr(method, "revive") else "choose a method that chooses in prefill (fastv)")
         )
     if method.decode_mode() != "revive":
         return

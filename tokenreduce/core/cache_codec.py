@@ -86,6 +86,7 @@ class CacheCodec(Reducer):
     another; it is asked behind the prefill of a pair's upper layer, and for every new token."""
 
     stage: ClassVar[str] = "cache"
+    unwindowed: ClassVar[bool] = True
 
     def pairs(self, depth: int) -> tuple[tuple[int, int], ...]:
         """(lower, upper) layers of a model of ``depth``, each layer in one pair at most."""

@@ -149,6 +149,11 @@ class Reducer:
     #: Whether an encoder method merges whole frames of a video behind a block (position "after"), in towers that see
     #: the frames of a video as a batch: it is shown a :class:`~tokenreduce.core.evidence.FrameEvidence`.
     merges_frames: ClassVar[bool] = False
+    #: The first block of a tower that any settings of an encoder method can name; it needs that one.
+    first_block: ClassVar[int] = 0
+    #: Whether a method of the language or cache stage needs layers without sliding windows up to the last, the last two
+    #: at least, whatever its settings are.
+    unwindowed: ClassVar[bool] = False
     #: The settings, on reducers that are in a model; see :mod:`tokenreduce.core.compiled`.
     _fixed: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
 

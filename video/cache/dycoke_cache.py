@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ class DyCokeCache(
     Raises ``ValueError`` for settings outside these ranges, both ``p`` and ``keep``, and a layer that the model does
     not have.
     """
+
+    unwindowed: ClassVar[bool] = True
 
     layer: int = 3
     p: float | None = None

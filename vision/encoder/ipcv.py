@@ -50,6 +50,7 @@ class IPCV(Reducer, name="ipcv", needs=("before",), paper="2512.18747", title="I
 
     ragged: ClassVar[bool] = True
     rebuilds: ClassVar[bool] = True
+    first_block: ClassVar[int] = 2
 
     layer: int = 3
     keep: int | float = 0.35
@@ -58,7 +59,7 @@ class IPCV(Reducer, name="ipcv", needs=("before",), paper="2512.18747", title="I
     per: Literal["image", "all"] = "image"
 
     def __post_init__(self) -> None:
-        check_count(self.layer, "layer", 2)
+        check_count(self.layer, "layer", self.first_block)
         check_keep(self.keep)
         check_count(self.as_layer, "as_layer")
         check_count(self.top_k, "top_k", 1)

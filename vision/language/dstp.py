@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class DSTP(
     Raises ``ValueError`` for other values and a layer that the model does not have. Patching refuses sliding windows,
     flash attention and other methods inside the language model, and prompts refuse static caches.
     """
+
+    unwindowed: ClassVar[bool] = True
 
     layer: int = 2
     keep: int | float = 1 / 3
