@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenreduce.adapters.encoders.packed import Layout
 from tokenreduce.adapters.encoders.pixels import AtEntry, levels
 from tokenreduce.core.evidence import EncoderEvidence
+from tokenreduce.core.host import on_host, values
 from tokenreduce.core.plan import Identity, Plan, Prune
 
 __all__ = ["PackedPixels", "packed_plans"]
@@ -50,11 +51,24 @@ class PackedPixels:
         """(G,U,V) float32 levels of the units at ``place`` (G,U). Of an image, which comes as several equal frames, one
         is enough."""
         number = place if self.order is None else self.order.to(place.device)[place]
-        cut = self.rows.view(-1, self.layout.unit, self.channels, self.frames, self.rows.shape[1] // self.channels
-                             // self.frames)[number]  # fmt: skip
+        pixels = self.rows.shape[1] // self.channels // self.frames
+        units = self.rows.view(-1, self.layout.unit, self.channels, self.frames, pixels)
+        start, count = int(number[0, 0]) if number.numel() else 0, number.numel()
+        here = torch.arange(start, start + count, device=number.device)
+        if torch.equal(number.flatten(), here):  # as they lie, which spares a copy of all pixels
+            cut = units[start : start + count].unflatten(0, number.shape)
+        else:
+            cut = units[number]
         first = cut[..., :1, :]
-        cut = first if bool((cut[..., 1:, :] == first).all()) else cut
+        cut = first if _all_alike(cut, first) else cut
         return levels(cut, scale).flatten(2)
+
+
+def _all_alike(frames: Tensor, first: Tensor) -> bool:
+    """Whether all ``frames`` (...,T,V) are the ``first`` (...,1,V)."""
+    if frames.dtype == torch.float32 and on_host(frames):  # numpy compares with strides in a third of the time
+        return bool((values(frames[..., 1:, :]) == values(first)).all())
+    return bool((frames[..., 1:, :] == first).all())
 
 
 def packed_plans(entry: AtEntry, pixels: PackedPixels, layout: Layout, depth: int) -> list[Plan]:

@@ -8,9 +8,14 @@ not like B, else A.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tokenreduce.core.host import on_host, values
 
 __all__ = ["apart", "predicted", "refuse_nan", "surprise"]
 
@@ -49,7 +54,7 @@ def predicted(x: Tensor, limit: float, metric: str, anchored: bool = True) -> Te
     refuse_nan(left.nan_to_num(posinf=0.0, nan=float("nan")))
     refuse_nan(up.nan_to_num(posinf=0.0, nan=float("nan")))
     if anchored and limit:  # what is equal to a unit is equal to all that it is equal to
-        return _anchored(x, limit, metric, torch.minimum(left, up))
+        return _anchored(x, limit, metric, left, up)
     return torch.where(_upwards(up[:, 1:, :-1] <= limit, left[:, :-1, 1:] <= limit), up, left) <= limit
 
 
@@ -57,11 +62,30 @@ def _neighbours(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """(B,rows,cols) distances to the unit on the left and to the one above, infinite where there is none. Row by row,
     so that an image's pixels are read once."""
     none = float("inf")
+    if metric == "max" and x.dtype == torch.float32 and on_host(x):
+        return _furthest(values(x))
     left, up = [], []
     for r in range(x.shape[1]):
         left.append(F.pad(apart(x[:, r, 1:], x[:, r, :-1], metric), (1, 0), value=none))
         up.append(apart(x[:, r], x[:, r - 1], metric) if r else torch.full_like(left[0], none))
     return torch.stack(left, 1), torch.stack(up, 1)
+
+
+def _furthest(x: Any) -> tuple[Tensor, Tensor]:
+    """:func:`_neighbours` by the largest difference, of an array: one buffer, which stays in the cache."""
+    left, up = (np.full(x.shape[:3], np.inf, np.float32) for _ in range(2))
+    gap = np.empty((x.shape[0], *x.shape[2:]), np.float32)
+
+    def apart_from(a: Any, b: Any, out: Any) -> None:
+        here = gap[:, : a.shape[1]]
+        np.subtract(a, b, out=here)
+        np.abs(here, out=here).max(-1, out=out)
+
+    for r in range(x.shape[1]):
+        apart_from(x[:, r, 1:], x[:, r, :-1], left[:, r, 1:])
+        if r:
+            apart_from(x[:, r], x[:, r - 1], up[:, r])
+    return torch.from_numpy(left), torch.from_numpy(up)
 
 
 def _upwards(vertical: Tensor, level: Tensor) -> Tensor:
@@ -71,44 +95,61 @@ def _upwards(vertical: Tensor, level: Tensor) -> Tensor:
     return F.pad(behind_first, (0, 0, 1, 0), value=False)
 
 
-def _anchored(x: Tensor, limit: float, metric: str, nearest: Tensor) -> Tensor:
-    """(B,rows,cols) bool, see :func:`predicted`; ``nearest`` is the distance to the nearer of left and above.
+def _anchored(x: Tensor, limit: float, metric: str, left: Tensor, up: Tensor) -> Tensor:
+    """(B,rows,cols) bool, see :func:`predicted`; ``left`` and ``up`` are the distances to these neighbours.
 
     Units on a line from the lower left to the upper right depend on earlier lines alone, so that each line is one step.
     What stands for a unit is at most ``limit`` from it, so that only units at most twice that from a neighbour can go:
-    no others are looked at, and equal numbers are not compared.
+    no others are looked at, and units that are equal, as a chain of neighbours without a difference says, are not
+    compared.
     """
     batch, rows, cols, p = x.shape
-    flat, own = x.reshape(-1, p), torch.arange(batch * rows * cols, device=x.device)
-    stands = own.clone()
-    maybe = (nearest <= 2 * limit * (1 + 1e-5)).flatten()
+    flat, own = x.reshape(-1, p), np.arange(batch * rows * cols)
+    stands, same = own.copy(), _equals(_host(left == 0), _host(up == 0))
+    maybe = _host(torch.minimum(left, up) <= 2 * limit * (1 + 1e-5)).ravel()
     maybe[:: rows * cols] = False
-    cells = maybe.nonzero().flatten()
+    cells = maybe.nonzero()[0]
     row, col = cells // cols % rows, cells % cols
-    line, order = (row + col).sort(stable=True)
+    order = (row + col).argsort(kind="stable")
     cells, row, col = cells[order], row[order], col[order]
-    left = torch.where(col > 0, cells - 1, cells - cols)  # on the edges all neighbours are the one that predicts
-    above = torch.where(row > 0, cells - cols, cells - 1)
-    corner = torch.where((row > 0) & (col > 0), cells - cols - 1, torch.where(row > 0, above, left))
-    counts = torch.bincount(line).tolist() if len(line) else []
-    parts = (t.split(counts) for t in (cells, left, above, corner))
-    for here, *around in zip(*parts, strict=True):
-        if len(here):
-            a, b, c = (stands.index_select(0, t) for t in around)
-            stands.index_copy_(0, here, _line(flat, here, a, b, c, limit, metric))
-    return (stands != own).view(batch, rows, cols)
+    before = np.where(col > 0, cells - 1, cells - cols)  # on the edges all neighbours are the one that predicts
+    above = np.where(row > 0, cells - cols, cells - 1)
+    corner = np.where((row > 0) & (col > 0), cells - cols - 1, np.where(row > 0, above, before))
+
+    def alike(one: Any, other: Any, asked: Any) -> Any:
+        out = same[one] == same[other]
+        where = (~out & asked).nonzero()[0]
+        if len(where):
+            i, j = (flat.index_select(0, torch.from_numpy(t[where]).to(flat.device)) for t in (one, other))
+            out[where] = _host(apart(i, j, metric) <= limit)
+        return out
+
+    ends = np.bincount(row + col).cumsum()[:-1] if len(cells) else []
+    for here, *around in zip(*(np.split(t, ends) for t in (cells, before, above, corner)), strict=True):
+        if not len(here):
+            continue
+        a, b, c = (stands[t] for t in around)
+        two, all_ = a != b, np.ones_like(a, dtype=bool)
+        # Of one unit on both sides nothing else is asked than whether this one is like it.
+        pairs = ((c, a, two), (c, b, two), (here, a, all_), (here, b, two))
+        like_ca, like_cb, like_a, like_b = alike(*map(np.concatenate, zip(*pairs, strict=True))).reshape(4, -1)
+        upwards = like_ca & ~like_cb & two
+        stands[here] = np.where(np.where(upwards, like_b, like_a), np.where(upwards, b, a), here)
+    return torch.from_numpy(stands != own).view(batch, rows, cols).to(x.device)
 
 
-def _line(flat: Tensor, here: Tensor, a: Tensor, b: Tensor, c: Tensor, limit: float, metric: str) -> Tensor:
-    """(M,) what stands for the units ``here`` (M,) of ``flat`` (U,P), from what stands for those on the left, above and
-    at the corner."""
-    apart_ab = a != b
-    first, second = torch.cat([c, c, here, here]), torch.cat([a, b, a, b])
-    alike = first == second
-    where = (~alike & torch.cat([apart_ab, apart_ab, torch.ones_like(apart_ab), apart_ab])).nonzero().flatten()
-    if len(where):
-        i, j = flat.index_select(0, first.index_select(0, where)), flat.index_select(0, second.index_select(0, where))
-        alike.index_copy_(0, where, apart(i, j, metric) <= limit)
-    like_ca, like_cb, like_a, like_b = alike.chunk(4)
-    upwards = like_ca & ~like_cb & apart_ab
-    return torch.where(torch.where(upwards, like_b, like_a), torch.where(upwards, b, a), here)
+def _host(t: Tensor) -> Any:
+    return t.cpu().numpy()
+
+
+def _equals(left: Any, up: Any) -> Any:
+    """(B*rows*cols,) a number of every unit, the same only for units that are equal, from whether they are equal to the
+    one on the left and to the one above."""
+    batch, rows, cols = left.shape
+    out = np.arange(batch * rows * cols).reshape(batch, rows, cols)
+    begins = np.maximum.accumulate(np.where(left, 0, np.arange(cols)), 2)  # of runs of equal units in a row
+    for r in range(rows):
+        if r:
+            out[:, r] = np.where(up[:, r], out[:, r - 1], out[:, r])
+        out[:, r] = np.take_along_axis(out[:, r], begins[:, r], 1)
+    return out.ravel()
