@@ -103,7 +103,7 @@ def merge_frames(
         rows.append(mine if plan.is_identity else plan.reduce(mine.flatten(1)[None])[0].view(-1, *x.shape[1:]))
         here.append(plan)
     last = not any(reducer.acts_at(i, depth) for i in range(layer + 1, depth))
-    found = [reducer.segments(shown(left)) for left in rows] if last else []
+    found = [reducer.frame_segments(shown(left)) for left in rows] if last else []
     known = [s[0] for s in found if s is not None]
     if not known and all(plan.is_identity for plan in here):
         return x, state

@@ -124,7 +124,7 @@ def _anchored(x: Tensor, limit: float, metric: str, left: Tensor, up: Tensor) ->
             out[where] = _host(apart(i, j, metric) <= limit)
         return out
 
-    ends = np.bincount(row + col).cumsum()[:-1] if len(cells) else []
+    ends: Any = np.bincount(row + col).cumsum()[:-1] if len(cells) else []
     for here, *around in zip(*(np.split(t, ends) for t in (cells, before, above, corner)), strict=True):
         if not len(here):
             continue

@@ -219,7 +219,7 @@ class Reducer:
         They are no methods that a user names; their :meth:`spec` is this one's."""
         return (self,)
 
-    def segments(self, evidence: Any) -> Tensor | None:
+    def frame_segments(self, evidence: Any) -> Tensor | None:
         """(B,T) 0-based segment of every frame, for methods with :attr:`merges_frames`: asked of what the last of their
         merges left (a :class:`~tokenreduce.core.evidence.FrameEvidence`), for the evidence of a method before the
         language model. None where nobody wants to know."""

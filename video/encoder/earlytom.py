@@ -113,7 +113,7 @@ class EarlyTom(Reducer, name="earlytom", stage="encoder", position="after", pape
         assert self.keep is not None
         return EarlyTomTokens(ratio=self.keep, positions=self.positions, method=self.spec())
 
-    def segments(self, evidence: EncoderEvidence) -> Tensor | None:
+    def frame_segments(self, evidence: EncoderEvidence) -> Tensor | None:
         """(1,T) the segments of the frames that are left, None where no tokens are chosen by them."""
         if self.keep is None or self.keep == 1:
             return None
