@@ -146,11 +146,10 @@ def _tell_film(film: Film, path: Path | None) -> None:
 
 def _check_words(tokenizer: Any, question: Question) -> None:
     """Say so when the prompt has words that the tokenizer cannot tell from each other: the answer is a guess then."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None or not bool((question.inputs["input_ids"] == unknown).any()):
-        return
-    strange = [w for w in question.prompt.split() if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
-    complain(f"the model does not know: {', '.join(strange) or 'some characters of the prompt'}")
+    from tokenreduce.measure.question import unknown_words
+
+    if strange := unknown_words(tokenizer, question):
+        complain(f"the model does not know: {', '.join(strange)}")
 
 
 def _present(result: Comparison, about: dict[str, str]) -> None:

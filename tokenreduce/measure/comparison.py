@@ -30,6 +30,7 @@ class Side:
         cache: bytes of keys and values after prefill, over all layers.
         cache_peak: most of them while the prefill ran.
         cache_end: behind the answer.
+        flops: of vision encoder and prefill, two per multiply-add; None where they were not counted.
     """
 
     answer: str
@@ -41,6 +42,7 @@ class Side:
     cache: int
     cache_peak: int
     cache_end: int
+    flops: int | None = None
 
     @property
     def mean_tokens(self) -> float:

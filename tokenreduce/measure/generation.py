@@ -105,6 +105,7 @@ def compare_several(
             cache,
             peak,
             end,
+            trace.flops,
         )
     return [
         Comparison(
@@ -144,7 +145,7 @@ def _answer(
     """Greedy token ids behind the ``prompt`` columns, bytes of the cache behind the prefill, at its peak and behind the
     answer, and the trace of a prefill with the choices of all decode steps."""
     with torch.inference_mode(), _patched(model, some):
-        with record(model, flops=False) as trace:
+        with record(model) as trace:
             out = greedy(model, _inputs(model, question), 1, return_dict_in_generate=True)
         layers = layer_bytes(cache_of(out))
         peak = cache_peak(layers, trace.cache)

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenreduce.common.images import as_rgb
 from tokenreduce.common.words import counted
 
-__all__ = ["Question", "ask", "prompt_text"]
+__all__ = ["Question", "ask", "prompt_text", "unknown_words"]
 
 #: Processors of models that were trained on another form than images, line break, prompt.
 FORMS = {
@@ -89,3 +89,15 @@ def prompt_text(processor: Any, count: int, prompt: str, kind: str = "image") ->
     form = FORMS.get(type(processor).__name__, "{images}\n{prompt}")
     between = "" if "\n" not in form else "\n"
     return form.format(images=between.join([token] * count), prompt=prompt)
+
+
+def unknown_words(tokenizer: Any, question: Question) -> list[str]:
+    """Words of a prompt that the tokenizer cannot tell from each other: what a model says to them is a guess.
+
+    ``["some characters of the prompt"]`` where no single word is to blame, [] where all is known.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not bool((question.inputs["input_ids"] == unknown).any()):
+        return []
+    strange = [w for w in question.prompt.split() if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
+    return list(dict.fromkeys(strange)) or ["some characters of the prompt"]
