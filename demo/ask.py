@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +10,20 @@ from typing import Any
 
 from PIL import Image
 
+from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.demo.answers import NAMES, put
 from tokenreduce.demo.uploads import image_from, is_video, video_from
 from tokenreduce.measure.generation import Comparison, compare_several
 from tokenreduce.measure.kept import kept_views, sheet
-from tokenreduce.zoo import weights
+from tokenreduce.measure.question import Question, unknown_words
 from tokenreduce.zoo.examples import Example, clip_examples, scene2_examples, scene_examples
+from tokenreduce.zoo.photographs import photographs
 
-__all__ = ["EMBEDDED", "STAGES", "START", "Answered", "answer", "examples_of", "frames_from", "missing"]
+__all__ = [
+    "EMBEDDED", "STAGES", "START", "Answered", "about_words", "answer", "examples_of", "frames_from", "longest_of",
+    "missing",
+]  # fmt: skip
 
 STAGES = {
     "encoder": "Inside the vision encoder",
@@ -26,8 +32,13 @@ STAGES = {
 }
 #: What the two columns start with: method by stage, and the share of tokens that it keeps in percent.
 START = {"A": {"projector": ("visionzip", 20)}, "B": {"language": ("fastv", 20)}}
-#: The model that comes with the library, small enough to follow every change at once.
-EMBEDDED = "world-llava"
+#: The models that come with the library, small enough to follow every change at once.
+EMBEDDED = tuple(LANGUAGE)
+#: Longest answer that a model starts with, in tokens; of others :data:`LONGEST`.
+LONGEST_OF = {"world-llava": 1, "world-llava-2": 12}
+LONGEST = 24
+#: What may be asked about a photograph; nobody wrote down what is right.
+PHOTO_QUESTIONS = tuple((text, "") for text in ("What is in this picture?", "Describe this picture in one sentence."))
 FRAMES, ROUNDS = 8, 3
 
 
@@ -40,10 +51,24 @@ def missing() -> str:
     )
 
 
-def examples_of() -> tuple[Example, ...]:
-    """Scenes, behind them clips and, where there is a model for it, scenes of the second world."""
-    second = scene2_examples(3) if "world-llava-2" in weights.learned() else ()
-    return (*scene_examples(6)[:4], *clip_examples(2), *second)
+def examples_of(model: str) -> tuple[Example, ...]:
+    """What a model can be asked about: its own world, or photographs and clips for a model of the user's own."""
+    if model == "world-llava":
+        return (*scene_examples(6)[:4], *clip_examples(2))
+    if model == "world-llava-2":
+        return scene2_examples(6)
+    photos = tuple(Example(e.truth, e.image, (), PHOTO_QUESTIONS) for e in photographs(4))
+    return (*(photos or scene_examples(6)[:4]), *clip_examples(2))
+
+
+def longest_of(model: str) -> int:
+    """Longest answer that a model starts with, in tokens."""
+    return LONGEST_OF.get(model, LONGEST)
+
+
+def about_words(model: str) -> str:
+    """What stands below the question: which words a model knows, "" for one of the user's own."""
+    return f"{model} knows the words of its small world only, see the suggestions" if model in EMBEDDED else ""
 
 
 def frames_from(path: str | Path) -> tuple[list[Image.Image], bool]:
@@ -55,11 +80,13 @@ def frames_from(path: str | Path) -> tuple[list[Image.Image], bool]:
 
 @dataclass(frozen=True)
 class Answered:
-    """One question: a comparison and a picture of the tokens that are left at the end for every reduction."""
+    """One question: a comparison and a picture of the tokens that are left at the end for every reduction; ``notes``
+    are about the question."""
 
     question: str
     results: tuple[Comparison, ...]
     pictures: tuple[Image.Image, ...] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def layers(self) -> dict[str, Sequence[int]]:
@@ -73,15 +100,35 @@ def answer(
     frames: Sequence[Image.Image],
     video: bool,
     question: str,
-    several: Sequence[tuple[Reducer, ...]],
+    several: Sequence[Sequence[Reducer | str]],
     longest: int,
 ) -> Answered:
     """Ask ``loaded``, a copy that may be patched, about ``frames``: unreduced and with each of ``several``.
 
     ``longest`` bounds the answer, in tokens. Raises what :func:`~tokenreduce.demo.answers.put` and
-    :func:`~tokenreduce.measure.generation.compare_several` raise.
+    :func:`~tokenreduce.measure.generation.compare_several` raise, and ``ValueError`` for words that an embedded model
+    does not know; of another model that is a note.
     """
     asked, where = put(loaded, frames, video, question)
+    strange = _strange(loaded, asked)
     made = compare_several(loaded.model, loaded.processor, asked, several, max_new_tokens=longest, rounds=ROUNDS)
     drawn = tuple(sheet([view for view, _ in kept_views(r, where)]) for r in made)
-    return Answered(" ".join(question.split()), tuple(made), drawn)
+    return Answered(" ".join(question.split()), tuple(made), drawn, strange)
+
+
+def _strange(loaded: Any, asked: Question) -> tuple[str, ...]:
+    strange = unknown_words(loaded.processor.tokenizer, asked)
+    if not strange:
+        return ()
+    told = f"{loaded.name} does not know: {', '.join(strange)}"
+    if loaded.name not in EMBEDDED:
+        return (f"{told}; its answer may be a guess",)
+    from tokenreduce.zoo import world, world2
+
+    known = [*(world if loaded.name == "world-llava" else world2).WORDS]
+    near = {w: difflib.get_close_matches(w.lower(), known, 2, 0.6) for w in strange}
+    meant = "; ".join(f"for {w} perhaps {' or '.join(n)}" for w, n in near.items() if n)
+    raise ValueError(
+        f"{told}{f' ({meant})' if meant else ''}. Take one of the suggestions, or words of its small world only: "
+        f"{', '.join(known)}"
+    )

@@ -19,6 +19,7 @@ __all__ = [
     "HEAVY",
     "NONE",
     "Slider",
+    "WAITING",
     "chosen",
     "clear_at_once",
     "explain",
@@ -38,7 +39,11 @@ __all__ = [
 #: What bad input raises throughout the library; its text is written for the user.
 EXPECTED = (ValueError, TypeError, ImportError, OSError)
 NONE = "none"
-HEAVY: dict[str, Any] = {"concurrency_id": "machine", "concurrency_limit": 1, "trigger_mode": "always_last"}
+#: Visitors that may wait for something; later ones are told to come back.
+WAITING = 32
+#: Events that compute. They line up in :func:`in_turn`, which tells a visitor how many are before; Gradio's own line
+#: would tell nothing but a number in the corner.
+HEAVY: dict[str, Any] = {"concurrency_id": "machine", "concurrency_limit": WAITING, "trigger_mode": "always_last"}
 
 
 def models(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ class Events:
     def connect(self, opens: Callable[..., Any]) -> None:
         """Tie the methods to the page; ``opens`` is the event of a visitor who sees the tab."""
         on = self.on
-        # A small note that runs along: it is how Gradio tells those who wait for other visitors.
+        # A small note that runs along; who waits for others is told so by `in_turn`.
         quiet: dict[str, Any] = {**HEAVY, "show_progress": "minimal", "show_progress_on": on.keep}
         runs = gr.on([on.method.input, on.keep.input, on.batch.input], self.run, on.controls, on.shown, **quiet)
         first = opens(

@@ -39,7 +39,7 @@ class Store:
         self._loaded: dict[str, Any] = {}
         there = weights.learned()  # the others are for whoever trains them
         self.images: list[str] = [name for name in ("world-vit", "digits-vit", "world-vit-2") if name in there]
-        self.languages = [name for name in LANGUAGE if name in there]
+        self.languages = sorted((name for name in LANGUAGE if name in there), reverse=True)  # the second world first
         self.own: str | None = None
         if model is not None:
             with safetensors_only():

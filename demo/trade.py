@@ -24,7 +24,7 @@ from tokenreduce.bench.vision import VisionTask
 from tokenreduce.bench.vlm import STAGES, VlmTask
 from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
 from tokenreduce.core.registry import get_class
-from tokenreduce.demo.common import short
+from tokenreduce.demo.common import WAITING, short
 from tokenreduce.demo.store import Store
 
 __all__ = [
@@ -36,8 +36,6 @@ __all__ = [
 EMBEDDED = {"digits-vit": "digits", "world-vit": "world", "world-vit-2": "world2"}
 BUDGETS = ("75 %", "50 %", "35 %", "25 %", "10 %")
 BATCH, REPEATS = 16, 3
-#: Visitors that may wait for something; later ones are told to come back.
-WAITING = 32
 
 
 def benchmarks(store: Store) -> dict[str, str]:

@@ -51,7 +51,7 @@ class Side:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "answer": self.answer, "ids": list(self.ids), "encoder_tokens": self.encoder,
+            "answer": self.answer, "ids": list(self.ids), "flops": self.flops, "encoder_tokens": self.encoder,
             "entry_tokens": self.layers[0], "layer_tokens": list(self.layers), "mean_layer_tokens": self.mean_tokens,
             "first_token_s": self.first.median,
             "tokens_per_s": None if self.step is None else 1 / self.step.median, "cache_bytes": self.cache,
@@ -125,6 +125,7 @@ class Comparison:
         a, b = self.stock, self.reduced
         pairs = {
             "encoder_tokens": (a.encoder, b.encoder),
+            "flops": (a.flops, b.flops),
             "entry_tokens": (a.layers[0], b.layers[0]),
             "mean_layer_tokens": (a.mean_tokens, b.mean_tokens),
             "cache_bytes": (a.cache, b.cache),
