@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tokenreduce.demo.common import WAITING
 from tokenreduce.demo.looks import CSS, theme
-from tokenreduce.demo.trade import WAITING
 
 __all__ = ["build", "launch"]
 
@@ -31,7 +31,7 @@ def build(store: Any, folder: Path) -> Any:
     """The page as ``gradio.Blocks``. ``folder`` takes the runs of visitors, each in one of its own."""
     import gradio as gr
 
-    from tokenreduce.demo import ask_tab, image_tab, overview, overview_tab, trade_tab
+    from tokenreduce.demo import ask_tab, image_tab, overview, overview_tab, own_tab, trade_tab
 
     runs, why = overview.fitting(store)
     first = "overview" if runs else "image" if store.images else "ask"
@@ -46,7 +46,9 @@ def build(store: Any, folder: Path) -> Any:
             with gr.Tab("Ask", id="ask") as tab:
                 ask_tab.add(store, tab)
             with gr.Tab("Measure", id="trade") as tab:
-                trade_tab.add(store, page, tab, folder)
+                trade_tab.add(store, page, tab, folder / "measure")
+            with gr.Tab("Your model", id="own") as tab:
+                own_tab.add(store, page, tab, folder / "own")
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     return page
 

@@ -49,6 +49,8 @@ table { font-variant-numeric: tabular-nums; }
 _NARROW = """
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
+  /* Gradio puts tabs that find no room into a menu without a name. */
+  .tab-container button { padding: 0 5px !important; font-size: .85rem !important; }
   .pair td, .pair th { padding: 3px 4px !important; font-size: .8rem; }
   .facts td, .facts th { padding: 4px 5px !important; font-size: .8rem; }
   .answers, .answers thead, .answers tbody, .answers tr { border: 0 !important; padding: 0 !important; margin: 0; }
@@ -66,6 +68,7 @@ footer {{ display: none !important; }}
 .gradio-container {{ max-width: 1320px !important; }}
 .gallery-examples .grid-wrap {{ overflow-x: hidden; }}
 .gallery-examples .grid-container {{ grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }}
+.gallery-four .grid-container {{ grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }}
 .gallery-row, .gallery-row .grid-wrap {{ height: auto !important; min-height: 0 !important; overflow: hidden; }}
 .gallery-row .grid-container {{ grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }}
 {_TEXTS}{_TABLES}{_PLOTS}{_NARROW}"""

@@ -27,14 +27,15 @@ class Store:
         classes: class names of ``model``, see :func:`~tokenreduce.bench.models.load_model`.
 
     Models are only ever patched as copies that share their weights (:func:`tokenreduce.patching.twin`), so visitors
-    cannot get into each other's way. ``turn`` is held by whoever computes, so that clocks are not disturbed.
+    cannot get into each other's way. ``turn`` is held by whoever computes, so that clocks are not disturbed; sweeps
+    stand in ``line``, one after the other, and have the turn row by row.
     """
 
     def __init__(
         self, model: str | None = None, device: str = "cpu", data: str | None = None, classes: str | None = None
     ) -> None:
         self.device, self.data, self.classes = device, data, classes
-        self.turn = Turns()
+        self.turn, self.line = Turns(), Turns()
         self._loading = threading.Lock()
         self._loaded: dict[str, Any] = {}
         there = weights.learned()  # the others are for whoever trains them

@@ -19,7 +19,6 @@ from tokenreduce.bench.report import write_csv
 from tokenreduce.bench.runs import Run, read_run
 from tokenreduce.bench.safely import safetensors_only
 from tokenreduce.bench.task import Task
-from tokenreduce.bench.turns import Turns
 from tokenreduce.bench.vision import VisionTask
 from tokenreduce.bench.vlm import STAGES, VlmTask
 from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
@@ -28,8 +27,8 @@ from tokenreduce.demo.common import WAITING, short
 from tokenreduce.demo.store import Store
 
 __all__ = [
-    "BUDGETS", "WAITING", "Sweeps", "benchmarks", "drawn", "files_of", "methods_of", "rows_of", "said_of", "task_of",
-    "title_of",
+    "BUDGETS", "WAITING", "Sweeps", "benchmarks", "check_choice", "drawn", "files_of", "methods_of", "rows_of",
+    "said_of", "task_of", "title_of",
 ]  # fmt: skip
 
 #: Embedded classifiers and their data.
@@ -101,7 +100,7 @@ class Sweeps:
     def __init__(self, store: Store, folder: Path) -> None:
         self.store, self.folder = store, folder
         self.known = benchmarks(store)
-        self.line = Turns()
+        self.line = store.line  # of all tabs
         self._stops: dict[str, threading.Event] = {}
 
     def run(
@@ -109,14 +108,19 @@ class Sweeps:
     ) -> Iterator[tuple[Progress, Path]]:
         """Sweep a benchmark and yield how far it is, with the folder of the run; first its place among those that
         wait. Raises ``ValueError`` for what cannot be run, and what a sweep raises."""
-        if not methods or not budgets:
-            raise ValueError(f"choose at least one {'budget' if methods else 'method'}")
+        check_choice(methods, budgets)
         if what not in self.known:
             raise ValueError(f"choose a benchmark: {', '.join(self.known) or 'there is none'}")
+        yield from self.follow(visitor, task_of(self.store, self.known[what], inputs), methods, budgets)
+
+    def follow(
+        self, visitor: str, task: Task, methods: Sequence[str], budgets: Sequence[str]
+    ) -> Iterator[tuple[Progress, Path]]:
+        """:meth:`run` of any ``task``."""
+        check_choice(methods, budgets)
         if self.line.waiting >= WAITING:
             raise ValueError(f"{self.line.waiting} sweeps wait already; try again later")
         event = self._stops[visitor] = threading.Event()
-        task = task_of(self.store, self.known[what], inputs)
         shares = [float(text.removesuffix(" %")) / 100 for text in budgets]
         out = self.folder / visitor / _key(task, methods, shares)
 
@@ -154,6 +158,12 @@ class Sweeps:
         run.folder = self.folder / visitor / "earlier"
         run.folder.mkdir(parents=True, exist_ok=True)
         return run
+
+
+def check_choice(methods: Sequence[str], budgets: Sequence[str]) -> None:
+    """Raise ``ValueError`` where there is nothing to sweep."""
+    if not methods or not budgets:
+        raise ValueError(f"choose at least one {'budget' if methods else 'method'}")
 
 
 def drawn(run: Run, axis: str) -> Any:

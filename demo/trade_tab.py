@@ -7,14 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from tokenreduce.demo.common import Slider, message, said
+from tokenreduce.demo.common import Slider
 from tokenreduce.demo.store import Store
+from tokenreduce.demo.sweep_events import results
 from tokenreduce.demo.trade import BUDGETS, Sweeps
 from tokenreduce.demo.trade_events import FIRST, Events, Widgets
 
 __all__ = ["Widgets", "add"]
-
-AXES = {"flops": "FLOPs", "tokens": "tokens", "clock": "measured time"}
 
 
 def add(store: Store, page: gr.Blocks, tab: gr.Tab, folder: Path) -> None:
@@ -27,8 +26,8 @@ def add(store: Store, page: gr.Blocks, tab: gr.Tab, folder: Path) -> None:
         with gr.Column(scale=2, min_width=280):
             settings = _settings(sweeps.known)
         with gr.Column(scale=5, min_width=300):
-            results = _results()
-    Events(sweeps, Widgets(**settings, **results, **states)).connect(page, tab)
+            shown = results("trade", FIRST, "Accuracy")
+    Events(sweeps, Widgets(**settings, **shown, **states)).connect(page, tab)
 
 
 def _settings(known: dict[str, str]) -> dict[str, Any]:
@@ -55,23 +54,4 @@ def _settings(known: dict[str, str]) -> dict[str, Any]:
         "Load an earlier run (rows.jsonl, with run.json if you have it)", file_count="multiple",
         file_types=[".jsonl", ".json"], elem_id="trade-load", type="filepath", size="sm",
     )  # fmt: skip
-    return out
-
-
-def _results() -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "warning": message("trade-message"),
-        "state": gr.HTML(said(FIRST), elem_id="trade-state", elem_classes="said"),
-        "against": gr.Radio(
-            [(text, key) for key, text in AXES.items()], value="flops", label="Accuracy against",
-            elem_id="trade-against",
-        ),
-        "plot": gr.Plot(show_label=False, elem_id="trade-plot"),
-    }  # fmt: skip
-    with gr.Row():
-        out["as_csv"] = gr.DownloadButton("Download CSV", interactive=False, elem_id="trade-csv", size="sm")
-        out["as_html"] = gr.DownloadButton("Download HTML report", interactive=False, elem_id="trade-html", size="sm")
-    out["table"] = gr.Dataframe(
-        elem_id="trade-rows", interactive=False, wrap=False, show_label=False, max_height=420, visible=False
-    )
     return out
