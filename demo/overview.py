@@ -29,6 +29,8 @@ __all__ = [
 BEST = "best"
 #: Columns of the small table beside the metric and what budgets are shares of.
 SHOWN = ("hard", "found", "share", "speedup", "kv_share")
+#: What a link may say.
+LINK = ("run", "budget", "method", "picture", "question")
 #: So many of the best methods are named in the plot, beside the chosen one and chance.
 NAMED = 3
 
@@ -215,7 +217,9 @@ def link_of(run: Run, asked: Asked, here: str = "") -> str:
 
 def read_link(runs: Sequence[Run], query: Mapping[str, str]) -> tuple[Asked, str]:
     """What a link asks for, and what of it is not there, "" where all is: the page's own choice takes its place."""
-    wrong: list[str] = []
+    # What begins with __ is Gradio's.
+    strange = [key[:60] for key in query if key not in LINK and not key.startswith("__")]
+    wrong = [f"the link has {key}, which means nothing here; a link has: {', '.join(LINK)}" for key in strange[:3]]
     known = {model_of(run): run for run in runs}
     run = known[_one_of(query, "run", {name: name for name in known}, model_of(runs[0]), wrong)]
     asked = start(run)
@@ -230,7 +234,8 @@ def read_link(runs: Sequence[Run], query: Mapping[str, str]) -> tuple[Asked, str
     picture = _one_of(given, "picture", pictures, pictures_of(run)[0], wrong)
     questions = {str(i): i for i in range(len(picture.questions))} or {"0": 0}
     question = _one_of(given, "question", questions, 0, wrong)
-    return replace(asked, picture=picture.number, question=question), "\n".join(wrong)
+    told = [*wrong, "In its place stands what the page opens with."] if wrong else []
+    return replace(asked, picture=picture.number, question=question), "\n".join(told)
 
 
 def _one_of(query: Mapping[str, str], key: str, known: Mapping[str, Any], default: Any, wrong: list[str]) -> Any:

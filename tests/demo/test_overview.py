@@ -170,6 +170,9 @@ def test_a_link_without_anything_is_the_pages_own_choice(run: Run) -> None:
         ({"picture": "-1"}, "picture=-1, which is not there; there are: 0, 1, 2, 3, 4, 5"),
         ({"picture": "9" * 5000}, "picture=999"),
         ({"question": "7"}, "question=7"),
+        ({"question": "%00<script>"}, "question=%00<script>"),
+        ({"buget": "0.35"}, "the link has buget, which means nothing here; a link has: run, budget, method"),
+        ({"budget": "2"}, "In its place stands what the page opens with."),
     ],
 )
 def test_a_wrong_link_is_told_what_there_is(run: Run, query: dict[str, str], words: str) -> None:

@@ -201,7 +201,13 @@ def test_the_ask_tab_says_when_there_is_no_model(store, tmp_path: Path) -> None:
 
 def test_a_page_has_every_tab_and_no_public_endpoint(store, tmp_path: Path) -> None:
     page = build(store, tmp_path)
-    assert [b.label for b in page.blocks.values() if isinstance(b, gr.Tab)] == ["Trade-off", "Image", "Ask", "Measure"]
+    assert [b.label for b in page.blocks.values() if isinstance(b, gr.Tab)] == [
+        "Trade-off",
+        "Image",
+        "Ask",
+        "Measure",
+        "Your model",
+    ]
     assert page.enable_queue is not False
     assert page._queue.max_size is not None
     assert not page.api_open
