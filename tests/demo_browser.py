@@ -90,11 +90,14 @@ class Page:
         self.browser.save_screenshot(str(self.shots / f"{name}_{self.width}.png"))
 
     def tab(self, name: str) -> None:
-        def there() -> Any:
+        def opened() -> bool:
             tabs = self.browser.find_elements("css selector", "button[role=tab]")
-            return next((t for t in tabs if t.text == name), None)
+            found = next((t for t in tabs if t.text == name), None)
+            if found is not None:
+                found.click()  # raises while Gradio's sign of loading lies over the page
+            return found is not None
 
-        self.until(there, f"the tab {name}").click()
+        self.until(opened, f"the tab {name}")
 
     def upload(self, name: str, *files: Path) -> None:
         """Give files to an upload button, as the dialogue of the browser would."""
@@ -117,12 +120,14 @@ class Page:
         field.send_keys(Keys.ENTER)
 
     def choose(self, name: str, value: str) -> None:
-        """Pick the option of a dropdown that begins with ``value``."""
+        """Pick the option of a dropdown that is ``value``, or else begins with it."""
         self.find(name, "input").click()
 
         def option() -> Any:
             options = self.browser.find_elements("css selector", "ul[role=listbox] li")
-            return next((o for o in options if o.text.strip().lstrip("✓ ").startswith(value)), None)
+            named = [(o.text.strip().lstrip("✓ "), o) for o in options]
+            exact = next((o for text, o in named if text == value), None)
+            return exact or next((o for text, o in named if text.startswith(value)), None)
 
         self.until(option, f"option {value} of {name}").click()
 
@@ -141,6 +146,21 @@ class Page:
             ".filter(b => b.width).map(({left, right, top, bottom}) => ({left, right, top, bottom}));"
         )
         return list(self.browser.execute_script(script, f"#{name} {inside}"))
+
+    def write(self, name: str, text: str) -> Any:
+        """Type ``text`` into an empty field; what is typed goes on from there."""
+        from selenium.webdriver.common.keys import Keys
+
+        field = self.find(name, "textarea, input")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.BACKSPACE)
+        field.send_keys(text)
+        return field
+
+    def fits(self) -> bool:
+        """Whether nothing of the page stands out of the window at its side."""
+        wide, room = self.browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        return bool(wide <= room)
 
     def picture(self, name: str) -> str:
         """The address of the picture that a component shows, which changes with it."""
