@@ -69,7 +69,7 @@ def pictures_from(paths: Sequence[Path]) -> list[Named]:
     try:
         return [Named(path.name, image_from(path)) for path in paths]
     except ValueError as error:
-        raise ValueError(f"{error}. Leave it out or save it again; the pictures before are still there") from error
+        raise ValueError(f"{error}. Or leave it out; the pictures before are still there") from error
 
 
 def about(pictures: Sequence[Named], uploaded: bool) -> str:

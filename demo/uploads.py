@@ -45,7 +45,8 @@ def image_from(path: str | Path, *, most_bytes: int = MOST_BYTES, most_pixels: i
             image = as_rgb(opened, upright=True)
     except BROKEN as error:
         reason = "its contents are no image" if isinstance(error, UnidentifiedImageError) else why(error)
-        raise PictureError(path.name, reason) from error
+        fix = "" if isinstance(error, PictureError) else "; save it again, as PNG or JPEG"
+        raise PictureError(path.name, f"{reason}{fix}") from error
     if max(image.size) > LONGEST:
         image.thumbnail((LONGEST, LONGEST), Image.Resampling.BICUBIC)
     return image
