@@ -64,7 +64,7 @@ class Events(SweepEvents):
         fitted = [on.warning, on.state, on.methods]
         visit = tab.select(self.visited, [on.opened, on.model], [on.opened, *fitted], **quiet)
         self.connect_sweep(page, self.start, [*on.settings, on.mine, on.against])
-        clear_at_once([on.model.input, on.upload.upload, on.back.click], [on.plot])
+        clear_at_once([on.model.input, on.back.click], [on.plot])  # not an upload's, which may be broken
         clear_at_once([on.model.input], [], [visit])  # whose methods must not come behind those of another model
         on.model.input(self.switched, [on.model, on.mine], [*on.shown, *on.pictures], **quiet)
         gone = [on.held, on.plot, on.table, on.as_csv, on.as_html]

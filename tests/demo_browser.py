@@ -106,7 +106,9 @@ class Page:
             "const b = document.getElementById(arguments[0]);"
             "return b.querySelector('input[type=file]') || b.parentElement.querySelector('input[type=file]');"
         )
-        self.browser.execute_script(script, name).send_keys("\n".join(str(f) for f in files))
+        field = self.browser.execute_script(script, name)
+        self.browser.execute_script("arguments[0].value = ''", field)  # one for many files would add to those before
+        field.send_keys("\n".join(str(f) for f in files))
 
     def number(self, name: str, value: int, pause: float = 0.0) -> None:
         """Type ``value`` into the number of a slider, with ``pause`` seconds behind each digit."""

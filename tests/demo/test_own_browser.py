@@ -83,6 +83,7 @@ def test_a_sweep_on_photographs_stops_goes_on_and_is_taken_away(url, shots, file
         page.upload("own-upload", files / "a.png", files / "broken.png")
         page.until(lambda: "broken.png cannot be read as an image" in page.text("own-message"), "the broken file")
         assert page.find("own-csv").is_enabled(), "nothing is lost"
+        assert page.every("own-plot", ".main-svg")
         page.upload("own-upload", files / "a.png", files / "b.png", files / "c.png")
         page.until(lambda: "3 pictures of yours" in page.text("own-about"), "the uploads")
         assert page.text("own-message") == ""
