@@ -34,7 +34,7 @@ def photographs(n: int = len(FILES)) -> tuple[Example, ...]:
     if found is None or found.origin is None:
         return ()
     folder = Path(found.origin).parent / "data"
-    made = []
+    made: list[Example] = []
     for name, truth in FILES.items():
         if len(made) < n and (folder / name).is_file():  # which of them a wheel carries differs between versions
             image = open_picture(folder / name)
