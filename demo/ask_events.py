@@ -175,7 +175,7 @@ class Events:
         try:
             first = examples_of(name)[0]
             made = {on.warning: "", **self._fitting(name), **(self._example(first) if right else {})}
-            asked = {"value": first.questions[0][0]} if right else {}
+            asked: dict[str, Any] = {"value": first.questions[0][0]} if right else {}
             yield {**made, on.question: gr.Textbox(**asked, info=about_words(name))}
         except Exception as error:
             yield {on.warning: fault(error)}

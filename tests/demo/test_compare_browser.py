@@ -152,7 +152,7 @@ def test_the_keyboard_is_enough(served, shots, tmp_path) -> None:
         press(Keys.ENTER)
         page.until(lambda: answered(page), "the first answer")
         walk("ask-question")
-        press(Keys.HOME, Keys.SHIFT + Keys.END, Keys.NULL)
+        ActionChains(page.browser).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).perform()
         press("is there a star", Keys.ENTER)
         page.until(lambda: "Asked: is there a star" in page.text("ask-answers"), "the answer")
         walk("ask-A-spec")
