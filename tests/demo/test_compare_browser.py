@@ -32,6 +32,8 @@ def served() -> Iterator[tuple[Any, str]]:
     page, address = launch(store, wait=False)
     yield store, address
     page.close()
+    # A thread that computes while the interpreter ends would take it down.
+    store.turn.join().wait(60)
 
 
 @pytest.fixture(scope="module")
