@@ -36,8 +36,6 @@ def put(loaded: Any, frames: Sequence[Image.Image], video: bool, text: str) -> t
         raise ValueError(f"the question has {len(text)} characters; at most {LONGEST_QUESTION} are read")
     if not frames:
         raise ValueError("there is no picture yet; choose an example or upload one")
-    if video and loaded.name == "world-llava-2":
-        raise ValueError("world-llava-2 has not learned clips; choose the model world-llava, or one of your own")
     if video:
         return ask_frames(loaded, frames, text)
     # The first embedded model knows no chat form: image and question are all it was trained on.

@@ -17,7 +17,7 @@ from tokenreduce.demo.uploads import image_from, is_video, video_from
 from tokenreduce.measure.generation import Comparison, compare_several
 from tokenreduce.measure.kept import kept_views, sheet
 from tokenreduce.measure.question import Question, unknown_words
-from tokenreduce.zoo.examples import Example, clip_examples, scene2_examples, scene_examples
+from tokenreduce.zoo.examples import Example, clip2_examples, clip_examples, scene2_examples, scene_examples
 from tokenreduce.zoo.photographs import photographs
 
 __all__ = [
@@ -56,7 +56,7 @@ def examples_of(model: str) -> tuple[Example, ...]:
     if model == "world-llava":
         return (*scene_examples(6)[:4], *clip_examples(2))
     if model == "world-llava-2":
-        return scene2_examples(6)
+        return (*scene2_examples(6)[:5], *clip2_examples(1))
     photos = tuple(Example(e.truth, e.image, (), PHOTO_QUESTIONS) for e in photographs(4))
     return (*(photos or scene_examples(6)[:4]), *clip_examples(2))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -168,20 +167,22 @@ def test_words_that_an_embedded_model_does_not_know_are_refused(answered) -> Non
         answer(store.copy("world-llava"), clip.frames, True, "is there a zorblax", [parse("fastv")], 1)
 
 
-def test_a_clip_is_compared_and_one_for_the_second_world_refused(answered) -> None:
+@pytest.mark.parametrize(("name", "tokens"), [("world-llava", 8 * 49), ("world-llava-2", 16 * 196)])
+def test_a_clip_is_compared(answered, name, tokens) -> None:
     store, *_ = answered
-    clip = next(e for e in examples_of("world-llava") if e.frames)
-    question, _ = clip.questions[0]
+    clip = next(e for e in examples_of(name) if e.frames)
+    question, right = clip.questions[0]
     several = [parse("visionzip:keep=0.5"), parse("tome:r=2+fastv:keep=0.5")]
-    made = answer(store.copy("world-llava"), clip.frames, True, question, several, 1)
+    made = answer(store.copy(name), clip.frames, True, question, several, 1)
     assert [r.spec for r in made.results] == ["visionzip:keep=0.5", "tome:r=2+fastv:keep=0.5"]
     assert all(0 < r.reduced.flops < r.stock.flops for r in made.results)
-    with pytest.raises(ValueError, match="world-llava-2 has not learned clips; choose the model world-llava"):
-        put(SimpleNamespace(name="world-llava-2"), clip.frames, True, question)
+    assert made.results[0].stock.layers[0] == tokens
+    assert made.results[0].stock.answer == right
 
 
 def test_examples_are_of_the_world_of_a_model() -> None:
     assert {e.image.size for e in examples_of("world-llava-2")} == {(224, 224)}
+    assert [len(e.frames) for e in examples_of("world-llava-2")] == [0, 0, 0, 0, 0, 16]
     assert any(e.frames for e in examples_of("world-llava"))
     assert longest_of("world-llava") == 1 < longest_of("my/model")
     own = examples_of("my/model")

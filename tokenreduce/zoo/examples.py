@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-__all__ = ["Example", "clip_examples", "digit_examples", "scene2_examples", "scene_examples"]
+__all__ = ["Example", "clip2_examples", "clip_examples", "digit_examples", "scene2_examples", "scene_examples"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,26 @@ def clip_examples(n: int = 4, questions: int = 6) -> tuple[Example, ...]:
         frames = tuple(Image.fromarray(f) for f in seen.frames)
         truth = ", ".join(f"{t.colour} {t.kind} ({t.motion})" for t in seen.objects)
         made.append(Example(truth, frames[len(frames) // 2], frames, _questions(seen, seed, questions)))
+    return tuple(made)
+
+
+@functools.cache
+def clip2_examples(n: int = 2, questions: int = 6) -> tuple[Example, ...]:
+    """The first clips of the test split of the second world with their things and texts, and questions of the types
+    that ``world-llava-2`` has learned (16 frames of 224x224)."""
+    from tokenreduce.zoo.evaluation2 import FRAMES, learned_types
+    from tokenreduce.zoo.world2 import SPLITS, VIDEO_TYPES, ask, clip
+
+    first = SPLITS["test"].start
+    made = []
+    for seed in range(first, first + n):
+        seen = clip(seed, frames=FRAMES)
+        frames = tuple(Image.fromarray(f) for f in seen.frames)
+        truth = ", ".join(
+            [f"{t.colour} {t.kind} ({t.motion})" for t in seen.objects] + [f"sign {t.upper()}" for _, t in seen.texts]
+        )
+        asked = {q.text: q.answer for q in ask(seen, seed, questions, learned_types(VIDEO_TYPES))}
+        made.append(Example(truth, frames[len(frames) // 2], frames, tuple(asked.items())))
     return tuple(made)
 
 
