@@ -257,6 +257,13 @@ def test_packed_questions_about_a_clip_equal_single_ones(vit, llava) -> None:
     torch.testing.assert_close(logits[0, 0, : len(ids)], single, atol=5e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_what_is_held_out_has_every_type_of_pictures_and_clips(vit, llava) -> None:
+    found = world_llava2.held_out(world_llava2.Tuning(llava, vit), batches=2, long=1, films=2, per_frame=12)
+    assert set(found) >= {"all", "(pointing)", "(motion)", "(event)", "(rank)", "read", "list", "list_words", "order"}
+    assert all(0 <= value <= 1 for value in found.values())
+
+
 def test_pointing_is_the_share_of_attention_at_the_right_tokens() -> None:
     owners = torch.tensor([[[0, 1, -1, 9]]])
     points = torch.stack([owners, torch.full_like(owners, -1)], -1)  # (1,1,4,2)
@@ -283,7 +290,8 @@ def test_the_language_model_has_groups_of_query_heads(llava) -> None:
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_a_checkpoint_and_from_weights(tmp_path, vit, llava) -> None:
+def test_training_goes_on_from_a_checkpoint_and_from_weights(tmp_path, vit, llava, monkeypatch) -> None:
+    monkeypatch.setattr(world_llava2, "held_out", lambda *_, **__: {"all": 0.5})
     course = replace(TINY, long=0.5, video=0.5, clips=1, keep_frame=(8,), video_questions=2)
     stages = [world_llava2.Stage("a", Schedule(4, batch=2, lr=1e-3), course)]
     rows = []

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from tokenreduce.zoo import world2_batches, world_llava2, world_vit2
 from tokenreduce.zoo.clip_twin import clip_state
+from tokenreduce.zoo.world2 import VIDEO_TYPES
 from tokenreduce.zoo.world_vit import pixels
 
 
@@ -86,7 +87,20 @@ def test_what_is_mastered_is_asserted_with_a_margin() -> None:
     card = model("world-llava-2").card
     mastered = [t for t in card["learned"].split(", ") if t in world_llava2._EVEN]
     assert {"colour_of", "kind_of", "exist", "at_kind", "read", "letter", "cell"} <= set(mastered)
-    got = tr.zoo.evaluate(model("world-llava-2"), questions=24 * len(mastered), types=mastered, batch=24)
+    _as_the_card_says(mastered)
+
+
+@pytest.mark.slow
+def test_what_is_mastered_about_clips_is_asserted_with_a_margin() -> None:
+    """The same of clips of 16 frames, 196 tokens each."""
+    mastered = [t for t in model("world-llava-2").card["learned"].split(", ") if t in VIDEO_TYPES]
+    assert {"order", "first", "last", "direction", "appear"} <= set(mastered)
+    _as_the_card_says(mastered, 12)
+
+
+def _as_the_card_says(mastered: list[str], each: int = 24) -> None:
+    card = model("world-llava-2").card
+    got = tr.zoo.evaluate(model("world-llava-2"), questions=each * len(mastered), types=mastered, batch=each)
     assert got["accuracy"] >= np.mean([card[t] for t in mastered]) - 0.1
     for name in mastered:
         assert got[name] >= card[name] - 0.25, name
