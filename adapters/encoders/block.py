@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +96,8 @@ def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
 @dataclass(frozen=True)
 class Site:
     """One block's place: its layer and the reducer that acts there, if any; ``entry`` is the method on pixels in front
-    of the first. Frozen and picklable."""
+    of the first. Frozen and picklable. ``where`` and ``needs`` are what the reducer says of itself, asked once: a
+    reducer's settings never change."""
 
     layer: int
     depth: int
@@ -107,6 +108,16 @@ class Site:
     label: str = ""
     entry: AtEntry | None = None
     leads: bool = False
+    where: str | None = field(init=False, default=None)
+    needs: tuple[str, ...] = field(init=False, default=())
+    #: Whether nothing acts here or looks at what enters.
+    quiet: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.reducer is not None:
+            object.__setattr__(self, "where", self.reducer.acting_position())
+            object.__setattr__(self, "needs", self.reducer.required())
+        object.__setattr__(self, "quiet", self.reducer is None and self.entry is None and not self.leads)
 
 
 class View(NamedTuple):
@@ -154,15 +165,29 @@ class Reduced:
         raise NotImplementedError("abstract")
 
     # -- the block ---------------------------------------------------------------------------------------------------
+    def _quiet(self, x: Tensor) -> State | None:
+        """The state of ``x`` where the stock block does all there is to do: nothing acts here, attention needs no bias,
+        and nobody records. Families whose stock block may see fewer tokens ask, and call it."""
+        site: Site = self.__dict__[ON_BLOCK]
+        if not site.quiet or torch.compiler.is_compiling() or active() is not None or _collecting.get() is not None:
+            return None
+        state = state_of(x)
+        if state is None:
+            return None if site.layer else self._enter(site, x)
+        biased = state.valid is not None or (state.size is not None and state.proportional)
+        return None if biased or state.aside is not None else state
+
     def _run(self, x: Tensor, context: Any = None) -> Tensor:
         """The reduced forward. ``context`` is what the family needs besides ``x`` (rotary embeddings, kwargs)."""
         site: Site = self.__dict__[ON_BLOCK]
         x = x if site.layer else _counted(x)
-        state = self._enter(site, x)
+        state = state_of(x)
+        state = self._enter(site, x) if state is None else state
         if site.entry is not None:
             x, state = self._drop_by_pixels(site, site.entry, x, state)
-        reducer = None if site.reducer is None else settled(site.reducer)
-        where = None if reducer is None else reducer.acting_position()
+        reducer, where, tracing = site.reducer, site.where, torch.compiler.is_compiling()
+        if tracing and reducer is not None:
+            reducer = settled(reducer)
         given, first = None, x if site.leads else None
         every = None if state.aside is None else state.aside.every(x, site.layer)
         if where == "before":
@@ -172,8 +197,11 @@ class Reduced:
             else:
                 x, state, given = self._reduce_before(site, reducer, x, state, context)
         entered = x
-        needs = () if reducer is None or where == "before" else reducer.required()
-        got = self._attended(x, state, needs, context, given, every)
+        needs = () if where == "before" else site.needs
+        if given is None and every is None:
+            got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
+        else:
+            got = self._attended(x, state, needs, context, given, every)
         x = self._residual(x, got.out) if every is None else state.aside.take(self._residual(every, got.out))
         if where == "middle":
             assert reducer is not None
@@ -189,9 +217,9 @@ class Reduced:
             x, state = self._reduce(site, reducer, x, state, seen, middle)
         if where is None and site.entry is None and (trace := active()) is not None:
             self._note(trace, site, None, x, None, state)
-        if site.layer == site.depth - 1:
+        if state.aside is not None and site.layer == site.depth - 1:
             x, state = complete(x, state)
-        collected = _collected()
+        collected = None if tracing else _collecting.get()
         if collected is not None:
             collected.append(state)
         if first is not None:
@@ -213,17 +241,15 @@ class Reduced:
         return context
 
     def _enter(self, site: Site, x: Tensor) -> State:
-        state = state_of(x)
-        if state is None:
-            if site.layer:
-                raise RuntimeError(
-                    f"the token sizes of the earlier blocks did not reach block {site.layer}: something between the "
-                    "blocks makes new tensors (reentrant checkpointing, FSDP, a custom loop). Use non-reentrant "
-                    "checkpointing, patch before wrapping, and run patched blocks in order."
-                )
-            entry = entry_of(x)
-            state = State(length(x), grid=None if entry is None else entry.grid)
-        return state
+        """The state of tokens that no block has seen."""
+        if site.layer:
+            raise RuntimeError(
+                f"the token sizes of the earlier blocks did not reach block {site.layer}: something between the "
+                "blocks makes new tensors (reentrant checkpointing, FSDP, a custom loop). Use non-reentrant "
+                "checkpointing, patch before wrapping, and run patched blocks in order."
+            )
+        entry = entry_of(x)
+        return State(length(x), grid=None if entry is None else entry.grid)
 
     def _drop_by_pixels(self, site: Site, entry: AtEntry, x: Tensor, state: State) -> tuple[Tensor, State]:
         """What a method at the input leaves for the first block."""
@@ -289,7 +315,8 @@ class Reduced:
     def _acted(
         self, site: Site, reducer: Reducer, x: Tensor, state: State, got: Attended, before: Tensor | None
     ) -> tuple[Tensor, State, Plan]:
-        plan = planned(reducer, self._evidence(site, x, state, got, before))
+        evidence = self._evidence(site, x, state, got, before)
+        plan = reducer.plan(evidence) if x.shape[0] else planned(reducer, evidence)
         if not plan.is_identity:
             x, size = plan.reduce_both(x, state.size)
             state = state.after(plan, reducer.size_power, size)

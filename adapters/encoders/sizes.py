@@ -96,7 +96,7 @@ def sized_attention(
     attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, drop: float = 0.0, scale: float | None = None
 ) -> Tensor:
     """Fused attention (B,H,N,d) of the module ``attn`` with a bias on its logits, in the form that it was told."""
-    if not folds(attn, bias):
+    if bias is None or _ON_MODULE not in attn.__dict__ or not folds(attn, bias):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
     assert bias is not None
     made = fold(q, k, v, bias, scale)

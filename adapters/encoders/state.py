@@ -88,12 +88,14 @@ class State:
         if self.size is None or not (self.proportional or self.valid is not None):
             return None
         rows = (-1, 1, 1, self.size.shape[1])
-        bias = power_of(self.size.float().view(rows).log(), self.proportional)
+        bias = self.size.float().view(rows).log()
+        if self.proportional != 1:
+            bias = power_of(bias, self.proportional)
         if self.valid is not None:
             bias = bias.masked_fill(~self.valid.view(rows), float("-inf"))
             if self.aside is not None:  # what nothing is left of attends to nothing; its row must still be finite
                 bias = torch.where(self.valid.any(1).view(-1, 1, 1, 1), bias, 0.0)
-        return bias.to(dtype)
+        return bias if bias.dtype == dtype else bias.to(dtype)
 
     def patches(self, x: Tensor, prefix: int) -> int:
         """How many of the tokens ``x`` (B,N,C) are there and not protected, over all rows."""

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, State, asks
+from tokenreduce.adapters.encoders.state import set_state
 from tokenreduce.adapters.encoders.stock import refuse_hooks, refuse_own
 from tokenreduce.adapters.encoders.timm_attention import attend, listen, project, scores
 from tokenreduce.adapters.encoders.timm_model import attach_model, attach_resize
@@ -54,8 +55,10 @@ class _TimmBlock(Reduced):
     attn: Any
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _no_mask(attn_mask, is_causal)
-        return self._run(x)
+        if attn_mask is not None or is_causal:
+            _no_mask(attn_mask, is_causal)
+        state = self._quiet(x)
+        return self._run(x) if state is None else set_state(super().forward(x), state)  # type: ignore[misc]
 
     def _normed(self, x: Tensor) -> Tensor:
         return self.norm1(x)  # type: ignore[attr-defined]
@@ -65,7 +68,7 @@ class _TimmBlock(Reduced):
         return {"attn_mask": None}
 
     def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
-        ask = Ask(bias, needs) if asks(bias, needs) else None
+        ask = Ask(bias, needs) if bias is not None or asks(bias, needs) else None
         return attend(self.attn, self._normed(x), ask, **self._stock(context))
 
     def _project(self, x: Tensor, context: Any) -> Attended:
@@ -81,6 +84,10 @@ def _no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
 
 
 class ReducedBlock(_TimmBlock, Block):
+    def _attention(self, x: Tensor, bias: Tensor | None, needs: tuple[str, ...], context: Any) -> Attended:
+        ask = Ask(bias, needs) if bias is not None or asks(bias, needs) else None
+        return attend(self.attn, self.norm1(x), ask, attn_mask=None)
+
     def _residual(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path1(self.ls1(out))
 

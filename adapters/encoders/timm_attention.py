@@ -41,8 +41,9 @@ class Listening(nn.Module):
             return _close(attn, attn.attn_drop(ask.given) @ ask.values, x)
         q, k, v, rotated = _heads(self, x, rope)
         ask.queries, ask.keys, ask.values, ask.rotated = q, k, v, rotated
-        used_q, used_k = (q, k) if rotated is None else rotated
-        return _close(self, scores(used_q, used_k, v, ask.bias, self), x)
+        if rotated is not None:
+            q, k = rotated
+        return _close(self, scores(q, k, v, ask.bias, self), x)
 
 
 def listen(attn: nn.Module, family: str, undo: Undo) -> None:
@@ -61,7 +62,8 @@ def attend(attn: nn.Module, x: Tensor, ask: Ask | None, *more: Any, **stock: Any
     """The attention module on normed features ``x``; ``more`` and ``stock`` are what the block gives it besides."""
     if ask is None:
         return Attended(attn(x, *more, **stock))
-    refuse_own(attn)
+    if "forward" in attn.__dict__:
+        refuse_own(attn)
     out = attn(x, *more, **stock, tokenreduce_ask=ask)
     return ask.answer(out)
 
@@ -74,9 +76,9 @@ def project(attn: nn.Module, x: Tensor, rope: Tensor | None) -> Attended:
 
 def _heads(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Queries, keys, values (B,H,N,d), with as many heads of each, and queries and keys behind RoPE."""
-    q, k, v = _qkv(attn, x)
     if isinstance(attn, Attention):  # as many heads of each, and no rotation
-        return q, k, v, None
+        return *_qkv(attn, x), None
+    q, k, v = _qkv(attn, x)
     rotated = None
     if rope is not None:
         turned = _rotate(attn, q, k, v, rope)
@@ -88,8 +90,9 @@ def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys (after qk-norm, before RoPE) and values, (B,H,N,d); kv heads as they are."""
     b, n, _ = x.shape
     if isinstance(attn, Attention):
-        q, k, v = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.q_norm(q), attn.k_norm(k), v
+        parts = attn._modules
+        q, k, v = parts["qkv"](x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return parts["q_norm"](q), parts["k_norm"](k), v
     if getattr(attn, "qkv", None) is not None:
         if getattr(attn, "q_bias", None) is None:
             qkv = attn.qkv(x)
@@ -122,8 +125,7 @@ def _grouped(attn: Any, t: Tensor) -> Tensor:
 def scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn: Any) -> Tensor:
     """Attention output (B,H,N,d), fused where the stock module is, in the stock module's order of operations."""
     if attn.fused_attn:
-        p = attn.attn_drop.p if attn.training else 0.0
-        return sized_attention(attn, q, k, v, bias, p)
+        return sized_attention(attn, q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
     logits = (q * attn.scale) @ k.transpose(-2, -1)
     logits = logits if bias is None else logits + bias
     return attn.attn_drop(logits.softmax(dim=-1)) @ v
@@ -134,7 +136,7 @@ def _close(attn: Any, heads: Tensor, x: Tensor) -> Tensor:
     parts = attn._modules  # what a class does not have costs an exception to ask a module for
     gate = attn.gate(x).sigmoid() if parts.get("gate") is not None else None
     out = heads.transpose(1, 2).flatten(2)
-    out = attn.norm(out) if "norm" in parts else out
+    out = parts["norm"](out) if "norm" in parts else out
     if gate is not None:
         out = out * gate
-    return attn.proj_drop(attn.proj(out))
+    return parts["proj_drop"](parts["proj"](out))

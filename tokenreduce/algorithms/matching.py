@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import ascending, descending, finite, inner, refuse_nan, unit
 from tokenreduce.core.constants import positions
 from tokenreduce.core.evidence import BaseEvidence, Evidence
-from tokenreduce.core.host import counted_rows, on_host, values
+from tokenreduce.core.host import counted_rows, most_alike, on_host, values
 from tokenreduce.core.plan import Identity, Merge, Plan
 from tokenreduce.core.readable import readable
 
@@ -52,8 +52,8 @@ def bipartite(metric: Tensor, r: int, evidence: BaseEvidence, *, ascending: bool
         return Identity.like(evidence.x)
     n, p = evidence.n, evidence.prefix
     m = unit(metric)
-    if not evidence.masked and evidence.valid is None:
-        return _behind(m, r, evidence, ascending, settings)
+    if evidence.valid is None and not evidence.masked:
+        return _behind(m, r, n, p, evidence, ascending, settings)
     scores = inner(m[:, ::2], m[:, 1::2])
     protected = fixed = evidence.fixed()
     if evidence.valid is not None:
@@ -80,14 +80,17 @@ def bipartite(metric: Tensor, r: int, evidence: BaseEvidence, *, ascending: bool
     return Merge(n, keep, 2 * source, dst, **settings)  # type: ignore[arg-type]
 
 
-def _behind(m: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: dict[str, object]) -> Plan:
-    """The same where just the first tokens are protected: those behind them, ``m`` of which are unit vectors, are
-    matched with each other."""
-    n, p, batch = evidence.n, evidence.prefix, m.shape[0]
+def _behind(
+    m: Tensor, r: int, n: int, p: int, evidence: BaseEvidence, sorted_: bool, settings: dict[str, object]
+) -> Plan:
+    """The same where just the first ``p`` of ``n`` tokens are protected: those behind them, ``m`` of which are unit
+    vectors, are matched with each other."""
+    batch = m.shape[0]
     even, odd = p + p % 2, p + 1 - p % 2  # the first of each that may move, and absorb
-    best, partner = inner(m[:, even::2], m[:, odd::2]).max(-1)
-    if on_host(best):
-        return _behind_on_host(best, partner, r, evidence, sorted_, settings)
+    scores = inner(m[:, even::2], m[:, odd::2])
+    if on_host(scores):
+        return _behind_on_host(values(scores), r, n, p, evidence, sorted_, settings)
+    best, partner = scores.max(-1)
     order = descending(finite(best, evidence))
     source, rest = order[:, :r], order[:, r:]
     if p or sorted_:
@@ -100,23 +103,24 @@ def _behind(m: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: 
 
 
 def _behind_on_host(
-    similarity: Tensor, partners: Tensor, r: int, evidence: BaseEvidence, sorted_: bool, settings: dict[str, object]
+    scores: Any, r: int, n: int, p: int, evidence: BaseEvidence, sorted_: bool, settings: dict[str, object]
 ) -> Plan:
-    """The rest of :func:`_behind` in numpy, from the ``similarity`` (B,E) of even positions to their ``partners``."""
-    n, p, best = evidence.n, evidence.prefix, values(similarity)
+    """The rest of :func:`_behind` in numpy, from the ``scores`` (B,E,O) of even positions with odd ones."""
+    batch = len(scores)
+    best, partners = most_alike(scores)
     refuse_nan(best, evidence)
-    batch, even, odd = len(best), p + p % 2, p + 1 - p % 2
-    order = np.argsort(-best, axis=1, kind="stable")
+    even, odd = p + p % 2, p + 1 - p % 2
+    order = (-best).argsort(1, kind="stable")
     source, rest = order[:, :r], order[:, r:]
     if p or sorted_:
-        rest = np.sort(rest, axis=1)
+        rest.sort(1)
     last = p + rest.shape[1]
     keep = np.empty((batch, n - r), np.int64)
     keep[:, :p] = np.arange(p)
     np.multiply(rest, 2, out=keep[:, p:last])
     keep[:, p:last] += even
     keep[:, last:] = np.arange(odd, n, 2)
-    dst = values(partners)[counted_rows(batch), source] + last
+    dst = partners[counted_rows(batch), source] + last
     return Merge.of_arrays(n, keep, 2 * source + even, dst, **settings)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "counted_rows", "not_a_number", "on_host", "values"]
+__all__ = ["Groups", "counted_rows", "most_alike", "not_a_number", "on_host", "values"]
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _TINY = np.finfo(np.float32).tiny
@@ -39,8 +39,18 @@ def values(t: Tensor) -> Any:
 
 
 def not_a_number(scores: Any) -> bool:
-    """Whether an array of floats holds NaN."""
-    return bool(np.isnan(scores).any())
+    """Whether an array of floats holds NaN: a sum of squares, which cannot cancel, is NaN then and only then."""
+    flat = scores.ravel()
+    square = flat.dot(flat)
+    return bool(square != square)
+
+
+def most_alike(scores: Any) -> tuple[Any, Any]:
+    """(B,E) the highest of every row of an array (B,E,O), and which it is: the first of several, or the first NaN."""
+    which = scores.argmax(-1)
+    rows = scores.reshape(-1, scores.shape[2])
+    best = rows[np.arange(len(rows)), which.ravel()]
+    return best.reshape(which.shape), which
 
 
 @lru_cache(maxsize=512)
@@ -53,7 +63,7 @@ def counted_rows(batch: int, step: int = 1) -> Any:
 
 def _flat(rows: Any, n: int) -> Any:
     """(B*K,) the ``rows`` (B,K) of n each, counted through all samples."""
-    return rows.ravel() if len(rows) == 1 else (rows + counted_rows(len(rows), n)).ravel()
+    return (rows + counted_rows(len(rows), n)).ravel()
 
 
 class Groups(NamedTuple):
@@ -67,6 +77,8 @@ class Groups(NamedTuple):
     @classmethod
     def of(cls, n: int, keep: Any, src: Any, dst: Any) -> Groups:
         """From a plan's indices (B,K), (B,R), (B,R) on ``n`` tokens."""
+        if len(keep) == 1:
+            return cls(keep[0], src[0], dst[0])
         return cls(_flat(keep, n), _flat(src, n), _flat(dst, keep.shape[1]))
 
     def summed(self, w: Any, scale: Any = None) -> tuple[Any, Any]:
@@ -89,7 +101,7 @@ class Groups(NamedTuple):
         rows, to = x.flatten(0, 1), torch.from_numpy(self.dst)
         out = rows.index_select(0, torch.from_numpy(self.keep))
         change = rows.index_select(0, torch.from_numpy(self.src))
-        change.sub_(out.index_select(0, to)).mul_(share.to(x.dtype))
+        change.sub_(out.index_select(0, to)).mul_(share if x.dtype == share.dtype else share.to(x.dtype))
         return out.index_add_(0, to, change)
 
     def largest(self, each: Any) -> Any:

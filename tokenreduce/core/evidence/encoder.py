@@ -25,12 +25,13 @@ class EncoderEvidence(BaseEvidence):
     def __init__(
         self,
         x: Tensor,
-        *args: Any,
+        attention: Attention | None = None,
+        *,
         before: Tensor | None = None,
         origin: Tensor | Callable[[], Tensor | None] | None = None,
         **core: Any,
     ) -> None:
-        super().__init__(x, *args, **core)
+        super().__init__(x, attention, **core)
         self._before, self._origin = before, origin
 
     @property
@@ -68,6 +69,14 @@ class EncoderEvidence(BaseEvidence):
             before=one(self._before),
             origin=None if (origin := self.origin) is None else origin.new_zeros(1, *origin.shape[1:]),
         )  # fmt: skip
+
+    @property
+    def keys(self) -> Tensor:
+        return self._attention.keys
+
+    @property
+    def masked(self) -> bool:
+        return isinstance(self.protected, Tensor)
 
     @property
     def proportional(self) -> float:

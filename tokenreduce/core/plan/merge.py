@@ -15,6 +15,8 @@ from tokenreduce.core.plan.rows import add_rows, take
 
 __all__ = ["Merge"]
 
+_INDICES = ("keep", "src", "dst")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Merge(Plan):
@@ -41,7 +43,7 @@ class Merge(Plan):
     mode: str = "mean"
     by_size: bool = True
     norm: str = "none"
-    #: The three index tensors as arrays, where they were made of these.
+    #: The three index tensors as arrays, where a plan is made of these; it has the tensors when somebody asks.
     _arrays: ClassVar[tuple[Any, Any, Any] | None] = None
 
     @classmethod
@@ -69,9 +71,17 @@ class Merge(Plan):
     @classmethod
     def of_arrays(cls, n: int, keep: Any, src: Any, dst: Any, **settings: Any) -> Merge:
         """From index arrays of numpy, with which it then works on the CPU."""
-        plan = cls(n, torch.from_numpy(keep), torch.from_numpy(src), torch.from_numpy(dst), **settings)
-        object.__setattr__(plan, "_arrays", (keep, src, dst))
+        plan = object.__new__(cls)
+        plan.__dict__.update(settings, n=n, _arrays=(keep, src, dst))
         return plan
+
+    def __getattr__(self, name: str) -> Any:
+        """The index tensors of a plan of arrays, which most forwards never look at."""
+        if self._arrays is None or name not in _INDICES:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        made = torch.from_numpy(self._arrays[_INDICES.index(name)])
+        self.__dict__[name] = made
+        return made
 
     def representatives(self) -> Tensor:
         return self.keep
@@ -136,10 +146,19 @@ class Merge(Plan):
         """Whether indices and weights are worked out by numpy; gradients want operators that know their backward."""
         if x.dim() != 3 or (x.requires_grad and torch.is_grad_enabled()):
             return False
-        for t in (size, self.weights, self.size_scale):
-            if t is not None and t.dtype != torch.float32:
+        numbers = [t for t in (size, self.weights, self.size_scale) if t is not None]
+        for t in numbers:
+            if t.dtype != torch.float32:
                 return False
-        return on_host(x, size, self.keep, self.src, self.dst, self.weights, self.size_scale, self.valid)
+        if self._arrays is not None and self.valid is None:
+            return on_host(x, *numbers)
+        return on_host(x, *numbers, self.keep, self.src, self.dst, self.valid)
+
+    def _shapes(self) -> tuple[tuple[int, ...], int]:
+        """(B,K), and R."""
+        if self._arrays is not None:
+            return self._arrays[0].shape, self._arrays[1].shape[1]
+        return tuple(self.keep.shape), self.src.shape[1]
 
     def _groups(self) -> Groups:
         arrays = self._arrays or (values(self.keep), values(self.src), values(self.dst))
@@ -155,7 +174,7 @@ class Merge(Plan):
         out = groups.mean(x, brought, total)
         if self.norm != "none":
             out = self._host_norm(x, out, groups, weights)
-        return out.view(*self.keep.shape, x.shape[2]), total
+        return out.view(*self._shapes()[0], x.shape[2]), total
 
     def _host_norm(self, x: Tensor, merged: Tensor, groups: Groups, weights: Any) -> Tensor:
         """:meth:`_restore_norm` for rows (B*K,C)."""
@@ -168,17 +187,18 @@ class Merge(Plan):
 
     def _host_size(self, size: Tensor | None, groups: Groups) -> Tensor:
         scale = None if self.size_scale is None else values(self.size_scale)
-        total = groups.summed(None if size is None else values(size), scale)[1].reshape(self.keep.shape)
+        total = groups.summed(None if size is None else values(size), scale)[1].reshape(self._shapes()[0])
         if self.valid is not None:
             total[~values(self.valid)] = 0.0
         return torch.from_numpy(total)
 
     def reduce_both(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        if self.mode == "mean" and self.src.shape[1] > 0 and self._on_host(x, size):
+        shape, sources = self._shapes()
+        if self.mode == "mean" and sources > 0 and self._on_host(x, size):
             groups = self._groups()
             out, total = self._host_mean(x, size, groups)
             if self.by_size and self.weights is None and self.size_scale is None and self.valid is None:
-                return out, torch.from_numpy(total.reshape(self.keep.shape))  # what members weigh is the new size
+                return out, torch.from_numpy(total.reshape(shape))  # what members weigh is the new size
             return out, self._host_size(size, groups)
         plain = self.mode == "mean" and self.norm == "none" and self.valid is None and self.src.shape[1] > 0
         alike = self.by_size and self.weights is None and self.size_scale is None
