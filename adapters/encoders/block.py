@@ -198,10 +198,7 @@ class Reduced:
                 x, state, given = self._reduce_before(site, reducer, x, state, context)
         entered = x
         needs = () if where == "before" else site.needs
-        if given is None and every is None:
-            got = self._attention(x, state.bias(x.dtype), needs, self._context(context, state))
-        else:
-            got = self._attended(x, state, needs, context, given, every)
+        got = self._attended(x, state, needs, context, given, every)
         x = self._residual(x, got.out) if every is None else state.aside.take(self._residual(every, got.out))
         if where == "middle":
             assert reducer is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenreduce.adapters.language.cuts import Cut, count_sizes, slots_kept
 from tokenreduce.adapters.language.held import Held
 from tokenreduce.adapters.language.indices import ColumnIndex, SlotIndex, TokenIndex
+from tokenreduce.core.constants import positions
 from tokenreduce.core.plan import Plan, Prune
 
 __all__ = ["Columns", "Views", "slots_of"]
@@ -136,7 +137,7 @@ class Columns:
         filled yet or not."""
         cut, (batch, length), device = self.cut_at(layer), self.visual.shape, self.visual.device
         if cut is None:
-            return ColumnIndex(torch.arange(total, device=device).expand(batch, -1))
+            return ColumnIndex(positions(total, self.visual).expand(batch, -1))
         behind = torch.arange(length, length + max(total - cut.k, 0), device=device).expand(batch, -1)
         return cut.columns.then(ColumnIndex(behind)).part(slice(total))
 

@@ -15,6 +15,7 @@ from tokenreduce.adapters.language.indices import ColumnIndex
 from tokenreduce.adapters.language.site import LayerCall
 from tokenreduce.core.cache_reducer import CacheReducer
 from tokenreduce.core.evidence import CacheEvidence
+from tokenreduce.core.host import on_host, values
 from tokenreduce.core.plan import Merge, Plan, Prune
 from tokenreduce.core.trace import CacheStep, active
 
@@ -36,10 +37,8 @@ def thin(method: CacheReducer, plan: Plan, view: CacheView, call: LayerCall) -> 
     layer, evidence = call.cache.layers[call.index], view.evidence
     before = _nbytes(layer)
     if not plan.is_identity:
-        merged = isinstance(plan, Merge) or not (isinstance(plan, Prune) or bool(plan.untouched().all()))
-        keys = plan.reduce(evidence.keys) if not merged or method.merges_keys(evidence) else plan.gather(evidence.keys)
-        values, heads = plan.reduce(evidence.values), (evidence.batch, evidence.kv_heads)
-        layer.keys, layer.values = (t.unflatten(0, heads).contiguous() for t in (keys, values))
+        heads = (evidence.batch, evidence.kv_heads)
+        layer.keys, layer.values = (t.unflatten(0, heads).contiguous() for t in _reduced(method, plan, evidence))
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = layer.keys.shape[2]
         call.columns.held[call.index] = _held(method, plan, view, call)
@@ -59,6 +58,15 @@ def thin(method: CacheReducer, plan: Plan, view: CacheView, call: LayerCall) -> 
         trace.add_cache(call.layer, step)
 
 
+def _reduced(method: CacheReducer, plan: Plan, evidence: CacheEvidence) -> tuple[Tensor, ...]:
+    """Keys and values (B*Hkv,K,d) that a plan leaves."""
+    if isinstance(plan, Prune):
+        return plan.reduce_alike(evidence.keys, evidence.values)
+    merged = isinstance(plan, Merge) or not bool(plan.untouched().all())
+    keys = plan.reduce(evidence.keys) if not merged or method.merges_keys(evidence) else plan.gather(evidence.keys)
+    return keys, plan.reduce(evidence.values)
+
+
 def _nbytes(layer: Any) -> int:
     return int(sum(t.numel() * t.element_size() for t in (layer.keys, layer.values)))
 
@@ -75,10 +83,18 @@ def _held(method: CacheReducer, plan: Plan, view: CacheView, call: LayerCall) ->
     kept = plan.gather(view.columns.at).unflatten(0, heads)
     there = None if valid is None else valid.unflatten(0, heads)
     bias = _bias(method, plan, evidence, call.columns)
-    alike = bool((kept == kept[:, :1]).all()) and (there is None or bool((there == there[:, :1]).all()))
+    alike = _alike(kept) and (there is None or _alike(there))
     if alike and bias is None:
         kept, there = kept[:, :1], None if there is None else there[:, :1]
     return Held(ColumnIndex(kept, there), call.columns.length if call.prefill else forward.past + forward.new, bias)
+
+
+def _alike(t: Tensor) -> bool:
+    """Whether all heads of ``t`` (B,H,K) have the same."""
+    if on_host(t):
+        array = values(t)
+        return bool((array == array[:, :1]).all())
+    return bool((t == t[:, :1]).all())
 
 
 def _bias(method: CacheReducer, plan: Plan, evidence: CacheEvidence, columns: Columns) -> Tensor | None:

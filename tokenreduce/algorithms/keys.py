@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from tokenreduce.algorithms.sequence import best
 from tokenreduce.core.budget import BudgetError, Keep, check_keep
 from tokenreduce.core.evidence import CacheEvidence
+from tokenreduce.core.host import on_host, values
 from tokenreduce.core.plan import Identity, Plan, Prune
 
 __all__ = [
@@ -104,7 +106,11 @@ def keep_slots(stay: Tensor, evidence: CacheEvidence) -> Plan:
     that is there stays, so that nothing is touched."""
     there = evidence.there
     stay = stay & there
-    return Identity.like(evidence.keys) if bool((stay == there).all()) else Prune.from_mask(stay)
+    if on_host(stay):
+        all_stay = np.array_equal(values(stay), values(there))
+    else:
+        all_stay = bool((stay == there).all())
+    return Identity.like(evidence.keys) if all_stay else Prune.from_mask(stay)
 
 
 def keep_best_slots(
@@ -148,7 +154,11 @@ def best_slots(
 
 def check_finite(scores: Tensor, among: Tensor) -> None:
     """Raise ``ValueError`` for NaN among the scores that decide."""
-    if bool((scores.isnan() & among).any()):
+    if scores.dtype == torch.float32 and on_host(scores, among):
+        bad = bool((np.isnan(values(scores)) & values(among)).any())
+    else:
+        bad = bool((scores.isnan() & among).any())
+    if bad:
         raise ValueError("keys, values or attention of the cache hold NaN; the model's activations overflowed")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenreduce.algorithms.scoring import descending, finite
 from tokenreduce.core.budget import Keep, check_count, check_keep
 from tokenreduce.core.evidence import LanguageEvidence
+from tokenreduce.core.host import best_among, on_host, values
 from tokenreduce.core.plan import Identity, Mix, Plan, Prune
 
 __all__ = [
@@ -84,6 +85,10 @@ def keep_mixed(
 def best(scores: Tensor, among: Tensor, wanted: Tensor) -> Tensor:
     """(B,N) bool: the ``wanted`` (B,1) tokens with the highest scores (B,N) ``among`` (B,N) those marked, or all of
     them where there are fewer. Ties go to the lower index."""
+    if not wanted.is_floating_point() and on_host(scores, among, wanted):
+        found = best_among(values(scores.float()), values(among), values(wanted))
+        if found is not None:
+            return torch.from_numpy(found)
     # Two stable sorts, so that an infinite score among the marked does not tie with those that are not.
     ranked = descending(scores.float())
     ranked = ranked.gather(1, (~among.gather(1, ranked)).long().argsort(dim=1, stable=True))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "counted_rows", "most_alike", "not_a_number", "on_host", "values"]
+__all__ = ["Groups", "best_among", "counted_rows", "marked", "most_alike", "not_a_number", "on_host", "values"]
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _TINY = np.finfo(np.float32).tiny
@@ -51,6 +51,30 @@ def most_alike(scores: Any) -> tuple[Any, Any]:
     rows = scores.reshape(-1, scores.shape[2])
     best = rows[np.arange(len(rows)), which.ravel()]
     return best.reshape(which.shape), which
+
+
+def best_among(scores: Any, among: Any, wanted: Any) -> Any:
+    """(B,N) bool: the ``wanted`` (B,1) with the highest scores (B,N) float32 ``among`` those marked, or all of them
+    where there are fewer; ties go to the lower index. None where what decides is not a number.
+
+    One sort of values finds the lowest that stays; places need no sorting."""
+    ranked = np.where(among, scores, -np.inf)
+    if not_a_number(ranked):
+        return None
+    wanted = np.minimum(wanted, among.sum(1, keepdims=True))
+    n, ordered = ranked.shape[1], np.sort(ranked, axis=1)
+    least = ordered[counted_rows(len(ranked)), np.minimum(n - wanted, n - 1)]
+    above, level = ranked > least, (ranked == least) & among
+    missing = wanted - above.sum(1, keepdims=True)
+    if (level.sum(1, keepdims=True) == missing).all():
+        return above | level
+    return above | (level & (level.cumsum(1) <= missing))
+
+
+def marked(stay: Any, k: int) -> Any:
+    """(B,k) the places of True in an array (B,N) of bools that has ``k`` in every row, ascending."""
+    batch, n = stay.shape
+    return np.flatnonzero(stay).reshape(batch, k) - counted_rows(batch, n)
 
 
 @lru_cache(maxsize=512)

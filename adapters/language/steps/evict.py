@@ -19,7 +19,7 @@ from tokenreduce.adapters.language.site import LayerCall, LayerStep
 from tokenreduce.adapters.language.state import Record
 from tokenreduce.adapters.language.thin import check_layer, shown, thin
 from tokenreduce.core.cache_reducer import CacheReducer
-from tokenreduce.core.plan import Plan, take
+from tokenreduce.core.plan import Plan, Prune, take
 from tokenreduce.core.trace import active
 
 __all__ = ["Evict", "ShowHeld"]
@@ -208,6 +208,8 @@ def _note(state: Running, plan: Plan | None, view: CacheView) -> None:
     evidence, untouched = view.evidence, plan is None or plan.is_identity
     if plan is None or untouched:
         state.prompt_slots = evidence.counts
+    elif type(plan) is Prune and plan.valid is None and evidence._valid is None:  # all that it names are there
+        state.prompt_slots = torch.full((plan.batch, 1), plan.k, device=plan.device)
     else:
         state.prompt_slots = (plan.places() & evidence.there).sum(1, keepdim=True)
     if untouched and view.order is not None and state.scores is not None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenreduce.core.host import marked, on_host, values
 from tokenreduce.core.plan.base import Plan
-from tokenreduce.core.plan.rows import take
+from tokenreduce.core.plan.rows import take, take_each
 
 __all__ = ["Prune"]
 
@@ -29,6 +30,8 @@ class Prune(Plan):
         """
         counts = stay.sum(1).tolist()
         k = max(counts)
+        if min(counts) == k and stay.dtype == torch.bool and on_host(stay):
+            return cls(stay.shape[1], torch.from_numpy(marked(values(stay), k)))
         keep = stay.long().argsort(dim=1, stable=True)[:, stay.shape[1] - k :]
         return cls(stay.shape[1], keep, None if min(counts) == k else stay.gather(1, keep))
 
@@ -42,6 +45,10 @@ class Prune(Plan):
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         return take(x, self.keep)
+
+    def reduce_alike(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`reduce` of several tensors of the same shape."""
+        return take_each(tensors, self.keep)
 
     def reduce_size(self, size: Tensor | None) -> Tensor | None:
         if size is None and self.valid is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from tokenreduce.core.constants import first_rows
 from tokenreduce.core.readable import readable
 
-__all__ = ["take"]
+__all__ = ["take", "take_each"]
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -21,6 +23,15 @@ def take(x: Tensor, index: Tensor) -> Tensor:
         where = index if x.shape[0] == 1 else index + first_rows(x.shape[0], x.shape[1], index)
         out = x.flatten(0, 1).index_select(0, where.flatten())
     return out.view(*index.shape, *x.shape[2:])
+
+
+def take_each(tensors: Sequence[Tensor], index: Tensor) -> tuple[Tensor, ...]:
+    """:func:`take` from several tensors (B,N,C), with the places counted once."""
+    if any(t.dim() == 2 or t.requires_grad for t in tensors):
+        return tuple(take(t, index) for t in tensors)
+    b, n = tensors[0].shape[:2]
+    where = (index if b == 1 else index + first_rows(b, n, index)).flatten()
+    return tuple(t.flatten(0, 1).index_select(0, where).view(*index.shape, *t.shape[2:]) for t in tensors)
 
 
 def add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
