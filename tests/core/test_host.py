@@ -10,9 +10,9 @@ import torch
 from support import ENCODER_METHODS, acting_layer, evidence, images, tiny_vit, with_keep
 
 import tokenreduce as tr
-from tokenreduce.algorithms import baseline, matching, scoring
+from tokenreduce.algorithms import baseline, matching, scoring, sequence
 from tokenreduce.core import host
-from tokenreduce.core.plan import Merge, merge
+from tokenreduce.core.plan import Merge, merge, prune
 from tokenreduce.vision.encoder import pitome
 
 USERS = (baseline, matching, merge, pitome, scoring)
@@ -107,6 +107,61 @@ def test_a_plan_of_arrays_is_a_plan():
     assert all(torch.equal(other.reduce_both(e.x, e.size)[0], want[0]) for other in others)
     one = plan.rows_at(torch.tensor([1]))
     assert torch.equal(one.reduce(e.x[1:], None)[0], want[0][1])
+
+
+def ranked(scores, among, wanted):
+    """The same by two stable sorts, row by row."""
+    out = torch.zeros_like(among)
+    for row, (s, a, w) in enumerate(zip(scores.tolist(), among.tolist(), wanted[:, 0].tolist(), strict=True)):
+        order = sorted((i for i in range(len(s)) if a[i]), key=lambda i: -s[i])  # Python's sort is stable
+        out[row, order[: max(w, 0)]] = True
+    return out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_are_those_of_a_stable_sort(seed, monkeypatch):
+    gen = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 4, (6, 13), generator=gen).float()  # many ties
+    scores[0, ::2], scores[1] = float("-inf"), float("inf")
+    among = torch.rand(6, 13, generator=gen) < 0.7
+    among[2] = False
+    wanted = torch.tensor([[9], [3], [2], [0], [99], [-1]])
+    want = ranked(scores, among, wanted)
+    assert torch.equal(sequence.best(scores, among, wanted), want)
+    alike = torch.full_like(wanted, 4)
+    assert torch.equal(sequence.best(scores, among, alike), ranked(scores, among, alike))
+    monkeypatch.setattr(sequence, "on_host", lambda *_: False)
+    assert torch.equal(sequence.best(scores, among, wanted), want)
+
+
+def test_what_is_not_a_number_is_found_in_any_place():
+    for values in ([1.0, float("nan")], [float("inf"), -float("inf"), float("nan")], [float("nan")] * 2):
+        assert host.not_a_number(torch.tensor([values]).numpy())
+    for values in ([], [float("inf"), -float("inf")], [3e38, -3e38], [0.0]):
+        assert not host.not_a_number(torch.tensor([values]).numpy())
+    assert host.best_among(*(t.numpy() for t in (torch.tensor([[float("nan"), 1.0]]), torch.tensor([[True, True]]),
+                                                 torch.tensor([[1]])))) is None  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_places_of_marks_are_those_of_a_sort(seed, monkeypatch):
+    gen = torch.Generator().manual_seed(seed)
+    stay = torch.rand(5, 11, generator=gen).argsort(1) < 4
+    mine = tr.Prune.from_mask(stay)
+    monkeypatch.setattr(prune, "on_host", lambda *_: False)
+    assert mine == tr.Prune.from_mask(stay)
+    keys, values = torch.randn(2, 5, 11, 3, generator=gen)
+    for made, whole in zip(mine.reduce_alike(keys, values), (keys, values), strict=True):
+        assert torch.equal(made, mine.reduce(whole))
+
+
+def test_a_plan_of_arrays_makes_its_tensors_when_asked():
+    plan = tr.ToMe(r=3).plan(evidence())
+    assert not {"keep", "src", "dst"} & {*vars(plan)}
+    assert plan.keep is plan.keep
+    assert plan.keep.dtype == torch.long
+    with pytest.raises(AttributeError, match="Merge has no attribute 'kept'"):
+        _ = plan.kept
 
 
 def test_not_where_something_is_traced():

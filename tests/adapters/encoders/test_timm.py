@@ -83,6 +83,23 @@ def test_keep_all_and_unpatch_are_bit_identical(build):
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("build", VITS.values(), ids=VITS)
+@pytest.mark.parametrize("method", ["uniform:keep=0.5,layer=1", "tome:r=[0,2],prop_attn=false", "tome:r=[0,2]"])
+def test_a_block_where_nothing_acts_is_the_stock_block(build, method, monkeypatch):
+    """Who records sees every block run by itself; the others see the same bits."""
+    model, x, ran = build(), images(), []
+    tr.patch(model, method)
+    with torch.no_grad():
+        with tr.record(model, flops=False):
+            want = model(x)
+        kind = type(model.blocks[0])
+        run = kind._run
+        monkeypatch.setattr(kind, "_run", lambda self, *args: ran.append(self) or run(self, *args))
+        assert torch.equal(model(x), want)
+    biased = method == "tome:r=[0,2]"  # log sizes reach every block behind the merge
+    assert ran == list(model.blocks[1:] if biased else model.blocks[1:2])
+
+
 def first_half(block, x, rope):
     """Attention half of a stock block, by its own modules."""
     if hasattr(block, "attns"):

@@ -306,12 +306,13 @@ class CacheEvidence:
 
     def _rows(self, start: int, stop: int, width: int | None = None) -> Tensor:
         """Rows of padding are 0, whatever it holds; NaN that a real row sees stays, so that no choice is made on it."""
+        if self._attention is None and self._valid is None and self.mask is None:  # every row is there, and sees itself
+            return self.logits(start, stop, width=width).softmax(-1)
         gone = ~self.there[:, self.n - self.rows_given :][:, start:stop][:, None, :, None]
         if self._attention is not None:
             return self._attention[:, :, start:stop, :width].float().masked_fill(gone, 0.0)
         gone = gone | ~self._sees(start, stop, width).any(-1, keepdim=True)
-        rows = self.logits(start, stop, width=width).softmax(-1)
-        return rows if self._valid is None and self.mask is None else rows.masked_fill(gone, 0.0)
+        return self.logits(start, stop, width=width).softmax(-1).masked_fill(gone, 0.0)
 
     def column_sums(self, weights: Tensor | None = None, rows: int | None = None) -> Tensor:
         """(B*Hkv,G,N) float32: what every slot got from the last ``rows`` queries (all that are known), each times its
