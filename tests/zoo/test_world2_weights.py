@@ -103,4 +103,4 @@ def _as_the_card_says(mastered: list[str], each: int = 24) -> None:
     got = tr.zoo.evaluate(model("world-llava-2"), questions=each * len(mastered), types=mastered, batch=each)
     assert got["accuracy"] >= np.mean([card[t] for t in mastered]) - 0.1
     for name in mastered:
-        assert got[name] >= card[name] - 0.25, name
+        assert got[name] >= card[name] - (0.25 if each > 20 else 0.3), name

@@ -35,8 +35,8 @@ def processor() -> Any:
     from tokenreduce.zoo.world_vit import PATCH
 
     return LlavaProcessor(
-        first.image_processor(CANVAS), first.tokenizer(IDS), patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=first.TEMPLATE,
+        first.image_processor(CANVAS), first.tokenizer(IDS, 4096), patch_size=PATCH,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=first.TEMPLATE,
     )  # fmt: skip
 
 

@@ -41,9 +41,9 @@ def encode(text: str) -> list[int]:
     return [IDS[word] for word in text.split()]
 
 
-def tokenizer(ids: Mapping[str, int] = IDS) -> Any:
+def tokenizer(ids: Mapping[str, int] = IDS, longest: int = 2048) -> Any:
     """A ``PreTrainedTokenizerFast`` of the words ``ids``: lower case, one token per word, "?" ignored, ``<bos>`` put in
-    front."""
+    front; it warns of more than ``longest`` tokens."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def tokenizer(ids: Mapping[str, int] = IDS) -> Any:
     words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=2048,
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=longest,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
