@@ -90,7 +90,7 @@ def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys (after qk-norm, before RoPE) and values, (B,H,N,d); kv heads as they are."""
     b, n, _ = x.shape
     if isinstance(attn, Attention):
-        parts = attn._modules
+        parts: Any = attn._modules
         q, k, v = parts["qkv"](x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         return parts["q_norm"](q), parts["k_norm"](k), v
     if getattr(attn, "qkv", None) is not None:

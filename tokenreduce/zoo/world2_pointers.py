@@ -150,7 +150,7 @@ def _read_at(made: Clip, words: list[str], n: int) -> list[tuple[Point, Point]]:
 def _colour_at(made: Clip, words: list[str], _: int) -> list[tuple[Point, Point]]:
     i, stop = _actor(made, words[words.index("the") + 1]), len(made.frames)
     text = "".join(words[words.index("say") + 1 :])
-    start, end, _ = next(p for p in spans(made.texts, stop) if p[2] == text)
+    start, end = next(p[:2] for p in spans(made.texts, stop) if p[2] == text)
     return [((CHARACTER_OF, start, end), (i, start, end))]
 
 
