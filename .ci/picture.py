@@ -17,7 +17,7 @@ SHOWN = {
     "random": "#777777",
 }  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 340, 56, 150, 40, 48
-LOW, HIGH = 40.0, 102.0
+LOW, HIGH = 60.0, 102.0
 SHARES = (100.0, 50.0, 35.0)
 
 
@@ -45,7 +45,7 @@ def draw(text: str) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#ffffff"/>',
         f'<text x="{LEFT}" y="24" fill="#222">accuracy in %, questions about pictures, world-llava-2</text>',
     ]
-    for value in (50, 60, 70, 80, 90, 100):
+    for value in (60, 70, 80, 90, 100):
         y = height(value)
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
         out.append(f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end" fill="#444">{value}</text>')

@@ -102,7 +102,7 @@ def test_some_questions_are_drawn_by_seed(tmp_path):
 def test_data_without_questions_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"holds no questions about clips\. Layouts: .*mvbench.*egoschema"):
         load_clips(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="give world, a JSONL file"):
+    with pytest.raises(FileNotFoundError, match="give world, world2, a JSONL file"):
         load_clips(str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match=r"holds no question about a clip that can be asked \(layout jsonl\)"):
         load_clips(lines(tmp_path / "q.jsonl", []))
