@@ -40,7 +40,7 @@ results: $(VENV)/bench.stamp  ## every method of every stage at three budgets, o
 	-$(BIN)/tokenreduce bench vlm --model world-llava --axis tokens --methods '*' --budgets 0.5,0.25,0.1 --limit 480 \
 		--repeats 0 --out runs/results/pictures
 	-$(BIN)/tokenreduce bench video --budgets 0.5,0.25,0.1 --limit 120 --repeats 0 --out runs/results/clips --methods \
-		'dycoke,evs,fastvid,flashvid,frame-merge,holitom*,ppllava,prunevid*,token-shuffle,vidcom2,framefusion,fastervlm,visionzip,divprune,aim-merge,fastv'
+		'dycoke,evs,fastvid,flashvid,frame-merge,holitom*,ppllava,prunevid*,token-shuffle,vidcom2,framefusion,fastervlm,visionzip,divprune,aim-merge,fastv,earlytom*,vcast,sttm*,dstp'
 	-$(BIN)/tokenreduce bench vlm --model world-llava --axis kv --methods '*' --budgets 0.5,0.25 --limit 48 --repeats 0 \
 		--out runs/results/cache
 	$(BIN)/tokenreduce report runs/results/world-vit runs/results/pictures runs/results/clips runs/results/cache \

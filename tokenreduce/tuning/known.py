@@ -36,7 +36,7 @@ GROUPS = {
         "tokens of long answers of world-llava that stay the same",
     ),
 }
-#: Methods that are taken of a stage at each budget.
+#: Methods that are taken of a stage at each budget; none that looks at pixels, for which a drawn world tells nothing.
 BEST = 2
 ABOUT = (
     "What auto: chooses from. Scores are shares; keep is what each method keeps, from mild to strong. Single methods: "
@@ -64,7 +64,7 @@ def _singles(rows: Sequence[StoredRow], column: str, source: str) -> list[dict[s
     simple: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for row in rows:
         reducer = None if row.baseline or row.spec == "unreduced" else _by_keep(row.spec)
-        if reducer is None:
+        if reducer is None or "pixels" in reducer.needs:  # drawn grounds are flat, photographs are not
             continue
         name = f"{reducer.name.partition('@')[0]}@{reducer.stage}"
         score, stderr = (value / 100 for value in number(row.cells[column]))
