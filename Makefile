@@ -50,7 +50,10 @@ results-second: $(VENV)/bench.stamp  ## the same on the second world by FLOPs: d
 	-$(BIN)/tokenreduce bench vision --methods '*' --budgets 0.75,0.5,0.35 --limit 500 --repeats 0 \
 		--out runs/second/scenes
 	-$(BIN)/tokenreduce bench vlm --methods '*' --budgets 0.75,0.5,0.35 --limit 110 --repeats 0 --out runs/second/pictures
-	$(BIN)/tokenreduce report runs/second/scenes runs/second/pictures --out runs/second --markdown docs/results-second.md
+	-$(BIN)/tokenreduce bench video --model world-llava-2 --budgets 0.25,0.1 --limit 50 --repeats 0 --out runs/second/clips \
+		--methods 'dycoke,evs,fastvid,flashvid,frame-merge,holitom,ppllava,prunevid,sttm,token-shuffle,vcast,vidcom2,framefusion,fastervlm,visionzip,divprune,aim-merge,fastv'
+	$(BIN)/tokenreduce report runs/second/scenes runs/second/pictures runs/second/clips --out runs/second \
+		--markdown docs/results-second.md
 	$(BIN)/python -m tokenreduce.demo.stored runs/second/scenes runs/second/pictures
 
 test: $(VENV)/dev.stamp  ## fast tests
