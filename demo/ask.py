@@ -17,6 +17,7 @@ from tokenreduce.demo.uploads import image_from, is_video, video_from
 from tokenreduce.measure.generation import Comparison, compare_several
 from tokenreduce.measure.kept import kept_views, sheet
 from tokenreduce.measure.question import Question, unknown_words
+from tokenreduce.zoo.evaluation2 import FRAMES as TAUGHT
 from tokenreduce.zoo.examples import Example, clip2_examples, clip_examples, scene2_examples, scene_examples
 from tokenreduce.zoo.photographs import photographs
 
@@ -111,6 +112,11 @@ def answer(
     """
     asked, where = put(loaded, frames, video, question)
     strange = _strange(loaded, asked)
+    if video and loaded.name == "world-llava-2" and len(frames) != TAUGHT:
+        strange = (
+            *strange,
+            f"world-llava-2 was taught with clips of {TAUGHT} frames, this one is shown as {len(frames)}",
+        )
     made = compare_several(loaded.model, loaded.processor, asked, several, max_new_tokens=longest, rounds=ROUNDS)
     drawn = tuple(sheet([view for view, _ in kept_views(r, where)]) for r in made)
     return Answered(" ".join(question.split()), tuple(made), drawn, strange)

@@ -177,6 +177,7 @@ def test_a_clip_is_compared(answered, name, tokens) -> None:
     assert [r.spec for r in made.results] == ["visionzip:keep=0.5", "tome:r=2+fastv:keep=0.5"]
     assert all(0 < r.reduced.flops < r.stock.flops for r in made.results)
     assert made.results[0].stock.layers[0] == tokens
+    assert not made.notes
     assert made.results[0].stock.answer == right
 
 

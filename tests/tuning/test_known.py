@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tokenreduce.estimation.known import FILE
-from tokenreduce.tuning.known import table
+from tokenreduce.tuning.known import main, table
 
 ROOT = Path(__file__).parents[2]
 PAGE = "docs/results.md"
@@ -64,3 +64,13 @@ def test_a_combination_has_the_score_that_was_held_out():
         "methods": ["tome@encoder", "visionzip@projector"], "source": "a search",
         "points": [{"keep": [0.4, 0.3], "score": 0.9, "stderr": 0.02}],
     }  # fmt: skip
+
+
+def test_without_files_of_a_search_the_combinations_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "known.json"
+    file.write_text(FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    main(Path(PAGE), None, file)
+    made, kept = (json.loads(f.read_text(encoding="utf-8"))["groups"] for f in (file, FILE))
+    assert made == kept
+    assert any(len(c["methods"]) > 1 for c in made["language"]["candidates"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,19 +42,28 @@ def read_digits(place: str, split: str, loaded: Loaded, classes: Classes) -> Rea
 WORLD_OBJECTS, WORLD_SCENES = (3, 6), 1000
 
 
-class _World(Source):
-    def open(self, item: Any) -> Image.Image:
-        from tokenreduce.zoo.world import scene
+class _Scenes(Source):
+    """Scenes that ``draw`` makes of their seeds; ``of`` says of what world."""
 
-        return Image.fromarray(scene(item, objects=WORLD_OBJECTS).image)
+    def __init__(self, draw: Callable[[int], Any], of: str = "") -> None:
+        self.draw, self.of = draw, of
+
+    def open(self, item: Any) -> Image.Image:
+        return Image.fromarray(self.draw(item).image)
 
     def where(self, item: Any) -> str:
-        return f"scene of seed {item}"
+        return f"scene of seed {item}{self.of}"
+
+
+def _scene(seed: int) -> Any:
+    from tokenreduce.zoo.world import scene
+
+    return scene(seed, objects=WORLD_OBJECTS)
 
 
 def read_world(place: str, split: str, loaded: Loaded, classes: Classes) -> Read:
     """Scenes with the kinds of their things as labels: as many as things may be there, -1 for none."""
-    from tokenreduce.zoo.world import KINDS, scene
+    from tokenreduce.zoo.world import KINDS
     from tokenreduce.zoo.world import SPLITS as SEEDS
 
     found, notes = find_split(split, list(SEEDS), "world")
@@ -62,17 +72,9 @@ def read_world(place: str, split: str, loaded: Loaded, classes: Classes) -> Read
     seeds = list(SEEDS[found][:WORLD_SCENES])
     labels: list[tuple[int, ...]] = []
     for seed in seeds:
-        there = sorted({label[t.kind] for t in scene(seed, objects=WORLD_OBJECTS).objects})
+        there = sorted({label[t.kind] for t in _scene(seed).objects})
         labels.append((*there, *[-1] * (WORLD_OBJECTS[1] - len(there))))
-    return Read(_World(), seeds, labels, names, notes)
-
-
-class _World2(Source):
-    def open(self, item: Any) -> Image.Image:
-        return Image.fromarray(_scene2(item).image)
-
-    def where(self, item: Any) -> str:
-        return f"scene of seed {item} of the second world"
+    return Read(_Scenes(_scene), seeds, labels, names, notes)
 
 
 def _scene2(seed: int) -> Any:
@@ -94,15 +96,7 @@ def read_world2(place: str, split: str, loaded: Loaded, classes: Classes) -> Rea
     there = [{t.kind for t in s.objects} | {c for sign in s.signs for c in sign.text} for s in map(_scene2, seeds)]
     most = max(map(len, there))
     labels = [(*(row := sorted(label[k] for k in kinds)), *[-1] * (most - len(row))) for kinds in there]
-    return Read(_World2(), seeds, labels, names, notes)
-
-
-class _One(Source):
-    def open(self, item: Any) -> Image.Image:
-        return Image.fromarray(_scene_of_one(item).image)
-
-    def where(self, item: Any) -> str:
-        return f"scene of seed {item} of the second world, with one thing"
+    return Read(_Scenes(_scene2, " of the second world"), seeds, labels, names, notes)
 
 
 def _scene_of_one(seed: int) -> Any:
@@ -122,4 +116,5 @@ def read_world2_one(place: str, split: str, loaded: Loaded, classes: Classes) ->
     label = dict(zip(PAIRS, index, strict=True))
     seeds = list(SEEDS[found][:WORLD_SCENES])
     things = [_scene_of_one(s).objects[0] for s in seeds]
-    return Read(_One(), seeds, [label[f"{t.colour} {t.kind}"] for t in things], names, notes)
+    source = _Scenes(_scene_of_one, " of the second world, with one thing")
+    return Read(source, seeds, [label[f"{t.colour} {t.kind}"] for t in things], names, notes)

@@ -1,4 +1,5 @@
-"""Makes the table of what is known of methods: ``python -m tokenreduce.tuning.known --tuned runs/a/tuned.json``.
+"""Makes the table of what is known of methods: ``python -m tokenreduce.tuning.known``, with ``--tuned
+runs/a/tuned.json`` for other combinations than those that the table has.
 
 ``auto:`` chooses from it (:mod:`tokenreduce.estimation.auto`). Single methods come from the stored results page: at
 each stage and budget the best ones, and the best that asks nothing of a vision tower. Combinations come from files
@@ -109,7 +110,10 @@ def _point(keep: list[float], score: float, stderr: float) -> dict[str, Any]:
 def main(
     page: Annotated[Path, typer.Option(help="The stored results page.")] = Path("docs/results.md"),
     tuned: Annotated[
-        list[Path] | None, typer.Option(help="A tuned.json of an embedded model; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            help="A tuned.json of an embedded model; may be repeated. Without one the combinations stay as they are."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = FILE,
 ) -> None:
@@ -117,6 +121,10 @@ def main(
     speak_everywhere()
     files = [(_said(raw), raw) for raw in _read(tuned or [])]
     made = table(page.read_text(encoding="utf-8"), page.as_posix(), files)
+    if not files and out.is_file():
+        before = json.loads(out.read_text(encoding="utf-8"))["groups"]
+        for name, group in made["groups"].items():
+            group["candidates"] += [c for c in before[name]["candidates"] if len(c["methods"]) > 1]
     command = " ".join(["python -m tokenreduce.tuning.known", *sys.argv[1:]])
     write_text(out, json.dumps({"made": command, **made}, indent=1) + "\n")
     counts = ", ".join(f"{len(g['candidates'])} {name}" for name, g in made["groups"].items())

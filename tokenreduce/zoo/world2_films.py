@@ -7,7 +7,7 @@ import numpy as np
 from tokenreduce.zoo.world2.clip_questions import ask
 from tokenreduce.zoo.world2.clips import Clip, clip, frame_labels
 from tokenreduce.zoo.world2.vocabulary import GRID
-from tokenreduce.zoo.world2_lessons import TELLS, Course, Lesson, choose, lesson, placed, rows, shows
+from tokenreduce.zoo.world2_lessons import TELLS, Course, Lesson, lesson, look_and_keep, placed, rows, shows
 from tokenreduce.zoo.world2_pointers import film_pointers
 from tokenreduce.zoo.world2_words import IDS
 from tokenreduce.zoo.world_batches import seeds
@@ -33,7 +33,7 @@ def film_lesson(step: int, *, course: Course, seed: int, split: str = "train") -
     known = np.stack([cells(m) for m in made])  # (B,F,6,196)
     b, f = known.shape[:2]
     flat = known.reshape(b * f, *known.shape[2:])
-    seen, keep = choose(flat[:, 4], course.seen_frame, course.keep_frame, course.blind, rng)
+    seen, keep = look_and_keep(flat[:, 4], course.seen_frame, course.keep_frame, course.blind, rng)
     at = np.take_along_axis(seen, keep, 1)  # (B*F,K) cells
     k = at.shape[1]
     starts = 1 + (CELLS + 1) * np.arange(f)

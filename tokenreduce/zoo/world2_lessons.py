@@ -16,7 +16,7 @@ from tokenreduce.zoo.world2_words import IDS, encode
 from tokenreduce.zoo.world_batches import seeds
 from tokenreduce.zoo.world_words import BOS, EOS, IMAGE, PAD
 
-__all__ = ["SHOWN", "TELLS", "Course", "Lesson", "choose", "lesson", "placed", "rows", "shows"]
+__all__ = ["SHOWN", "TELLS", "Course", "Lesson", "lesson", "look_and_keep", "placed", "rows", "shows"]
 
 N = GRID * GRID
 #: Words that a token can show: what it is, its colour, left/right, top/bottom, and two places (on a sign, in a table;
@@ -105,7 +105,7 @@ def lesson(step: int, *, course: Course, seed: int, split: str = "train") -> Les
     long = rng.random() < course.long
     made = [scene(s, copy_colour=course.copy_colour, **course.scene) for s in seeds(split, course.scenes, rng)]
     known = np.stack([labels(m) for m in made])
-    seen, keep = choose(known[:, 4], course.seen, course.keep, course.blind, rng)
+    seen, keep = look_and_keep(known[:, 4], course.seen, course.keep, course.blind, rng)
     flat = np.take_along_axis(seen, keep, 1)
     positions, text = _positions(flat, rng, course)
     n = len(LONG) if long else course.questions
@@ -131,7 +131,7 @@ def _still(at: list[tuple[int, int]]) -> list[tuple[Point, Point]]:
     return [((a, 0, 1), (b, 0, 1)) for a, b in at]
 
 
-def choose(
+def look_and_keep(
     owners: np.ndarray, seen: int, keep: tuple[int, ...], blind: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of places with ``owners`` (B,N), those that the tower sees (B,S), in order, and indices (B,K) into them of what

@@ -16,7 +16,7 @@ from tokenreduce.zoo.world2.questions import Question, ask
 from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF, PLATE_OF, Scene, scene
 from tokenreduce.zoo.world2.vocabulary import CHARACTERS, COLOURS, GRID, KINDS
 from tokenreduce.zoo.world2_batches import FEW, choose, labels
-from tokenreduce.zoo.world2_lessons import pointers
+from tokenreduce.zoo.world2_pointers import pointers
 from tokenreduce.zoo.world2_words import IDS, encode
 from tokenreduce.zoo.world_batches import seeds
 from tokenreduce.zoo.world_words import BOS, PAD

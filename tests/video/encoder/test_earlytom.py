@@ -20,16 +20,21 @@ def cos(a, b):
     return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean())
 
 
-def by_hand(x, tau, longest, ema):
-    """The frames that are left of ``x`` (T,S,C), and the frame at whose place each one stands."""
+def spans_of(x, tau, longest, ema):
+    """The segments of frames ``x`` (T,S,C)."""
     spans, start, smoothed = [], 0, 1.0
     for i in range(1, len(x)):
         smoothed = ema * cos(x[start], x[i]) + (1 - ema) * smoothed
         if smoothed < tau or i - start + 1 >= longest:
             spans.append((start, i))
             start, smoothed = i, 1.0
+    return [*spans, (start, len(x))]
+
+
+def by_hand(x, tau, longest, ema):
+    """The frames that are left of ``x`` (T,S,C), and the frame at whose place each one stands."""
     out, places = [], []
-    for a, b in [*spans, (start, len(x))]:
+    for a, b in spans_of(x, tau, longest, ema):
         inner = list(range(a + 1, b - 1))
         emitted = [(x[a], a)]
         if len(inner) == 1:
@@ -144,17 +149,6 @@ def asked(name, frames=FRAMES, videos=1, side=32, each=1):
 def tower_of(model):
     inner = model.model
     return inner.video_tower if hasattr(inner, "video_tower") else inner.vision_tower
-
-
-def spans_of(x, tau, longest, ema):
-    """The segments of frames ``x`` (T,S,C), by :func:`by_hand`'s first loop."""
-    spans, start, smoothed = [], 0, 1.0
-    for i in range(1, len(x)):
-        smoothed = ema * cos(x[start], x[i]) + (1 - ema) * smoothed
-        if smoothed < tau or i - start + 1 >= longest:
-            spans.append((start, i))
-            start, smoothed = i, 1.0
-    return [*spans, (start, len(x))]
 
 
 def received(block, x, prefix):
