@@ -50,20 +50,26 @@ def predicted(x: Tensor, limit: float, metric: str, anchored: bool = True) -> Te
     ``anchored``: a unit that is predicted counts as its prediction for those behind it, so that what stands for a unit
     is never further from it than ``limit``. The result is that of a scan in raster order.
     """
-    left, up = _neighbours(x, metric)
-    refuse_nan(left.nan_to_num(posinf=0.0, nan=float("nan")))
-    refuse_nan(up.nan_to_num(posinf=0.0, nan=float("nan")))
-    if anchored and limit:  # what is equal to a unit is equal to all that it is equal to
+    if x.numel():
+        refuse_nan(x.amax())
+    chained = anchored and limit > 0
+    left, up = _neighbours(x, metric, _reach(limit) if chained else limit)
+    if chained:  # what is equal to a unit is equal to all that it is equal to
         return _anchored(x, limit, metric, left, up)
     return torch.where(_upwards(up[:, 1:, :-1] <= limit, left[:, :-1, 1:] <= limit), up, left) <= limit
 
 
-def _neighbours(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """(B,rows,cols) distances to the unit on the left and to the one above, infinite where there is none. Row by row,
-    so that an image's pixels are read once."""
+def _reach(limit: float) -> float:
+    """How far from a neighbour a unit may be that counts as its own prediction, whatever stands for the neighbour."""
+    return 2 * limit * (1 + 1e-5)
+
+
+def _neighbours(x: Tensor, metric: str, most: float = float("inf")) -> tuple[Tensor, Tensor]:
+    """(B,rows,cols) distances to the unit on the left and to the one above, infinite where there is none, and perhaps
+    where it is above ``most``. Row by row, so that an image's pixels are read once."""
     none = float("inf")
     if metric == "max" and x.dtype == torch.float32 and on_host(x):
-        return _furthest(values(x))
+        return _furthest(values(x), most)
     left, up = [], []
     for r in range(x.shape[1]):
         left.append(F.pad(apart(x[:, r, 1:], x[:, r, :-1], metric), (1, 0), value=none))
@@ -71,12 +77,25 @@ def _neighbours(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     return torch.stack(left, 1), torch.stack(up, 1)
 
 
-def _furthest(x: Any) -> tuple[Tensor, Tensor]:
-    """:func:`_neighbours` by the largest difference, of an array: one buffer, which stays in the cache."""
+def _furthest(x: Any, most: float) -> tuple[Tensor, Tensor]:
+    """:func:`_neighbours` by the largest difference, of an array: one buffer, which stays in the cache. Units whose
+    first pixels are further apart than ``most`` already are not looked at again."""
     left, up = (np.full(x.shape[:3], np.inf, np.float32) for _ in range(2))
     gap = np.empty((x.shape[0], *x.shape[2:]), np.float32)
+    few = max(x.shape[-1] // 16, min(64, x.shape[-1]))
 
     def apart_from(a: Any, b: Any, out: Any) -> None:
+        if np.isfinite(most):
+            here = gap[:, : a.shape[1], :few]
+            np.subtract(a[..., :few], b[..., :few], out=here)
+            near = np.abs(here, out=here).max(-1) <= most
+            if 8 * np.count_nonzero(near) <= near.size:  # to pick them out costs more than to read on
+                at = near.nonzero()
+                out[at] = np.abs(a[at] - b[at]).max(-1)
+                return
+        if not most:
+            out[(a == b).all(-1)] = 0
+            return
         here = gap[:, : a.shape[1]]
         np.subtract(a, b, out=here)
         np.abs(here, out=here).max(-1, out=out)
@@ -106,7 +125,7 @@ def _anchored(x: Tensor, limit: float, metric: str, left: Tensor, up: Tensor) ->
     batch, rows, cols, p = x.shape
     flat, own = x.reshape(-1, p), np.arange(batch * rows * cols)
     stands, same = own.copy(), _equals(_host(left == 0), _host(up == 0))
-    maybe = _host(torch.minimum(left, up) <= 2 * limit * (1 + 1e-5)).ravel()
+    maybe = _host(torch.minimum(left, up) <= _reach(limit)).ravel()
     maybe[:: rows * cols] = False
     cells = maybe.nonzero()[0]
     row, col = cells // cols % rows, cells % cols
