@@ -177,7 +177,7 @@ def test_lessons_of_clips_say_what_happens_to_every_token() -> None:
     words = {i: w for w, i in world2_words.IDS.items()}
     assert made.pixels.shape == (3, 16, 224, 224, 3)
     assert made.seen.shape == (48, 4 * 24)
-    assert made.tells.shape == (3, 16 * 12, 3)
+    assert made.tells.shape == (3, 16 * 12, len(world2_lessons.TELLS))
     assert (made.prefix == IMAGE).sum() == 16 * 12
     rng = np.random.default_rng((26, 4, 3))
     for i, seed in enumerate(world2_batches.seeds("train", 3, rng)):

@@ -6,8 +6,19 @@ import numpy as np
 
 from tokenreduce.zoo.world2.clip_questions import ask
 from tokenreduce.zoo.world2.clips import Clip, clip, frame_labels
+from tokenreduce.zoo.world2.scenes import CHARACTER_OF, PLATE_OF
 from tokenreduce.zoo.world2.vocabulary import GRID
-from tokenreduce.zoo.world2_lessons import TELLS, Course, Lesson, lesson, look_and_keep, placed, rows, shows
+from tokenreduce.zoo.world2_lessons import (
+    TELLS,
+    Course,
+    Lesson,
+    lesson,
+    letters,
+    look_and_keep,
+    placed,
+    rows,
+    shows,
+)
 from tokenreduce.zoo.world2_pointers import film_pointers
 from tokenreduce.zoo.world2_words import IDS
 from tokenreduce.zoo.world_batches import seeds
@@ -82,11 +93,27 @@ def cells(made: Clip) -> np.ndarray:
 
 
 def _tells(made: Clip, owners: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """(K,3) answers to :data:`~.world2_lessons.TELLS`, -1 for tokens without a thing."""
+    """(K,9) answers to :data:`~.world2_lessons.TELLS`, -1 for tokens without a thing."""
+    names = list(TELLS)
     out = np.full((len(owners), len(TELLS)), -1)
+    text = _last_texts(made, owners, frame)
     for i, actor in enumerate(made.objects):
         here, later = owners == i, frame > actor.entry
         out[here & later, 0] = MOTIONS.index(actor.motion)
-        out[here, 1] = np.where(later[here], np.where(np.isin(frame[here], [f for f, _ in actor.changes]), 2, 0), 1)
+        changes = np.array([f for f, _ in actor.changes])
+        out[here, 1] = np.where(later[here], np.where(np.isin(frame[here], changes), 2, 0), 1)
         out[here, 2] = i
+        out[here, names.index("times")] = (frame[here, None] >= changes[1:]).sum(1)
+        out[here, names.index("sign") : names.index("sign2") + 1] = text[here]
+    return out
+
+
+def _last_texts(made: Clip, owners: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """(K,2) the characters of the sign as every token has last seen it (a token sees those before it), -1 before."""
+    out = np.full((len(owners), 2), -1)
+    last = (-1, -1)
+    for k, owner in enumerate(owners):
+        if CHARACTER_OF <= owner < CHARACTER_OF + PLATE_OF:
+            last = letters(made.sign_at(int(frame[k])).text)
+        out[k] = last
     return out

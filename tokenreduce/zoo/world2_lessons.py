@@ -7,24 +7,30 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokenreduce.zoo.world2.questions import LONG, Question, ask
+from tokenreduce.zoo.world2.questions import LONG, Question, ask, beside
 from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF, PLATE_OF, Scene, scene
-from tokenreduce.zoo.world2.vocabulary import CHARACTERS, COLOURS, GRID, KINDS, NUMBERS, ORDINALS
+from tokenreduce.zoo.world2.vocabulary import CHARACTERS, COLOURS, GRID, KINDS, NUMBERS, ORDINALS, PATCH
 from tokenreduce.zoo.world2_batches import labels
 from tokenreduce.zoo.world2_pointers import Point, pointers
 from tokenreduce.zoo.world2_words import IDS, encode
 from tokenreduce.zoo.world_batches import seeds
 from tokenreduce.zoo.world_words import BOS, EOS, IMAGE, PAD
 
-__all__ = ["SHOWN", "TELLS", "Course", "Lesson", "lesson", "look_and_keep", "placed", "rows", "shows"]
+__all__ = ["SHOWN", "TELLS", "Course", "Lesson", "lesson", "letters", "look_and_keep", "placed", "rows", "shows"]
 
 N = GRID * GRID
 #: Words that a token can show: what it is, its colour, left/right, top/bottom, and two places (on a sign, in a table;
 #: of a thing its number from the left).
 SHOWN = 6
-#: What tokens of clips are asked inside the language model, and the number of answers: how the thing moves; whether it
-#: is as in the frame before, new, or of another colour; how many things came before it.
-TELLS = {"motion": 3, "event": 3, "rank": 6}
+#: What tokens of things and signs are asked inside the language model, and the number of answers (1: a number). In
+#: clips: how the thing moves; whether it is as in the frame before, new, or of another colour; how many came before
+#: it; how often it has changed so far. In both: the first and the second character of the sign last seen (clips) or of
+#: the one beside it (pictures), where that stands before the token. In pictures: the kind of thing beside a sign that
+#: stands before it; where the thing is, in patches.
+TELLS = {
+    "motion": 3, "event": 3, "rank": 6, "times": 4, "sign": len(CHARACTERS), "sign2": len(CHARACTERS) + 1,
+    "beside": len(KINDS), "across": 1, "down": 1,
+}  # fmt: skip
 _KINDS, _COLOURS, _CHARACTERS, _ORDINALS, _NUMBERS = (
     np.array([IDS[w] for w in words]) for words in (KINDS, COLOURS, CHARACTERS, ORDINALS, NUMBERS)
 )
@@ -79,8 +85,8 @@ class Lesson:
     ``positions`` (B,P), ``text`` (B,) of the first word of a question; ``words`` (B,Q,T); ``next`` (B,Q,T) the word
     that should come behind, -1 inside a question; ``points`` (B,Q,T,2,3) owner, first frame and frame behind the last
     of the tokens that lead to that word and at which it is read, -1 for none; ``types`` Q names per sample; ``shows``
-    (B,F*K,6) word ids, -1 for none; ``owners``, ``frame`` (B,F*K); ``tells`` (B,F*K,3) of clips: how the thing moves,
-    whether it is as before, new or of another colour, and how many things came before it; -1 for none.
+    (B,F*K,6) word ids, -1 for none; ``owners``, ``frame`` (B,F*K); ``tells`` (B,F*K,9) answers to :data:`TELLS`, -1
+    for none.
     """
 
     pixels: np.ndarray
@@ -117,8 +123,34 @@ def lesson(step: int, *, course: Course, seed: int, split: str = "train") -> Les
         np.stack([m.image for m in made])[:, None], seen, keep, np.array([BOS, *[IMAGE] * flat.shape[1]]), positions,
         text, words, after, points, tuple(tuple(q.type for q in row) for row in asked),
         np.stack([shows(m.background, k[:, f], f, GRID) for m, k, f in zip(made, known, flat, strict=True)]), owners,
-        np.zeros_like(owners), np.full((*owners.shape, len(TELLS)), -1),
+        np.zeros_like(owners), np.stack([_tells(*x) for x in zip(made, owners, strict=True)]),
     )  # fmt: skip
+
+
+def letters(text: str) -> tuple[int, int]:
+    """Answers of a token that is asked for the two characters of ``text``; behind the last number: no second one."""
+    return CHARACTERS.index(text[0]), CHARACTERS.index(text[1]) if len(text) > 1 else len(CHARACTERS)
+
+
+def _tells(made: Scene, owners: np.ndarray) -> np.ndarray:
+    """(K,9) answers to :data:`TELLS` of the tokens of a picture."""
+    names = list(TELLS)
+    out = np.full((len(owners), len(TELLS)), -1)
+    place = np.arange(len(owners))
+    for i, thing in enumerate(made.objects):
+        own = owners == i
+        out[own, names.index("across")], out[own, names.index("down")] = thing.x // PATCH, thing.y // PATCH
+        sign = beside(made, thing)
+        if sign is None:
+            continue
+        first = CHARACTER_OF + 10 * made.signs.index(sign)
+        characters = (owners >= first) & (owners < first + PLATE_OF)
+        if characters.any():
+            later = own & (place > place[characters].max())
+            out[later, names.index("sign")], out[later, names.index("sign2")] = letters(sign.text)
+        if own.any():
+            out[characters & (place > place[own].min()), names.index("beside")] = KINDS.index(thing.kind)
+    return out
 
 
 def _ask(made: Scene, seed: int, n: int, course: Course, long: bool) -> list[Question]:

@@ -135,16 +135,13 @@ def _end(made: Clip, words: list[str], _: int) -> list[tuple[Point, Point]]:
 
 def _count_events(made: Clip, words: list[str], _: int) -> list[tuple[Point, Point]]:
     i = _actor(made, words[-1])
-    later = [f for f, _ in made.objects[i].changes[1:]]
-    return [(_always(made, i), (i, later[0], later[-1] + 1) if later else _always(made, i))]
+    return [(_always(made, i), (i, len(made.frames) - 2, len(made.frames)))]  # the last know how often it changed
 
 
 def _read_at(made: Clip, words: list[str], n: int) -> list[tuple[Point, Point]]:
     i, stop = _actor(made, words[-1]), len(made.frames)
     a, b, _ = next(p for p in spans(made.objects[i].changes, stop) if p[2] == words[words.index("when") + 1])
-    start, end, _ = next(p for p in spans(made.texts, stop) if p[0] < b and a < p[1])
-    read = [(CHARACTER_OF + j, max(a, start), min(b, end)) for j in range(n)]
-    return [((i, a, b) if j == 0 else read[j - 1], read[j]) for j in range(n)]
+    return [((i, a, b), (i, a + 1, b))] * n  # its tokens know what the sign said; the first may know the text before
 
 
 def _colour_at(made: Clip, words: list[str], _: int) -> list[tuple[Point, Point]]:
