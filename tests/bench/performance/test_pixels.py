@@ -22,7 +22,7 @@ def _qwen():
             intermediate_size=32,
             out_hidden_size=16,
             fullatt_block_indexes=[0],
-        )  # fmt: skip
+        )
     ).eval()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,33 @@ import tokenreduce as tr
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.measure.timing import interleaved, synchronise
 
-__all__ = ["own_share", "timed"]
+__all__ = ["own_seconds", "own_share", "timed"]
 
 
 def own_share(model: Any, forward: Callable[[], object], device: str) -> float:
     """Share of ``forward()`` of the patched ``model`` that is the reduction's own work, the median of three."""
     (reducer,) = tr.describe(model).active
-    watched = timed(reducer, device)
-    shares = []
     tr.unpatch(model)
+    return statistics.median(own / whole for own, whole in _runs(model, reducer, forward, device, 3))
+
+
+def own_seconds(model: Any, reducer: Reducer, forward: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Seconds that ``reducer`` works itself in ``forward()`` of the unpatched ``model`` once it is patched: the median
+    of ``repeats``, behind one that is not counted. The model is left unpatched."""
+    return statistics.median(own for own, _ in list(_runs(model, reducer, forward, device, repeats + 1))[1:])
+
+
+def _runs(
+    model: Any, reducer: Reducer, forward: Callable[[], object], device: str, repeats: int
+) -> Iterator[tuple[float, float]]:
+    """Seconds of own work and of all of ``forward()``, of every run."""
+    watched = timed(reducer, device)
     with tr.patched(model, watched):
-        for _ in range(3):
+        for _ in range(repeats):
             watched.watch.seconds = 0.0
             with tr.record(model, flops=False, timing=True) as trace:
                 whole = interleaved({"": forward}, 1, 0, device)[""].median
-            shares.append(max(watched.watch.seconds, trace.seconds) / whole)
-    return statistics.median(shares)
+            yield max(watched.watch.seconds, trace.seconds), whole
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tokenreduce.measure.generation import cache_bytes
 from tokenreduce.measure.memory import peak_bytes
 from tokenreduce.measure.timing import Speedup, interleaved
 
-__all__ = ["Cost", "Row", "Settings", "measure", "methods_of", "shell"]
+__all__ = ["Cost", "Row", "Settings", "measure", "methods_of", "prefill", "shell"]
 
 STAGES = ("projector", "language", "cache")
 
@@ -133,7 +133,7 @@ def measure(
 
 def _stock(model: Any, given: dict[str, Tensor], settings: Settings) -> Row:
     cost = _cost(model, given, settings)
-    times = interleaved({"stock": lambda: _prefill(model, given)}, settings.rounds, settings.warmup, settings.device)
+    times = interleaved({"stock": lambda: prefill(model, given)}, settings.rounds, settings.warmup, settings.device)
     first = times["stock"].median
     token = _decode({"stock": model}, given, settings).get("stock")
     return Row(
@@ -157,8 +157,8 @@ def _method(
     good = [k for k in budgets if not rows[k].error]
     try:
         if good:
-            calls: dict[str, Callable[[], object]] = {"stock": partial(_prefill, stock, given)}
-            calls.update({str(k): partial(_prefill, models[k], given) for k in good})
+            calls: dict[str, Callable[[], object]] = {"stock": partial(prefill, stock, given)}
+            calls.update({str(k): partial(prefill, models[k], given) for k in good})
             if stage == "projector":
                 entries = {rows[k].cost.visual[0] for k in good}  # type: ignore[union-attr]
                 calls.update({f"short {n}": partial(_short, stock, given, n) for n in entries})
@@ -169,7 +169,7 @@ def _method(
                 clock = speedup.ratio
                 short = times.get(f"short {rows[k].cost.visual[0]}")  # type: ignore[union-attr]
                 limit = None if short is None else times["stock"].ratio(short)
-                own = own_share(models[k], partial(_prefill, models[k], given), how.device) / clock
+                own = own_share(models[k], partial(prefill, models[k], given), how.device) / clock
                 first = (times["stock"].median, speedup.after(times["stock"].median))
                 rows[k] = replace(
                     rows[k], first=first, clock=clock, limit=limit, own=own, token=tokens.get(str(k)), speedup=speedup
@@ -190,7 +190,7 @@ def shell(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(t): t for t in weights})
 
 
-def _prefill(model: Any, given: dict[str, Tensor]) -> Any:
+def prefill(model: Any, given: dict[str, Tensor]) -> Any:
     """The cache after the prompt, when the logits of the last token are there, as ``generate`` does it."""
     with torch.no_grad():
         return cache_of(model(**given, use_cache=True, logits_to_keep=1))
@@ -219,7 +219,7 @@ def _short(model: Any, given: dict[str, Tensor], visual: int) -> None:
 
 def _cost(model: Any, given: dict[str, Tensor], how: Settings) -> Cost:
     with tr.record(model) as trace:
-        cache = _prefill(model, given)
+        cache = prefill(model, given)
     ids = given["input_ids"]
     text = _text(model, ids)
     kv = cache_bytes(cache)
@@ -228,7 +228,7 @@ def _cost(model: Any, given: dict[str, Tensor], how: Settings) -> Cost:
         _step(model, ids[:, -1:], cache)
     del cache
     cuda = torch.device(how.device).type == "cuda"
-    peak = peak_bytes(lambda: _prefill(model, given), how.device) if cuda else None
+    peak = peak_bytes(lambda: prefill(model, given), how.device) if cuda else None
     return Cost(visual, trace.flops, kv, peak)
 
 
@@ -236,7 +236,7 @@ def _decode(models: dict[str, Any], given: dict[str, Tensor], how: Settings) -> 
     """Median seconds per token of (stock, itself) for every model."""
     if not how.decode:
         return {}
-    caches = {name: _prefill(model, given) for name, model in models.items()}
+    caches = {name: prefill(model, given) for name, model in models.items()}
     token = given["input_ids"][:, -1:]
 
     def steps(name: str) -> None:
