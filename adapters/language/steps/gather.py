@@ -31,6 +31,14 @@ class Tables(Record):
     made: dict[Any, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
 
 
+@dataclass
+class Told(Record):
+    """What a layer behind a cut is told instead of what its caller says, for the layers that are alike and called with
+    the same; what they are called with is held as well, so that no other can get its id while that is a key."""
+
+    made: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class GatherColumns(LayerStep):
     """Show the layer the columns that its cache holds; ``window`` is the width of its sliding window, if it has one."""
@@ -51,7 +59,7 @@ class GatherColumns(LayerStep):
             if prefill:
                 self._state(call, cut)
         elif prefill:
-            self._prompt(call, cut, check_implementation(call.layer, call.index, self.window))
+            self._prompt(call, cut)
         elif call.attention is None:  # else a step that chooses in decode has made the mask
             stock, made = call.mask, call.forward.state.of(Masks).made
             key = ("here", id(cut), id(stock), self.window)
@@ -82,10 +90,23 @@ class GatherColumns(LayerStep):
         elif there is not None:
             call.mask = there[:, cut.front :].long()
 
-    def _prompt(self, call: LayerCall, cut: Cut, implementation: str) -> None:
-        front, n = call.columns.front, call.x.shape[1]
+    def _prompt(self, call: LayerCall, cut: Cut) -> None:
+        n, cache, attention = call.x.shape[1], call.cache, call.layer.self_attn
+        slots = n if cache is None else cache.layers[call.index].get_mask_sizes(n)[0]
+        given, made = tuple(call.kwargs.values()), call.forward.state.of(Told).made
+        alike = (type(attention), id(getattr(attention, "config", None)), is_causal(attention), self.window)
+        key = (id(cut), n, slots, *alike, *map(id, given))
+        if key not in made:
+            before = dict(call.kwargs)
+            self._tell(call, cut, n, slots)
+            made[key] = given, {k: v for k, v in call.kwargs.items() if k not in before or v is not before[k]}
+        else:
+            call.kwargs.update(made[key][1])
+
+    def _tell(self, call: LayerCall, cut: Cut, n: int, slots: int) -> None:
+        implementation = check_implementation(call.layer, call.index, self.window)
+        front = call.columns.front
         _follow(call, cut)
-        slots = n if call.cache is None else call.cache.layers[call.index].get_mask_sizes(n)[0]
         if "flash" in implementation and cut.bias is None:
             call.mask = flash_mask(call.columns, cut, front + n, slots)
             return

@@ -33,7 +33,7 @@ def test_what_a_method_does_itself_is_its_own_work() -> None:
     assert torch.equal(prefill(model, given).layers[0].keys, before)  # the model is stock again
 
 
-def test_rows_come_by_stage_and_cost_and_say_what_does_not_run() -> None:
+def test_rows_come_by_stage_and_cost() -> None:
     heard: list[own_table.Row] = []
     rows = own_table.measure(TINY, TINY, 9, ["divprune", "zoo-prune", "fastv"], 1, heard.append)
     assert {r.method for r in heard} == {r.method for r in rows} == {"divprune", "zoo-prune", "fastv"}
