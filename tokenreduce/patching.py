@@ -86,7 +86,7 @@ def patch(model: M, *reducers: Reducer | str, logits: str = "auto") -> M:
     unchanged.
     """
     from tokenreduce.adapters import attach, module_of
-    from tokenreduce.adapters.encoders.block import ON_BLOCK
+    from tokenreduce.adapters.encoders.site import ON_BLOCK
     from tokenreduce.core.compiled import fix, refuse_script
 
     target = module_of(model)
@@ -143,7 +143,7 @@ def unpatch(model: M) -> M:
     patched one, or has modules whose class was changed since.
     """
     from tokenreduce.adapters import module_of
-    from tokenreduce.adapters.encoders.block import ON_BLOCK
+    from tokenreduce.adapters.encoders.site import ON_BLOCK
 
     target = module_of(model)
     found = list(_patches(target))

@@ -1,39 +1,26 @@
-"""What all encoder adapters share: the state that travels with the tokens, and the block that reduces them.
+"""The block that reduces tokens, which all encoder adapters share.
 
 How it works. A patched block's class is swapped for a subclass that mixes in :class:`Reduced` and says how its family
 computes the attention half and the MLP half. Between them the site hands evidence to the reducer and applies its
 plan. Sizes, positions and the plans so far live in a :class:`~tokenreduce.adapters.encoders.state.State` attached to
-the
-activation tensor that a block returns, and the next block reads it from its input. Nothing about a forward is stored
-on a module, so threads, activation checkpointing, deepcopy and compiled graphs are safe.
+the activation tensor that a block returns, and the next block reads it from its input. Nothing about a forward is
+stored on a module, so threads, activation checkpointing, deepcopy and compiled graphs are safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.adapters.encoders.ask import Attended
 from tokenreduce.adapters.encoders.frames import merge_frames
 from tokenreduce.adapters.encoders.pixels import AtEntry, entry_plan
 from tokenreduce.adapters.encoders.rebuilding import aside_of, complete, note_entered, shown
-from tokenreduce.adapters.encoders.state import (
-    State,
-    carry_state,
-    entry_of,
-    expand_patches,
-    full_plan,
-    log_size,
-    note_entry,
-    pool_mean,
-    set_state,
-    state_of,
-)
+from tokenreduce.adapters.encoders.site import ON_BLOCK, Site
+from tokenreduce.adapters.encoders.state import COLLECTING, State, entry_of, note_entry, set_state, state_of
 from tokenreduce.core.compiled import counted, refuse_script, settled
 from tokenreduce.core.evidence import Attention, EncoderEvidence
 from tokenreduce.core.plan import Plan
@@ -41,83 +28,7 @@ from tokenreduce.core.readable import length
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.core.trace import Step, Trace, active
 
-__all__ = [
-    "Ask", "Attended", "Reduced", "Site", "State", "asks", "carry_state", "collect_states", "expand_patches",
-    "full_plan", "log_size", "may_be_reduced", "may_reduce", "planned", "pool_mean", "set_state", "state_of",
-]  # fmt: skip
-
-ON_BLOCK = "_tokenreduce_site"
-
-
-class Attended(NamedTuple):
-    """What a family's attention half returns: its output before the residual, and what it was computed from.
-
-    ``keys``, ``queries``, ``values`` are (B,H,N,d) as the adapter's page says (before RoPE where the family has it);
-    ``rotated`` are queries and keys after RoPE, None where there is none. ``table`` (B or 1,H,N,N) is what a model adds
-    to its logits by relative position.
-    """
-
-    out: Tensor
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    rotated: tuple[Tensor, Tensor] | None = None
-    table: Tensor | None = None
-
-
-class Ask:
-    """What a block asks of an attention module besides its output: to add ``bias`` (B,1,1,N) to the logits, to attend
-    with the map ``given`` (B,H,N,N), and to show what :class:`Attended` has. Goes in as keyword ``tokenreduce_ask``."""
-
-    __slots__ = ("bias", "given", "keys", "needs", "queries", "rotated", "values")
-
-    def __init__(self, bias: Tensor | None = None, needs: tuple[str, ...] = (), given: Tensor | None = None) -> None:
-        self.bias, self.needs, self.given = bias, needs, given
-        self.queries: Tensor | None = None
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.rotated: tuple[Tensor, Tensor] | None = None
-
-    def answer(self, out: Tensor) -> Attended:
-        """``out`` and what was shown. Raises ``RuntimeError`` where the module did not get the question."""
-        if self.values is None:
-            raise RuntimeError(
-                "the attention module of a patched block ran other code than its library's and ignored token sizes; "
-                "call tr.unpatch, undo what replaced its forward, and patch again"
-            )
-        return Attended(out, self.queries, self.keys, self.values, self.rotated)
-
-
-def asks(bias: Tensor | None, needs: tuple[str, ...]) -> bool:
-    """Whether the stock attention is not enough: there is a bias to add or something to see."""
-    return bias is not None or needs not in ((), ("before",))
-
-
-@dataclass(frozen=True)
-class Site:
-    """One block's place: its layer and the reducer that acts there, if any; ``entry`` is the method on pixels in front
-    of the first. Frozen and picklable. ``where`` and ``needs`` are what the reducer says of itself, asked once: a
-    reducer's settings never change."""
-
-    layer: int
-    depth: int
-    prefix: int
-    cls: bool
-    reducer: Reducer | None = None
-    rope: str | None = None
-    label: str = ""
-    entry: AtEntry | None = None
-    leads: bool = False
-    where: str | None = field(init=False, default=None)
-    needs: tuple[str, ...] = field(init=False, default=())
-    #: Whether nothing acts here or looks at what enters.
-    quiet: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        if self.reducer is not None:
-            object.__setattr__(self, "where", self.reducer.acting_position())
-            object.__setattr__(self, "needs", self.reducer.required())
-        object.__setattr__(self, "quiet", self.reducer is None and self.entry is None and not self.leads)
+__all__ = ["Reduced", "View", "planned"]
 
 
 class View(NamedTuple):
@@ -169,7 +80,7 @@ class Reduced:
         """The state of ``x`` where the stock block does all there is to do: nothing acts here, attention needs no bias,
         and nobody records. Families whose stock block may see fewer tokens ask, and call it."""
         site: Site = self.__dict__[ON_BLOCK]
-        if not site.quiet or torch.compiler.is_compiling() or active() is not None or _collecting.get() is not None:
+        if not site.quiet or torch.compiler.is_compiling() or active() is not None or COLLECTING.get() is not None:
             return None
         state = state_of(x)
         if state is None:
@@ -216,7 +127,7 @@ class Reduced:
             self._note(trace, site, None, x, None, state)
         if state.aside is not None and site.layer == site.depth - 1:
             x, state = complete(x, state)
-        collected = None if tracing else _collecting.get()
+        collected = None if tracing else COLLECTING.get()
         if collected is not None:
             collected.append(state)
         if first is not None:
@@ -367,48 +278,3 @@ def planned(reducer: Reducer, evidence: EncoderEvidence) -> Plan:
     if evidence.batch:
         return reducer.plan(evidence)
     return reducer.plan(evidence.one_of_ones()).rows_at(torch.empty(0, dtype=torch.long, device=evidence.x.device))
-
-
-# -- states of every layer, for dense outputs ------------------------------------------------------------------------
-_collecting: ContextVar[list[State] | None] = ContextVar("tokenreduce_states", default=None)
-
-
-def _collected() -> list[State] | None:
-    return None if torch.compiler.is_compiling() else _collecting.get()
-
-
-@contextmanager
-def collect_states() -> Iterator[list[State]]:
-    """The state after every block that runs inside, in order."""
-    states: list[State] = []
-    token = _collecting.set(states)
-    try:
-        yield states
-    finally:
-        _collecting.reset(token)
-
-
-def may_be_reduced(blocks: Iterable[nn.Module], x: Tensor, stock: int | None) -> bool:
-    """Whether tokens ``x`` (B,N,C) without a state may be what a reducer in patched ``blocks`` left.
-
-    ``stock`` is the number of tokens that every forward of the tower starts with, None where that depends on the image
-    (then a reduced large image may have as many tokens as a small one). Methods with ``ragged`` may fill up to it.
-    """
-    acting = [reducer for reducer in _acting(blocks) if not reducer.rebuilds]  # whose tokens are all there again
-    return bool(acting) and (x.shape[1] != stock or any(reducer.ragged for reducer in acting))
-
-
-def may_reduce(blocks: Iterable[nn.Module]) -> bool:
-    """Whether a reducer in patched ``blocks`` may do anything."""
-    return bool(_acting(blocks))
-
-
-def _acting(blocks: Iterable[nn.Module]) -> list[Reducer]:
-    sites: list[Site] = [block.__dict__[ON_BLOCK] for block in blocks]
-    reducers = [*(site.reducer for site in sites), *(site.entry.reducer for site in sites if site.entry is not None)]
-    return [reducer for reducer in reducers if reducer is not None and not _keeps_all(reducer)]
-
-
-def _keeps_all(reducer: Reducer) -> bool:
-    keep = getattr(reducer, "keep", None)
-    return isinstance(keep, float) and keep >= 1.0

@@ -30,7 +30,6 @@ from transformers.models.vit import modeling_vit as vit
 from transformers.models.vivit import modeling_vivit as vivit
 
 from tokenreduce.adapters.encoders import hf_layers, hf_video
-from tokenreduce.adapters.encoders.block import may_reduce
 from tokenreduce.adapters.encoders.hf_attention import listen
 from tokenreduce.adapters.encoders.hf_entry import note_patches, note_shapes
 from tokenreduce.adapters.encoders.hf_found import Found, attach_found, depth_of, is_tower, layer_class, look, odd
@@ -39,6 +38,7 @@ from tokenreduce.adapters.encoders.hf_outputs import dense_norm, dense_states, f
 from tokenreduce.adapters.encoders.hf_resize import attach_resize, pair
 from tokenreduce.adapters.encoders.hf_structure import PLACES, ROTARY, core_of, hear
 from tokenreduce.adapters.encoders.readers import own_code
+from tokenreduce.adapters.encoders.site import may_reduce
 from tokenreduce.adapters.encoders.sizes import note_form
 from tokenreduce.adapters.encoders.state import carry_state
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched

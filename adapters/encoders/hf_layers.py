@@ -25,9 +25,11 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 from transformers.models.vit import modeling_vit as vit
 
-from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, View
+from tokenreduce.adapters.encoders.ask import Attended
+from tokenreduce.adapters.encoders.block import Reduced, View
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call
 from tokenreduce.adapters.encoders.joint import JointState
+from tokenreduce.adapters.encoders.site import Site
 from tokenreduce.adapters.encoders.state import State, entry_of, set_state
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_pre_hooks
 from tokenreduce.core.evidence import EncoderEvidence

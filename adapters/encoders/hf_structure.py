@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Attended, State
+from tokenreduce.adapters.encoders.ask import Attended
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call, Seen, called, calling, listen
 from tokenreduce.adapters.encoders.hf_layers import _SEEN, Context, _Layer
 from tokenreduce.adapters.encoders.sizes import note_form
+from tokenreduce.adapters.encoders.state import State
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.core.undo import Undo
 

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Attended, Site, View
+from tokenreduce.adapters.encoders.ask import Attended
+from tokenreduce.adapters.encoders.block import View
+from tokenreduce.adapters.encoders.site import Site
 from tokenreduce.adapters.encoders.state import FRAMES, State, entry_of, power_of, set_state, state_of
 from tokenreduce.core.plan import Plan
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from tokenreduce.adapters.encoders.block import Ask
+from tokenreduce.adapters.encoders.ask import Ask
 from tokenreduce.adapters.encoders.sizes import note_form, sized_attention
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.undo import Undo
@@ -107,7 +107,7 @@ def _exactly(attn: Any, x: Tensor, queries: object) -> tuple[Tensor, Tensor, Ten
 
 class ListeningMultihead(nn.Module):
     """Mixin of ``nn.MultiheadAttention``: the stock forward, or self-attention with an
-    :class:`~tokenreduce.adapters.encoders.block.Ask`."""
+    :class:`~tokenreduce.adapters.encoders.ask.Ask`."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, tokenreduce_ask: Ask | None = None, **kwargs: Any

@@ -16,7 +16,8 @@ from typing import Any
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, asks
+from tokenreduce.adapters.encoders.ask import Ask, Attended, asks
+from tokenreduce.adapters.encoders.block import Reduced
 from tokenreduce.adapters.encoders.open_clip_attention import SEQUENCE_FIRST, listen, show
 from tokenreduce.adapters.encoders.open_clip_model import PREFIX, attach_model
 from tokenreduce.adapters.encoders.stock import refuse_own

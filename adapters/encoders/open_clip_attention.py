@@ -13,7 +13,7 @@ from open_clip.transformer import Attention, CustomResidualAttentionBlock, Resid
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from tokenreduce.adapters.encoders.block import Ask
+from tokenreduce.adapters.encoders.ask import Ask
 from tokenreduce.adapters.encoders.multihead import Heads, ListeningMultihead, refuse_multihead, split, values_of
 from tokenreduce.adapters.encoders.sizes import note_form, sized_attention
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks

@@ -21,13 +21,14 @@ from open_clip.transformer import AttentionalPooler
 from open_clip.utils import feature_take_indices
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import collect_states, may_be_reduced
 from tokenreduce.adapters.encoders.handing import raw_of
 from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.rebuilding import check_layers_between
+from tokenreduce.adapters.encoders.site import may_be_reduced
 from tokenreduce.adapters.encoders.state import (
     Entry,
     State,
+    collect_states,
     entry_of,
     expand_patches,
     full_plan,

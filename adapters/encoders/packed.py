@@ -2,7 +2,7 @@
 
 Such a tower makes one visual token of every 2x2 patches, its *unit*, which lie side by side in the row. Only whole
 units are merged or dropped: a method sees units as tokens, view by view (an image or a frame), views of the same size
-together as a batch. :class:`Packed` is for such a row what :class:`~tokenreduce.adapters.encoders.block.State` is for a
+together as a batch. :class:`Packed` is for such a row what :class:`~tokenreduce.adapters.encoders.state.State` is for a
 batch. Units that are left stand in the order of the places of their representatives, so that windows and frames stay
 contiguous; a merged unit is in the window of its representative.
 

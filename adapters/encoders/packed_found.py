@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Site, _collected
 from tokenreduce.adapters.encoders.hf_attention import calling
 from tokenreduce.adapters.encoders.hf_reading import read
 from tokenreduce.adapters.encoders.hf_structure import RECIPE, Recipe, StructuredLayer, core_of, hear
@@ -40,9 +39,11 @@ from tokenreduce.adapters.encoders.packed_layout import (
 )
 from tokenreduce.adapters.encoders.packed_pixels import PackedPixels
 from tokenreduce.adapters.encoders.packed_reading import BOUNDS, LONGEST, FlatReading, RowReading
-from tokenreduce.adapters.encoders.qwen import _SEEN, EVIDENCE, FAMILIES, _Block
+from tokenreduce.adapters.encoders.qwen import EVIDENCE, FAMILIES
+from tokenreduce.adapters.encoders.qwen_blocks import _SEEN, PackedBlock
 from tokenreduce.adapters.encoders.rebuilding import entered_of, note_entered
-from tokenreduce.adapters.encoders.state import set_state, state_of
+from tokenreduce.adapters.encoders.site import Site
+from tokenreduce.adapters.encoders.state import collected, set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.mixing import mixed, parts
@@ -83,7 +84,7 @@ class RowTower(Tower):
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
-class PackedLayer(StructuredLayer, _Block):
+class PackedLayer(StructuredLayer, PackedBlock):
     """A layer on a packed row (P,C) or (1,P,C) that computes by its recipe."""
 
     _tokenreduce_recipe: Recipe
@@ -103,9 +104,9 @@ class PackedLayer(StructuredLayer, _Block):
         if site.reducer is not None and site.reducer.rebuilds:
             note_entered(x, entered_of(hidden_states))
         x, packed = self._through(x, packed, given)
-        collected = _collected()
-        if collected is not None:
-            collected.append(packed)  # type: ignore[arg-type]
+        states = collected()
+        if states is not None:
+            states.append(packed)  # type: ignore[arg-type]
         last = site.layer == site.depth - 1
         x = packed.expand(x, packed.layout.unit) if last else x
         out = x.view(*hidden_states.shape[:-2], *x.shape)

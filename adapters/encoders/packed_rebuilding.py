@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.encoders.block import Site
 from tokenreduce.adapters.encoders.packed import Packed, Part
 from tokenreduce.adapters.encoders.rebuilding import entered_of
+from tokenreduce.adapters.encoders.site import Site
 from tokenreduce.core.evidence import EncoderEvidence
 from tokenreduce.core.plan import Plan, Rebuild
 from tokenreduce.core.reducer import Reducer

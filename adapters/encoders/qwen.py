@@ -20,31 +20,32 @@ them counts on it. Without a language model behind it, a tower so returns copies
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
-from tokenreduce.adapters.encoders.block import Attended, Reduced, Site, View, _collected
-from tokenreduce.adapters.encoders.hf_attention import CALL, Call
-from tokenreduce.adapters.encoders.packed import Layout, Packed
+from tokenreduce.adapters.encoders.packed import Layout
 from tokenreduce.adapters.encoders.packed_outputs import expand_states, expand_tokens, give_rebuilt
-from tokenreduce.adapters.encoders.packed_pixels import PackedPixels, packed_plans
-from tokenreduce.adapters.encoders.packed_rebuilding import SetsAside
-from tokenreduce.adapters.encoders.pixels import AtEntry
-from tokenreduce.adapters.encoders.rebuilding import note_entered
-from tokenreduce.adapters.encoders.state import set_state, state_of
-from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
+from tokenreduce.adapters.encoders.packed_pixels import PackedPixels
+from tokenreduce.adapters.encoders.qwen_attention import (
+    ReducedQwen2Attention,
+    ReducedQwen3Attention,
+    ReducedQwen25Attention,
+)
+from tokenreduce.adapters.encoders.qwen_blocks import (
+    LAYOUT,
+    PIXELS,
+    ReducedQwen2Block,
+    ReducedQwen3Block,
+    ReducedQwen25Block,
+)
+from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.adapters.encoders.tower import Tower, attach_tower
 from tokenreduce.core.reducer import Reducer
-from tokenreduce.core.trace import active
 from tokenreduce.core.undo import Undo
 
 __all__ = ["attach", "towers"]
@@ -52,268 +53,8 @@ __all__ = ["attach", "towers"]
 #: Our towers' outputs have all their patches by themselves.
 EXPANDS = True
 EVIDENCE = ("keys", "queries", "values", "attention", "before")
-_SEEN = frozenset(("keys", "queries", "values", "attention"))
-#: Keyword under which the layout of a call travels from the tower to its blocks.
-LAYOUT = "tokenreduce_layout"
-#: Keyword under which the pixels of a call travel there, where a method looks at them.
-PIXELS = "tokenreduce_pixels"
 
 
-class PackedAsk(Call):
-    """One call of a packed attention module: ``mask`` is a bias (P,) to add to the logits, or None; ``seen`` are the
-    keys of every window with their bias where these are others than its own patches. Queries, keys, values and
-    ``rotated`` come as (P,H,d)."""
-
-    __slots__ = ("packed", "seen")
-
-    def __init__(
-        self, packed: Packed, bias: Tensor | None, record: bool, seen: list[tuple[Tensor, Tensor]] | None = None
-    ) -> None:
-        super().__init__(bias, bias=bias is not None, record=record)
-        self.packed, self.seen = packed, seen
-
-
-# -- attention ---------------------------------------------------------------------------------------------------------
-class _Attention(nn.Module):
-    """Mixin: the stock attention, or its own steps with a bias and with queries and keys shown."""
-
-    _stock: ModuleType
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        max_seqlen: int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        call: PackedAsk | None = kwargs.pop(CALL, None)
-        if call is None or (call.mask is None and call.seen is None and not call.record):
-            if max_seqlen is not None:
-                kwargs["max_seqlen"] = max_seqlen
-            out: Tensor = super().forward(
-                hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
-            )
-            return out
-        assert position_embeddings is not None
-        attn: Any = self
-        q, k, v, rotated = project(attn, hidden_states, position_embeddings, self._stock)
-        if call.record:
-            call.queries, call.keys, call.values, call.rotated = q, k, v, rotated
-        name = attn.config._attn_implementation
-        if (call.mask is not None or call.seen is not None) and name not in ("sdpa", "eager"):
-            name = "sdpa"
-        compute: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, self._stock.eager_attention_forward)
-        settings = {
-            "scaling": attn.scaling, "dropout": attn.attention_dropout if self.training else 0.0, "is_causal": False,
-            **kwargs,
-        }  # fmt: skip
-        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (*rotated, v))
-        if "flash" in name:
-            longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
-            heads = compute(
-                self, q, k, v, attention_mask=None, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
-                max_length_q=longest, max_length_k=longest, **settings,
-            )[0]  # fmt: skip
-        else:
-            lengths = cu_seqlens.diff().tolist()
-            windows: Any
-            if call.seen is not None:
-                windows = (
-                    (part, k[:, :, where], v[:, :, where], bias.to(q.dtype)[None, None, None])
-                    for part, (where, bias) in zip(q.split(lengths, 2), call.seen, strict=True)
-                )
-            else:
-                added = [None] * len(lengths)
-                if call.mask is not None:
-                    added = list(call.mask.to(q.dtype)[None, None, None].split(lengths, 3))
-                windows = zip(*(t.split(lengths, 2) for t in (q, k, v)), added, strict=True)
-            heads = torch.cat([compute(self, a, b, c, attention_mask=w, **settings)[0] for a, b, c, w in windows], 1)
-        out = attn.proj(heads.reshape(len(hidden_states), -1).contiguous())
-        return out
-
-
-def project(
-    attn: Any, x: Tensor, rope: tuple[Tensor, Tensor], stock: ModuleType
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Queries, keys and values (P,H,d) of normed features (P,C), and queries and keys behind RoPE."""
-    q, k, v = attn.qkv(x).reshape(len(x), 3, attn.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
-    return q, k, v, stock.apply_rotary_pos_emb_vision(q, k, *rope)
-
-
-class ReducedQwen2Attention(_Attention, qwen2.VisionAttention):
-    _stock = qwen2
-
-
-class ReducedQwen25Attention(_Attention, qwen2_5.Qwen2_5_VLVisionAttention):
-    _stock = qwen2_5
-
-
-class ReducedQwen3Attention(_Attention, qwen3.Qwen3VLVisionAttention):
-    _stock = qwen3
-
-
-# -- blocks ------------------------------------------------------------------------------------------------------------
-class Context(NamedTuple):
-    """What a block was called with besides its patches, for those that are left."""
-
-    bounds: Tensor
-    rope: tuple[Tensor, Tensor]
-    kwargs: dict[str, Any]
-
-    def at(self, packed: Packed) -> Context:
-        if packed.at is None:
-            return self
-        longest = {"max_seqlen": None} if "max_seqlen" in self.kwargs else {}  # the stock code counts again
-        cos, sin = self.rope
-        return Context(packed.bounds(self.bounds), (packed.rows(cos), packed.rows(sin)), {**self.kwargs, **longest})
-
-
-class _Block(SetsAside, Reduced):
-    """A packed block. The state on its input and output is a :class:`~tokenreduce.adapters.encoders.packed.Packed`."""
-
-    _tokenreduce_site: Site
-
-    def forward(
-        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any
-    ) -> Tensor:
-        site, layout, pixels = self._tokenreduce_site, kwargs.pop(LAYOUT, None), kwargs.pop(PIXELS, None)
-        context, x = Context(cu_seqlens, position_embeddings, kwargs), hidden_states
-        packed = self._begin(site, x, layout)
-        if site.entry is not None:
-            x, packed = self._drop_at_input(site, site.entry, x, packed, pixels)
-        reducer, first = site.reducer, x if site.leads else None
-        where = None if reducer is None else reducer.acting_position()
-        every = packed.every(x, site.layer)
-        if reducer is not None and reducer.rebuilds:
-            where = "aside"
-            every, x, packed = self._set_patches_aside(site, reducer, x, packed)
-        elif where == "before":
-            assert reducer is not None
-            shown = self._look(x, packed, context) if not _SEEN.isdisjoint(reducer.required()) else None
-            x, packed = self._shrink(site, reducer, x, packed, context, shown, None)
-        record = where in ("middle", "after") and not _SEEN.isdisjoint(reducer.required())  # type: ignore[union-attr]
-        within, y = (packed, x) if every is None else (packed.lasting, every)
-        across = within.seen(context.bounds)
-        call = PackedAsk(within, within.bias() if across is None else None, record, across)
-        now, attn, entered = context.at(within), self.attn, x  # type: ignore[attr-defined]
-        refuse_own(attn)
-        out = attn(
-            self.norm1(y),  # type: ignore[attr-defined]
-            cu_seqlens=now.bounds, position_embeddings=now.rope, **{**now.kwargs, CALL: call},
-        )  # fmt: skip
-        x = y + out if every is None else packed.take(y + out)
-        if where == "middle":
-            assert reducer is not None
-            x, packed = self._shrink(site, reducer, x, packed, context, call, entered)
-        middle = x if where == "after" else None
-        # Nothing of the attention half may stay alive while the MLP holds its hidden layer: that is the peak.
-        seen = call if where == "after" else None
-        del call, entered, out, now, across, every, y
-        x = x + self.mlp(self.norm2(x))  # type: ignore[attr-defined]
-        if where == "after":
-            assert reducer is not None
-            x, packed = self._shrink(site, reducer, x, packed, context, seen, middle)
-        trace = active()
-        if trace is not None and where is None and site.entry is None:
-            self._tell_all(trace, site, packed)
-        x, packed = packed.complete(x) if site.layer == site.depth - 1 else (x, packed)
-        if first is not None:
-            note_entered(x, first)
-        collected = _collected()
-        if collected is not None:
-            collected.append(packed)  # type: ignore[arg-type]
-        return set_state(x, packed)  # type: ignore[arg-type]
-
-    def _begin(self, site: Site, x: Tensor, layout: Layout | None) -> Packed:
-        found: Any = state_of(x)
-        if found is not None:
-            return found
-        if site.layer:
-            self._enter(site, x)  # raises
-        if layout is None:
-            raise RuntimeError("blocks of a patched vision tower run inside its forward, which knows the image sizes")
-        return Packed.entry(layout)
-
-    def _drop_at_input(
-        self, site: Site, entry: AtEntry, x: Tensor, packed: Packed, pixels: PackedPixels
-    ) -> tuple[Tensor, Packed]:
-        """What a method on pixels leaves for the first block."""
-        trace = active()
-        with nullcontext() if trace is None else trace.clock():
-            plans = packed_plans(entry, pixels, packed.layout, site.depth)
-            if not all(plan.is_identity for plan in plans):
-                x, packed = packed.after(x, plans, 0.0)
-        if trace is not None:
-            for plan, part in zip(plans, packed.parts, strict=True):
-                self._tell(trace, site, part, packed, None if plan.is_identity else plan, entry.reducer.spec())
-        return x, packed
-
-    def _look(self, x: Tensor, packed: Packed, context: Context) -> PackedAsk:
-        """Queries, keys and values of ``x`` without attending."""
-        call, now, attn = PackedAsk(packed, None, True), context.at(packed), self.attn  # type: ignore[attr-defined]
-        refuse_pre_hooks(attn)
-        normed = self.norm1(x)  # type: ignore[attr-defined]
-        call.queries, call.keys, call.values, call.rotated = project(attn, normed, now.rope, attn._stock)
-        return call
-
-    def _shrink(
-        self, site: Site, reducer: Reducer, x: Tensor, packed: Packed, context: Context, call: PackedAsk | None,
-        before: Tensor | None,
-    ) -> tuple[Tensor, Packed]:  # fmt: skip
-        """Let ``reducer`` plan for all views of a size at once, and apply its plans."""
-        trace, parts = active(), packed.parts
-        with nullcontext() if trace is None else trace.clock():
-            needs = reducer.required()
-            features = packed.means(x)
-            entered = packed.means(before) if before is not None and "before" in needs else None
-            heads: dict[str, Tensor] = {}
-            windows = None
-            if call is not None and call.rotated is not None:
-                seen = {"queries": call.queries, "keys": call.keys, "values": call.values}
-                seen |= {"turned queries": call.rotated[0], "turned keys": call.rotated[1]}
-                heads = {name: packed.means(t) for name, t in seen.items() if t is not None}
-                windows = packed.windows(packed.bounds(context.bounds))
-            plans = []
-            for i, (part, shape) in enumerate(zip(parts, packed.layout.shapes, strict=True)):
-                mine = {name: part.take(t).transpose(1, 2) for name, t in heads.items()}
-                got = Attended(
-                    x, mine.get("queries"), mine.get("keys"), mine.get("values"),
-                    (mine["turned queries"], mine["turned keys"]) if mine else None,
-                )  # fmt: skip
-                mask, joint, state = None, len(shape) == 3, part.state  # several frames: every unit sees its own
-                if joint:
-                    mask = packed.mask(i, context.bounds) if "attention" in needs else None
-                elif windows is not None:
-                    own = part.take(windows)
-                    mask = (own[:, :, None] == own[:, None])[:, None]
-                    if state.valid is not None:  # rows of slots that are not there must not be empty
-                        mask = mask | ~state.valid[:, None, :, None]
-                # Where frames are joined the mask has the sizes.
-                view = View(state.entry, state.full_grid(site.prefix), 0.0 if joint else state.proportional, mask)
-                before_units = None if entered is None else part.take(entered)
-                plans.append(reducer.plan(self._evidence(site, part.take(features), state, got, before_units, view)))
-            if not all(plan.is_identity for plan in plans):
-                x, packed = packed.after(x, plans, reducer.size_power)
-        if trace is not None:
-            for plan, part in zip(plans, packed.parts, strict=True):
-                self._tell(trace, site, part, packed, None if plan.is_identity else plan, reducer.spec())
-        return x, packed
-
-
-class ReducedQwen2Block(_Block, qwen2.Qwen2VLVisionBlock):
-    pass
-
-
-class ReducedQwen25Block(_Block, qwen2_5.Qwen2_5_VLVisionBlock):
-    pass
-
-
-class ReducedQwen3Block(_Block, qwen3.Qwen3VLVisionBlock):
-    pass
-
-
-# -- the tower ---------------------------------------------------------------------------------------------------------
 def lay_out(
     tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, frames: int = 1, looks: Reducer | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -8,6 +8,8 @@ tower hand it on, and where sizes are needed and gone, :func:`lost` says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from tokenreduce.core.plan import Plan
 
 __all__ = [
-    "FRAMES", "Entry", "State", "carry_state", "entry_of", "expand_patches", "full_plan", "known", "log_size", "lost",
-    "note_entry", "pool_mean", "power_of", "set_state", "state_of",
+    "COLLECTING", "FRAMES", "Entry", "State", "carry_state", "collect_states", "collected", "entry_of",
+    "expand_patches", "full_plan", "known", "log_size", "lost", "note_entry", "pool_mean", "power_of", "set_state",
+    "state_of",
 ]  # fmt: skip
 
 _ON_TENSOR = "_tokenreduce_state"
@@ -26,6 +29,8 @@ _AT_ENTRY = "_tokenreduce_entry"
 Grid = tuple[int, ...]
 #: Number of frames of each video that is on its way through a tower; 1 outside of videos.
 FRAMES: ContextVar[int] = ContextVar("tokenreduce_frames", default=1)
+#: The list that blocks add their states to, where somebody asked for them (:func:`collect_states`).
+COLLECTING: ContextVar[list[State] | None] = ContextVar("tokenreduce_states", default=None)
 
 
 class Entry(NamedTuple):
@@ -208,3 +213,20 @@ def log_size(state: State, skip: int, dtype: torch.dtype) -> Tensor:
     if state.valid is not None:
         bias = bias.masked_fill(~state.valid, float("-inf"))
     return bias[:, skip:].to(dtype)
+
+
+# -- states of every layer, for dense outputs ------------------------------------------------------------------------
+def collected() -> list[State] | None:
+    """:data:`COLLECTING`, None in compiled code."""
+    return None if torch.compiler.is_compiling() else COLLECTING.get()
+
+
+@contextmanager
+def collect_states() -> Iterator[list[State]]:
+    """The state after every block that runs inside, in order."""
+    states: list[State] = []
+    token = COLLECTING.set(states)
+    try:
+        yield states
+    finally:
+        COLLECTING.reset(token)

@@ -21,8 +21,9 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, State, asks
-from tokenreduce.adapters.encoders.state import set_state
+from tokenreduce.adapters.encoders.ask import Ask, Attended, asks
+from tokenreduce.adapters.encoders.block import Reduced
+from tokenreduce.adapters.encoders.state import State, set_state
 from tokenreduce.adapters.encoders.stock import refuse_hooks, refuse_own
 from tokenreduce.adapters.encoders.timm_attention import attend, listen, project, scores
 from tokenreduce.adapters.encoders.timm_model import attach_model, attach_resize

@@ -16,7 +16,7 @@ from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Ask, Attended
+from tokenreduce.adapters.encoders.ask import Ask, Attended
 from tokenreduce.adapters.encoders.sizes import note_form, sized_attention
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched, refuse_pre_hooks
 from tokenreduce.core.undo import Undo
@@ -27,7 +27,7 @@ ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 
 
 class Listening(nn.Module):
-    """Mixin of attention modules: the stock forward, or with an :class:`~tokenreduce.adapters.encoders.block.Ask` our
+    """Mixin of attention modules: the stock forward, or with an :class:`~tokenreduce.adapters.encoders.ask.Ask` our
     own."""
 
     def forward(self, x: Tensor, *args: Any, tokenreduce_ask: Ask | None = None, **kwargs: Any) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import Ask, Attended, State, asks
+from tokenreduce.adapters.encoders.ask import Ask, Attended, asks
 from tokenreduce.adapters.encoders.sizes import sized_attention
-from tokenreduce.adapters.encoders.state import entry_of, set_state, state_of
+from tokenreduce.adapters.encoders.state import State, entry_of, set_state, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own
 from tokenreduce.adapters.encoders.timm import ReducedBlock, ReducedEvaBlock, _no_mask, _rope_rows, _TimmBlock
 from tokenreduce.adapters.encoders.timm_attention import attend

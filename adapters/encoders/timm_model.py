@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import collect_states, may_be_reduced
 from tokenreduce.adapters.encoders.handing import raw_of
 from tokenreduce.adapters.encoders.pixels import Pixels
 from tokenreduce.adapters.encoders.rebuilding import check_layers_between
+from tokenreduce.adapters.encoders.site import may_be_reduced
 from tokenreduce.adapters.encoders.state import (
     Entry,
     carry_state,
+    collect_states,
     entry_of,
     expand_patches,
     log_size,

@@ -17,8 +17,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tokenreduce.adapters.encoders import timm_blocks as blocks
-from tokenreduce.adapters.encoders.block import may_reduce
 from tokenreduce.adapters.encoders.handing import raw_of
+from tokenreduce.adapters.encoders.site import may_reduce
 from tokenreduce.adapters.encoders.sizes import note_form
 from tokenreduce.adapters.encoders.state import Entry, carry_state, log_size, note_entry, state_of
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched

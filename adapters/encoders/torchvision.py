@@ -12,7 +12,8 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from tokenreduce.adapters.encoders.block import Ask, Attended, Reduced, asks
+from tokenreduce.adapters.encoders.ask import Ask, Attended, asks
+from tokenreduce.adapters.encoders.block import Reduced
 from tokenreduce.adapters.encoders.multihead import listen_multihead, split
 from tokenreduce.adapters.encoders.state import Entry, carry_state, note_entry
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_pre_hooks

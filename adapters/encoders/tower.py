@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce.adapters.encoders.block import ON_BLOCK, Site
 from tokenreduce.adapters.encoders.frames import check_merging_frames
 from tokenreduce.adapters.encoders.pixels import at_entry
 from tokenreduce.adapters.encoders.rebuilding import check_rebuilding
+from tokenreduce.adapters.encoders.site import ON_BLOCK, Site
 from tokenreduce.adapters.encoders.stock import refuse_own, refuse_patched
 from tokenreduce.core.reducer import Reducer
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import collect_states
 from tokenreduce.adapters.encoders.hf_attention import WATCH, listen
 from tokenreduce.adapters.encoders.plain import plainly
+from tokenreduce.adapters.encoders.state import collect_states
 from tokenreduce.adapters.language.entered import entered
 from tokenreduce.adapters.language.families import Language, Vision
 from tokenreduce.adapters.language.generic.encoder import left_of

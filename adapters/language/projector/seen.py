@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenreduce.adapters.encoders.block import State, full_plan
 from tokenreduce.adapters.encoders.frames import FrameState
 from tokenreduce.adapters.encoders.packed import Packed
 from tokenreduce.adapters.encoders.rebuilding import lasting
+from tokenreduce.adapters.encoders.state import State, full_plan
 from tokenreduce.adapters.language.families import Vision
 from tokenreduce.adapters.language.towers import remaining, sizes
 from tokenreduce.core.evidence import Attention, BaseEvidence, Origin, PoolingHead

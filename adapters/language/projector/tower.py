@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapters.encoders.block import collect_states
 from tokenreduce.adapters.encoders.hf_attention import CALL, Call, listen
 from tokenreduce.adapters.encoders.joint import FRAMES
+from tokenreduce.adapters.encoders.state import collect_states
 from tokenreduce.adapters.language.families import Language
 from tokenreduce.adapters.language.projector.entries import entries
 from tokenreduce.adapters.language.projector.seen import (

@@ -22,7 +22,7 @@ from support import images
 from torch import nn
 
 import tokenreduce as tr
-from tokenreduce.adapters.encoders.block import pool_mean
+from tokenreduce.adapters.encoders.state import pool_mean
 from tokenreduce.core.plan import Identity, Merge, Prune
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.vision.encoder.tome import ToMe
