@@ -160,7 +160,9 @@ def coca(**vision):
 
     text = TEXT | dict(embed_cls=True, output_tokens=True)
     decoder = dict(context_length=7, vocab_size=50, width=32, heads=2, layers=2)
-    return widen(CoCa(32, decoder, text, VISION | dict(output_tokens=True) | vision))
+    model = CoCa(32, decoder, text, VISION | dict(output_tokens=True) | vision)
+    nn.init.normal_(model.text_decoder.text_projection, std=32**-0.5)  # which the library leaves as memory was
+    return widen(model)
 
 
 def words() -> torch.Tensor:
