@@ -147,3 +147,38 @@ def test_a_model_that_takes_any_image_has_a_graph_for_each_size():
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(run(x)[0], model(x)[0], rtol=1e-4, atol=1e-5)
     assert len([g for g in graphs.graphs if len(g.graph.nodes) > 50]) == 2
+
+
+def _by_blocks(model: nn.Module, graphs: Graphs) -> None:
+    for block in tr.describe(model).towers[0].blocks:
+        block.compile(backend=graphs, dynamic=True)
+
+
+@torch.no_grad()
+def test_blocks_that_are_compiled_one_by_one_share_a_graph():
+    """The first has no state yet, and the last has a single token that is not merged, which is never sorted."""
+    model, x = small_vit(depth=10), images(2, size=24)
+    tr.patch(model, "tome:r=3")
+    want, graphs = model(x), Graphs()
+    _by_blocks(model, graphs)
+    assert torch.equal(model(x), want)
+    assert len(graphs.graphs) == 3
+    assert torch.equal(model(x), want)
+    model(images(3, size=24))
+    assert len(graphs.graphs) == 3
+    stock = small_vit(depth=10)
+    assert torch.equal(tr.unpatch(model)(x), stock(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODER_METHODS)
+@torch.no_grad()
+def test_every_method_is_right_block_by_block(name):
+    model, x = small_vit(), images(2, size=24)
+    try:
+        tr.patch(model, with_keep(name, 0.5))
+    except ValueError as error:
+        pytest.skip(str(error))
+    want = model(x)
+    _by_blocks(model, Graphs())
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6)

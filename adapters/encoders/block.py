@@ -91,7 +91,7 @@ class Reduced:
     def _run(self, x: Tensor, context: Any = None) -> Tensor:
         """The reduced forward. ``context`` is what the family needs besides ``x`` (rotary embeddings, kwargs)."""
         site: Site = self.__dict__[ON_BLOCK]
-        x = x if site.layer else _counted(x)
+        x = _counted(x) if site.first else x
         state = state_of(x)
         state = self._enter(site, x) if state is None else state
         if site.entry is not None:
@@ -199,8 +199,8 @@ class Reduced:
         )  # fmt: skip
         return EncoderEvidence(
             x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,
-            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry,
-            origin=lambda: state.origin,
+            cls=site.cls, layer=(lambda: site.layer) if torch.compiler.is_compiling() else site.layer,
+            depth=site.depth, entry=view.entry, origin=lambda: state.origin,
         )  # fmt: skip
 
     def _reduce(

@@ -23,7 +23,7 @@ _RAW, _LEFT = "_tokenreduce_raw", "_tokenreduce_left"
 
 def _reduced(x: Any) -> State | None:
     state = state_of(x) if isinstance(x, Tensor) else None
-    return state if state is not None and state.plans else None
+    return state if state is not None and state.acted is not None else None
 
 
 def whole(x: Tensor, state: State, prefix: int) -> Tensor:

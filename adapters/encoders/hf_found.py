@@ -353,7 +353,7 @@ def note_found(
 def give_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, prefix: int) -> Any:
     """Pre-hook on a pooling of all tokens: it gets as many as entered, so that its mean counts merged ones by size."""
     state = state_of(args[0])
-    return None if state is None or not state.plans else ((whole(args[0], state, prefix), *args[1:]), kwargs)
+    return None if state is None or state.acted is None else ((whole(args[0], state, prefix), *args[1:]), kwargs)
 
 
 class WeighedPooling:

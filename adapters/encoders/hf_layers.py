@@ -78,7 +78,7 @@ class _Layer(Reduced):
         return self._run(hidden_states, Context(attention_mask, kwargs))
 
     def _context(self, context: Any, state: State) -> Any:
-        return context if not state.plans else context._replace(plain=False)
+        return context if state.acted is None else context._replace(plain=False)
 
     # -- several frames in a row
     def _reduce(
@@ -87,7 +87,7 @@ class _Layer(Reduced):
         if not isinstance(state, JointState):
             return super()._reduce(site, reducer, x, state, got, before)
         frames = x
-        if not state.plans:
+        if state.acted is None:
             x, got = state.row(x), state.seen(got)
             before = None if before is None else state.row(before)
         x, left = super()._reduce(state.site(site), reducer, x, state, got, before)

@@ -31,13 +31,13 @@ _WISH = "_tokenreduce_wish"
 def _reduced(x: Any) -> State | None:
     """The state of tokens on which a plan has acted, else None."""
     state = state_of(x)
-    return state if state is not None and state.plans else None
+    return state if state is not None and state.acted is not None else None
 
 
 def _acted(x: Any, what: str) -> State | None:
     """The same. Raises ``RuntimeError`` for a tensor that lost what its tokens are."""
     state = known(x, what)
-    return state if state is not None and state.plans else None
+    return state if state is not None and state.acted is not None else None
 
 
 def forget_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, reduces: bool) -> Any:

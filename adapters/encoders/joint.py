@@ -125,7 +125,7 @@ class JointState(State):
         assert shares is not None
         return JointState(
             self.entry, self.count, self.prefix, shares.unflatten(0, (plan.batch, self.count)), size=left.size,
-            valid=left.valid, origin=left.origin, plans=left.plans, proportional=left.proportional, grid=left.grid,
+            valid=left.valid, origin=left.origin, acted=left.acted, proportional=left.proportional, grid=left.grid,
         )  # fmt: skip
 
     def _weights(self, shares: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class JointState(State):
 
     def bias(self, dtype: torch.dtype) -> Any:
         """None while frames are rows of their own, then :class:`Windows`."""
-        if not self.plans:
+        if self.acted is None:
             return None
         if self._windows is None:
             assert self.shares is not None
@@ -161,7 +161,7 @@ class JointState(State):
         if attention:
             rows, device = x.shape[0], x.device
             shares = self._shares(rows, device)
-            home = self.home() if self.plans else self._places(device).expand(rows, -1)
+            home = self.home() if self.acted is not None else self._places(device).expand(rows, -1)
             seen = shares.gather(1, home.unsqueeze(-1).expand(-1, -1, shares.shape[2]))
             mask = self._weights(seen)
             if self.valid is not None:  # rows of slots that are not there must not be empty

@@ -35,11 +35,14 @@ class Site:
     needs: tuple[str, ...] = field(init=False, default=())
     #: Whether nothing acts here or looks at what enters.
     quiet: bool = field(init=False, default=False)
+    #: Whether it is the first block. A graph that asked for the number would be this block's alone.
+    first: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         if self.reducer is not None:
             object.__setattr__(self, "where", self.reducer.acting_position())
             object.__setattr__(self, "needs", self.reducer.required())
+        object.__setattr__(self, "first", not self.layer)
         object.__setattr__(self, "quiet", self.reducer is None and self.entry is None and not self.leads)
 
 

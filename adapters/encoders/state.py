@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenreduce.core.plan import Plan
 
 __all__ = [
-    "COLLECTING", "FRAMES", "Entry", "State", "carry_state", "collect_states", "collected", "entry_of",
+    "COLLECTING", "FRAMES", "Acted", "Entry", "State", "carry_state", "collect_states", "collected", "entry_of",
     "expand_patches", "full_plan", "known", "log_size", "lost", "note_entry", "pool_mean", "power_of", "set_state",
     "state_of",
 ]  # fmt: skip
@@ -48,6 +48,24 @@ def power_of(log: Tensor, power: float) -> Tensor:
     return log * power if power else torch.zeros_like(log).masked_fill(log == float("-inf"), float("-inf"))
 
 
+class Acted:
+    """The last ``plan`` of a tower so far, and what acted ``earlier``: a chain, so that code compiled for one block
+    does not depend on how many acted before it."""
+
+    __slots__ = ("earlier", "plan")
+
+    def __init__(self, plan: Plan, earlier: Acted | None) -> None:
+        self.plan, self.earlier = plan, earlier
+
+    def all(self) -> tuple[Plan, ...]:
+        """All plans, the first one first."""
+        out, here = [], self
+        while here is not None:
+            out.append(here.plan)
+            here = here.earlier
+        return tuple(reversed(out))
+
+
 class State:
     """What is known about the tokens of one activation tensor (B,N,C). Never changed in place.
 
@@ -56,7 +74,7 @@ class State:
     aside of them (:class:`~tokenreduce.adapters.encoders.rebuilding.Aside`), None for nothing.
     """
 
-    __slots__ = ("_before", "_origin", "aside", "entry", "grid", "plans", "proportional", "size", "valid")
+    __slots__ = ("_before", "_origin", "acted", "aside", "entry", "grid", "proportional", "size", "valid")
 
     def __init__(
         self,
@@ -64,7 +82,7 @@ class State:
         size: Tensor | None = None,
         valid: Tensor | None = None,
         origin: Tensor | None = None,
-        plans: tuple[Plan, ...] = (),
+        acted: Acted | None = None,
         proportional: float = False,
         grid: Grid | None = None,
     ) -> None:
@@ -73,17 +91,23 @@ class State:
         self.valid = valid
         self._origin = origin
         self._before: State | None = None  # the state in front of the last plan, until somebody asks for the origin
-        self.plans = plans
+        self.acted = acted
         self.proportional = proportional
         self.grid = grid
         self.aside: Any = None
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans so far, the first one first."""
+        return () if self.acted is None else self.acted.all()
 
     @property
     def origin(self) -> Tensor | None:
         """(B,N) number of the token at the entry in whose place each one is; None where none has left. Few ask."""
         before = self._before
         if before is not None:
-            plan, earlier = self.plans[-1], before.origin
+            assert self.acted is not None
+            plan, earlier = self.acted.plan, before.origin
             self._origin = plan.representatives() if earlier is None else plan.gather(earlier)
             self._before = None
         return self._origin
@@ -123,7 +147,7 @@ class State:
         if size is None and valid is not None:
             size = valid.float()
         proportional = proportional or self.proportional
-        state = State(self.entry, size, valid, None, (*self.plans, plan), proportional, self.grid)
+        state = State(self.entry, size, valid, None, Acted(plan, self.acted), proportional, self.grid)
         state._before = self
         return state
 

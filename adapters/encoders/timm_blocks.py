@@ -92,7 +92,7 @@ class _Biased(Branched):
 
     def _context(self, context: Any, state: State) -> Any:
         site = self.__dict__["_tokenreduce_site"]
-        plain = len(state.plans) == 0
+        plain = state.acted is None
         if plain and (site.reducer is None or not asks(None, site.reducer.required())):
             return context
         own, table = self._own(), context.shared
@@ -165,7 +165,7 @@ class _MaskedBlock(_TimmBlock):
     def _context(self, context: Any, state: State) -> Any:
         prefix = getattr(self.attn, "num_prefix_tokens", 0)
         rope = None if context.rope is None else _rope_rows(context.rope, state, prefix)
-        return context._replace(rope=rope, plain=len(state.plans) == 0)
+        return context._replace(rope=rope, plain=state.acted is None)
 
     def _stock(self, context: Any) -> dict[str, Any]:
         roped = {} if context.rope is None else {"rope": context.rope}
@@ -259,7 +259,7 @@ class Gemma4Block(_MaskedBlock):
         rope = context.rope
         if state.origin is not None:
             rope = tuple(t.gather(1, state.origin.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in rope)
-        return context._replace(rope=rope, plain=len(state.plans) == 0)
+        return context._replace(rope=rope, plain=state.acted is None)
 
     def _stock(self, context: Any) -> dict[str, Any]:
         return {"attn_mask": context.mask if context.plain else None}

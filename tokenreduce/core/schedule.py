@@ -56,6 +56,8 @@ class Scheduled(Reducer):
             left = linear(self.keep, evidence.entry - protected, evidence.layer, evidence.depth)
             return max(0, evidence.free() - left)
         if isinstance(self.r, int):
+            if not self.inflect:  # nobody asks for the layer: a graph of one block then serves all
+                return self.r
             return removed_in(self.r, evidence.layer, evidence.depth, self.inflect)
         return self._removed(max(evidence.depth, len(self.r)))[evidence.layer]
 

@@ -119,6 +119,15 @@ STAGES = (
             seen_frame=GRID * GRID // 4, keep_frame=(24, 98, GRID * GRID // 4), clips=1, video_questions=16,
         ),
     ),
+    Stage(
+        "last", Schedule(700, batch=8, lr=3e-4, warmup=20, weight_decay=0.02, seed=37),
+        Course(
+            keep=(64, 196, GRID * GRID), seen=GRID * GRID, renumber=0.2, types={**_SEE, **_READ, **_HOPS}, long=0.5,
+            copy_colour=0.4, blind=0.05, scenes=8, scene=dict(document=0.6), video=0.4,
+            video_types={**_FILM, **_FILM_HOPS, "colour_at": 4.0}, seen_frame=GRID * GRID // 4,
+            keep_frame=(24, GRID * GRID // 4), clips=1, video_questions=16,
+        ),
+    ),
 )  # fmt: skip
 
 

@@ -98,8 +98,10 @@ def test_a_busy_machine_is_refused(monkeypatch):
     encoders.refuse_busy(0.0)
 
 
-def test_a_compiled_row_counts_graphs():
-    row = compiled.measure(compiled.QUICK[0], rounds=1, backend="eager")
+@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_compiled_row_counts_graphs(blocks):
+    row = compiled.measure(compiled.QUICK[blocks], rounds=1, backend="eager")
+    assert row.case.blocks is blocks
     assert (row.stock.graphs, row.patched.graphs) == (1, 1)
     assert row.patched.more == row.stock.more
     assert len(compiled.cells(row)) == len(compiled.COLUMNS)

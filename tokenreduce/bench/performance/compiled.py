@@ -1,14 +1,16 @@
 """Compiled encoders: ``python -m tokenreduce.bench.performance.compiled`` makes its section of docs/performance.md.
 
 The compiled patched model beside the compiled stock model and the compiled blocks on as many tokens that are merely
-sliced, in the same rounds: what a compiler can do for one it can do for all three.
+sliced, in the same rounds: what a compiler can do for one it can do for all three. A patched model is compiled as a
+whole, or block by block (``block.compile(dynamic=True)``), where blocks share a graph and the first call is short; it
+is held against whole models in both cases.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +32,14 @@ __all__ = ["CASES", "QUICK", "Case", "Row", "measure"]
 
 @dataclass(frozen=True)
 class Case:
-    """A timm model (random weights) with its settings, a batch, and a method."""
+    """A timm model (random weights) with its settings, a batch, and a method; ``blocks``: the patched model is compiled
+    block by block."""
 
     model: str
     batch: int
     method: str
     settings: tuple[tuple[str, int], ...] = ()
+    blocks: bool = False
 
 
 CASES = (
@@ -43,7 +47,10 @@ CASES = (
     Case("vit_base_patch16_224", 8, "tome:r=16"),
     Case("deit_small_patch16_224", 1, "tome:r=16"),
 )
-QUICK = (Case("vit_tiny_patch16_224", 2, "tome:r=2", (("img_size", 64), ("depth", 2))),)
+CASES += tuple(replace(case, blocks=True) for case in CASES)
+QUICK = tuple(
+    Case("vit_tiny_patch16_224", 2, "tome:r=2", (("img_size", 64), ("depth", 3)), blocks) for blocks in (False, True)
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,20 @@ def _graphs() -> int:
     return int(counters["stats"].get("unique_graphs", 0))
 
 
-def _compiled(model: Any, x: Any, backend: str) -> Compiled:
+def _runs(model: Any, backend: str, blocks: bool) -> Any:
+    """``model`` compiled as a whole, or a copy that shares its weights and is compiled block by block."""
+    if not blocks:
+        return torch.compile(model, backend=backend)
+    out = shell(model)
+    for block in out.blocks:
+        block.compile(backend=backend, dynamic=True)
+    return out
+
+
+def _compiled(model: Any, x: Any, backend: str, blocks: bool = False) -> Compiled:
     torch.compiler.reset()
     start = _graphs()
-    run = torch.compile(model, backend=backend)
+    run = _runs(model, backend, blocks)
     began = time.perf_counter()
     run(x)
     seconds, first = time.perf_counter() - began, _graphs() - start
@@ -107,10 +124,13 @@ def measure(
             patched(x)
         (reducer,) = tr.describe(patched).active
         sliced = Sliced(stock, trace.tokens, reducer.acting_position()).eval()
-        counted = {name: _compiled(model, x, backend) for name, model in (("stock", stock), ("patched", patched))}
+        counted = {
+            name: _compiled(model, x, backend, case.blocks and name == "patched")
+            for name, model in (("stock", stock), ("patched", patched))
+        }
         torch.compiler.reset()
         models = {"stock": stock, "patched": patched, "sliced": sliced}
-        runs = {name: torch.compile(model, backend=backend) for name, model in models.items()}
+        runs = {name: _runs(model, backend, case.blocks and name == "patched") for name, model in models.items()}
         functions: dict[str, Any] = {name: partial(run, x) for name, run in runs.items()}
         functions |= {f"eager {name}": partial(models[name], x) for name in ("stock", "patched")}
         for function in functions.values():
@@ -126,7 +146,8 @@ def measure(
 
 
 COLUMNS = (
-    "model", "batch", "method", "speed-up, compiled", "possible", "share of it", "interval", "speed-up, eager",
+    "model", "batch", "method", "compiled", "speed-up, compiled", "possible", "share of it", "interval",
+    "speed-up, eager",
     "compiled over eager, patched", "first call, stock", "patched", "graphs, stock", "patched",
     "more for another batch, stock", "patched",
 )  # fmt: skip
@@ -136,7 +157,8 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row for a table; ``(!)`` marks figures of a machine that others kept busy."""
     case, mark = row.case, " (!)" if row.others is not None and row.others > BUSY else ""
     return (
-        case.model, str(case.batch), f"`{case.method}`", row.speedup.cell + mark, f"{row.possible.ratio:.2f}x",
+        case.model, str(case.batch), f"`{case.method}`", "blocks" if case.blocks else "model",
+        row.speedup.cell + mark, f"{row.possible.ratio:.2f}x",
         f"{row.share.ratio:.2f}{mark}", row.share.interval, row.eager.cell, row.gain.cell,
         f"{row.stock.seconds:.0f} s", f"{row.patched.seconds:.0f} s", str(row.stock.graphs), str(row.patched.graphs),
         str(row.stock.more), str(row.patched.more),
@@ -148,7 +170,7 @@ def conditions(rows: Sequence[Row], device: str, dtype: str, backend: str) -> st
     where = f"CPU, {torch.get_num_threads()} thread(s)" if device == "cpu" else torch.cuda.get_device_name(device)
     rounds = sorted({row.speedup.rounds for row in rows})
     return (
-        f"{where}; {dtype}; torch {torch.__version__}, backend {backend}, whole models; random weights, shared; "
+        f"{where}; {dtype}; torch {torch.__version__}, backend {backend}; random weights, shared; "
         f"allocator {'pinned' if is_pinned() else 'NOT pinned'}; {rounds[0]} to {rounds[-1]} interleaved rounds, "
         f"medians of per-round ratios (≈: within noise; (!): other processes used more than {BUSY} cores)."
     )

@@ -20,6 +20,8 @@ class EncoderEvidence(BaseEvidence):
         before: (B,N,C) what went into the sub-layer whose output is ``x``.
         origin: (B,N) number of the token at the entry that every one of ``x`` is in the place of; None where none has
             left. Or a function that answers with it, when it is asked for.
+        layer: 0-based layer index. Or a function that answers with it: a compiled graph that does not ask serves all
+            layers.
     """
 
     def __init__(
@@ -29,10 +31,19 @@ class EncoderEvidence(BaseEvidence):
         *,
         before: Tensor | None = None,
         origin: Tensor | Callable[[], Tensor | None] | None = None,
+        layer: int | Callable[[], int] = 0,
         **core: Any,
     ) -> None:
         super().__init__(x, attention, **core)
-        self._before, self._origin = before, origin
+        self._before, self._origin, self._layer = before, origin, layer
+
+    @property
+    def layer(self) -> int:  # type: ignore[override]
+        return self._layer() if callable(self._layer) else self._layer
+
+    @layer.setter
+    def layer(self, number: int) -> None:
+        self._layer = number
 
     @property
     def origin(self) -> Tensor | None:
