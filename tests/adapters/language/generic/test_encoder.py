@@ -10,6 +10,7 @@ import pytest
 import torch
 from toys.build import IMAGE, TABLE, families
 from toys.checks import FORWARD, REFUSED, STOCK_FAILS, plain, toy
+from toys.double import in_double
 from toys.inputs import features, row_of
 from toys.oracles import generate, relative, short_prompts
 from toys.towers import compact_too, dropped_inside
@@ -45,14 +46,23 @@ WITHOUT = {
     "step3p7": "that others are made of",
     "unlimited_ocr": "windows of a map",
 }
+#: Toys that multiply rounding in float32, and are compared in float64. There the difference of qwen3_5_moe is 1.3e-14,
+#: and that between its stock batch and its stock rows 2.0e-14 (glm5_next: 3.8e-14 and 6.6e-14). In float32 it is
+#: 2.8e-5, and the last bit of image features moves the stock logits by 3e-6 (glm5_next: 1.3e-5, and up to 1.5e-5).
+NOISY = ("glm5_next", "qwen3_5_moe")
 EVERY = [n for n in families() if n not in (*TABLE, *REFUSED, *FORWARD, *STOCK_FAILS)]
 NAMES = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EVERY if n not in WITHOUT]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropped_patches_are_hidden_from_the_stock_tower(name):
-    far, changed = dropped_inside(toy(name))
-    assert far < (3e-5 if name == "glm5_next" else 1e-5)  # whose floor is 5e-6
+    if name in NOISY:
+        with in_double(name) as here:
+            far, changed = dropped_inside(here)
+        assert far < 1e-12
+    else:
+        far, changed = dropped_inside(toy(name))
+        assert far < 1e-5
     assert changed > 1e-3
 
 
@@ -213,7 +223,7 @@ def test_stored_differences_cover_every_tower():
         if name in WITHOUT:
             assert WITHOUT[name] in row["no_encoder"]
         else:
-            assert row["encoder"] < (3e-5 if name == "glm5_next" else 1e-5)
+            assert row["encoder"] < (5e-5 if name in NOISY else 1e-5)
     assert all(stored[name]["encoder"] < 1e-5 for name in TABLE)
 
 
