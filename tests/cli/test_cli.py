@@ -320,6 +320,29 @@ def test_train_stops_continues_and_exports(tmp_path: Path, monkeypatch: pytest.M
     assert zoo.load("digits-vit", folder=tmp_path).card["steps"] == 3
 
 
+def test_measuring_for_the_card_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from tokenreduce import zoo
+    from tokenreduce.zoo import world_llava2
+    from tokenreduce.zoo.trainable import Trainable
+    from tokenreduce.zoo.training import followed
+
+    asked = (*world_llava2._EVEN, *world_llava2.LONG, *world_llava2.VIDEO_TYPES)
+
+    def held_out(model: object, *, batches: int, long: int, films: int, progress: object, **_: object) -> dict:
+        assert len([*followed(range(batches + long + films), progress)]) == 60
+        return dict.fromkeys(("all", *asked), 0.5)
+
+    monkeypatch.setattr(world_llava2, "held_out", held_out)
+    monkeypatch.setattr(Trainable, "train", lambda *_, **__: world_llava2.build())
+    made = call("train", "world-llava-2", "--out", tmp_path, "--export")
+    assert made.exit_code == 0, made.output
+    lines = [line for line in made.stdout.splitlines() if line.startswith("measur")]
+    assert lines[0].startswith("measuring on held-out data")
+    assert lines[1:] == [f"measured {done} of 60 batches" for done in range(6, 61, 6)]
+    assert zoo.weights.read_card("world-llava-2", tmp_path)["accuracy_of_all"] == 0.5
+
+
 def test_train_errors(tmp_path: Path) -> None:
     fails(call("train", "resnet"), "cannot train 'resnet'", "digits-vit")
     fails(call("train", "digits-vit", "--minutes", "0"), "--minutes")

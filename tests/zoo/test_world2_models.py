@@ -259,7 +259,11 @@ def test_packed_questions_about_a_clip_equal_single_ones(vit, llava) -> None:
 
 @pytest.mark.slow
 def test_what_is_held_out_has_every_type_of_pictures_and_clips(vit, llava) -> None:
-    found = world_llava2.held_out(world_llava2.Tuning(llava, vit), batches=2, long=1, films=2, per_frame=12)
+    done: list[tuple[int, int]] = []
+    found = world_llava2.held_out(
+        world_llava2.Tuning(llava, vit), batches=2, long=1, films=2, per_frame=12, progress=lambda *d: done.append(d)
+    )
+    assert done == [(i, 5) for i in range(1, 6)]
     assert set(found) >= {"all", "(pointing)", "(motion)", "(event)", "(rank)", "read", "list", "list_words", "order"}
     assert all(0 <= value <= 1 for value in found.values())
 

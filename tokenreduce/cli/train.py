@@ -43,6 +43,8 @@ Stages = Annotated[
     str | None,
     typer.Option(help="Only these stages of the training (world-*-2), such as named,whole; needs a folder of its own."),
 ]
+#: How often it is said how far measuring is, beside the bar.
+TOLD = 10
 #: Options whose names are not those of the arguments.
 SPELT = {"compiled": "compile", "start": "from"}
 Export = Annotated[bool, typer.Option("--export", help="Write weights and card into --out when training has ended.")]
@@ -132,5 +134,15 @@ def _export(model: Any, name: str, folder: Path, screen: Screen, command: str) -
     card: dict[str, Any] = {"command": command, "steps": done, "minutes": round(spent, 1)}
     if made := curve(folder):
         card["curve"] = made
-    facts = zoo.export(model.cpu(), name, card, folder=folder)
+    screen.say("measuring on held-out data what the weights can do, rounded as they are stored")
+    with progress_bar(screen) as bars:
+
+        def told(done: int, total: int) -> None:
+            if not bars.tasks:
+                bars.add_task("batches", total=total)
+            bars.update(bars.tasks[0].id, completed=done)
+            if done * TOLD // total > (done - 1) * TOLD // total:  # logs have no bar
+                screen.say(f"measured {done} of {total} batches")
+
+        facts = zoo.export(model.cpu(), name, card, folder=folder, progress=told)
     screen.say(f"wrote {folder / name}.safetensors, accuracy {100 * facts['accuracy']:.2f} %")

@@ -41,10 +41,21 @@ class ZooModel:
         return getattr(self.processor, "tokenizer", None)
 
 
+Progress = Callable[[int, int], None]
+Facts = Callable[[nn.Module], dict[str, Any]]
+
+
+def _untold(facts: Facts) -> Callable[[nn.Module, Progress | None], dict[str, Any]]:
+    """Of models that are measured in one part."""
+    return lambda model, _: facts(model)
+
+
 @dataclass(frozen=True)
 class _Entry:
     build: Callable[[], nn.Module]
-    facts: Callable[[nn.Module], dict[str, Any]]
+    #: What the card says of a model; the second argument is told how many parts of the measuring are done, and of how
+    #: many, where that takes long.
+    facts: Callable[[nn.Module, Progress | None], dict[str, Any]]
     transform: Callable[[], Callable[[Image.Image], torch.Tensor]]
     labels: tuple[str, ...]
     extra: str
@@ -58,20 +69,20 @@ def _digits() -> _Entry:
     def facts(model: nn.Module) -> dict[str, Any]:
         return {"accuracy": digits.accuracy(model)}
 
-    return _Entry(digits.build, facts, DigitTransform, tuple("0123456789"), "bench")
+    return _Entry(digits.build, _untold(facts), DigitTransform, tuple("0123456789"), "bench")
 
 
 def _world_vit() -> _Entry:
     from tokenreduce.zoo import world_vit
 
-    return _Entry(world_vit.build, world_vit.facts, world_vit.WorldTransform, world_vit.LABELS, "timm")
+    return _Entry(world_vit.build, _untold(world_vit.facts), world_vit.WorldTransform, world_vit.LABELS, "timm")
 
 
 def _world_llava() -> _Entry:
     from tokenreduce.zoo import world_llava, world_vit, world_words
 
     return _Entry(
-        world_llava.build, world_llava.facts, world_vit.WorldTransform, tuple(world_words.IDS), "hf",
+        world_llava.build, _untold(world_llava.facts), world_vit.WorldTransform, tuple(world_words.IDS), "hf",
         world_words.processor,
     )  # fmt: skip
 
@@ -79,7 +90,7 @@ def _world_llava() -> _Entry:
 def _world_vit2() -> _Entry:
     from tokenreduce.zoo import world_vit2
 
-    return _Entry(world_vit2.build, world_vit2.facts, world_vit2.World2Transform, world_vit2.LABELS, "timm")
+    return _Entry(world_vit2.build, _untold(world_vit2.facts), world_vit2.World2Transform, world_vit2.LABELS, "timm")
 
 
 def _world_llava2() -> _Entry:
@@ -95,7 +106,7 @@ def _world_clip2() -> _Entry:
     from tokenreduce.zoo import world_clip2, world_vit2
 
     return _Entry(
-        world_clip2.build, world_clip2.facts, world_vit2.World2Transform, world_clip2.LABELS, "hf",
+        world_clip2.build, _untold(world_clip2.facts), world_vit2.World2Transform, world_clip2.LABELS, "hf",
         world_clip2.processor,
     )  # fmt: skip
 
@@ -172,14 +183,22 @@ def evaluate(vlm: Any, *reducers: Any, split: str = "test", seed: int = 0, quest
     return run(vlm, *reducers, split=split, seed=seed, questions=questions, **more)
 
 
-def export(model: nn.Module, name: str, card: Mapping[str, Any], *, folder: Path = weights.FOLDER) -> dict[str, Any]:
+def export(
+    model: nn.Module,
+    name: str,
+    card: Mapping[str, Any],
+    *,
+    folder: Path = weights.FOLDER,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Write a trained ``model`` as the embedded weights of ``name`` and return the complete card.
 
     The weights are rounded to fp16; the accuracies in the card are measured after rounding, on held-out data. ``card``
-    holds what training knows (steps, minutes, command). Raises ``ValueError`` for an unknown name.
+    holds what training knows (steps, minutes, command). ``progress`` is told how many parts of the measuring are done,
+    and of how many, for ``world-llava-2``, where it takes minutes. Raises ``ValueError`` for an unknown name.
     """
     entry = _entry(name)
     rounded = copy.deepcopy(model).half().float()
-    facts = {**card, **entry.facts(rounded)}
+    facts = {**card, **entry.facts(rounded, progress)}
     weights.save(rounded, name, facts, folder)
     return weights.read_card(name, folder)

@@ -10,16 +10,19 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from tokenreduce.common.files import write_bytes
 
-__all__ = ["Schedule", "curve", "fit", "half", "progress"]
+__all__ = ["Schedule", "curve", "fit", "followed", "half", "progress"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Schedule:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return self.lr * (self.final + (1 - self.final) * left)
+
+
+def followed(parts: Sequence[T], progress: Callable[[int, int], None] | None) -> Iterator[T]:
+    """``parts`` in order; behind each ``progress``, where it is given, hears how many are done, and of how many."""
+    for done, part in enumerate(parts, 1):
+        yield part
+        if progress is not None:
+            progress(done, len(parts))
 
 
 def progress(folder: Path) -> tuple[int, float]:

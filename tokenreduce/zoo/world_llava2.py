@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tokenreduce.zoo import packing, world_vit2
 from tokenreduce.zoo.clip_twin import clip_state, timm_state
 from tokenreduce.zoo.stages import fit_stages
-from tokenreduce.zoo.training import Schedule, half
+from tokenreduce.zoo.training import Schedule, followed, half
 from tokenreduce.zoo.world2.clip_questions import VIDEO_TYPES
 from tokenreduce.zoo.world2.questions import LONG
 from tokenreduce.zoo.world2.vocabulary import GRID
@@ -252,6 +252,7 @@ def _tensors(made: Lesson, device: str) -> dict[str, Tensor]:
 def held_out(
     model: Tuning, *, device: str = "cpu", batches: int = 3, long: int = 1, films: int = 4,
     per_frame: int = GRID * GRID // 16, split: str = "validation", course: Course | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Accuracy on scenes and clips of ``split`` by question type, each word given the right ones before it, so that a
     whole answer is right exactly when greedy decoding finds it: of whole answers, of the words of those with several
@@ -259,7 +260,8 @@ def held_out(
     others of :data:`~.world2_lessons.TELLS`; of places the share that is right to a patch).
 
     ``batches`` of 8 scenes with 12 questions each, ``long`` ones that ask for long answers, and ``films`` of 2 clips
-    with 10 questions each, of which ``per_frame`` tokens of a frame are kept, what shows something first.
+    with 10 questions each, of which ``per_frame`` tokens of a frame are kept, what shows something first. ``progress``
+    is told behind every one of them how many are done, and of how many.
     """
     was = model.training
     model.eval()
@@ -268,7 +270,7 @@ def held_out(
     plan = [Course(**pictures, types=_EVEN, scene=dict(document=0.6))] * batches
     plan += [Course(**pictures, long=1.0, scene=dict(document=0.6))] * long + [Course(**clips)] * films
     right: dict[str, list[float]] = {}
-    for i, used in enumerate(plan):
+    for i, used in enumerate(followed(plan, progress)):
         made = any_lesson(i, course=course or used, seed=99, split=split)
         tensors = _tensors(made, device)
         with half(device):
@@ -342,15 +344,17 @@ def train(
     return model.llava.requires_grad_(True).eval()
 
 
-def facts(model: Any) -> dict[str, Any]:
+def facts(model: Any, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """What the card says about ``model``: accuracy by question type on held-out questions (``accuracy`` is the mean
-    over the types that are ``learned``, ``accuracy_of_all`` over all), data and limits."""
+    over the types that are ``learned``, ``accuracy_of_all`` over all), data and limits. ``progress`` as for
+    :func:`held_out`: it takes minutes."""
     vit = world_vit2.build()
     vit.load_state_dict(timm_state(model.model.vision_tower.state_dict()), strict=False)
     batches, long, films = HELD_OUT
     found = held_out(
-        Tuning(model, vit.eval()), batches=batches, long=long, films=films, per_frame=GRID * GRID // 4, split="test"
-    )
+        Tuning(model, vit.eval()), batches=batches, long=long, films=films, per_frame=GRID * GRID // 4, split="test",
+        progress=progress,
+    )  # fmt: skip
     model.requires_grad_(True)
     asked = (*_EVEN, *LONG, *VIDEO_TYPES)
     learned = [t for t in asked if found[t] >= LEARNED]
