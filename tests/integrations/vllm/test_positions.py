@@ -13,7 +13,7 @@ MEDIA = torch.tensor([VIDEO, IMAGE])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_places_travel_exactly_in_every_precision(dtype):
-    places = torch.tensor([[0, 0, 0], [1, 127, 128], [1001, 257, 16383]])
+    places = torch.tensor([[0, 0, 0], [1, 255, 256], [1001, 257, 65535]])
     rows = torch.randn(3, 4).to(dtype)
     sent = packed(rows, places)
     assert sent.shape == (3, 4 + COLUMNS)

@@ -6,17 +6,19 @@ it, so that a server without us pays nothing.
 
 from __future__ import annotations
 
-from tokenreduce.integrations.vllm.names import ARCHITECTURE
+from tokenreduce.integrations.vllm.names import ARCHITECTURE, NATIVE
 
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Make the architecture :data:`~.names.ARCHITECTURE` known to vLLM. Does nothing the second time."""
+    """Make :data:`~.names.ARCHITECTURE` and :data:`~.names.NATIVE` known to vLLM. Does nothing the second time."""
     from vllm import ModelRegistry
 
     from tokenreduce.integrations.vllm.cpu_runner import mend
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"tokenreduce.integrations.vllm.model:{ARCHITECTURE}")
+    known = ModelRegistry.get_supported_archs()
+    for name, place in ((ARCHITECTURE, "model"), (NATIVE, "native")):
+        if name not in known:
+            ModelRegistry.register_model(name, f"tokenreduce.integrations.vllm.{place}:{name}")
     mend()

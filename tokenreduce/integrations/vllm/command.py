@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenreduce.integrations.vllm.counts import method_of
 from tokenreduce.integrations.vllm.families import Family, family_of
-from tokenreduce.integrations.vllm.names import ARCHITECTURE, KEEP, PRUNING_RATE, SETTING
+from tokenreduce.integrations.vllm.names import KEEP, PRUNING_RATE, SETTING
 
 __all__ = ["INSTALL", "Server", "check_installed", "server"]
 
@@ -100,7 +100,7 @@ def server(
 
 
 def _reducing(reduce: str, family: Family, requests_may_choose: bool) -> list[str]:
-    overrides = {"architectures": [ARCHITECTURE], SETTING: reduce}
+    overrides = {"architectures": [family.architecture], SETTING: reduce}
     out = ["--hf-overrides", json.dumps(overrides)]
     if family.axes:
         out += ["--video-pruning-rate", repr(PRUNING_RATE)]

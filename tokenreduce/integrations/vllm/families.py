@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenreduce.algorithms.projector import Projector
+from tokenreduce.core.reducer import Reducer
+from tokenreduce.core.registry import get_class
+from tokenreduce.integrations.vllm.counts import fitting
+from tokenreduce.integrations.vllm.names import ARCHITECTURE, NATIVE
 
 __all__ = ["Family", "family_of"]
 
@@ -27,6 +31,19 @@ class Family:
     axes: bool
     tiled: bool
     videos: bool
+    #: Whether it is served by vLLM's own class, of whose tower attention alone is seen, and a video comes frame by
+    #: frame with text between, so that every frame is an image to methods that do not look across them.
+    native: bool = False
+
+    @property
+    def architecture(self) -> str:
+        """The class that serves it."""
+        return NATIVE if self.native else ARCHITECTURE
+
+    def check_class(self, name: str) -> None:
+        """Raise ``ValueError`` unless ``name`` is the class that serves it."""
+        if name != self.architecture:
+            raise ValueError(f"{self.name} is served by {self.architecture}: give it in hf_overrides, not {name}")
 
     def check(self, reducer: Projector) -> None:
         """Raise ``ValueError`` for settings of ``reducer`` that this model cannot have in vLLM."""
@@ -45,6 +62,12 @@ class Family:
                 f"{reducer.name} looks across the frames of a video, and {self.name} takes a video as single images, "
                 f"of which vLLM encodes each alone; choose a method for images"
             )
+        if self.native and not _shown(reducer):
+            fits = [n for n in fitting() if _shown(get_class(n, "projector")(keep=64))]  # type: ignore[call-arg]
+            raise ValueError(
+                f"{reducer.spec()} looks at what vLLM's own class of {self.name} does not show "
+                f"({', '.join(reducer.required())}); methods that fit: {', '.join(fits)}"
+            )
 
 
 def family_of(config: Any) -> Family:
@@ -58,7 +81,8 @@ def family_of(config: Any) -> Family:
         raise ValueError(
             f"{name} has no vision_config: it is no image/video language model whose tokens can be reduced"
         )
-    if getattr(vision, "deepstack_visual_indexes", None):
+    native = name == "qwen3_vl"
+    if getattr(vision, "deepstack_visual_indexes", None) and not native:
         raise ValueError(
             f"{name} cannot be served: its language model takes features of several tower blocks (DeepStack), which "
             f"vLLM's Transformers backend leaves out, so that even the whole model answers otherwise there; serve it "
@@ -73,7 +97,12 @@ def family_of(config: Any) -> Family:
             f"in vLLM those that are left; use tr.patch with transformers"
         )
     videos = getattr(config, "video_token_id", getattr(config, "video_token_index", None)) is not None
-    return Family(name, _axes(text), name in _TILED, videos)
+    return Family(name, _axes(text), name in _TILED, videos, native)
+
+
+def _shown(reducer: Reducer) -> bool:
+    """Whether ``reducer`` looks at nothing but embeddings and what patches of the tower pay each other."""
+    return {*reducer.required()} <= {"tower"}
 
 
 def _axes(text: Any) -> bool:

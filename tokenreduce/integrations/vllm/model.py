@@ -28,7 +28,7 @@ from tokenreduce.integrations.vllm.parallel import whole_heads
 from tokenreduce.integrations.vllm.positions import Run, ahead, packed, placed, whole_prompt
 from tokenreduce.integrations.vllm.processor import DummyInputs, Info, Processor
 
-__all__ = ["TokenReduceForConditionalGeneration"]
+__all__ = ["TokenReduceForConditionalGeneration", "check_engine"]
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
@@ -48,10 +48,9 @@ class TokenReduceForConditionalGeneration(TransformersMultiModalForCausalLM):
         self._spec = getattr(config.hf_config, SETTING, None)
         family = family_of(config.hf_config)
         reducer = method_of(self._spec)
+        family.check_class(type(self).__name__)
         family.check(reducer)
-        _check_engine(config, family.axes)
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError("tokenreduce serves one pipeline stage; use tensor_parallel_size for several devices")
+        check_engine(vllm_config, family.axes)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._reducer, self._axes = reducer, family.axes
         self._undo = Undo((reducer,))
@@ -152,9 +151,11 @@ def _with_calls(features: Sequence[Tensor], calls: Sequence[Encoded]) -> list[tu
     return out
 
 
-def _check_engine(config: Any, axes: bool) -> None:
-    """Raise ``ValueError`` for engine arguments that do not go with the model."""
-    settings = config.multimodal_config
+def check_engine(vllm_config: Any, axes: bool) -> None:
+    """Raise ``ValueError`` for engine arguments that do not go with the model, whose positions are ``axes`` or not."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError("tokenreduce serves one pipeline stage; use tensor_parallel_size for several devices")
+    settings = vllm_config.model_config.multimodal_config
     pruning = settings is not None and settings.is_multimodal_pruning_enabled()
     if axes and not pruning:
         raise ValueError(

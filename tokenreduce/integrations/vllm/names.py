@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["ARCHITECTURE", "FIELD", "KEEP", "MODALITIES", "PRUNING_RATE", "SETTING", "VERSIONS"]
+__all__ = ["ARCHITECTURE", "FIELD", "KEEP", "MODALITIES", "NATIVE", "PRUNING_RATE", "SETTING", "VERSIONS"]
 
 #: The model class that ``hf_overrides`` select: the plug-in changes no class that vLLM has already.
 ARCHITECTURE = "TokenReduceForConditionalGeneration"
+#: The one for Qwen3-VL, on vLLM's own class: its Transformers backend leaves DeepStack out.
+NATIVE = "TokenReduceQwen3VLForConditionalGeneration"
 #: Where ``hf_overrides``, and so the model's config, hold the method.
 SETTING = "tokenreduce"
 #: What a request may say in ``mm_processor_kwargs``.

@@ -2,8 +2,9 @@
 
 vLLM asks a model for the positions of a prompt before any image is encoded, when only the number of tokens that stay is
 known and not which. Text positions are final then, since they do not depend on which stay: they are those of the whole
-prompt. The places of visual tokens travel in columns behind their embeddings, and :func:`placed` writes them when
-the tokens of a chunk come. Everything here is arithmetic on token ids and tensors.
+prompt. The places of visual tokens travel in columns behind their embeddings, and :func:`placed` (of prompts in which
+placeholders are all that waits) or :func:`arrived` writes them when the tokens of a chunk come. Everything here is
+arithmetic on token ids and tensors.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Run", "Whole", "ahead", "packed", "placed", "unpacked", "whole_prompt"]
+__all__ = [
+    "COLUMNS", "FARTHEST", "Run", "Whole", "ahead", "arrived", "extent", "packed", "placed", "places_in", "unpacked",
+    "waiting", "whole_prompt",
+]  # fmt: skip
 
 #: Half-precision numbers count exactly to 256 (bfloat16): each of three coordinates is two digits of this base.
-_BASE = 128
+_BASE = 256
+#: Places are below this number.
+FARTHEST = _BASE * _BASE
 #: Columns behind an embedding.
 COLUMNS = 6
 
@@ -25,8 +31,8 @@ COLUMNS = 6
 def packed(rows: Tensor, places: Tensor) -> Tensor:
     """``rows`` (K,D) with ``places`` (K,3), time, row and column counted from the first token of their image, in
     :data:`COLUMNS` more columns. Raises ``ValueError`` for places that the columns cannot hold."""
-    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < _BASE * _BASE:
-        raise ValueError(f"places of visual tokens are in [0, {_BASE * _BASE}), not up to {int(places.max())}")
+    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < FARTHEST:
+        raise ValueError(f"places of visual tokens are in [0, {FARTHEST}), not up to {int(places.max())}")
     return torch.cat([rows, (places // _BASE).to(rows), (places % _BASE).to(rows)], 1)
 
 
@@ -116,3 +122,44 @@ def placed(
         positions[:, columns] = start + places.T.to(positions)
         clean.append(x)
     return clean, positions
+
+
+# -- images with text between their parts (the frames of a film in Qwen3-VL, each behind its time) ---------------------
+def extent(text: int, frames: int, rows: int, columns: int) -> int:
+    """How far positions go on over an image or film with ``text`` tokens between its ``frames`` of (rows, columns)."""
+    return text + frames * max(rows, columns)
+
+
+def places_in(visual: Tensor, rows: int, columns: int) -> Tensor:
+    """(L,3) places of the tokens of a whole image or film, counted from its first: ``visual`` (L,) bool marks those of
+    its frames of (rows, columns) tokens, the others are text."""
+    before = visual.long().cumsum(0) - visual.long()
+    frame, at = before // (rows * columns), before % (rows * columns)
+    start = (~visual).long().cumsum(0) - (~visual).long() + frame * max(rows, columns)
+    inside = torch.stack([torch.zeros_like(at), at // columns, at % columns], 1)
+    return start[:, None] + inside * visual[:, None]
+
+
+def waiting(length: int, runs: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Positions (3,length) of a prompt, final for its text. ``runs`` are the first column of each image, how many
+    columns it has, and its :func:`extent`: these columns hold -1 - start until :func:`arrived` writes them."""
+    out = torch.arange(length)
+    for offset, columns, far in sorted(runs):
+        start = int(out[offset])
+        out[offset + columns :] += far - columns
+        out[offset : offset + columns] = -1 - start
+    return out.expand(3, -1).clone()
+
+
+def arrived(rows: Sequence[Tensor], positions: Tensor, computed: int) -> tuple[list[Tensor], Tensor]:
+    """The embeddings of ``rows`` without their places, and ``positions`` (3,L) with these written into the first
+    columns from ``computed`` on that are :func:`waiting`. ``positions`` are not changed."""
+    positions = positions.clone()
+    where = (positions[0] < 0).nonzero().flatten()
+    where = where[where >= computed]
+    parts = [unpacked(part) for part in rows]
+    if parts:
+        places = torch.cat([places for _, places in parts]).T.to(positions)
+        columns = where[: places.shape[1]]
+        positions[:, columns] = places - 1 - positions[:, columns]
+    return [x for x, _ in parts], positions

@@ -24,26 +24,34 @@ from tokenreduce.integrations.vllm.counts import check_runs, kept, method_of, re
 from tokenreduce.integrations.vllm.families import family_of
 from tokenreduce.integrations.vllm.names import FIELD, KEEP, MODALITIES, SETTING
 
-__all__ = ["DummyInputs", "Info", "Processor"]
+__all__ = ["DummyInputs", "Info", "Processor", "Shortening"]
 
 Info = MultiModalProcessingInfo
 DummyInputs = MultiModalDummyInputsBuilder
 
 
-class Processor(MultiModalProcessor):
-    """Shortens the placeholders of every image and video to the tokens that will stay."""
+class Shortening:
+    """Mixin of vLLM's processors: shortens the placeholders of every image and video to the tokens that will stay.
+
+    :meth:`_counts` and :meth:`_shorter` are those of the Transformers backend.
+    """
+
+    info: Any
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         keep = requested(hf_kwargs)
         _check_given(mm_items)
-        out = super()._apply_hf_processor_main(mm_items, {k: v for k, v in hf_kwargs.items() if k != KEEP})
+        kwargs = {k: v for k, v in hf_kwargs.items() if k != KEEP}
+        out = super()._apply_hf_processor_main(mm_items, kwargs)  # type: ignore[misc]
         for modality in MODALITIES:
-            if out.get(f"{modality}_replacement_ids") is not None:
-                out[f"{modality}_{FIELD}"] = torch.tensor(self._counts(modality, out, keep))
+            if counts := self._counts(modality, out, keep):
+                out[f"{modality}_{FIELD}"] = torch.tensor(counts)
         return out
 
     def _counts(self, modality: str, out: Any, keep: int | float | None) -> list[int]:
         """How many tokens of every item of ``out``, the library's outputs, stay."""
+        if out.get(f"{modality}_replacement_ids") is None:
+            return []
         config = self.info.get_hf_config()
         reducer, family = method_of(getattr(config, SETTING, None)), family_of(config)
         grids, tiles = out.get(f"{modality}_grid_thw"), out.get("num_image_patches")
@@ -61,7 +69,7 @@ class Processor(MultiModalProcessor):
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
         own = {name: hf_inputs.pop(name) for m in MODALITIES if (name := f"{m}_{FIELD}") in hf_inputs}
-        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))  # type: ignore[misc]
         for name, values in own.items():
             hf_inputs[name] = values
             fields[name] = MultiModalFieldConfig.batched(name.removesuffix(f"_{FIELD}"), keep_on_cpu=True)
@@ -71,9 +79,16 @@ class Processor(MultiModalProcessor):
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
         kwargs = {k: v for k, v in hf_processor_mm_kwargs.items() if k != KEEP}
-        tiled = family_of(self.info.get_hf_config()).tiled
-        updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)
-        return [_shorter(update, out_mm_kwargs[update.modality], tiled) for update in updates]
+        updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
+        return [self._shorter(update, out_mm_kwargs) for update in updates]
+
+    def _shorter(self, update: Any, out_mm_kwargs: Any) -> Any:
+        """``update`` with the placeholders of what stays."""
+        return _shorter(update, out_mm_kwargs[update.modality], family_of(self.info.get_hf_config()).tiled)
+
+
+class Processor(Shortening, MultiModalProcessor):
+    """That of the Transformers backend."""
 
 
 def _shorter(update: Any, items: Any, tiled: bool) -> Any:

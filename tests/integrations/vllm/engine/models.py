@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import vlm_folders
+import vlms
 from PIL import Image
 
 Cases = list[dict[str, Any]]
@@ -32,6 +34,48 @@ def save_qwen(folder: Path) -> Path:
         ),
         films=dict(do_sample_frames=True),
     )  # fmt: skip
+
+
+def save_qwen3(folder: Path) -> Path:
+    """Qwen3-VL of width 128 with heads of 32 and DeepStack features of two blocks of its tower: patches of 8 pixels,
+    2x2 of which are a visual token, at most 256 of an image. Digits are words, so that times between frames differ."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    special = vlm_folders.QWEN_SPECIAL
+    vision = dict(
+        depth=3, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=8, out_hidden_size=128,
+        num_position_embeddings=64, deepstack_visual_indexes=[0, 2],
+    )  # fmt: skip
+    text = vlms._text(
+        hidden_size=128, intermediate_size=256, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
+        vocab_size=140, rope_parameters={
+            "rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10000.0, "mrope_interleaved": True,
+        },
+    )  # fmt: skip
+    config = Qwen3VLConfig(
+        vision_config=vision, text_config=text, image_token_id=vlms.IMAGE, video_token_id=vlms.VIDEO,
+        vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"],
+    )  # fmt: skip
+    torch.manual_seed(6)  # answers that differ
+    vlms._wide(Qwen3VLForConditionalGeneration(config)).save_pretrained(folder)
+    token = 16**2  # pixels
+    # vLLM normalises pixels on the device, those of films by the numbers of images.
+    sizes: dict[str, Any] = dict(patch_size=8, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    tokenizer = vlm_folders._tokenizer(special)
+    tokenizer.add_tokens([*"0123456789", "seconds"])
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 16 * token, "longest_edge": 256 * token}),
+        tokenizer,
+        Qwen3VLVideoProcessor(**sizes, size={"shortest_edge": 16 * token, "longest_edge": 1024 * token}),
+        chat_template=vlm_folders.QWEN_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
 
 
 def questions(folder: Path, *, single: int = 10) -> Cases:

@@ -1,8 +1,9 @@
 """Ask one engine of vLLM: ``python run_engine.py JOB.json``, in vLLM's environment. Answers go to the job's ``out``.
 
-A job has ``model`` (folder), ``spec`` (the method), ``engine`` (arguments of ``LLM``), ``new`` (tokens), ``rounds``
-(the same prompts again) and ``cases``: ``prompt``, ``images`` (files) or ``video`` (an .npy file) with ``fps``,
-``keep``. With ``bad``, cases are asked one by one, and one that is refused has its error in place of an answer.
+A job has ``model`` (folder), ``spec`` (the method), ``architecture`` (where the class is not the usual one), ``engine``
+(arguments of ``LLM``), ``new`` (tokens), ``rounds`` (the same prompts again) and ``cases``: ``prompt``, ``images``
+(files) or ``video`` (an .npy file) with ``fps``, ``keep``. With ``bad``, cases are asked one by one, and one that is
+refused has its error in place of an answer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def main(job: dict[str, Any]) -> None:
 
     from tokenreduce.integrations.vllm.names import ARCHITECTURE, KEEP, SETTING
 
-    overrides = {"architectures": [ARCHITECTURE], **({SETTING: job["spec"]} if job["spec"] else {})}
+    overrides = {
+        "architectures": [job.get("architecture", ARCHITECTURE)],
+        **({SETTING: job["spec"]} if job["spec"] else {}),
+    }
     engine = LLM(
         job["model"], hf_overrides=overrides, dtype="float32", max_model_len=1024, enforce_eager=True,
         limit_mm_per_prompt={"image": 2, "video": 1}, seed=0, **job["engine"],

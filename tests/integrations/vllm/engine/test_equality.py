@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tokenreduce.integrations.vllm.names import NATIVE
+
 PYTHON = os.environ.get("TOKENREDUCE_VLLM_PYTHON")
 HERE = Path(__file__).parent
 pytestmark = [
@@ -46,17 +48,22 @@ ROWS = [
     Row("llava", "visionzip:keep=49", PLAIN),
     Row("qwen", "divprune:keep=24", {**PLAIN, **MROPE}),
     Row("qwen", "visionzip:keep=24", {**CACHED, **MROPE}, rounds=2),
+    Row("qwen3", "divprune:keep=24", {**PLAIN, **MROPE}),
+    Row("qwen3", "aim-merge:keep=24", {**CACHED, **MROPE}, rounds=2),
+    Row("qwen3", "vidcom2:keep=24", {**CACHED, **MROPE}, rounds=2),
+    Row("qwen3", "visionzip:keep=24", {**PLAIN, **MROPE}),
 ]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
-    from integrations.vllm.engine.models import questions, qwen_cases, save_qwen, save_world
+    from integrations.vllm.engine.models import questions, qwen_cases, save_qwen, save_qwen3, save_world
 
     place = tmp_path_factory.mktemp("vllm")
     return {
         "llava": (save_world(place / "llava"), questions(place / "pictures")),
         "qwen": (save_qwen(place / "qwen"), qwen_cases(place / "films")),
+        "qwen3": (save_qwen3(place / "qwen3"), qwen_cases(place / "qwen3 films")),
     }
 
 
@@ -79,8 +86,9 @@ def test_the_engine_answers_as_a_patched_model(row, models, tmp_path):
     from integrations.vllm.engine.reference import answers
 
     folder, cases = models[row.model]
-    got = asked(tmp_path, folder, row.spec, row.engine, cases, rounds=row.rounds)
-    positions = "original" if row.model == "qwen" else "compact"
+    more = {"architecture": NATIVE} if row.model == "qwen3" else {}
+    got = asked(tmp_path, folder, row.spec, row.engine, cases, rounds=row.rounds, **more)
+    positions = "compact" if row.model == "llava" else "original"
     want = list(answers(str(folder), row.spec, positions, cases, 8))
     for case, mine, theirs in zip(cases, got, want, strict=True):
         assert mine["prompt"] == theirs["prompt"], case
