@@ -15,7 +15,7 @@ from tokenreduce.cli import app
 from tokenreduce.integrations.vllm import register
 from tokenreduce.integrations.vllm.command import GROUP, check_installed, server
 from tokenreduce.integrations.vllm.cpu_runner import mended
-from tokenreduce.integrations.vllm.names import ARCHITECTURE, PRUNING_RATE
+from tokenreduce.integrations.vllm.names import ARCHITECTURE, NATIVE, PRUNING_RATE
 
 
 def config(kind="llava", **text):
@@ -56,6 +56,14 @@ def test_a_model_with_places_as_positions_gets_the_rate_that_drops_nothing():
     rate = float(value(said, "--video-pruning-rate"))
     assert rate == PRUNING_RATE
     assert 1 - rate == 1
+
+
+def test_qwen3_vl_is_served_by_a_class_of_its_own():
+    given = config("qwen3_vl", rope_parameters={"mrope_section": [24, 20, 20]})
+    given.vision_config.deepstack_visual_indexes = [8, 16, 24]
+    said = list(server("qwen", given, "divprune:keep=64").arguments)
+    assert json.loads(value(said, "--hf-overrides"))["architectures"] == [NATIVE]
+    assert float(value(said, "--video-pruning-rate")) == PRUNING_RATE
 
 
 def test_a_server_without_a_method_is_stock():
@@ -142,7 +150,10 @@ def test_the_entry_point_registers_once(monkeypatch):
     register()
     known[ARCHITECTURE] += "!"
     register()
-    assert known == {ARCHITECTURE: f"tokenreduce.integrations.vllm.model:{ARCHITECTURE}!"}
+    assert known == {
+        ARCHITECTURE: f"tokenreduce.integrations.vllm.model:{ARCHITECTURE}!",
+        NATIVE: f"tokenreduce.integrations.vllm.native:{NATIVE}",
+    }
 
 
 @pytest.mark.parametrize("able", [True, False])

@@ -12,7 +12,7 @@ from tokenreduce.core.registry import get_class
 from tokenreduce.integrations.vllm import counts
 from tokenreduce.integrations.vllm.counts import check_runs, fitting, kept, method_of, requested, shortened
 from tokenreduce.integrations.vllm.families import family_of
-from tokenreduce.integrations.vllm.names import KEEP
+from tokenreduce.integrations.vllm.names import ARCHITECTURE, KEEP, NATIVE
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def config(kind="llava", *, text=None, vision=None, **more):
 
 
 MROPE = {"rope_parameters": {"mrope_section": [16, 24, 24]}}
+QWEN3 = config("qwen3_vl", text=MROPE, vision={"deepstack_visual_indexes": [5]}, video_token_id=7)
 WINDOWS = {"layer_types": ["full_attention", "sliding_attention"]}
 
 
@@ -124,8 +125,8 @@ def test_families_are_read_off_a_config():
     ("given", "said"),
     [
         (
-            config("qwen3_vl", text=MROPE, vision={"deepstack_visual_indexes": [5]}),
-            "qwen3_vl cannot be served.*DeepStack",
+            config("qwen3_vl_moe", text=MROPE, vision={"deepstack_visual_indexes": [5]}),
+            "qwen3_vl_moe cannot be served.*DeepStack",
         ),
         (config("llava_onevision"), "row ends"),
         (config("gemma3"), "see each other both ways"),
@@ -145,8 +146,22 @@ def test_models_that_cannot_be_right_are_refused(given, said):
         (config("qwen2_5_vl", text=MROPE, video_token_id=7), "divprune:positions=compact", "positions='compact'"),
         (config(), "divprune:positions=original", "positions='original'"),
         (config(), "vidcom2:keep=16", "takes a video as single images"),
+        (QWEN3, "zoo-prune:keep=16", r"does not show \(through\); methods that fit: .*divprune.*vidcom2.*visionzip"),
+        (QWEN3, "fastervlm:keep=16,score=cls", r"does not show \(tower, cls\); methods that fit"),
+        (QWEN3, "divprune:positions=compact", "positions='compact'"),
     ],
 )
 def test_settings_that_a_model_cannot_have_are_refused(given, spec, said):
     with pytest.raises(ValueError, match=said):
         family_of(given).check(method_of(spec))
+
+
+def test_a_model_with_deepstack_has_a_class_of_its_own():
+    qwen, llava = family_of(QWEN3), family_of(config())
+    assert (qwen.axes, qwen.videos, qwen.architecture, llava.architecture) == (True, True, NATIVE, ARCHITECTURE)
+    qwen.check_class(NATIVE)
+    for spec in ("divprune:keep=16", "vidcom2:keep=16", "visionzip:keep=16"):
+        qwen.check(method_of(spec))
+    for family, wrong in ((qwen, ARCHITECTURE), (llava, NATIVE)):
+        with pytest.raises(ValueError, match=f"is served by {family.architecture}: .* not {wrong}"):
+            family.check_class(wrong)

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenreduce.integrations.vllm.positions import COLUMNS, Run, ahead, packed, placed, unpacked, whole_prompt
+from tokenreduce.integrations.vllm.positions import (
+    COLUMNS,
+    Run,
+    ahead,
+    arrived,
+    extent,
+    packed,
+    placed,
+    places_in,
+    unpacked,
+    waiting,
+    whole_prompt,
+)
 
 IMAGE, VIDEO = 99, 98
 MEDIA = torch.tensor([VIDEO, IMAGE])
@@ -84,3 +96,62 @@ def test_written_positions_are_those_of_the_kept_tokens(cut):
     assert torch.equal(got, want)
     assert (start[:, media] == -1).all(), "what was given is not changed"
     assert ahead(got) == int(want[:, -1].max()) + 1 - want.shape[1]
+
+
+OPEN, CLOSE = 97, 96
+
+
+def film(times: list[list[int]], per_frame: list[int]) -> list[int]:
+    """A film in a prompt of Qwen3-VL: the time of every frame as text, and its tokens between two marks."""
+    return [t for time, n in zip(times, per_frame, strict=True) for t in (*time, OPEN, *[VIDEO] * n, CLOSE)]
+
+
+@pytest.mark.parametrize("cut", [None, 3, 6, 9, 12, 16, 20])
+def test_positions_with_text_between_frames_are_those_of_the_library(cut):
+    """Whatever stays of an image and of the frames of a film (of one nothing), wherever a chunk ends."""
+    pytest.importorskip("transformers")
+    from vlms import VLMS
+
+    rows, columns, times = 3, 5, [[11], [12, 13], [14]]
+    picture, whole_film = [IMAGE] * 6, film(times, [15] * 3)
+    text = [[1, 2, OPEN], [CLOSE, 3, OPEN], [CLOSE, 4, 5]]
+    whole = torch.tensor([*text[0], *picture, *text[1], *whole_film, *text[2]])
+    kinds = (whole == IMAGE).int() + 2 * (whole == VIDEO).int()
+    want, _ = VLMS["qwen3_vl"].model.model.get_rope_index(
+        whole[None], kinds[None], image_grid_thw=torch.tensor([[1, 4, 6]]),
+        video_grid_thw=torch.tensor([[3, 2 * rows, 2 * columns]]),
+    )  # fmt: skip
+
+    visual = torch.tensor(whole_film) == VIDEO
+    stay = ~visual
+    stay[visual.nonzero().flatten()[[0, 7, 14, 44]]] = True  # the second frame loses all
+    left = torch.tensor([1, 2, 5])
+    column = torch.cat([
+        torch.arange(3), 3 + left, 9 + torch.arange(3), 12 + stay.nonzero().flatten(),
+        torch.arange(len(whole) - 3, len(whole)),
+    ])  # fmt: skip
+    runs = [(9, int(stay.sum()), extent(10, 3, rows, columns)), (3, 3, extent(0, 1, 2, 3))]
+    start = waiting(len(column), runs)
+    assert torch.equal(start[:, start[0] >= 0], want[:, 0, column][:, start[0] >= 0])
+    bring = [places_in(torch.ones(6, dtype=torch.bool), 2, 3)[left], places_in(visual, rows, columns)[stay]]
+    flat = torch.cat([packed(torch.zeros(len(p), 2), p) for p in bring])
+    if cut is None:
+        clean, got = arrived([flat[:3], flat[3:]], start, 0)
+        assert [x.shape for x in clean] == [(3, 2), (len(flat) - 3, 2)]
+    else:
+        before = int((start[0, :cut] < 0).sum())
+        _, got = arrived([flat[:before]] if before else [], start, 0)
+        _, got = arrived([flat[before:]], got, cut)
+    assert torch.equal(got, want[:, 0, column])
+    assert int(start.min()) < 0, "what was given is not changed"
+    assert ahead(got) == int(want.max()) + 1 - len(column)
+
+
+def test_what_a_cache_brought_stays_waiting():
+    start = waiting(8, [(2, 4, 6)])
+    assert start[0].tolist() == [0, 1, -3, -3, -3, -3, 8, 9]
+    clean, got = arrived([packed(torch.zeros(2, 2), torch.tensor([[0, 1, 0], [5, 5, 5]]))], start, 4)
+    assert got[:, :4].equal(start[:, :4])
+    assert got[:, 4].tolist() == [2, 3, 2]
+    assert got[:, 5].tolist() == [7, 7, 7]
+    assert clean[0].shape == (2, 2)
