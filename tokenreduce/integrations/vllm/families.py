@@ -47,6 +47,12 @@ class Family:
 
     def check(self, reducer: Projector) -> None:
         """Raise ``ValueError`` for settings of ``reducer`` that this model cannot have in vLLM."""
+        if self.native and not _shown(reducer):
+            fits = [n for n in fitting() if _shown(get_class(n, "projector")(keep=64))]  # type: ignore[call-arg]
+            raise ValueError(
+                f"{reducer.spec()} looks at what vLLM's own class of {self.name} does not show "
+                f"({', '.join(reducer.required())}); methods that fit: {', '.join(fits)}"
+            )
         if reducer.positions == "compact" and self.axes:
             raise ValueError(
                 f"{reducer.name}: positions='compact' is not possible on {self.name}, whose positions are places in "
@@ -61,12 +67,6 @@ class Family:
             raise ValueError(
                 f"{reducer.name} looks across the frames of a video, and {self.name} takes a video as single images, "
                 f"of which vLLM encodes each alone; choose a method for images"
-            )
-        if self.native and not _shown(reducer):
-            fits = [n for n in fitting() if _shown(get_class(n, "projector")(keep=64))]  # type: ignore[call-arg]
-            raise ValueError(
-                f"{reducer.spec()} looks at what vLLM's own class of {self.name} does not show "
-                f"({', '.join(reducer.required())}); methods that fit: {', '.join(fits)}"
             )
 
 

@@ -115,3 +115,13 @@ def qwen_cases(folder: Path) -> Cases:
         case: dict[str, Any] = {"prompt": f"the {film} what is in this", "video": name, "fps": fps}
         out.append(case if keep is None else {**case, "keep": keep})
     return out
+
+
+def qwen3_cases(folder: Path) -> Cases:
+    """Those of :func:`qwen_cases`, films that nothing stands before or of which all stays, and a picture beside one."""
+    out = qwen_cases(folder)
+    see, film = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+    seen = {"video": out[-1]["video"], "fps": 2.0}
+    out += [{"prompt": f"{film} what is there", **seen, "keep": k} for k in (5, 0.5, 1.0)]
+    beside = {**seen, "images": out[3]["images"]}
+    return [*out, {"prompt": f"{see} and {film} red", **beside}, {"prompt": f"{film} {see} red", **beside, "keep": 7}]

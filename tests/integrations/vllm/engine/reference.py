@@ -32,16 +32,16 @@ def _reducer(spec: str | None, case: dict[str, Any], positions: str) -> tr.Reduc
 
 
 def _inputs(processor: Any, case: dict[str, Any]) -> Any:
+    given: dict[str, Any] = {}
     if "images" in case:
-        images = [Image.open(file).convert("RGB") for file in case["images"]]
-        return processor(images=images, text=case["prompt"], return_tensors="pt")
-    frames, fps = np.load(case["video"]), case["fps"]
-    told = dict(
-        fps=fps, duration=len(frames) / fps, total_num_frames=len(frames), frames_indices=list(range(len(frames)))
-    )
-    return processor(
-        videos=[frames], text=case["prompt"], return_tensors="pt", do_sample_frames=False, video_metadata=[told]
-    )
+        given["images"] = [Image.open(file).convert("RGB") for file in case["images"]]
+    if "video" in case:
+        frames, fps = np.load(case["video"]), case["fps"]
+        told = dict(
+            fps=fps, duration=len(frames) / fps, total_num_frames=len(frames), frames_indices=list(range(len(frames)))
+        )
+        given.update(videos=[frames], do_sample_frames=False, video_metadata=[told])
+    return processor(text=case["prompt"], return_tensors="pt", **given)
 
 
 @torch.no_grad()

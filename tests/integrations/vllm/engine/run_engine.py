@@ -2,7 +2,7 @@
 
 A job has ``model`` (folder), ``spec`` (the method), ``architecture`` (where the class is not the usual one), ``engine``
 (arguments of ``LLM``), ``new`` (tokens), ``rounds`` (the same prompts again) and ``cases``: ``prompt``, ``images``
-(files) or ``video`` (an .npy file) with ``fps``, ``keep``. With ``bad``, cases are asked one by one, and one that is
+(files), ``video`` (an .npy file) with ``fps``, ``keep``. With ``bad``, cases are asked one by one, and one that is
 refused has its error in place of an answer.
 """
 
@@ -59,14 +59,17 @@ def _media(case: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
+    out: dict[str, Any] = {}
     if "images" in case:
-        return {"image": [Image.open(file).convert("RGB") for file in case["images"]]}
-    frames, fps = np.load(case["video"]), case["fps"]
-    told = dict(
-        fps=fps, duration=len(frames) / fps, total_num_frames=len(frames), frames_indices=list(range(len(frames))),
-        video_backend="opencv", do_sample_frames=False,
-    )  # fmt: skip
-    return {"video": [(frames, told)]}
+        out["image"] = [Image.open(file).convert("RGB") for file in case["images"]]
+    if "video" in case:
+        frames, fps = np.load(case["video"]), case["fps"]
+        told = dict(
+            fps=fps, duration=len(frames) / fps, total_num_frames=len(frames), frames_indices=list(range(len(frames))),
+            video_backend="opencv", do_sample_frames=False,
+        )  # fmt: skip
+        out["video"] = [(frames, told)]
+    return out
 
 
 def _answer(output: Any) -> dict[str, Any]:

@@ -57,13 +57,20 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
-    from integrations.vllm.engine.models import questions, qwen_cases, save_qwen, save_qwen3, save_world
+    from integrations.vllm.engine.models import (
+        questions,
+        qwen3_cases,
+        qwen_cases,
+        save_qwen,
+        save_qwen3,
+        save_world,
+    )
 
     place = tmp_path_factory.mktemp("vllm")
     return {
         "llava": (save_world(place / "llava"), questions(place / "pictures")),
         "qwen": (save_qwen(place / "qwen"), qwen_cases(place / "films")),
-        "qwen3": (save_qwen3(place / "qwen3"), qwen_cases(place / "qwen3 films")),
+        "qwen3": (save_qwen3(place / "qwen3"), qwen3_cases(place / "qwen3 films")),
     }
 
 
@@ -115,6 +122,7 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(models, tmp_path):
     [
         ("llava", "cdpruner:keep=49", {}, "looks at the question"),
         ("qwen", "divprune:keep=24", {}, "needs the engine argument video_pruning_rate"),
+        ("qwen3", "divprune:keep=24", MROPE, "is served by TokenReduceQwen3VLForConditionalGeneration"),
     ],
 )
 def test_an_engine_that_cannot_be_right_does_not_start(model, spec, engine, said, models, tmp_path):
