@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -318,6 +319,27 @@ def test_train_stops_continues_and_exports(tmp_path: Path, monkeypatch: pytest.M
     third = call("train", "digits-vit", "--out", tmp_path, "--export")  # nothing left to train
     assert third.exit_code == 0, third.output
     assert zoo.load("digits-vit", folder=tmp_path).card["steps"] == 3
+
+
+def test_an_average_lies_between_what_was_and_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    import torch
+
+    from tokenreduce import zoo
+    from tokenreduce.zoo import world_vit2
+    from tokenreduce.zoo.trainable import Trainable
+
+    made = world_vit2.build()
+    monkeypatch.setattr(Trainable, "train", lambda *_, **__: copy.deepcopy(made))
+    monkeypatch.setattr(world_vit2, "facts", lambda model: {"accuracy": 0.5})
+    fails(call("train", "world-vit-2", "--average", "0.25"), "--average", "--from")
+    fails(call("train", "world-vit-2", "--from", "embedded", "--average", "1.5", "--export"), "between 0 and 1")
+    done = call("train", "world-vit-2", "--from", "embedded", "--average", "0.25", "--export", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    before, after = zoo.load("world-vit-2").model.state_dict(), zoo.load("world-vit-2", folder=tmp_path)
+    assert "--average 0.25" in after.card["command"]
+    for name, weight in after.model.state_dict().items():
+        torch.testing.assert_close(weight, 0.75 * before[name] + 0.25 * made.state_dict()[name], rtol=1e-2, atol=1e-3)
 
 
 def test_measuring_for_the_card_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

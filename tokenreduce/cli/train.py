@@ -43,6 +43,13 @@ Stages = Annotated[
     str | None,
     typer.Option(help="Only these stages of the training (world-*-2), such as named,whole; needs a folder of its own."),
 ]
+Average = Annotated[
+    float | None,
+    typer.Option(
+        help="With --from: what is exported is so much of the trained weights and the rest of those it went on from "
+        "(arXiv 2109.01903), which keeps what a short training forgets; in (0, 1)."
+    ),
+]
 #: How often it is said how far measuring is, beside the bar.
 TOLD = 10
 #: Options whose names are not those of the arguments.
@@ -60,6 +67,7 @@ def command(
     encoder: Encoder = None,
     start: From = None,
     stages: Stages = None,
+    average: Average = None,
     export: Export = False,
 ) -> None:
     """Train an embedded model from scratch, or continue where an earlier call stopped."""
@@ -69,6 +77,8 @@ def command(
     lesson = trainable(name)
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes is a positive number, not {minutes:g}")
+    if average is not None and (start is None or not export or not 0 < average < 1):
+        raise ValueError("--average is a number between 0 and 1, and goes with --from and --export")
     more: dict[str, Any] = {"workers": workers, "compiled": compiled or None, "encoder": encoder}
     more["stages"] = None if stages is None else tuple(name.strip() for name in stages.split(","))
     more["start"] = weights.FOLDER if start == "embedded" else None if start is None else Path(start)
@@ -84,12 +94,16 @@ def command(
     if at is not None and at < steps:
         screen.say(f"stopped at step {at} of {steps}; the same command with more --minutes continues")
     if export:
+        if average is not None:
+            lesson.average(model, more["start"], average)
         given = {"device": device, "minutes": minutes, **more, "compile": more.get("compiled", False)}
         given.pop("compiled", None)
         if stages is not None:
             given["stages"] = stages
         if given.pop("start", None) is not None:
             given["from"] = start
+        if average is not None:
+            given["average"] = average
         _export(model, name, folder, screen, again(["train", name], given, {"device": "cpu", "compile": False}))
 
 

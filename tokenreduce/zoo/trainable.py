@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenreduce import zoo
@@ -91,6 +92,15 @@ class Trainable:
         module = importlib.import_module(self.module)
         model: nn.Module = module.train(folder, device=device, stop_after=minutes, report=report, **more)
         return model
+
+    def average(self, model: nn.Module, start: Path, share: float) -> None:
+        """Make ``model`` ``share`` of itself and the rest of the weights in the folder ``start``, in place (arXiv
+        2109.01903)."""
+        earlier = zoo.load(self.name, folder=start).model.state_dict()
+        with torch.no_grad():
+            for name, weight in model.state_dict().items():
+                if weight.is_floating_point():
+                    weight.lerp_(earlier[name].to(weight), 1 - share)
 
 
 _CURVE = ("step", "loss", "accuracy")
