@@ -14,9 +14,11 @@ from tokenreduce.bench.vlms import EMBEDDED as LANGUAGE
 from tokenreduce.core.reducer import Reducer
 from tokenreduce.demo.answers import NAMES, put
 from tokenreduce.demo.uploads import image_from, is_video, video_from
+from tokenreduce.measure.clip_form import USUAL, clip_form
 from tokenreduce.measure.generation import Comparison, compare_several
 from tokenreduce.measure.kept import kept_views, sheet
 from tokenreduce.measure.question import Question, unknown_words
+from tokenreduce.video.sampling import uniform
 from tokenreduce.zoo.evaluation2 import FRAMES as TAUGHT
 from tokenreduce.zoo.examples import Example, clip2_examples, clip_examples, scene2_examples, scene_examples
 from tokenreduce.zoo.photographs import photographs
@@ -40,7 +42,8 @@ LONGEST_OF = {"world-llava": 1, "world-llava-2": 12}
 LONGEST = 24
 #: What may be asked about a photograph; nobody wrote down what is right.
 PHOTO_QUESTIONS = tuple((text, "") for text in ("What is in this picture?", "Describe this picture in one sentence."))
-FRAMES, ROUNDS = 8, 3
+#: Frames that are read of an upload: as many as any model is shown, since it stays when another is chosen.
+FRAMES, ROUNDS = max(USUAL, TAUGHT), 3
 
 
 def missing() -> str:
@@ -73,7 +76,7 @@ def about_words(model: str) -> str:
 
 
 def frames_from(path: str | Path) -> tuple[list[Image.Image], bool]:
-    """What the model sees of an upload, and whether it is a video. Raises ``ValueError`` for what cannot be read."""
+    """What is read of an upload, and whether it is a video. Raises ``ValueError`` for what cannot be read."""
     if is_video(path):
         return video_from(path, FRAMES)[0], True
     return [image_from(path)], False
@@ -104,22 +107,31 @@ def answer(
     several: Sequence[Sequence[Reducer | str]],
     longest: int,
 ) -> Answered:
-    """Ask ``loaded``, a copy that may be patched, about ``frames``: unreduced and with each of ``several``.
+    """Ask ``loaded``, a copy that may be patched, about ``frames``: unreduced and with each of ``several``. Of a
+    ``video`` it is shown as many as its form has (:func:`~tokenreduce.measure.clip_form.clip_form`), and a note says
+    where that is not all of them, or where there are fewer than an embedded model was taught with.
 
     ``longest`` bounds the answer, in tokens. Raises what :func:`~tokenreduce.demo.answers.put` and
     :func:`~tokenreduce.measure.generation.compare_several` raise, and ``ValueError`` for words that an embedded model
     does not know; of another model that is a note.
     """
-    asked, where = put(loaded, frames, video, question)
-    strange = _strange(loaded, asked)
-    if video and loaded.name == "world-llava-2" and len(frames) != TAUGHT:
-        strange = (
-            *strange,
-            f"world-llava-2 was taught with clips of {TAUGHT} frames, this one is shown as {len(frames)}",
-        )
+    shown, notes = _shown(loaded, frames) if video else (frames, ())
+    asked, where = put(loaded, shown, video, question)
+    notes = (*_strange(loaded, asked), *notes)
     made = compare_several(loaded.model, loaded.processor, asked, several, max_new_tokens=longest, rounds=ROUNDS)
     drawn = tuple(sheet([view for view, _ in kept_views(r, where)]) for r in made)
-    return Answered(" ".join(question.split()), tuple(made), drawn, strange)
+    return Answered(" ".join(question.split()), tuple(made), drawn, notes)
+
+
+def _shown(loaded: Any, frames: Sequence[Image.Image]) -> tuple[list[Image.Image], tuple[str, ...]]:
+    """Of the frames of a video those that a model sees, and what there is to say of their number."""
+    form, name = clip_form(loaded.processor), loaded.name
+    shown = [frames[i] for i in uniform(len(frames), form.frames)] if frames else []
+    if len(shown) < len(frames):
+        return shown, (f"{name} is shown {len(shown)} of the {len(frames)} frames",)
+    if form.kind == "own" and len(shown) < form.frames:
+        return shown, (f"{name} was taught with clips of {form.frames} frames, this one is shown as {len(shown)}",)
+    return shown, ()
 
 
 def _strange(loaded: Any, asked: Question) -> tuple[str, ...]:

@@ -125,6 +125,20 @@ def test_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "the model does not know: colour, cat" in strange.stderr
 
 
+def test_a_video_is_shown_as_the_model_was_taught(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from films import film
+
+    film(tmp_path / "a.mp4", 40, rate=8, shades=[i / 40 for i in range(40)])
+    words = ("--video", tmp_path / "a.mp4", "--prompt", "is there a star", "--reduce", "divprune:keep=0.5")
+    for model, more, tokens in (
+        ("world-llava", (), 8 * 49), ("world-llava-2", (), 16 * 196), ("world-llava-2", ("--frames", 4), 4 * 196),
+    ):  # fmt: skip
+        result = call(model, *words, *more, "--rounds", 1, "--max-new-tokens", 1, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["stock"]["entry_tokens"] == tokens
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 def test_bad_models(folders: dict[str, Path], photos: list[Path], tmp_path: Path) -> None:
     def model(place: object) -> Result:

@@ -66,6 +66,27 @@ def test_an_upload_is_an_image_or_frames(tmp_path: Path) -> None:
         frames_from(tmp_path / "a.mp4")
 
 
+def test_an_uploaded_clip_is_shown_as_a_model_was_taught(answered, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from films import film
+
+    film(tmp_path / "a.mp4", 40, rate=8, shades=[i / 40 for i in range(40)])
+    frames, video = frames_from(tmp_path / "a.mp4")
+    assert (len(frames), video) == (16, True)
+    store, *_ = answered
+    for name, tokens, notes in (
+        ("world-llava-2", 16 * 196, ()), ("world-llava", 8 * 49, ("world-llava is shown 8 of the 16 frames",)),
+    ):  # fmt: skip
+        made = answer(store.copy(name), frames, video, "is there a star", [parse("divprune:keep=0.5")], 1)
+        assert made.results[0].stock.layers[0] == tokens
+        assert made.notes == notes
+    made = answer(store.copy("world-llava-2"), frames[:5], video, "is there a star", [parse("divprune:keep=0.5")], 1)
+    assert made.results[0].stock.layers[0] == 5 * 196
+    assert made.notes == ("world-llava-2 was taught with clips of 16 frames, this one is shown as 5",)
+    with pytest.raises(ValueError, match="no picture yet"):
+        answer(store.copy("world-llava-2"), [], True, "is there a star", [parse("divprune:keep=0.5")], 1)
+
+
 def test_flops_are_those_of_the_meter(answered) -> None:
     """Of vision encoder and prefill, counted here as benchmarks count them."""
     from tokenreduce.core.trace import record

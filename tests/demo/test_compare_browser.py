@@ -111,7 +111,7 @@ def test_an_uploaded_clip_is_asked_about_in_both_worlds(served, shots, files, tm
         page.upload("ask-upload", files / "clip.mp4")
         page.until(lambda: page.picture("ask-shown") != before, "the frames")
         page.find("ask-go").click()
-        page.until(lambda: "1,568" in page.text("ask-answers") or page.text("ask-message"), "8 frames of 196 tokens")
+        page.until(lambda: "3,136" in page.text("ask-answers") or page.text("ask-message"), "16 frames of 196 tokens")
         shown = page.picture("ask-shown")
         page.choose("ask-model", "world-llava")
         page.until(lambda: "mean of 6 layers" in page.text("ask-answers") or page.text("ask-message"), "its answer")

@@ -31,11 +31,12 @@ class VideoTask(QuestionTask):
         frame_cache: gigabytes of decoded frames that are kept on the disk between runs; 0 keeps none.
 
     A question with options is asked with a letter before each, and the letter of the answer counts, or its text.
-    ``world-llava``, ``world-llava-2``, and any model whose tokenizer has every word of the world as one token, get
-    questions in their own form and answer with the likeliest words; a processor that takes videos gets videos with
-    their true times; any other model gets one image per frame. A row also has ``frames``, ``tokens_per_frame`` that
-    enter the language model, ``decode_s`` (None where frames are generated or kept), ``tower_s`` of the vision tower
-    with its projector, and ``tower_speedup`` against the stock one, all of one clip. Bad settings raise ``ValueError``.
+    In which form a model is asked says :func:`~tokenreduce.measure.clip_form.clip_form`: ``world-llava``,
+    ``world-llava-2``, and any model whose tokenizer has the words of the world and few others, get questions in their
+    own form and answer with the likeliest words; a processor that takes videos gets videos with their true times; any
+    other model gets one image per frame. A row also has ``frames``, ``tokens_per_frame`` that enter the language model,
+    ``decode_s`` (None where frames are generated or kept), ``tower_s`` of the vision tower with its projector, and
+    ``tower_speedup`` against the stock one, all of one clip. Bad settings raise ``ValueError``.
     """
 
     limit: int | None = 120

@@ -20,9 +20,9 @@ class VlmTask(QuestionTask):
     Args:
         data, split, limit, seed: see :func:`~tokenreduce.bench.questions.load_questions`.
 
-    A model whose tokenizer has every word of the world as one token answers questions about the world with the
-    likeliest token behind the question. Other models and data: greedy ``generate``, and the answer is right when it
-    equals a given one but for case, punctuation and articles. Bad settings raise ``ValueError``.
+    A model whose tokenizer has every word of the world as one token, and few others, answers questions about the world
+    with the likeliest token behind the question. Other models and data: greedy ``generate``, and the answer is right
+    when it equals a given one but for case, punctuation and articles. Bad settings raise ``ValueError``.
     """
 
     name: ClassVar[str] = "vlm"

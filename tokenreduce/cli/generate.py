@@ -32,7 +32,10 @@ Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help="An ima
 Video = Annotated[
     Path | None, typer.Option("--video", "-v", help="A video file, an animated picture or a folder of frames.")
 ]
-Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video, spread evenly; 8 by default.")]
+Frames = Annotated[
+    int | None,
+    typer.Option(min=1, help="Frames of the video, spread evenly; 8 by default, 16 for world-llava-2."),
+]
 Fps = Annotated[float | None, typer.Option(help="Frames per second of the video, in place of --frames.")]
 Rate = Annotated[float | None, typer.Option(help="Frames per second of a folder of frames; --fps, or 1.")]
 Answer = Annotated[int, typer.Option(min=1, help="Longest answer, and what every timed round decodes.")]
@@ -69,7 +72,7 @@ def command(
     if video is None and not (frames is fps is rate is None):
         raise ValueError("--frames, --fps and --rate are for --video")
     pictures = [open_image(path) for path in image or []]
-    film = None if video is None else _film(video, frames, fps, rate)
+    film = None if video is None else _film(video, model, frames, fps, rate)
     quiet_bars()
     from tokenreduce.bench.vlms import load_vlm
     from tokenreduce.measure.generation import compare
@@ -127,14 +130,23 @@ def _asked(
     return question, where
 
 
-def _film(path: Path, frames: int | None, fps: float | None, rate: float | None) -> Any:
+def _film(path: Path, model: str, frames: int | None, fps: float | None, rate: float | None) -> Any:
     from tokenreduce.video import read_frames
 
     if frames is not None and fps is not None:
         raise ValueError("give --frames or --fps, not both")
     if fps is not None:
         return read_frames(path, fps=fps, rate=rate)
-    return read_frames(path, n=frames or 8, rate=rate)
+    return read_frames(path, n=frames or _usual(model), rate=rate)
+
+
+def _usual(model: str) -> int:
+    """Frames that a model is shown where nothing is said."""
+    from tokenreduce import zoo
+    from tokenreduce.bench.vlms import EMBEDDED
+    from tokenreduce.measure.clip_form import USUAL, clip_form
+
+    return clip_form(zoo.processor(model)).frames if model in EMBEDDED else USUAL
 
 
 def _tell_film(film: Film, path: Path | None) -> None:

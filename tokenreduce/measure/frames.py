@@ -9,16 +9,12 @@ import numpy as np
 from PIL import Image
 
 from tokenreduce.common.images import as_rgb
+from tokenreduce.measure.clip_form import clip_form
 from tokenreduce.measure.generation import visual_columns
 from tokenreduce.measure.kept import Place, frame_places, places
 from tokenreduce.measure.question import Question, ask, prompt_text
 
-__all__ = ["ask_frames", "film_metadata", "film_places", "frames_question", "own_form", "takes_videos"]
-
-
-def takes_videos(processor: Any) -> bool:
-    """Whether a processor takes videos as such, and not only images."""
-    return getattr(processor, "video_processor", None) is not None and bool(getattr(processor, "video_token", None))
+__all__ = ["ask_frames", "film_metadata", "film_places", "frames_question", "own_form"]
 
 
 def ask_frames(
@@ -34,10 +30,11 @@ def frames_question(
 ) -> Question:
     """``prompt`` about ``frames``, shown at ``times`` (seconds; one per second by default).
 
-    ``loaded`` has a ``name``, ``model`` and ``processor`` (:func:`tokenreduce.bench.vlms.load_vlm`). ``world-llava``
-    and ``world-llava-2`` get their own form, frames pooled to 49 and 196 tokens each; a processor that takes videos
-    gets one, with these frames and times; every other model gets one image per frame, in order. Raises ``ValueError``
-    for an empty prompt, no frame, another number of times than frames, and whatever the processor refuses.
+    ``loaded`` has a ``model`` and a ``processor`` (:func:`tokenreduce.bench.vlms.load_vlm`); the form is that of
+    :func:`~tokenreduce.measure.clip_form.clip_form`. ``world-llava`` and ``world-llava-2`` get their own, frames pooled
+    to 49 and 196 tokens each; a processor that takes videos gets one, with these frames and times; every other model
+    gets one image per frame, in order. Raises ``ValueError`` for an empty prompt, no frame, another number of times
+    than frames, and whatever the processor refuses.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something about the video")
@@ -45,9 +42,10 @@ def frames_question(
         raise ValueError("no frame is given; give at least one")
     if times is not None and len(times) != len(frames):
         raise ValueError(f"{len(times)} times for {len(frames)} frames; give one for each")
-    if loaded.name in ("world-llava", "world-llava-2"):
+    kind = clip_form(loaded.processor).kind
+    if kind == "own":
         return own_form(loaded, frames, prompt)
-    if takes_videos(loaded.processor):
+    if kind == "video":
         return _as_video(loaded.processor, frames, prompt, times)
     return ask(loaded.processor, frames, prompt)
 

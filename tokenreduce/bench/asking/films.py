@@ -11,13 +11,14 @@ from typing import Any
 from PIL import Image
 
 from tokenreduce.bench.asking.shared import Shared
-from tokenreduce.bench.asking.source import Batch, Opened, knows_the_world, processed, runs
+from tokenreduce.bench.asking.source import Batch, Opened, processed, runs
 from tokenreduce.bench.clip_frames import Sampler, Shown
 from tokenreduce.bench.clips import LETTERS, WORLDS, ClipItem, chosen, lettered, load_clips
 from tokenreduce.bench.questions import Item, matches
 from tokenreduce.bench.vlms import LoadedVlm
 from tokenreduce.common.words import whole
-from tokenreduce.measure.frames import film_metadata, frames_question, own_form, takes_videos
+from tokenreduce.measure.clip_form import clip_form
+from tokenreduce.measure.frames import film_metadata, frames_question
 from tokenreduce.measure.question import Question, prompt_text
 
 __all__ = ["SHARED", "FilmAsker", "Films"]
@@ -87,7 +88,8 @@ class FilmAsker:
 
     def __init__(self, loaded: LoadedVlm, world: bool, share: bool) -> None:
         self.loaded, self.world, self.share = loaded, world, share
-        self.words = knows_the_world(loaded.processor.tokenizer)
+        self.kind = clip_form(loaded.processor).kind
+        self.words = self.kind == "own"  # in the words of the world
         self.lone_batches = self.words  # one is a batch too, and shares
 
     def groups(self, items: Sequence[Item], size: int) -> Iterable[list[Item]]:
@@ -108,8 +110,6 @@ class FilmAsker:
 
     def question(self, item: Item, opened: Shown) -> Question:
         pictures, prompt = [Image.fromarray(f) for f in opened.frames], self._prompt(item)
-        if self.words:
-            return own_form(self.loaded, pictures, prompt)
         return frames_question(self.loaded, pictures, prompt, times=opened.times.tolist())
 
     def together(self, opened: Sequence[Opened]) -> Batch:
@@ -118,7 +118,7 @@ class FilmAsker:
         if self.words:
             return self._own(items, clips, prompts)
         processor = self.loaded.processor
-        videos = takes_videos(processor)
+        videos = self.kind == "video"
         kind, count = ("video", 1) if videos else ("image", len(clips[0]))
         texts = [prompt_text(processor, count, prompt, kind) for prompt in prompts]
         given: dict[str, Any] = {}

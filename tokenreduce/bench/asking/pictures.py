@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenreduce.bench.asking.source import Batch, Opened, knows_the_world, processed, runs
+from tokenreduce.bench.asking.source import Batch, Opened, processed, runs
 from tokenreduce.bench.questions import SECOND, Item, load_questions, matches
 from tokenreduce.bench.vlms import LoadedVlm
 from tokenreduce.common.images import as_rgb
+from tokenreduce.measure.clip_form import knows_the_world
 from tokenreduce.measure.question import Question, ask, prompt_text
 
 __all__ = ["PictureAsker", "Pictures"]

@@ -10,7 +10,7 @@ from tokenreduce.bench.questions import Item
 from tokenreduce.bench.vlms import LoadedVlm
 from tokenreduce.measure.question import Question
 
-__all__ = ["Asker", "Batch", "Opened", "Source", "knows_the_world", "processed", "reason_of", "runs"]
+__all__ = ["Asker", "Batch", "Opened", "Source", "processed", "reason_of", "runs"]
 
 #: A question and what it is about, open.
 Opened = tuple[Item, Any]
@@ -81,14 +81,6 @@ class Asker(Protocol):
     def together(self, opened: Sequence[Opened]) -> Batch:
         """Several as one batch, padded on the left; raises what the processor raises where it makes none."""
         ...
-
-
-def knows_the_world(tokenizer: Any) -> bool:
-    """Whether every word of the world is one token."""
-    from tokenreduce.zoo.world import WORDS
-
-    known = tokenizer.get_vocab()
-    return all(word in known for word in WORDS)
 
 
 def runs(items: Sequence[Item], size: int) -> Iterable[list[Item]]:
