@@ -127,8 +127,14 @@ def save_qwen(
     return folder
 
 
-def save_onevision(folder: Path, size: int = 32, patch: int = 8) -> Path:
-    """LLaVA-OneVision with a chat template: frames of (size, size) pixels, (size/patch/2)^2 visual tokens each."""
+def save_onevision(
+    folder: Path, size: int = 32, patch: int = 8, vision: Settings | None = None, text: Settings | None = None,
+    tiles: tuple[tuple[int, int], ...] = ((1, 2), (2, 1)), most: int = 9, narrow: float = 1.0,
+) -> Path:  # fmt: skip
+    """LLaVA-OneVision with a chat template: frames of (size, size) pixels, (size/patch/2)^2 visual tokens each; other
+    settings of its tower and of its language model where they are given. Images come in one of the ``tiles`` (rows,
+    columns), interpolated where these have far more tokens than ``most`` tiles. SigLIP's own first weights are wide;
+    ``narrow`` multiplies those of the tower, so that another order of sums shows less."""
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -139,20 +145,57 @@ def save_onevision(folder: Path, size: int = 32, patch: int = 8) -> Path:
         SiglipVisionConfig,
     )
 
-    pinpoints = [[size, 2 * size], [2 * size, size]]
+    pinpoints = [[rows * size, columns * size] for rows, columns in tiles]
+    aspect = f"anyres_max_{most}"
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**_tower(size, patch), vision_use_head=False),
-        text_config=Qwen2Config(**_text()), image_token_index=IMAGE, video_token_index=VIDEO,
-        image_grid_pinpoints=pinpoints,
+        vision_config=SiglipVisionConfig(**_tower(size, patch) | (vision or {}), vision_use_head=False),
+        text_config=Qwen2Config(**_text(**(text or {}))), image_token_index=IMAGE, video_token_index=VIDEO,
+        image_grid_pinpoints=pinpoints, vision_aspect_ratio=aspect,
     )  # fmt: skip
     torch.manual_seed(0)
-    _wide(LlavaOnevisionForConditionalGeneration(config)).save_pretrained(folder)
+    model = _wide(LlavaOnevisionForConditionalGeneration(config))
+    with torch.no_grad():
+        for p in model.model.vision_tower.parameters():
+            p.mul_(narrow if p.dim() > 1 else 1.0)
+    model.save_pretrained(folder)
     square = {"height": size, "width": size}
     LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints),
         _tokenizer({"<video>": VIDEO, "<image>": IMAGE}), LlavaOnevisionVideoProcessor(size=square),
         num_image_tokens=(size // patch) ** 2, vision_feature_select_strategy="full",
-        chat_template=ONEVISION_TEMPLATE,
+        chat_template=ONEVISION_TEMPLATE, vision_aspect_ratio=aspect,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_llava_next(
+    folder: Path, size: int = 32, patch: int = 8, vision: Settings | None = None, text: Settings | None = None,
+    tiles: tuple[tuple[int, int], ...] = ((1, 2), (2, 1)),
+) -> Path:  # fmt: skip
+    """LLaVA-NeXT without chat template: an overview and ``tiles`` (rows, columns) of (size, size) pixels; other
+    settings of its tower and of its language model where they are given."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    pinpoints = [[rows * size, columns * size] for rows, columns in tiles]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_tower(size, patch) | (vision or {})),
+        text_config=LlamaConfig(**_text(**(text or {}))), image_token_index=IMAGE, image_grid_pinpoints=pinpoints,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _wide(LlavaNextForConditionalGeneration(config)).save_pretrained(folder)
+    LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
+        ),
+        _tokenizer({"<image>": IMAGE}), patch_size=patch, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -8,12 +8,16 @@ code: as if the prompt were nothing but one image.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING
 
 from tokenreduce.adapters.language.columns import Columns
 from tokenreduce.adapters.language.families import Language
@@ -22,15 +26,15 @@ from tokenreduce.adapters.language.generation import Forward, Generation
 from tokenreduce.adapters.language.generic.observe import attach_looks
 from tokenreduce.adapters.language.projector.brought import Brought
 from tokenreduce.adapters.language.projector.choose import check_projector
-from tokenreduce.adapters.language.projector.gathered import Group
-from tokenreduce.adapters.language.projector.images import found_in
+from tokenreduce.adapters.language.projector.entries import of_tiles
+from tokenreduce.adapters.language.projector.images import Images, found_in
 from tokenreduce.adapters.language.projector.placing import Part, place_group
 from tokenreduce.adapters.language.projector.seen import ARRIVING, Encoded
 from tokenreduce.adapters.language.projector.tower import attach_tower_evidence
 from tokenreduce.algorithms.projector import Projector
 from tokenreduce.core.undo import Undo
 
-__all__ = ["Item", "Kept", "reduce_features", "watch_features", "watched"]
+__all__ = ["Item", "Kept", "reduce_features", "row_ends", "watch_features", "watched"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,24 @@ def watch_features(model: nn.Module, reducer: Projector, undo: Undo) -> Language
     return found
 
 
+def row_ends(config: Any, image_size: Sequence[int]) -> tuple[int, int]:
+    """How many tokens an image of ``image_size`` (rows, columns) pixels has in a model of transformers with ``config``
+    that packs an overview and crops (LLaVA-NeXT, LLaVA-OneVision), and how many of them are row ends: by the model's
+    own packing, before anything is encoded.
+
+    Raises ``ValueError`` for a config of another model.
+    """
+    kind = MODEL_MAPPING.get(type(config), None)
+    pack = getattr(kind, "pack_image_features", None)
+    if pack is None:
+        raise ValueError(f"{getattr(config, 'model_type', config)} packs no crops of an image with row ends")
+    inner = SimpleNamespace(config=config)
+    inner.pack_image_features = functools.partial(pack, inner)
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    origin, _ = of_tiles(inner, list(image_size), side)
+    return origin.n, origin.n - len(origin.seen())
+
+
 @contextmanager
 def watched() -> Iterator[list[Encoded]]:
     """Collect what the calls of ``get_image_features`` and ``get_video_features`` inside saw, in their order."""
@@ -116,8 +138,18 @@ def reduce_features(
 def _alike(items: Sequence[Item]) -> list[list[int]]:
     found: dict[tuple[object, ...], list[int]] = {}
     for i, item in enumerate(items):
-        found.setdefault((len(item.rows), item.keep, id(item.seen)), []).append(i)
+        found.setdefault((len(item.rows), item.keep, id(item.seen), _origins(item)), []).append(i)
     return list(found.values())
+
+
+def _origins(item: Item) -> tuple[int, ...]:
+    """What tells items of one call apart that have as many tokens, and other row ends among them."""
+    out, at = [], 0
+    for entry in () if item.seen is None else item.seen.entries:
+        if item.first <= at < item.first + len(item.rows):
+            out.append(id(entry.origin))
+        at += entry.origin.n
+    return tuple(out)
 
 
 def _reduced(
@@ -132,7 +164,7 @@ def _reduced(
     found = found_in(forward, x, reducer)
     made: list[Part] = []
     for group in found.groups:
-        wanted = _wanted(keep, n, batch, found.groups)
+        wanted = _wanted(keep, n, batch, found)
         free = group.views.n
         made += place_group(stay, group, reducer if wanted == reducer.total(free) else reducer.at(wanted), compact)
     found.keep_out(stay)
@@ -145,12 +177,13 @@ def _reduced(
     return [Kept(x[b, stay[b]], stay[b].nonzero().flatten()) for b in range(batch)]
 
 
-def _wanted(keep: int, n: int, batch: int, found: list[Group]) -> int:
+def _wanted(keep: int, n: int, batch: int, found: Images) -> int:
     """How many tokens of every image stay, where ``keep`` of an item's ``n`` shall: an item may be several images
-    (tiles), and tokens that no method sees (row ends) stay."""
-    images = sum(len(group.views.rows) for group in found) // batch
-    seen = sum(group.views.columns.numel() for group in found) // batch
-    left, rest = divmod(keep - (n - seen), max(images, 1))
+    (tiles), and of tokens that no method sees (row ends) all stay or all go."""
+    images = sum(len(group.views.rows) for group in found.groups) // batch
+    seen = sum(group.views.columns.numel() for group in found.groups) // batch
+    gone = sum(dropped.columns.numel() for dropped in found.dropped) // batch
+    left, rest = divmod(keep - (n - seen - gone), max(images, 1))
     if rest or left < 1:
         raise ValueError(f"{keep} of {n} tokens cannot be left of {images} tiles of one image, which keep as many each")
     return left

@@ -34,7 +34,7 @@ class AdaptVision(Projector, name="adaptvision", paper="2408.16986", title="Adap
             which are as long as each other to within one. An extension, for "strip".
         positions, newlines: see :class:`~tokenreduce.algorithms.projector.Projector`.
 
-    Raises ``ValueError`` for values other than these.
+    Raises ``ValueError`` for values other than these, and for row ends among the tokens (``newlines="rank"``).
     """
 
     whole: ClassVar[bool] = True
@@ -50,6 +50,8 @@ class AdaptVision(Projector, name="adaptvision", paper="2408.16986", title="Adap
 
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         view, p = evidence.view, evidence.prefix
+        if bool((view < 0).any()):
+            raise ValueError(f"{self.name} joins tokens of one view, and row ends are in none; give newlines='keep'")
         if self.keep is None and evidence.crops is None:
             return Identity.like(evidence.x)
         part = self._parts(evidence, keep)

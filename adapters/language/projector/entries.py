@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tokenreduce.adapters.language.projector.origin import blocks_of_patches, gr
 from tokenreduce.adapters.language.projector.seen import Encoded, Entry
 from tokenreduce.core.evidence import Origin
 
-__all__ = ["entries"]
+__all__ = ["entries", "of_tiles"]
 
 
 def entries(inner: Any, kind: str, seen: Encoded, features: Any, given: dict[str, Any]) -> list[Entry]:
@@ -73,31 +74,13 @@ def _packed(inner: Any, seen: Encoded) -> list[Entry]:
 
 def _tiles(inner: Any, side: int, features: Any, given: dict[str, Any], device: Any) -> list[Entry]:
     sizes = torch.as_tensor(given["image_sizes"]).tolist()
-    config = inner.config
-    pinpoints, size = config.image_grid_pinpoints, config.vision_config.image_size
-    parameters = inspect.signature(inner.pack_image_features).parameters
     alone = _unpatched(given.get("batch_num_images"), len(sizes))
     out, first, row, known = [], 0, 0, {}
     n = side * side
     for i, image_size in enumerate(sizes):
         key = (tuple(image_size), alone[i])
         if key not in known:
-            crops = (1, 1) if alone[i] else tuple(map(int, get_anyres_image_grid_shape(image_size, pinpoints, size)))
-            views = 1 if alone[i] else crops[0] * crops[1] + 1
-            more: dict[str, Any] = {}
-            if "vision_feature_select_strategy" in parameters:
-                more["vision_feature_select_strategy"] = config.vision_feature_select_strategy
-            if "vision_aspect_ratio" in parameters and given.get("vision_aspect_ratio") is not None:
-                more["vision_aspect_ratio"] = given["vision_aspect_ratio"]
-
-            def pack(t: Tensor, image_size: Any = image_size, more: dict[str, Any] = more) -> Tensor:
-                end = torch.zeros(t.shape[-1], device=t.device)
-                packed: Tensor = inner.pack_image_features([t], torch.tensor([image_size]), image_newline=end, **more)[
-                    0
-                ][0]
-                return packed
-
-            known[key] = tiled(pack, views, side, crops, device)  # type: ignore[arg-type]
+            known[key] = of_tiles(inner, image_size, side, alone[i], given.get("vision_aspect_ratio"), device)
         origin, exact = known[key]
         if origin.n != features[i].shape[0]:
             raise RuntimeError(f"image {i} has {features[i].shape[0]} features, but its tiles give {origin.n}")
@@ -106,6 +89,34 @@ def _tiles(inner: Any, side: int, features: Any, given: dict[str, Any], device: 
         first += origin.views
         row += origin.views * n
     return out
+
+
+def of_tiles(
+    inner: Any, image_size: Sequence[int], side: int, alone: bool = False, aspect: str | None = None, device: Any = None
+) -> tuple[Origin, bool]:
+    """Where the tokens of an image of ``image_size`` (rows, columns) pixels come from, by the packing of ``inner``,
+    which has ``side`` x ``side`` patches in a view; ``alone`` is the overview without crops. Also returns whether
+    tokens are patches, and not interpolated from several."""
+    config = inner.config
+    parameters = inspect.signature(inner.pack_image_features).parameters
+    size = config.vision_config.image_size
+    crops = (1, 1)
+    if not alone:
+        rows, columns = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, size)
+        crops = int(rows), int(columns)
+    more: dict[str, Any] = {}
+    if "vision_feature_select_strategy" in parameters:
+        more["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+    if "vision_aspect_ratio" in parameters:
+        more["vision_aspect_ratio"] = config.vision_aspect_ratio if aspect is None else aspect
+
+    def pack(t: Tensor) -> Tensor:
+        end = torch.zeros(t.shape[-1], device=t.device)
+        sizes = torch.tensor([image_size])
+        packed: Tensor = inner.pack_image_features([t], sizes, image_newline=end, **more)[0][0]
+        return packed
+
+    return tiled(pack, 1 if alone else crops[0] * crops[1] + 1, side, crops, device)
 
 
 def _unpatched(numbers: Any, images: int) -> list[bool]:

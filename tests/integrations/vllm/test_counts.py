@@ -37,6 +37,15 @@ from tokenreduce.integrations.vllm.names import ARCHITECTURE, KEEP, NATIVE
         ("dycoke:dycoke_k=0.5", 64, {"modality": "video", "frames": 4}, 16 + 3 * 8),
         ("vcast:keep=3,official_totals=true,min_k=4", 64, {"modality": "video", "frames": 4, "keep": 2}, 16),
         ("prumerge:keep=8", 64, {}, 8),
+        ("divprune:keep=49", 200, {"blank": 8}, 57),
+        ("divprune:keep=49", 200, {"blank": 8, "keep": 0.5}, 96 + 8),
+        ("divprune:keep=49", 200, {"blank": 8, "keep": 1000}, 200),
+        ("divprune:keep=49,newlines=drop", 200, {"blank": 8}, 49),
+        ("divprune:keep=1.0,newlines=drop", 200, {"blank": 8}, 192),
+        ("divprune:keep=0.5,newlines=rank", 200, {"blank": 8}, 100),
+        ("uniform:keep=1.0,newlines=rank", 200, {"blank": 8}, 192),
+        ("vidcom2:keep=10", 65, {"modality": "video", "frames": 4, "blank": 1}, 11),
+        ("vidcom2:keep=10,newlines=drop", 200, {"blank": 8}, 200),
     ],
 )
 def test_the_number_follows_from_size_and_settings(spec, n, how, left):
@@ -128,7 +137,7 @@ def test_families_are_read_off_a_config():
             config("qwen3_vl_moe", text=MROPE, vision={"deepstack_visual_indexes": [5]}),
             "qwen3_vl_moe cannot be served.*DeepStack",
         ),
-        (config("llava_onevision"), "row ends"),
+        (config("llava_next_video"), "row ends"),
         (config("gemma3"), "see each other both ways"),
         (config(text=WINDOWS), "sliding windows"),
         (config(text={"sliding_window": 4096}), "sliding windows"),
@@ -149,6 +158,9 @@ def test_models_that_cannot_be_right_are_refused(given, said):
         (QWEN3, "zoo-prune:keep=16", r"does not show \(through\); methods that fit: .*divprune.*vidcom2.*visionzip"),
         (QWEN3, "fastervlm:keep=16,score=cls", r"does not show \(tower, cls\); methods that fit"),
         (QWEN3, "divprune:positions=compact", "positions='compact'"),
+        (config("llava_onevision"), "resize:keep=16", "takes full grids.*choose pool"),
+        (config("llava_next"), "adaptvision:keep=16,newlines=rank", "row ends are in none"),
+        (config("llava_onevision"), "zoo-prune:keep=16", "how the projector makes every token"),
     ],
 )
 def test_settings_that_a_model_cannot_have_are_refused(given, spec, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,3 +97,12 @@ def test_an_image_of_one_view_is_its_own_overview():
     assert tr.get_method("adaptvision").plan(tr.Evidence(x, grid=(3, 3))).is_identity
     with pytest.raises(ValueError, match="strip"):
         tr.get_method("adaptvision:cell=square,keep=4")
+
+
+def test_row_ends_are_in_no_view_and_are_refused():
+    evidence, _, _ = crops_of()
+    view = evidence.origin.view.clone()
+    view[-1] = -1
+    ends = replace(evidence.origin, view=view)
+    with pytest.raises(ValueError, match="row ends are in none; give newlines='keep'"):
+        tr.get_method("adaptvision:keep=12").plan(ImageEvidence(evidence.x, ends))

@@ -83,6 +83,7 @@ def kept(
     modality: str = "image",
     frames: int = 1,
     tiles: int = 1,
+    blank: int = 0,
 ) -> int:
     """How many of the ``n`` tokens of an image or a video stay.
 
@@ -92,16 +93,23 @@ def kept(
         modality: "image" or "video". Methods that look across frames leave images as they are.
         frames: of the video, as the language model counts them.
         tiles: in how many parts the image comes, each of which is an image to the method.
+        blank: how many of the ``n`` tokens stand for no patch, see :mod:`.blanks`. The method's ``newlines`` says
+            whether they stay beside what is kept ("keep"), go ("drop"), or are tokens like others ("rank").
     """
     if reducer.temporal and modality != "video":
         return n
-    if n % tiles:
-        raise ValueError(f"an image of {n} tokens does not come in {tiles} tiles of one size")
-    each = n // tiles
+    ranked = reducer.newlines == "rank"
+    seen = n if ranked else n - blank
+    if seen % tiles:
+        raise ValueError(f"an image of {seen} tokens does not come in {tiles} tiles of one size")
+    each = seen // tiles
     asked = reducer if keep is None else reducer.at(count(keep, each))
     left = asked.fixed_count(each, frames)
     assert left is not None  # see method_of
-    return min(left, each) * tiles
+    left = min(left, each) * tiles
+    if ranked and not reducer.whole:  # it chooses view by view, and a row end is in none
+        return min(left, n - blank)
+    return left + blank if reducer.newlines == "keep" else left
 
 
 def check_runs(ids: list[int], token: int, tiles: int = 1) -> None:

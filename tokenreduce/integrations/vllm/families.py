@@ -11,14 +11,16 @@ from tokenreduce.core.registry import get_class
 from tokenreduce.integrations.vllm.counts import fitting
 from tokenreduce.integrations.vllm.names import ARCHITECTURE, NATIVE
 
-__all__ = ["Family", "family_of"]
+__all__ = ["ROW_ENDS", "Family", "family_of"]
 
 #: Every tile of an image is an image to a method, as in a patched model.
 _TILED = ("internvl", "idefics3", "smolvlm")
-_ENDS = "its images have row ends, whose number vLLM's plug-in does not know before they are encoded"
+_ENDS = "its images have row ends, and vLLM with it was never held against a patched model"
+#: Families whose images are an overview and crops without padding, with row ends, see :mod:`.blanks`.
+ROW_ENDS = ("llava_next", "llava_onevision")
 _PREFIX = "its visual tokens see each other both ways, which vLLM does by their places in the whole prompt"
 _REFUSED = {
-    "llava_next": _ENDS, "llava_next_video": _ENDS, "llava_onevision": _ENDS, "gemma3": _PREFIX, "paligemma": _PREFIX,
+    "llava_next_video": _ENDS, "granite4_vision": _ENDS, "gemma3": _PREFIX, "paligemma": _PREFIX,
 }  # fmt: skip
 
 
@@ -68,6 +70,25 @@ class Family:
                 f"{reducer.name} looks across the frames of a video, and {self.name} takes a video as single images, "
                 f"of which vLLM encodes each alone; choose a method for images"
             )
+        if self.name in ROW_ENDS and (why := _of_crops(reducer, self.name)) is not None:
+            raise ValueError(f"{reducer.name} cannot be served on {self.name}: {why}")
+
+
+def _of_crops(reducer: Projector, name: str) -> str | None:
+    """What ``reducer`` cannot do with crops and row ends; a patched model says it when it sees such an image."""
+    if reducer.name == "resize@projector" and name == "llava_onevision":
+        return (
+            "it takes full grids of tokens, and large images are resampled across their crops, which then are none; "
+            "choose pool, which takes any shape"
+        )
+    if reducer.name == "adaptvision" and reducer.newlines == "rank":
+        return "it joins tokens of one view, and row ends are in none; use newlines='keep' or 'drop'"
+    if "through" in reducer.required() and name == "llava_onevision":
+        return (
+            "it asks how the projector makes every token, and those of videos and of large images are made of several "
+            "behind it; choose another method"
+        )
+    return None
 
 
 def family_of(config: Any) -> Family:

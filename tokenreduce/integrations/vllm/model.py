@@ -22,7 +22,7 @@ from tokenreduce.adapters.language.alone import Item, reduce_features, watch_fea
 from tokenreduce.adapters.language.projector.seen import Encoded
 from tokenreduce.core.undo import Undo
 from tokenreduce.integrations.vllm.counts import method_of
-from tokenreduce.integrations.vllm.families import family_of
+from tokenreduce.integrations.vllm.families import ROW_ENDS, family_of
 from tokenreduce.integrations.vllm.names import FIELD, MODALITIES, SETTING
 from tokenreduce.integrations.vllm.parallel import whole_heads
 from tokenreduce.integrations.vllm.positions import Run, ahead, packed, placed, whole_prompt
@@ -55,6 +55,8 @@ class TokenReduceForConditionalGeneration(TransformersMultiModalForCausalLM):
         self._reducer, self._axes = reducer, family.axes
         self._undo = Undo((reducer,))
         found = watch_features(self.model, reducer, self._undo)
+        if family.name not in ROW_ENDS and getattr(found.inner, "image_newline", None) is not None:
+            raise ValueError(f"{family.name} has row ends whose number is not known; use tr.patch with transformers")
         self._projector = [None if found.vision is None else found.vision.projector]  # no second name for the module
         named = (getattr(self.config, f"{m}_token_{n}", None) for m in MODALITIES for n in ("id", "index"))
         self._media = frozenset(t for t in named if isinstance(t, int))

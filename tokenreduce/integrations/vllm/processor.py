@@ -20,8 +20,9 @@ from vllm.model_executor.models.transformers.multimodal import (
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
+from tokenreduce.integrations.vllm.blanks import blanks
 from tokenreduce.integrations.vllm.counts import check_runs, kept, method_of, requested, shortened
-from tokenreduce.integrations.vllm.families import family_of
+from tokenreduce.integrations.vllm.families import ROW_ENDS, family_of
 from tokenreduce.integrations.vllm.names import FIELD, KEEP, MODALITIES, SETTING
 
 __all__ = ["DummyInputs", "Info", "Processor", "Shortening"]
@@ -54,17 +55,22 @@ class Shortening:
             return []
         config = self.info.get_hf_config()
         reducer, family = method_of(getattr(config, SETTING, None)), family_of(config)
-        grids, tiles = out.get(f"{modality}_grid_thw"), out.get("num_image_patches")
+        tiles, sizes = out.get("num_image_patches"), out.get("image_sizes")
+        if family.name in ROW_ENDS:
+            _check_side(out.get("pixel_values_videos" if modality == "video" else "pixel_values"), config)
         counts = []
         for i, ids in enumerate(
             out[f"{modality}_replacement_ids"].split(out[f"{modality}_replacement_sizes"].tolist())
         ):
             token = _get_embed_token_id(ids)
             whole = int((ids == token).sum())
-            frames = int(grids[i][0]) if modality == "video" and grids is not None else 1
+            size = None if sizes is None or modality == "video" else torch.as_tensor(sizes[i]).tolist()
             parts = int(tiles[i]) if modality == "image" and family.tiled and tiles is not None else 1
             check_runs(ids.tolist(), token, parts)
-            counts.append(kept(reducer, whole, keep, modality=modality, frames=frames, tiles=parts))
+            counts.append(kept(
+                reducer, whole, keep, modality=modality, frames=_frames(modality, out, i), tiles=parts,
+                blank=blanks(config, modality, whole, size),
+            ))  # fmt: skip
         return counts
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
@@ -89,6 +95,25 @@ class Shortening:
 
 class Processor(Shortening, MultiModalProcessor):
     """That of the Transformers backend."""
+
+
+def _check_side(pixels: Any, config: Any) -> None:
+    """Raise ``ValueError`` for tiles or frames that are not of the tower's size: a request may tell the library's
+    processor another one, and the tower would fail."""
+    side = config.vision_config.image_size
+    for one in () if pixels is None else pixels:
+        if tuple(one.shape[-2:]) != (side, side):
+            raise ValueError(f"tiles and frames of this model are {side} x {side} pixels, not {tuple(one.shape[-2:])}")
+
+
+def _frames(modality: str, out: Any, i: int) -> int:
+    """How many frames item ``i`` of ``out`` has, as the language model counts them; 1 for an image."""
+    if modality != "video":
+        return 1
+    if (grids := out.get("video_grid_thw")) is not None:
+        return int(grids[i][0])
+    pixels = out.get("pixel_values_videos")
+    return 1 if pixels is None else len(pixels[i])
 
 
 def _shorter(update: Any, items: Any, tiled: bool) -> Any:

@@ -78,6 +78,30 @@ def save_qwen3(folder: Path) -> Path:
     return folder
 
 
+#: Of width 128 with heads of 32, which vLLM's attention takes.
+_TEXT: dict[str, Any] = dict(
+    hidden_size=128, intermediate_size=256, num_key_value_heads=2, max_position_embeddings=2048
+)  # fmt: skip
+#: Tiles (rows, columns) of images.
+_TILES = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+
+
+def save_onevision(folder: Path) -> Path:
+    """LLaVA-OneVision of 64 tokens a tile; images of more than two tiles are interpolated."""
+    return vlm_folders.save_onevision(
+        folder, 64, 8, vision=dict(hidden_size=64, intermediate_size=128),
+        text={**_TEXT, "architectures": ["Qwen2ForCausalLM"]}, tiles=_TILES, most=2, narrow=0.2,
+    )  # fmt: skip
+
+
+def save_next(folder: Path) -> Path:
+    """LLaVA-NeXT of 64 tokens a tile."""
+    return vlm_folders.save_llava_next(
+        folder, 64, 8, vision=dict(hidden_size=64, intermediate_size=128),
+        text={**_TEXT, "architectures": ["LlamaForCausalLM"]}, tiles=_TILES,
+    )  # fmt: skip
+
+
 def questions(folder: Path, *, single: int = 10) -> Cases:
     """Questions about pictures of the world: one picture each, then two at once, then other budgets."""
     from tokenreduce.zoo.world import SPLITS, ask, scene
@@ -125,3 +149,29 @@ def qwen3_cases(folder: Path) -> Cases:
     out += [{"prompt": f"{film} what is there", **seen, "keep": k} for k in (5, 0.5, 1.0)]
     beside = {**seen, "images": out[3]["images"]}
     return [*out, {"prompt": f"{see} and {film} red", **beside}, {"prompt": f"{film} {see} red", **beside, "keep": 7}]
+
+
+def tiled_cases(folder: Path, *, films: bool = False) -> Cases:
+    """Pictures whose tiles are padded on one side, by several rows or none, alone and two at once, and films."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    files = []
+    sizes = [(64, 128), (48, 128), (200, 130), (120, 90), (100, 60), (50, 170), (64, 64), (192, 48), (64, 160)]
+    for i, (h, w) in enumerate(sizes):
+        noise = rng.integers(0, 255, (h // 8, w // 8, 3), dtype=np.uint8)
+        files.append(str(folder / f"{i}.png"))
+        Image.fromarray(noise).resize((w, h)).save(files[-1])
+    out: Cases = [{"prompt": "<image> what is in this image", "images": [f]} for f in files[:7]]
+    out += [{"prompt": f"the cat sits near <image> what colour is the {words}", "images": [files[1]]}
+            for words in ("cat", "dog , red and small")]  # fmt: skip
+    # The last two of LLaVA-NeXT have as many tokens, with 24 and 8 row ends among them.
+    for pair in (files[:2], files[2:4], files[5:1:-3], files[7:]):
+        out += [{"prompt": "<image> and <image> what is there", "images": pair}]
+    out += [{"prompt": "<image> what is on the table", "images": [files[2]], "keep": k} for k in (8, 0.5, 64, 5000)]
+    out += [{"prompt": "<image> and <image> what is there", "images": files[3:5], "keep": 16}]
+    for t, keep in ((2, None), (5, None), (3, 12), (3, 0.5)) if films else ():
+        name = str(folder / f"film{t}.npy")
+        np.save(name, rng.integers(0, 255, (t, 64, 64, 3), dtype=np.uint8))
+        case: dict[str, Any] = {"prompt": "the <video> what is in this", "video": name, "fps": 2.0}
+        out.append(case if keep is None else {**case, "keep": keep})
+    return out

@@ -52,6 +52,12 @@ ROWS = [
     Row("qwen3", "aim-merge:keep=24", {**CACHED, **MROPE}, rounds=2),
     Row("qwen3", "vidcom2:keep=24", {**CACHED, **MROPE}, rounds=2),
     Row("qwen3", "visionzip:keep=24", {**PLAIN, **MROPE}),
+    Row("onevision", "divprune:keep=49", PLAIN),
+    Row("onevision", "fastervlm:keep=49", CACHED, rounds=2),
+    Row("onevision", "visionzip:keep=49,newlines=drop", PLAIN),
+    Row("onevision", "vidcom2:keep=20", PLAIN),
+    Row("next", "divprune:keep=49,newlines=drop", PLAIN),
+    Row("next", "visionzip:keep=49", CACHED, rounds=2),
 ]
 
 
@@ -61,9 +67,12 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
         questions,
         qwen3_cases,
         qwen_cases,
+        save_next,
+        save_onevision,
         save_qwen,
         save_qwen3,
         save_world,
+        tiled_cases,
     )
 
     place = tmp_path_factory.mktemp("vllm")
@@ -71,6 +80,8 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
         "llava": (save_world(place / "llava"), questions(place / "pictures")),
         "qwen": (save_qwen(place / "qwen"), qwen_cases(place / "films")),
         "qwen3": (save_qwen3(place / "qwen3"), qwen3_cases(place / "qwen3 films")),
+        "onevision": (save_onevision(place / "onevision"), tiled_cases(place / "tiled", films=True)),
+        "next": (save_next(place / "next"), tiled_cases(place / "tiled")),
     }
 
 
@@ -117,10 +128,19 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(models, tmp_path):
     assert len(got[6]["ids"]) == 8
 
 
+def test_a_request_with_tiles_of_another_size_is_refused(models, tmp_path):
+    folder, cases = models["onevision"]
+    bad = {**cases[0], "key": "size", "keep": {"height": 32, "width": 32}}
+    got = asked(tmp_path, folder, "divprune:keep=49", PLAIN, [bad, cases[0]], bad=True)
+    assert "are 64 x 64 pixels, not (32, 32)" in got[0]["error"]
+    assert len(got[1]["ids"]) == 8
+
+
 @pytest.mark.parametrize(
     ("model", "spec", "engine", "said"),
     [
         ("llava", "cdpruner:keep=49", {}, "looks at the question"),
+        ("onevision", "resize:keep=49", {}, "takes full grids"),
         ("qwen", "divprune:keep=24", {}, "needs the engine argument video_pruning_rate"),
         ("qwen3", "divprune:keep=24", MROPE, "is served by TokenReduceQwen3VLForConditionalGeneration"),
     ],
