@@ -21,6 +21,18 @@ def folder(tmp_path: Path) -> Path:
     return stored_rows.write(tmp_path / "stored")
 
 
+@pytest.mark.parametrize("model", ["world-vit-2", "world-llava-2"])
+def test_methods_of_the_second_world_differ(model: str) -> None:
+    """At the smallest budget no two thirds of the methods that meet it are within one standard error of one."""
+    (run,) = (r for r in stored_runs() if r.info["settings"]["model"] == model)
+    least = min(r["budget"] for r in run.rows)
+    met = [r for r in run.rows if r["budget"] == least and abs(r["share"] - least) < 0.03]
+    assert len(met) >= 15
+    for row in met:
+        near = [r for r in met if abs(r["accuracy"] - row["accuracy"]) <= row["accuracy_stderr"]]
+        assert len(near) < len(met) * 2 / 3, row["spec"]
+
+
 def test_what_is_written_is_read(folder: Path) -> None:
     models = [run.info["settings"]["model"] for run in stored_runs(folder)]
     assert models == ["world-llava", "digits-vit"], "in the page's order"
