@@ -106,7 +106,7 @@ def test_the_engine_answers_as_a_patched_model(row, models, tmp_path):
     folder, cases = models[row.model]
     more = {"architecture": NATIVE} if row.model == "qwen3" else {}
     got = asked(tmp_path, folder, row.spec, row.engine, cases, rounds=row.rounds, **more)
-    positions = "compact" if row.model == "llava" else "original"
+    positions = "original" if row.model.startswith("qwen") else "compact"
     want = list(answers(str(folder), row.spec, positions, cases, 8))
     for case, mine, theirs in zip(cases, got, want, strict=True):
         assert mine["prompt"] == theirs["prompt"], case
