@@ -59,7 +59,8 @@ class Acted:
 
     def all(self) -> tuple[Plan, ...]:
         """All plans, the first one first."""
-        out, here = [], self
+        out: list[Plan] = []
+        here: Acted | None = self
         while here is not None:
             out.append(here.plan)
             here = here.earlier

@@ -51,7 +51,7 @@ class Projector(Reducer, stage="projector"):
             positions are places in the image, and with sliding windows.
         newlines: row ends that LLaVA-NeXT and its successors put between patches: "keep" keeps them beside ``keep``
             and lets no method look at them, "drop" drops them all, "rank" treats them as visual tokens where the
-            method only looks at embeddings.
+            method only looks at embeddings, of a whole image.
 
     Raises ``ValueError`` for values other than these.
     """

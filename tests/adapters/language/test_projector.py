@@ -359,6 +359,9 @@ def test_what_cannot_hold_is_refused():
         tr.patch(vlm.model, Needy())
     with pytest.raises(ValueError, match="newlines='rank' is for methods that look at embeddings alone"):
         tr.patch(vlm.model, tr.FasterVLM(keep=4, newlines="rank"))
+    for name in ("uniform@projector", "aim-merge", "pool"):
+        with pytest.raises(ValueError, match="newlines='rank' is for methods that choose among all tokens of an image"):
+            tr.patch(VLMS["llava_next"].model, f"{name}:keep=4,newlines=rank")
     with pytest.raises(
         ValueError,
         match=r"needs the class token .* the SiglipVisionModel .*score='received'.*Methods that fit",

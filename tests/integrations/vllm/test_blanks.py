@@ -92,8 +92,8 @@ def test_a_video_has_one_behind_its_last_frame(made):
 
 SPECS = [
     "divprune:keep=9", "divprune:keep=9,newlines=drop", "divprune:keep=9,newlines=rank", "fastervlm:keep=0.3",
-    "visionzip:keep=10", "visionzip:keep=10,newlines=drop", "uniform:keep=7,newlines=rank", "pool:keep=12",
-    "divprune:keep=5000", "divprune:keep=5000,newlines=drop", "uniform:keep=5000,newlines=rank",
+    "visionzip:keep=10", "visionzip:keep=10,newlines=drop", "uniform:keep=7", "pool:keep=12",
+    "divprune:keep=5000", "divprune:keep=5000,newlines=drop", "uniform:keep=5000",
 ]  # fmt: skip
 #: Two images with as many tokens in LLaVA-NeXT, and 24 and 8 row ends among them; and others.
 PAIRS = [((96, 24), (32, 80)), ((100, 65), (25, 85))]

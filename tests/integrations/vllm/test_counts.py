@@ -43,7 +43,6 @@ from tokenreduce.integrations.vllm.names import ARCHITECTURE, KEEP, NATIVE
         ("divprune:keep=49,newlines=drop", 200, {"blank": 8}, 49),
         ("divprune:keep=1.0,newlines=drop", 200, {"blank": 8}, 192),
         ("divprune:keep=0.5,newlines=rank", 200, {"blank": 8}, 100),
-        ("uniform:keep=1.0,newlines=rank", 200, {"blank": 8}, 192),
         ("vidcom2:keep=10", 65, {"modality": "video", "frames": 4, "blank": 1}, 11),
         ("vidcom2:keep=10,newlines=drop", 200, {"blank": 8}, 200),
     ],
@@ -160,6 +159,7 @@ def test_models_that_cannot_be_right_are_refused(given, said):
         (QWEN3, "divprune:positions=compact", "positions='compact'"),
         (config("llava_onevision"), "resize:keep=16", "takes full grids.*choose pool"),
         (config("llava_next"), "adaptvision:keep=16,newlines=rank", "row ends are in none"),
+        (config("llava_next"), "uniform:keep=16,newlines=rank", "chooses in every crop alone"),
         (config("llava_onevision"), "zoo-prune:keep=16", "how the projector makes every token"),
     ],
 )

@@ -42,12 +42,12 @@ class Case:
     blocks: bool = False
 
 
-CASES = (
+_WHOLE = (
     Case("vit_base_patch16_224", 1, "tome:r=16"),
     Case("vit_base_patch16_224", 8, "tome:r=16"),
     Case("deit_small_patch16_224", 1, "tome:r=16"),
 )
-CASES += tuple(replace(case, blocks=True) for case in CASES)
+CASES = (*_WHOLE, *(replace(case, blocks=True) for case in _WHOLE))
 QUICK = tuple(
     Case("vit_tiny_patch16_224", 2, "tome:r=2", (("img_size", 64), ("depth", 3)), blocks) for blocks in (False, True)
 )

@@ -107,8 +107,6 @@ def kept(
     left = asked.fixed_count(each, frames)
     assert left is not None  # see method_of
     left = min(left, each) * tiles
-    if ranked and not reducer.whole:  # it chooses view by view, and a row end is in none
-        return min(left, n - blank)
     return left + blank if reducer.newlines == "keep" else left
 
 

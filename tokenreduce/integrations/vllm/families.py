@@ -83,6 +83,8 @@ def _of_crops(reducer: Projector, name: str) -> str | None:
         )
     if reducer.name == "adaptvision" and reducer.newlines == "rank":
         return "it joins tokens of one view, and row ends are in none; use newlines='keep' or 'drop'"
+    if reducer.newlines == "rank" and not (reducer.whole or reducer.temporal):
+        return "it chooses in every crop alone, and row ends are in none; use newlines='keep' or 'drop'"
     if "through" in reducer.required() and name == "llava_onevision":
         return (
             "it asks how the projector makes every token, and those of videos and of large images are made of several "
