@@ -66,6 +66,7 @@ def rows_of(image: Tensor, patch: int = 14, merge: int = 2) -> Tensor:
 def work(spec: str, image: Tensor, packed: bool) -> Callable[[], Any]:
     """What ``spec`` does itself about ``image``, to be called; it returns the plan."""
     reducers = parse(spec)
+    method: Any = reducers[0]
     entry = at_entry(reducers, STD, "", 1)
     assert entry is not None
     if packed:
@@ -75,7 +76,7 @@ def work(spec: str, image: Tensor, packed: bool) -> Callable[[], Any]:
         )
 
         def by_rows() -> Any:
-            pixels = PackedPixels.of(embed, rows, [[1, side, side]], 2, None, reducers[0].temporal)
+            pixels = PackedPixels.of(embed, rows, [[1, side, side]], 2, None, method.temporal)
             return packed_plans(entry, pixels, pixels.layout, 32)[0]
 
         return by_rows
@@ -83,7 +84,7 @@ def work(spec: str, image: Tensor, packed: bool) -> Callable[[], Any]:
 
     def by_image() -> Any:
         units = Pixels(image[None], (16, 16)).units((side, side), entry.scale)
-        return reducers[0].plan(EncoderEvidence(units, grid=(side, side), depth=12))
+        return method.plan(EncoderEvidence(units, grid=(side, side), depth=12))
 
     return by_image
 
