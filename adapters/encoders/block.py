@@ -23,6 +23,7 @@ from tokenreduce.adapters.encoders.site import ON_BLOCK, Site
 from tokenreduce.adapters.encoders.state import COLLECTING, State, entry_of, note_entry, set_state, state_of
 from tokenreduce.core.compiled import counted, refuse_script, settled
 from tokenreduce.core.evidence import Attention, EncoderEvidence
+from tokenreduce.core.evidence.encoder import TracedEvidence
 from tokenreduce.core.plan import Plan
 from tokenreduce.core.readable import length
 from tokenreduce.core.reducer import Reducer
@@ -197,10 +198,16 @@ class Reduced:
             got.queries, got.keys, got.values, rotated=got.rotated, rope=site.rope, scale=getattr(self, "_scale", None),
             mask=mask, size=state.size, valid=state.valid, proportional=view.proportional, cls=site.cls,
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return TracedEvidence(
+                x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,
+                cls=site.cls, layer_of=lambda: site.layer, depth=site.depth, entry=view.entry,
+                origin=lambda: state.origin,
+            )  # fmt: skip
         return EncoderEvidence(
             x, rows, size=state.size, protected=site.prefix, grid=view.grid, valid=state.valid, before=before,
-            cls=site.cls, layer=(lambda: site.layer) if torch.compiler.is_compiling() else site.layer,
-            depth=site.depth, entry=view.entry, origin=lambda: state.origin,
+            cls=site.cls, layer=site.layer, depth=site.depth, entry=view.entry,
+            origin=lambda: state.origin,
         )  # fmt: skip
 
     def _reduce(

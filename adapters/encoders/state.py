@@ -48,14 +48,12 @@ def power_of(log: Tensor, power: float) -> Tensor:
     return log * power if power else torch.zeros_like(log).masked_fill(log == float("-inf"), float("-inf"))
 
 
-class Acted:
+class Acted(NamedTuple):
     """The last ``plan`` of a tower so far, and what acted ``earlier``: a chain, so that code compiled for one block
     does not depend on how many acted before it."""
 
-    __slots__ = ("earlier", "plan")
-
-    def __init__(self, plan: Plan, earlier: Acted | None) -> None:
-        self.plan, self.earlier = plan, earlier
+    plan: Plan
+    earlier: Any  # Acted | None
 
     def all(self) -> tuple[Plan, ...]:
         """All plans, the first one first."""

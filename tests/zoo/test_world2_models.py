@@ -28,7 +28,9 @@ from tokenreduce.zoo.clip_twin import clip_state, timm_state
 from tokenreduce.zoo.training import Schedule
 from tokenreduce.zoo.video_inputs import video_inputs
 from tokenreduce.zoo.world2 import IMAGE_TYPES, VIDEO_TYPES, clip, scene
+from tokenreduce.zoo.world2.questions import beside
 from tokenreduce.zoo.world2.scenes import CELL_OF, CHARACTER_OF, PLATE_OF
+from tokenreduce.zoo.world2.vocabulary import CHARACTERS
 from tokenreduce.zoo.world_words import EOS, IMAGE
 
 TINY = world2_lessons.Course(seen=40, keep=(24,), renumber=0.3, shift=0.3, long=0.5, scenes=2, questions=3)
@@ -149,10 +151,15 @@ def test_lessons_show_everything_and_point_at_what_is_said(long: float) -> None:
         flat = made.seen[i][made.keep[i]]
         assert np.array_equal(made.positions[i], [0, *(1 + flat)])
         assert set(range(len(s.objects))) <= set(made.owners[i].tolist())
-        for owner, shows in zip(made.owners[i], made.shows[i], strict=True):
+        for owner, shows, tells in zip(made.owners[i], made.shows[i], made.tells[i], strict=True):
             shown = [words[w] for w in shows if w >= 0]
             if 0 <= owner < CHARACTER_OF:
                 assert shown[:2] == [s.objects[owner].kind, s.objects[owner].colour]
+                told = dict(zip(world2_lessons.TELLS, tells, strict=True))
+                assert (told["across"], told["down"]) == (s.objects[owner].x // 8, s.objects[owner].y // 8)
+                sign = beside(s, s.objects[owner])
+                if told["sign"] >= 0:
+                    assert CHARACTERS[told["sign"]] == sign.text[0]
             elif owner >= CELL_OF:
                 assert len(shown) == 3
         for asked, after, points in zip(made.words[i], made.next[i], made.points[i], strict=True):
@@ -183,15 +190,22 @@ def test_lessons_of_clips_say_what_happens_to_every_token() -> None:
     for i, seed in enumerate(world2_batches.seeds("train", 3, rng)):
         c = clip(seed, frames=16)
         assert np.array_equal(made.pixels[i], c.frames)
+        said = ""  # by the sign, as far as tokens have seen it
         for k, (owner, frame) in enumerate(zip(made.owners[i], made.frame[i], strict=True)):
             shown = [words[w] for w in made.shows[i, k] if w >= 0]
             if not 0 <= owner < CHARACTER_OF:
+                said = c.sign_at(frame).text if CHARACTER_OF <= owner < CHARACTER_OF + PLATE_OF else said
                 assert (made.tells[i, k] == -1).all()
                 continue
             actor = c.objects[owner]
             assert shown[:2] == [actor.kind, actor.at(frame).colour]
-            motion, event, rank = made.tells[i, k]
+            motion, event, rank, times, first, second, *still = made.tells[i, k]
             assert rank == owner
+            assert times == sum(f <= frame for f, _ in actor.changes) - 1
+            assert [*(CHARACTERS[n] if n < len(CHARACTERS) else "" for n in (first, second) if n >= 0)] == (
+                [said[0], said[1:]] if said else []
+            )
+            assert still == [-1, -1, -1]
             before = actor.at(frame - 1)
             assert event == (1 if before is None else 2 if before.colour != shown[1] else 0)
             assert motion == (-1 if before is None else ("left", "right", "still").index(actor.motion))
@@ -248,7 +262,7 @@ def test_packed_questions_about_a_clip_equal_single_ones(vit, llava) -> None:
     with torch.no_grad():
         out = tuning.read(tuning.see(world_vit.pixels(made.pixels[0]), tensors["seen"]), tensors)
         logits = torch.nn.functional.linear(out.hidden, llava.lm_head.weight)
-    assert [tuple(told.shape) for told in out.told] == [(1, 16 * 196, 3), (1, 16 * 196, 3), (1, 16 * 196, 6)]
+    assert [tuple(told.shape) for told in out.told] == [(1, 16 * 196, n) for n in world2_lessons.TELLS.values()]
     words = {i: w for w, i in world2_words.IDS.items()}
     ids = made.words[0, 0][made.words[0, 0] > 0]
     inputs = video_inputs(llava, [made.pixels[0]], [" ".join(words[int(t)] for t in ids)])

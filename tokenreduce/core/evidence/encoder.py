@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenreduce.core.evidence.attention import Attention, need
 from tokenreduce.core.evidence.base import BaseEvidence
 
-__all__ = ["EncoderEvidence"]
+__all__ = ["EncoderEvidence", "TracedEvidence"]
 
 
 class EncoderEvidence(BaseEvidence):
@@ -20,8 +20,6 @@ class EncoderEvidence(BaseEvidence):
         before: (B,N,C) what went into the sub-layer whose output is ``x``.
         origin: (B,N) number of the token at the entry that every one of ``x`` is in the place of; None where none has
             left. Or a function that answers with it, when it is asked for.
-        layer: 0-based layer index. Or a function that answers with it: a compiled graph that does not ask serves all
-            layers.
     """
 
     def __init__(
@@ -31,19 +29,10 @@ class EncoderEvidence(BaseEvidence):
         *,
         before: Tensor | None = None,
         origin: Tensor | Callable[[], Tensor | None] | None = None,
-        layer: int | Callable[[], int] = 0,
         **core: Any,
     ) -> None:
         super().__init__(x, attention, **core)
-        self._before, self._origin, self._layer = before, origin, layer
-
-    @property
-    def layer(self) -> int:  # type: ignore[override]
-        return self._layer() if callable(self._layer) else self._layer
-
-    @layer.setter
-    def layer(self, number: int) -> None:
-        self._layer = number
+        self._before, self._origin = before, origin
 
     @property
     def origin(self) -> Tensor | None:
@@ -93,3 +82,20 @@ class EncoderEvidence(BaseEvidence):
     def proportional(self) -> float:
         """Whether the model's attention carries the log-size bias; a number is the power of the sizes."""
         return self.attention.proportional
+
+
+class TracedEvidence(EncoderEvidence):
+    """The same in a compiled graph, which serves the blocks of all layers where nobody asks for ``layer``: it is what
+    ``layer_of()`` says."""
+
+    def __init__(self, x: Tensor, attention: Attention | None, *, layer_of: Callable[[], int], **more: Any) -> None:
+        self._layer_of = layer_of
+        super().__init__(x, attention, **more)
+
+    @property
+    def layer(self) -> int:  # type: ignore[override]
+        return self._layer_of()
+
+    @layer.setter
+    def layer(self, number: int) -> None:
+        pass  # the base class's, which knows none
