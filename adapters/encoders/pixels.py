@@ -111,8 +111,7 @@ def at_entry(
             f"{mine.spec()}: tolerance is in 8-bit levels, and nothing says by what pixels are divided for {family}; "
             f"give std, the deviation in the processor's configuration (0.5, or one for each channel)"
         )
-    scale = (1.0,) if std is None or (method.exact and not method.deviations()) else tuple(255.0 * s for s in std)
-    return AtEntry(mine, scale, cell)
+    return AtEntry(mine, tuple(255.0 * s for s in std or (1 / 255,)), cell)
 
 
 def deviations_of(model: nn.Module, tower: nn.Module) -> tuple[float, ...] | None:

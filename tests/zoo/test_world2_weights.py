@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from tokenreduce.zoo import world2_batches, world_llava2, world_vit2
 from tokenreduce.zoo.clip_twin import clip_state
+from tokenreduce.zoo.trainable import trainable
 from tokenreduce.zoo.world2 import VIDEO_TYPES
 from tokenreduce.zoo.world_vit import pixels
 
@@ -104,3 +105,15 @@ def _as_the_card_says(mastered: list[str], each: int = 24) -> None:
     assert got["accuracy"] >= np.mean([card[t] for t in mastered]) - 0.1
     for name in mastered:
         assert got[name] >= card[name] - (0.25 if each > 20 else 0.3), name
+
+
+def test_an_average_counts_tied_weights_once() -> None:
+    trained = world_llava2.build()
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.zero_()
+    trainable("world-llava-2").average(trained, weights.FOLDER, 0.25)
+    before = tr.zoo.load("world-llava-2").model.state_dict()
+    for name in ("lm_head.weight", "model.language_model.layers.3.mlp.up_proj.weight"):
+        torch.testing.assert_close(trained.state_dict()[name], 0.75 * before[name])
+    assert trained.lm_head.weight is trained.model.language_model.embed_tokens.weight

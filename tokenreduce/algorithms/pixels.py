@@ -68,12 +68,6 @@ class PixelReducer(Reducer, position="input", needs=("pixels",)):
         return tuple(self.std) if isinstance(self.std, tuple) else (self.std,)
 
     @property
-    def exact(self) -> bool:
-        """Whether units are only asked whether they are equal, so that it does not matter what pixels are counted in:
-        a tower then shows them as it gets them."""
-        return not self.tolerance and self.keep is None
-
-    @property
     def limit(self) -> float:
         """The distance up to which units count as equal."""
         return self.tolerance + SLACK if self.tolerance else 0.0

@@ -76,6 +76,19 @@ class Projector(Reducer, stage="projector"):
         if self.newlines not in NEWLINES:
             raise ValueError(f"newlines is one of {NEWLINES}, not {self.newlines!r}")
 
+    @property
+    def by_view(self) -> bool:
+        """Whether the method goes view by view (overview, crops): a row end is in none of them."""
+        return not (self.whole or self.temporal)
+
+    def check_row_ends(self) -> None:
+        """For models that put row ends between patches. Raises ``ValueError`` where this method cannot rank them."""
+        if self.newlines == "rank" and self.by_view:
+            raise ValueError(
+                f"{self.name}: newlines='rank' is for methods that choose among all tokens of an image; this one goes "
+                f"crop by crop, and row ends are in none. Use 'keep' or 'drop'"
+            )
+
     # -- what a method says --------------------------------------------------------------------------------------------
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         """The plan that leaves ``keep`` (fewer than there are) tokens behind the prefix, which stays in front."""

@@ -98,9 +98,8 @@ class Trainable:
         2109.01903)."""
         earlier = zoo.load(self.name, folder=start).model.state_dict()
         with torch.no_grad():
-            for name, weight in model.state_dict().items():
-                if weight.is_floating_point():
-                    weight.lerp_(earlier[name].to(weight), 1 - share)
+            for name, weight in model.named_parameters():  # a weight with two names (tied embeddings) comes once
+                weight.lerp_(earlier[name].to(weight), 1 - share)
 
 
 _CURVE = ("step", "loss", "accuracy")

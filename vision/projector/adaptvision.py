@@ -48,6 +48,10 @@ class AdaptVision(Projector, name="adaptvision", paper="2408.16986", title="Adap
         if self.keep is not None and self.cell != "strip":
             raise ValueError("keep is for cell='strip'; squares have four tokens each")
 
+    @property
+    def by_view(self) -> bool:
+        return True
+
     def choose(self, evidence: VisualEvidence, keep: int) -> Plan:
         view, p = evidence.view, evidence.prefix
         if bool((view < 0).any()):

@@ -95,11 +95,8 @@ def check_projector(found: Language, reducer: Reducer, scoring: tuple[Reducer, .
             f"{reducer.name}: newlines='rank' is for methods that look at embeddings alone; row ends have no patches "
             f"to take {', '.join(reducer.required())} from. Use 'keep' or 'drop'"
         )
-    if reducer.newlines == "rank" and not (reducer.whole or reducer.temporal) and hasattr(found.inner, "image_newline"):
-        raise ValueError(
-            f"{reducer.name}: newlines='rank' is for methods that choose among all tokens of an image; this one "
-            f"chooses in every crop alone, and row ends are in none. Use 'keep' or 'drop'"
-        )
+    if hasattr(found.inner, "image_newline"):
+        reducer.check_row_ends()
 
 
 def _cannot(found: Language, reducer: Reducer, missing: list[str]) -> str:

@@ -37,6 +37,7 @@ def test_rows_come_by_stage_and_cost() -> None:
     heard: list[own_table.Row] = []
     rows = own_table.measure(TINY, TINY, 9, ["divprune", "zoo-prune", "fastv"], 1, heard.append)
     assert {r.method for r in heard} == {r.method for r in rows} == {"divprune", "zoo-prune", "fastv"}
+    assert [bool(r.wide) for r in heard] == [False] * 3 + [True] * 2
     assert [r.method for r in rows] == ["zoo-prune", "divprune", "fastv"]  # 128 passes through the projector are dearer
     assert all(r.wide for r in rows[:2])
     assert rows[2].wide is None

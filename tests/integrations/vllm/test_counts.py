@@ -159,7 +159,7 @@ def test_models_that_cannot_be_right_are_refused(given, said):
         (QWEN3, "divprune:positions=compact", "positions='compact'"),
         (config("llava_onevision"), "resize:keep=16", "takes full grids.*choose pool"),
         (config("llava_next"), "adaptvision:keep=16,newlines=rank", "row ends are in none"),
-        (config("llava_next"), "uniform:keep=16,newlines=rank", "chooses in every crop alone"),
+        (config("llava_next"), "uniform:keep=16,newlines=rank", "row ends are in none"),
         (config("llava_onevision"), "zoo-prune:keep=16", "how the projector makes every token"),
     ],
 )

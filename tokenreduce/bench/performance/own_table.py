@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from torch import Tensor
 
 import tokenreduce as tr
@@ -64,13 +65,15 @@ def measure(
     small: Shape = SHAPES["small"], wide: Shape | None = WIDE, keep: int = 192, methods: Sequence[str] = (),
     repeats: int = 3, done: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:  # fmt: skip
-    """A row for every method before and inside the language model, the dearest first."""
+    """A row for every method before and inside the language model, the dearest first; ``done`` hears of each when it is
+    there, and again with what it is at ``wide``."""
     stock, given = build(small), prompt(small)
     base = interleaved({"": partial(prefill, stock, given)}, repeats, 1, "cpu")[""].median
-    rows = [
-        _row(stock, given, name, stage, keep, base, repeats)
-        for name, stage in methods_of(stock, methods) if stage in GOALS
-    ]  # fmt: skip
+    rows = []
+    for name, stage in methods_of(stock, methods):
+        if stage in GOALS:
+            rows.append(_row(stock, given, name, stage, keep, base, repeats))
+            done(rows[-1])
     del stock
     if wide is not None:
         whole = whole_prefill(wide, repeats)
@@ -79,8 +82,7 @@ def measure(
             if row.stage == "projector" and row.own is not None:
                 other = _row(one, given, row.method, row.stage, keep, whole, repeats)
                 rows[i] = replace(row, wide=None if other.own is None else (other.own, whole))
-    for row in rows:
-        done(row)
+                done(rows[i])
     return sorted(rows, key=lambda r: (r.stage != "projector", -(r.own or 0)))
 
 
@@ -119,7 +121,11 @@ def command(
     if idle:
         refuse_busy()
     small, wide = (SHAPES["tiny"], None) if quick else (SHAPES["small"], WIDE)
-    rows = measure(small, wide, keep, [] if methods is None else methods.replace(",", " ").split(), repeats)
+    log = Console(stderr=True)
+    rows = measure(
+        small, wide, keep, [] if methods is None else methods.replace(",", " ").split(), repeats,
+        lambda row: log.print(" ".join(c for c in cells(row) if c), highlight=False),
+    )  # fmt: skip
     base = next((r.prefill for r in rows if r.prefill), 0.0)
     whole = next((f"; as wide as LLaVA-1.5-7B, whose prefill takes {r.wide[1]:.0f} s" for r in rows if r.wide), "")
     about = (

@@ -70,6 +70,8 @@ class Family:
                 f"{reducer.name} looks across the frames of a video, and {self.name} takes a video as single images, "
                 f"of which vLLM encodes each alone; choose a method for images"
             )
+        if self.name in ROW_ENDS:
+            reducer.check_row_ends()
         if self.name in ROW_ENDS and (why := _of_crops(reducer, self.name)) is not None:
             raise ValueError(f"{reducer.name} cannot be served on {self.name}: {why}")
 
@@ -81,10 +83,6 @@ def _of_crops(reducer: Projector, name: str) -> str | None:
             "it takes full grids of tokens, and large images are resampled across their crops, which then are none; "
             "choose pool, which takes any shape"
         )
-    if reducer.name == "adaptvision" and reducer.newlines == "rank":
-        return "it joins tokens of one view, and row ends are in none; use newlines='keep' or 'drop'"
-    if reducer.newlines == "rank" and not (reducer.whole or reducer.temporal):
-        return "it chooses in every crop alone, and row ends are in none; use newlines='keep' or 'drop'"
     if "through" in reducer.required() and name == "llava_onevision":
         return (
             "it asks how the projector makes every token, and those of videos and of large images are made of several "
